@@ -1,0 +1,47 @@
+# `make demo` and `make test` work on a fresh machine: both begin with `make setup`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup demo test test-slow style check paper-tables reference-model clean
+
+setup: $(STAMP)
+
+# torch comes first and from its CPU build where pip finds one: a bare range would bring gigabytes of CUDA. The build is
+# named in `constraints.txt`, which later installs obey too.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(RUN) $(BIN)/python benchmarks/demo.py
+
+test: setup
+	$(RUN) $(BIN)/python -m pytest
+
+test-slow: setup
+	$(RUN) $(BIN)/python -m pytest -m slow
+
+style: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+paper-tables: setup
+	$(BIN)/python benchmarks/paper_tables.py
+
+# Needs a folder of text files: make reference-model CORPUS=DIR
+reference-model: setup
+	$(BIN)/python benchmarks/train_reference_model.py --corpus $(CORPUS)
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info

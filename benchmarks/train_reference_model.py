@@ -1,0 +1,219 @@
+"""Train the small Llama that the demo, the tests and the benchmarks convert.
+
+    python benchmarks/train_reference_model.py --corpus DIR [--output benchmarks/reference_model]
+
+DIR holds UTF-8 text files (`*.txt`), one book each. Two of them are held out: an excerpt of the first becomes the
+evaluation text, an excerpt of the second the calibration text; neither trains the model or its tokenizer. The script
+writes the bf16 safetensors, the tokenizer, both excerpts and a model card with the measured held-out perplexity.
+Everything is deterministic under `--seed` on one machine with one thread count.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+VOCABULARY_SIZE = 4096
+SEQUENCE_LENGTH = 512  # tokens per training sequence, and the longest position the model has seen
+EXCERPT_BYTES = 200_000  # of each held-out book, cut at a paragraph
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True, help="Folder of UTF-8 text files to train on.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "reference_model")
+    parser.add_argument("--evaluation-book", default="persuasion.txt", help="Held out: evaluation text.")
+    parser.add_argument("--calibration-book", default="hard-times.txt", help="Held out: calibration text.")
+    parser.add_argument("--tokens", type=int, default=16_000_000, help="Training tokens in all.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Sequences per optimizer step.")
+    parser.add_argument("--learning-rate", type=float, default=8e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def excerpt(book: str, size: int = EXCERPT_BYTES) -> str:
+    """The middle `size` bytes of a book, from one paragraph's beginning to another's end."""
+    start = book.index("\n\n", len(book) // 4) + 2
+    end = start + len(book[start:].encode()[:size].decode(errors="ignore"))
+    return book[start : book.rindex("\n\n", start, end)] + "\n"
+
+
+def train_tokenizer(books: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(books, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=SEQUENCE_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def token_sequences(tokenizer: PreTrainedTokenizerFast, books: list[str]) -> torch.Tensor:
+    """All books end to end, each closed by the end token, cut into rows: [N, SEQUENCE_LENGTH]."""
+    stream: list[int] = []
+    for ids in tokenizer(books, verbose=False)["input_ids"]:
+        stream += [*ids, tokenizer.eos_token_id]
+    rows = len(stream) // SEQUENCE_LENGTH
+    return torch.tensor(stream[: rows * SEQUENCE_LENGTH]).view(rows, SEQUENCE_LENGTH)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=SEQUENCE_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon on the weight matrices, AdamW on embeddings and gains, stepped as one so that `Trainer` drives both.
+
+    Muon reaches the loss of AdamW in about half the tokens here, which is what makes two CPU cores enough.
+    """
+
+    def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
+        is_matrix = {name: p.ndim == 2 and "embed" not in name for name, p in model.named_parameters()}
+        matrices = [p for name, p in model.named_parameters() if is_matrix[name]]
+        others = [p for name, p in model.named_parameters() if not is_matrix[name]]
+        super().__init__([*matrices, *others], {"lr": learning_rate})
+        self.parts = (
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure=None) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def train(model: LlamaForCausalLM, sequences: torch.Tensor, arguments: argparse.Namespace) -> int:
+    """Train in place for `--tokens` tokens; returns how many were seen."""
+    steps = arguments.tokens // (arguments.batch_size * SEQUENCE_LENGTH)
+    optimizer = MuonAndAdamW(model, arguments.learning_rate)
+    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, num_warmup_steps=max(20, steps // 100), num_training_steps=steps, min_lr_rate=0.02
+    )
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(arguments.output / "checkpoints"),
+            max_steps=steps,
+            per_device_train_batch_size=arguments.batch_size,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=max(1, steps // 100),
+            save_steps=max(1, steps // 8),
+            save_total_limit=1,
+            save_only_model=True,
+            report_to="none",
+            seed=arguments.seed,
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in sequences],
+        optimizers=(optimizer, scheduler),
+    )
+    trainer.train()
+    return steps * arguments.batch_size * SEQUENCE_LENGTH
+
+
+MODEL_CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+---
+
+# Reference model of optimum-mla
+
+A small Llama with grouped-query attention, trained from scratch so that the demo, the tests and the benchmarks run on
+real weights without a download. It writes plausible English and knows nothing.
+
+| | |
+|---|---|
+| parameters | {parameters:,} (bfloat16, tied embeddings) |
+| hidden size, layers | {hidden_size}, {layers} |
+| query heads, key/value heads, head dim | {heads}, {kv_heads}, {head_dim} |
+| tokenizer | byte-level BPE, {vocabulary:,} tokens |
+| trained on | {tokens:,} tokens of {books} public-domain books, sequences of {length} |
+| optimizer | Muon (matrices) and AdamW (embeddings, gains), learning rate {learning_rate:g}, cosine, seed {seed} |
+| held-out perplexity per token | **{evaluation:.2f}** on `evaluation.txt` ({evaluation_book}), {calibration:.2f} on `calibration.txt` ({calibration_book}); non-overlapping windows of {length} tokens, bfloat16 weights computed in float32 |
+
+`evaluation.txt` and `calibration.txt` are excerpts of two books that neither the model nor its tokenizer has seen. All
+books are in the public domain. Made by `python benchmarks/train_reference_model.py --corpus DIR`.
+"""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    held_out = {"evaluation": arguments.evaluation_book, "calibration": arguments.calibration_book}
+    training_files = [p for p in sorted(arguments.corpus.glob("*.txt")) if p.name not in held_out.values()]
+    books = [path.read_text(encoding="utf-8") for path in training_files]
+    tokenizer = train_tokenizer(books)
+    sequences = token_sequences(tokenizer, books)
+    print(f"{len(books)} books, {sequences.numel():,} tokens")
+
+    torch.manual_seed(arguments.seed)
+    model = build_model(tokenizer)
+    tokens = train(model, sequences, arguments)
+    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    for name, book in held_out.items():
+        text = excerpt((arguments.corpus / book).read_text(encoding="utf-8"))
+        (arguments.output / f"{name}.txt").write_text(text, encoding="utf-8")
+
+    from optimum_mla.report.quality import perplexity
+    from optimum_mla.text import token_windows
+
+    model = LlamaForCausalLM.from_pretrained(arguments.output, dtype=torch.float32)
+    measured = {
+        name: perplexity(model, token_windows(tokenizer, arguments.output / f"{name}.txt", length=SEQUENCE_LENGTH))
+        for name in held_out
+    }
+    config = model.config
+    card = MODEL_CARD.format(
+        parameters=model.num_parameters(),
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocabulary=config.vocab_size,
+        tokens=tokens,
+        books=len(books),
+        length=SEQUENCE_LENGTH,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        evaluation_book=arguments.evaluation_book,
+        calibration_book=arguments.calibration_book,
+        **measured,
+    )
+    (arguments.output / "README.md").write_text(card, encoding="utf-8")
+    print(f"held-out perplexity: {measured}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Errors that a user can act on: the field, the value received, the values allowed, and what to do."""
+
+from __future__ import annotations
+
+
+class MLAError(Exception):
+    """Base of every error that bad input causes. The command line prints it as one line and exits with code 2."""
+
+
+class InvalidValueError(MLAError, ValueError):
+    """A field holds a value that it cannot hold.
+
+    Args:
+        field: Name of the option or argument, as the user typed it (without dashes).
+        received: The value that was given.
+        allowed: What the field accepts here, in words (a range for this model, a list of names, ...).
+        remedy: One imperative sentence that says what to do next; may be empty.
+    """
+
+    def __init__(self, field: str, received: object, allowed: str, remedy: str = "") -> None:
+        self.field, self.received, self.allowed, self.remedy = field, received, allowed, remedy
+        message = f"{field}: got {received!r}, allowed: {allowed}."
+        super().__init__(f"{message} {remedy}" if remedy else message)
+
+
+class UnsupportedModelError(MLAError, ValueError):
+    """The model cannot be converted: unknown family, already converted, quantized weights, or not a decoder LM."""
+
+
+class CorruptWeightsError(MLAError, ValueError):
+    """The checkpoint's weights are unusable (NaN or infinite values, missing tensors)."""
+
+
+class CalibrationDataError(MLAError, ValueError):
+    """A text or dataset is missing, empty, in a wrong encoding, or too short for one sample."""
+
+
+class OutputError(MLAError, OSError):
+    """The output folder exists, equals the input, or cannot be written."""
+
+
+class MissingDependencyError(MLAError, ImportError):
+    """An optional package is needed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{package} is needed to {purpose}. Install it with: pip install 'optimum-mla[{extra}]'")

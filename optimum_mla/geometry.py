@@ -1,0 +1,166 @@
+"""What one attention layer caches and weighs, before and after conversion. Plain integers; imports no torch.
+
+Letters, used in every file of this package (the full table is `docs/notation.md`):
+
+    d  hidden_size           H  num_attention_heads     G  num_key_value_heads      D  head_dim (of the source)
+    r  kv_lora_rank          r_k, r_v  k_/v_lora_rank   r_q  q_lora_rank
+    n  qk_nope_head_dim      R  qk_rope_head_dim        K  num_rope_heads           v  v_head_dim
+    U  num_up_heads: heads that the up-projection makes, H (each query head its own) or G (shared by H/G query heads)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+AttentionForm = Literal["source", "decoupled", "full"]
+RopeCache = Literal["cached", "rebuilt"]
+
+
+@dataclass(frozen=True)
+class MLAGeometry:
+    """Shape of one attention layer.
+
+    `attention_form` says which attention the layer runs:
+
+    - `source`: the model's own multi-head or grouped-query attention; caches `2·G·D` numbers per token.
+    - `decoupled`: one joint key/value latent of rank r and a rotary key of K heads (DeepSeek-V2, arXiv 2405.04434,
+      section 2.1; MHA2MLA with K = G, X-EcoMLA with K = 1); caches `r + K·R`, or `r` where `rope_cache` is `rebuilt`.
+    - `full`: RoPE on every up-projected key dim, two latents (TransMLA, arXiv 2502.07864v1); caches `r_k + r_v`.
+
+    With `key_norm` (an RMSNorm on each key head, as in Qwen3) a decoupled layer also caches one number per up-projected
+    head and token, the inverse root mean square of that key, because the norm does not fold into weights.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    attention_form: AttentionForm = "source"
+    kv_lora_rank: int = 0
+    k_lora_rank: int = 0
+    v_lora_rank: int = 0
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    num_rope_heads: int = 1
+    v_head_dim: int = 0
+    num_up_heads: int = 0
+    rope_cache: RopeCache = "cached"
+    latent_norm: bool = False
+    key_norm: bool = False
+    query_bias: bool = False
+    key_value_bias: bool = False
+    output_bias: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any, **features: bool) -> MLAGeometry:
+        """Read the fields from one layer's config; `features` are what the config does not say (norms, biases)."""
+        known = {f.name: getattr(config, f.name) for f in fields(cls) if getattr(config, f.name, None) is not None}
+        return cls(**{**known, **features})
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Dims of one query and key head after conversion: n + R."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def source_cache_numbers(self) -> int:
+        """Numbers that the source attention caches per token: keys and values of G heads."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def rope_numbers(self) -> int:
+        """Numbers per token in the second cached tensor of a decoupled layer: rotary key and key-norm scales."""
+        rotary = self.num_rope_heads * self.qk_rope_head_dim if self.rope_cache == "cached" else 0
+        return rotary + (self.num_up_heads if self.key_norm else 0)
+
+    @property
+    def cache_numbers(self) -> int:
+        """Numbers cached per token in this layer."""
+        if self.attention_form == "source":
+            return self.source_cache_numbers
+        if self.attention_form == "full":
+            return self.k_lora_rank + self.v_lora_rank
+        return self.kv_lora_rank + self.rope_numbers
+
+    @property
+    def cache_ratio(self) -> float:
+        """Cached numbers over the source's."""
+        return self.cache_numbers / self.source_cache_numbers
+
+    def cache_bytes(self, bits: float = 16) -> float:
+        """Bytes cached per token in this layer at `bits` per number."""
+        return self.cache_numbers * bits / 8
+
+    @property
+    def source_parameters(self) -> int:
+        """Parameters of the source attention: q, k, v, o projections, their biases and the query and key norms."""
+        query, key_value = self.num_attention_heads * self.head_dim, 2 * self.num_key_value_heads * self.head_dim
+        weights = self.hidden_size * (2 * query + key_value)
+        biases = self.query_bias * query + self.key_value_bias * key_value + self.output_bias * self.hidden_size
+        return weights + biases + self.key_norm * 2 * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of this attention layer as it is."""
+        if self.attention_form == "source":
+            return self.source_parameters
+        weights = self._full_parameters() if self.attention_form == "full" else self._decoupled_parameters()
+        return weights + self.output_bias * self.hidden_size
+
+    @property
+    def parameters_added(self) -> int:
+        """Parameters more than the source attention's (negative: fewer)."""
+        return self.parameters - self.source_parameters
+
+    def _full_parameters(self) -> int:
+        d, query = self.hidden_size, self.num_attention_heads * self.head_dim
+        up = self.num_up_heads * self.head_dim
+        down_and_up = (self.k_lora_rank + self.v_lora_rank) * (d + up)
+        biases = self.query_bias * query + self.key_value_bias * 2 * up
+        return 2 * d * query + down_and_up + biases + self.key_norm * 2 * self.head_dim
+
+    def _decoupled_parameters(self) -> int:
+        d, r, heads, up_heads = self.hidden_size, self.kv_lora_rank, self.num_attention_heads, self.num_up_heads
+        query, rotary = heads * self.qk_head_dim, self.num_rope_heads * self.qk_rope_head_dim
+        if self.q_lora_rank is None:
+            queries = d * query
+        else:
+            queries = self.q_lora_rank * (d + query + self.latent_norm)
+        rope_input = d if self.rope_cache == "cached" else r
+        up = up_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        biases = self.query_bias * query + self.key_value_bias * (up + rotary + r)
+        norms = self.latent_norm * r + self.key_norm * 2 * self.num_rope_heads * self.qk_head_dim
+        return queries + d * r + rope_input * rotary + r * up + heads * self.v_head_dim * d + biases + norms
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """All attention layers of a model, in order."""
+
+    layers: tuple[MLAGeometry, ...]
+
+    @property
+    def cache_numbers(self) -> int:
+        """Numbers cached per token, all layers together."""
+        return sum(layer.cache_numbers for layer in self.layers)
+
+    @property
+    def source_cache_numbers(self) -> int:
+        """Numbers that the source model caches per token, all layers together."""
+        return sum(layer.source_cache_numbers for layer in self.layers)
+
+    @property
+    def cache_ratio(self) -> float:
+        """Cached numbers over the source's."""
+        return self.cache_numbers / self.source_cache_numbers
+
+    def cache_bytes(self, tokens: int = 1, bits: float = 16) -> float:
+        """Bytes of the cache for `tokens` tokens at `bits` per number."""
+        return self.cache_numbers * tokens * bits / 8
+
+    @property
+    def parameters_added(self) -> int:
+        """Parameters more than in the source model (negative: fewer)."""
+        return sum(layer.parameters_added for layer in self.layers)

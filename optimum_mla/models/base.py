@@ -1,0 +1,130 @@
+"""What the converted models of all families share: config fields, construction, recording, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from optimum_mla.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.models.spec import AttentionSpec, sliding_window
+from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
+from optimum_mla.nn.attention import default_rope_pairs
+
+MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
+    "attention_form": (str, "decoupled"),
+    "mla_method": (str | None, None),
+    "kv_lora_rank": (int, 0),
+    "k_lora_rank": (int, 0),
+    "v_lora_rank": (int, 0),
+    "q_lora_rank": (int | None, None),
+    "qk_nope_head_dim": (int, 0),
+    "qk_rope_head_dim": (int, 0),
+    "num_rope_heads": (int, 1),
+    "v_head_dim": (int, 0),
+    "num_up_heads": (int, 0),
+    "rope_cache": (str, "cached"),
+    "latent_norm": (bool, False),
+}
+"""Type and default of every field that a converted config adds; all but `mla_method` are `MLAGeometry`'s fields."""
+
+SHIM_NAME = "modeling_mla"
+
+
+class MLAConfigMixin(PreTrainedConfig):
+    """Config fields of a converted model, on top of the source family's own.
+
+    The fields are those of `optimum_mla.geometry.MLAGeometry`. They hold for every layer unless `per_layer_config`
+    (Transformers' own mechanism for layers that differ) says otherwise; a layer whose `attention_form` is `source`
+    keeps the attention of the source model. `num_key_value_heads` and `head_dim` stay the source's.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        prefix = type(self).__name__.removesuffix("MLAConfig")
+        # Lets `trust_remote_code=True` load the folder where optimum-mla is installed but was not imported.
+        self.auto_map = {
+            "AutoConfig": f"{SHIM_NAME}.{prefix}MLAConfig",
+            "AutoModelForCausalLM": f"{SHIM_NAME}.{prefix}MLAForCausalLM",
+        }
+
+    @property
+    def qk_head_dim(self) -> int:
+        """n + R; Transformers takes it as the sign of latent attention when it sizes static caches."""
+        layer = self.per_layer_config[0]
+        return (layer.qk_nope_head_dim + layer.qk_rope_head_dim) or layer.head_dim
+
+
+class LatentInitialization(PreTrainedModel):
+    """Initializes what the source family does not know."""
+
+    spec: ClassVar[AttentionSpec]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DecoupledLatentAttention):
+            init.copy_(module.rope_pairs, default_rope_pairs(module.geometry))
+
+
+class MLAModelMixin(LatentInitialization):
+    """A source family's base model whose converted layers run latent attention."""
+
+    @staticmethod
+    def recorders(source: dict[str, Any], source_attention: type[nn.Module]) -> dict[str, Any]:
+        """What `output_attentions` and `output_hidden_states` record: attentions of both kinds, in layer order."""
+        return {**source, "attentions": [LatentAttention, source_attention]}
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        spec, rotary = self.spec, getattr(self, self.spec.rotary)
+        for index, layer in enumerate(getattr(self, spec.layers)):
+            layer_config = config.per_layer_config[index]
+            if layer_config.attention_form != "source":
+                attention = build_attention(spec, config, index, rotary)
+                setattr(layer, spec.attention, attention)
+        self.post_init()
+
+
+class MLAForCausalLMMixin(LatentInitialization):
+    """A source family's language model on top of its `MLAModelMixin` base."""
+
+    base_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: Any) -> None:
+        # The source class builds its own base model, which gives way to ours. Loading and converting build on the
+        # meta device, where this costs nothing.
+        super().__init__(config)
+        setattr(self, self.spec.base, self.base_class(config))
+        self.post_init()
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Shapes of all attention layers."""
+        return model_geometry(self.spec, self.config)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; also writes the two lines that `auto_map` points at."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        prefix = self.spec.class_prefix
+        shim = f"from optimum_mla.models import {prefix}MLAConfig as {prefix}MLAConfig\n"
+        shim += f"from optimum_mla.models import {prefix}MLAForCausalLM as {prefix}MLAForCausalLM\n"
+        (Path(save_directory) / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
+
+
+def build_attention(spec: AttentionSpec, config: Any, layer: int, rotary: nn.Module) -> LatentAttention:
+    """The latent attention module of one converted layer, weights as `torch.nn` initializes them.
+
+    The module keeps the model's config, not its layer's: `set_attn_implementation` changes the former only.
+    """
+    geometry = spec.geometry(config.per_layer_config[layer])
+    window = sliding_window(config, layer)
+    return ATTENTION_FORMS[geometry.attention_form](config, geometry, layer, rotary, window)
+
+
+def model_geometry(spec: AttentionSpec, config: Any) -> ModelGeometry:
+    """Shapes of all attention layers of a source or converted model's config."""
+    layers: tuple[MLAGeometry, ...] = tuple(spec.geometry(layer) for layer in config.per_layer_config)
+    return ModelGeometry(layers)

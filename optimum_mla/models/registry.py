@@ -1,0 +1,133 @@
+"""The table of model families, and the config and model classes of their converted models.
+
+A family is one `AttentionSpec`; its `<Family>MLAConfig`, `<Family>MLAModel` and `<Family>MLAForCausalLM` are made from
+it here and registered with the Transformers Auto classes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.models.base import MLA_CONFIG_FIELDS, MLAConfigMixin, MLAForCausalLMMixin, MLAModelMixin
+from optimum_mla.models.spec import AttentionSpec
+
+BUILT_IN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Modules of this package that hold a `SPEC`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A spec and the classes that belong to it."""
+
+    spec: AttentionSpec
+    source_config: type[PreTrainedConfig]
+    source_model: type[PreTrainedModel]
+    source_attention: type[nn.Module]
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(spec: AttentionSpec) -> Family:
+    """Make a family convertible and its converted models loadable through the Auto classes.
+
+    Args:
+        spec: The family; `class_prefix` must name classes of Transformers (`<Prefix>Config`, `<Prefix>ForCausalLM`).
+
+    Returns:
+        The family with its classes, which are also attributes of `optimum_mla.models`.
+    """
+    prefix, home = spec.class_prefix, f"{__package__}.registry"
+    modeling = import_module(f"transformers.models.{spec.model_type}.modeling_{spec.model_type}")
+    source_config = getattr(transformers, f"{prefix}Config")
+    source_base, source_model = getattr(modeling, f"{prefix}Model"), getattr(modeling, f"{prefix}ForCausalLM")
+    source_attention = getattr(modeling, f"{prefix}Attention")
+
+    shared: dict[str, Any] = {"__module__": home, "spec": spec}
+    defaults = {name: default for name, (_, default) in MLA_CONFIG_FIELDS.items()}
+    config = type(
+        f"{prefix}MLAConfig",
+        (MLAConfigMixin, source_config),
+        {
+            "__module__": home,
+            "__doc__": f"Config of a {prefix} model with latent attention; see `MLAConfigMixin`.",
+            "__annotations__": {name: kind for name, (kind, _) in MLA_CONFIG_FIELDS.items()},
+            **defaults,
+            "model_type": spec.mla_model_type,
+            # Replicated attention is right under tensor parallelism; the source's attention plan would not be.
+            "base_model_tp_plan": {
+                name: how
+                for name, how in (source_config.base_model_tp_plan or {}).items()
+                if f".{spec.attention}." not in name
+            },
+        },
+    )
+    base = type(
+        f"{prefix}MLAModel",
+        (MLAModelMixin, source_base),
+        {
+            **shared,
+            "__doc__": f"{prefix}Model with latent attention in its converted layers.",
+            "config_class": config,
+            "_can_record_outputs": MLAModelMixin.recorders(source_base._can_record_outputs, source_attention),
+        },
+    )
+    model = type(
+        f"{prefix}MLAForCausalLM",
+        (MLAForCausalLMMixin, source_model),
+        {
+            **shared,
+            "__doc__": f"{prefix}ForCausalLM with latent attention in its converted layers.",
+            "config_class": config,
+            "base_class": base,
+        },
+    )
+    family = Family(spec, source_config, source_model, source_attention, config, model)
+    _FAMILIES[spec.model_type] = family
+    for made in (config, base, model):
+        for module in (home, __package__):
+            setattr(sys.modules[module], made.__name__, made)
+    AutoConfig.register(spec.mla_model_type, config, exist_ok=True)
+    AutoModel.register(config, base, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    return family
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """`model_type` of every family that can be converted."""
+    return tuple(sorted(_FAMILIES))
+
+
+def family_of(config: Any) -> Family:
+    """The family of a source or a converted model's config.
+
+    Raises:
+        UnsupportedModelError: No family has this `model_type`.
+    """
+    model_type = getattr(config, "model_type", None)
+    for family in _FAMILIES.values():
+        if model_type in (family.spec.model_type, family.spec.mla_model_type):
+            return family
+    raise UnsupportedModelError(
+        f"model_type: got {model_type!r}, supported: {', '.join(supported_model_types())}. "
+        "A further family is one AttentionSpec (docs/add_a_family.md)."
+    )
+
+
+def is_converted(config: Any) -> bool:
+    """Whether a config is a converted model's."""
+    return isinstance(config, MLAConfigMixin)
+
+
+for _name in BUILT_IN_FAMILIES:
+    register_family(import_module(f"{__package__}.{_name}").SPEC)

@@ -1,0 +1,161 @@
+"""Where a model family keeps what conversion reads: projections, biases, norms, rotary embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_mla.geometry import MLAGeometry
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One model family, as data.
+
+    A bias field is True, False, or the name of the config field that says whether the projection has a bias.
+
+    Attributes:
+        model_type: The family's `model_type` in Transformers; its converted models are `<model_type>_mla`.
+        class_prefix: What the family's class names in Transformers begin with ("Llama" of `LlamaForCausalLM`).
+        query_bias, key_value_bias, output_bias: Which projections have a bias.
+        query_norm, key_norm: Attribute names of the RMSNorms on query and key heads, or None.
+        base, layers, attention, rotary: Attribute names on the way from the model to its attention.
+        query, key, value, output: Attribute names of the four projections.
+    """
+
+    model_type: str
+    class_prefix: str
+    query_bias: bool | str = False
+    key_value_bias: bool | str = False
+    output_bias: bool | str = False
+    query_norm: str | None = None
+    key_norm: str | None = None
+    base: str = "model"
+    layers: str = "layers"
+    attention: str = "self_attn"
+    rotary: str = "rotary_emb"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+
+    @property
+    def mla_model_type(self) -> str:
+        """`model_type` of the converted family."""
+        return f"{self.model_type}_mla"
+
+    def attention_path(self, layer: int) -> str:
+        """Dotted name of one layer's attention in the model."""
+        return f"{self.base}.{self.layers}.{layer}.{self.attention}"
+
+    @property
+    def rotary_path(self) -> str:
+        """Dotted name of the rotary embedding in the model."""
+        return f"{self.base}.{self.rotary}"
+
+    def features(self, config: Any) -> dict[str, bool]:
+        """The fields of `MLAGeometry` that this family's config does not spell out: biases and norms."""
+
+        def has(field: bool | str) -> bool:
+            return bool(getattr(config, field, False)) if isinstance(field, str) else field
+
+        return {
+            "query_bias": has(self.query_bias),
+            "key_value_bias": has(self.key_value_bias),
+            "output_bias": has(self.output_bias),
+            "key_norm": self.key_norm is not None,
+        }
+
+    def geometry(self, layer_config: Any) -> MLAGeometry:
+        """Shape of one layer, of a source model's config or of a converted one's."""
+        geometry = MLAGeometry.from_config(layer_config, **self.features(layer_config))
+        return geometry
+
+
+def sliding_window(config: Any, layer: int) -> int | None:
+    """Window in tokens of one layer, or None for full attention."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+class SourceAttention:
+    """The weights of one source attention in float64, split by heads. Lazy: each is cast when it is first read.
+
+    Args:
+        spec: The family.
+        module: The attention module of the source model.
+        geometry: Its shape.
+        attention_scaling: Factor that the rotary embedding multiplies onto cos and sin (YaRN), 1.0 without.
+        input_gain: [d], gain of the norm before the attention, or None where it is not known.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        module: nn.Module,
+        geometry: MLAGeometry,
+        attention_scaling: float = 1.0,
+        input_gain: Tensor | None = None,
+    ) -> None:
+        self.spec, self.module, self.geometry = spec, module, geometry
+        self.attention_scaling, self.input_gain = attention_scaling, input_gain
+
+    def _linear(self, name: str) -> nn.Linear:
+        return self.module.get_submodule(name)  # type: ignore[return-value]
+
+    def _weight(self, name: str) -> Tensor:
+        return self._linear(name).weight.detach().double()
+
+    def _heads(self, name: str) -> Tensor:
+        return self._weight(name).unflatten(0, (-1, self.geometry.head_dim))
+
+    def _bias(self, name: str) -> Tensor:
+        linear = self._linear(name)
+        flat = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        return flat.to(linear.weight.device).double().unflatten(0, (-1, self.geometry.head_dim))
+
+    @cached_property
+    def query(self) -> Tensor:
+        """W_Q, [H, D, d]."""
+        return self._heads(self.spec.query)
+
+    @cached_property
+    def key(self) -> Tensor:
+        """W_K, [G, D, d]."""
+        return self._heads(self.spec.key)
+
+    @cached_property
+    def value(self) -> Tensor:
+        """W_V, [G, D, d]."""
+        return self._heads(self.spec.value)
+
+    @cached_property
+    def query_bias(self) -> Tensor:
+        """[H, D], zero without a bias."""
+        return self._bias(self.spec.query)
+
+    @cached_property
+    def key_bias(self) -> Tensor:
+        """[G, D], zero without a bias."""
+        return self._bias(self.spec.key)
+
+    @cached_property
+    def value_bias(self) -> Tensor:
+        """[G, D], zero without a bias."""
+        return self._bias(self.spec.value)
+
+    def norm_gain(self, name: str | None) -> Tensor:
+        """Gain [D] of the query or key norm."""
+        if name is None:
+            return torch.ones(self.geometry.head_dim, dtype=torch.float64)
+        return self.module.get_submodule(name).weight.detach().double()  # type: ignore[union-attr, operator]
+
+    def output(self) -> dict[str, Tensor]:
+        """The output projection, as it stands in the checkpoint: `o_proj.weight` and, if any, `o_proj.bias`."""
+        return {f"o_proj.{name}": value.detach() for name, value in self._linear(self.spec.output).named_parameters()}

@@ -1,0 +1,1 @@
+"""Pure tensor functions: low-rank factors, choice of rotary pairs, rotation, attention in latent space."""

@@ -1,0 +1,57 @@
+"""What a cache really holds, and how much memory a process has used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+
+def cache_tensors(cache: Cache) -> list[Tensor]:
+    """Every tensor that the cache object holds, on any attribute of any layer."""
+    return [value for layer in cache.layers for value in _tensors(vars(layer))]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def live_cache_bytes(cache: Cache) -> int:
+    """Bytes of the storage behind a live cache, each storage counted once and whole.
+
+    Whole, because a view of a larger tensor keeps all of it alive. Position counters (integers) are not cache content.
+    """
+    storages = {
+        (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
+        for tensor in cache_tensors(cache)
+        if tensor.is_floating_point()
+    }
+    return sum(storages.values())
+
+
+@torch.no_grad()
+def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
+    """Fill a fresh `DynamicCache` with `ids` [1, T] and count the bytes it then holds, per token."""
+    cache = DynamicCache(config=model.config)
+    was_training = model.training
+    model.eval()
+    model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model.train(was_training)
+    return live_cache_bytes(cache) / ids.numel()
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of this process so far: resident memory, plus the CUDA allocator's where it was used."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident *= 1 if sys.platform == "darwin" else 1024
+    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

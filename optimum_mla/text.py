@@ -1,0 +1,107 @@
+"""Text for calibration and evaluation: a file, a folder of `.txt` files, or a dataset, cut into windows of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_mla.errors import CalibrationDataError, MissingDependencyError
+
+
+def read_documents(source: str | Path) -> Iterator[str]:
+    """Yield the documents of a text file, of a folder of `*.txt` files, or of a dataset.
+
+    Args:
+        source: A path, or a dataset as `NAME[:CONFIG[:SPLIT]]` (split `train` unless named), read as a stream by
+            the `datasets` library; its rows need a `text` column.
+
+    Raises:
+        CalibrationDataError: No such file or dataset, no text in it, or not UTF-8.
+        MissingDependencyError: A dataset is asked for and `datasets` is not installed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        if not files:
+            raise CalibrationDataError(f"text: {source} holds no *.txt files. Give a text file or a folder of them.")
+    elif path.is_file():
+        files = [path]
+    elif path.suffix:
+        raise CalibrationDataError(f"text: no file {source}. Give a UTF-8 text file, a folder of them, or a dataset name.")
+    else:
+        yield from _dataset_documents(str(source))
+        return
+    for file in files:
+        try:
+            yield file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CalibrationDataError(
+                f"text: {file} is not UTF-8 (byte {error.start}). Convert it, for example with iconv."
+            ) from error
+
+
+def _dataset_documents(name: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError("datasets", "train", f"read {name!r}, which is no file") from error
+    repository, config, split = [*name.split(":"), None, None][:3]
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+        for row in rows:
+            if "text" not in row:
+                columns = ", ".join(row)
+                raise CalibrationDataError(f"text: dataset {name!r} has no column 'text', only: {columns}.")
+            yield row["text"]
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, CalibrationDataError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CalibrationDataError(f"text: {name!r} is no file here and did not load as a dataset: {reason}") from error
+
+
+def token_windows(
+    tokenizer: Any,
+    source: str | Path | Iterable[int],
+    length: int,
+    samples: int | None = None,
+    field: str = "calibration-data",
+) -> Tensor:
+    """Consecutive windows of token ids, [N, length], from the beginning of the text.
+
+    Args:
+        tokenizer: A Transformers tokenizer; not used when `source` is an iterable of token ids.
+        source: What `read_documents` reads, or token ids.
+        length: Tokens per window.
+        samples: At most so many windows (reading stops there); None takes the whole text.
+        field: Name of the option that gave `source`, for the error message.
+
+    Raises:
+        CalibrationDataError: The text is empty or shorter than one window.
+    """
+    wanted = None if samples is None else samples * length
+    ids: list[int] = []
+    for chunk in _token_chunks(tokenizer, source):
+        ids += chunk
+        if wanted is not None and len(ids) >= wanted:
+            break
+    count = len(ids) // length if samples is None else min(samples, len(ids) // length)
+    if count == 0:
+        raise CalibrationDataError(
+            f"{field}: {source} holds {len(ids)} tokens, fewer than one sample of {length}. "
+            "Give a longer text or shorter samples."
+        )
+    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
+
+
+def _token_chunks(tokenizer: Any, source: str | Path | Iterable[int]) -> Iterator[list[int]]:
+    if isinstance(source, str | Path):
+        for document in read_documents(source):
+            # verbose=False: a book is longer than the model's context, and is cut into windows on purpose.
+            yield tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        yield [int(token) for token in source]
