@@ -1,1 +1,33 @@
-"""optimum-mla."""
+"""optimum-mla: convert pretrained decoder LLMs to Multi-head Latent Attention.
+
+Importing the package registers the converted models' classes with the Transformers Auto classes.
+"""
+
+from optimum_mla import models as models
+from optimum_mla.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.models import AttentionSpec, register_family, supported_model_types
+from optimum_mla.transforms.base import MLATransformation
+from optimum_mla.transforms.compose import compose
+from optimum_mla.transforms.gqa2mla import GQA2MLA
+from optimum_mla.transforms.mha2mla import MHA2MLA
+from optimum_mla.transforms.registry import available_transforms, register_transform
+from optimum_mla.transforms.tracing import trace
+from optimum_mla.transforms.xecomla import XEcoMLA
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GQA2MLA",
+    "MHA2MLA",
+    "AttentionSpec",
+    "MLAGeometry",
+    "MLATransformation",
+    "ModelGeometry",
+    "XEcoMLA",
+    "available_transforms",
+    "compose",
+    "register_family",
+    "register_transform",
+    "supported_model_types",
+    "trace",
+]

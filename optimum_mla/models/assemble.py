@@ -1,0 +1,108 @@
+"""From converted layers to a model: its config, and the model object around the untouched rest of the weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum_mla.geometry import MLAGeometry
+from optimum_mla.models.base import MLA_CONFIG_FIELDS, build_attention
+from optimum_mla.models.registry import Family, is_converted
+from optimum_mla.nn import LatentAttention
+
+NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")
+"""Keys of a source config that the converted one sets for itself."""
+
+
+def converted_config(
+    family: Family, source: PreTrainedConfig, plans: dict[int, MLAGeometry], method: str
+) -> PreTrainedConfig:
+    """The config of a model after `plans` are carried out; layers converted before keep their fields.
+
+    The fields of the commonest layer become the config's own, what differs goes into `per_layer_config`.
+    """
+    layers: list[dict[str, Any]] = []
+    for index, layer_config in enumerate(source.per_layer_config):
+        if index in plans:
+            shape = plans[index]
+            fields = {name: getattr(shape, name) for name in MLA_CONFIG_FIELDS if name != "mla_method"}
+            layers.append({**fields, "mla_method": method})
+        elif is_converted(source) and layer_config.attention_form != "source":
+            layers.append({name: getattr(layer_config, name) for name in MLA_CONFIG_FIELDS})
+        else:
+            layers.append({"attention_form": "source"})
+
+    converted = [tuple(layer.items()) for layer in layers if layer["attention_form"] != "source"]
+    common = dict(Counter(converted).most_common(1)[0][0])
+    differences = {
+        index: {name: value for name, value in layer.items() if value != common[name]}
+        for index, layer in enumerate(layers)
+    }
+    carried = {
+        name: value
+        for name, value in source.to_dict().items()
+        if name not in NOT_CARRIED and name not in MLA_CONFIG_FIELDS
+    }
+    per_layer = {index: fields for index, fields in differences.items() if fields}
+    return family.config(
+        **carried,
+        **common,
+        architectures=[family.model.__name__],
+        name_or_path=source.name_or_path,
+        attn_implementation=source._attn_implementation,
+        per_layer_config=per_layer or None,
+    )
+
+
+def load_attention(
+    family: Family, config: PreTrainedConfig, layer: int, tensors: dict[str, Tensor], model: nn.Module
+) -> LatentAttention:
+    """One layer's attention module with its weights, for a model whose rotary embedding it shares."""
+    rotary = model.get_submodule(family.spec.rotary_path)
+    with torch.device("meta"):
+        attention = build_attention(family.spec, config, layer, rotary)
+    attention.load_state_dict(tensors, assign=True)
+    return attention.train(model.training)
+
+
+def assemble_model(
+    model: PreTrainedModel, family: Family, config: PreTrainedConfig, tensors: dict[int, dict[str, Tensor]]
+) -> PreTrainedModel:
+    """Turn `model` into the converted model, in place: the same object, with the family's MLA class.
+
+    The converted model is built on the meta device and takes over the source's parameters as they are, so nothing but
+    the converted layers' attention takes new memory.
+
+    Args:
+        model: A source model, or one converted in other layers.
+        config: From `converted_config`.
+        tensors: By layer, the parameters and buffers of its new attention.
+    """
+    with torch.device("meta"):
+        converted = family.model(config)
+    replaced = tuple(f"{family.spec.attention_path(layer)}." for layer in tensors)
+    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(replaced)}
+    for layer, parameters in tensors.items():
+        prefix = family.spec.attention_path(layer)
+        state |= {f"{prefix}.{name}": nn.Parameter(t) if t.is_floating_point() else t for name, t in parameters.items()}
+    converted.load_state_dict(state, assign=True)
+    # Buffers that are not saved (the rotary table's frequencies) come from the source too.
+    buffers = dict(model.named_buffers())
+    for name, buffer in converted.named_buffers():
+        if buffer.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            setattr(converted.get_submodule(owner), attribute, buffers[name])
+    converted.tie_weights()
+    converted.train(model.training)
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        converted.gradient_checkpointing_enable()
+    converted.generation_config = model.generation_config
+
+    model.__class__ = type(converted)
+    model.__dict__.clear()
+    model.__dict__.update(converted.__dict__)
+    return model

@@ -1,0 +1,1 @@
+"""Conversions as Optimum transformations: one method, one file."""

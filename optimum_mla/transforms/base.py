@@ -1,0 +1,192 @@
+"""The mechanism that every conversion shares: check, plan, collect, convert layer by layer, assemble.
+
+A method is a subclass with two answers: `plan_layer` (what shape a layer gets) and `convert_layer` (its weights).
+"""
+
+from __future__ import annotations
+
+import copy as copying
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from optimum.fx.optimization import Transformation
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
+from optimum_mla.geometry import MLAGeometry
+from optimum_mla.models import Family, SourceAttention, family_of
+from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
+from optimum_mla.models.registry import is_converted
+from optimum_mla.progress import progress
+from optimum_mla.transforms.budget import RankBudget
+from optimum_mla.transforms.calibration import pair_contributions
+from optimum_mla.transforms.layers import LayerChoice, parse_layers
+
+
+class MLATransformation(Transformation):
+    """Converts attention layers to latent attention.
+
+    Applies to a `PreTrainedModel` or to a `GraphModule` from `optimum_mla.trace`. Both are changed in place and
+    returned; `copy=True` leaves the argument as it was and returns a converted copy.
+
+    Args:
+        kv_lora_rank: Numbers in the latent, per token and layer.
+        kv_cache_ratio: Cached numbers over the source's, rotary key included.
+        energy: Share of the squared singular values that each layer keeps; ranks then differ between layers.
+        layers: `all`, a list such as `0-3,8`, a preset's name, or indices; see `parse_layers`.
+        calibration: Token ids [N, L] to run through the source model, for methods and options that use them.
+
+    Raises:
+        InvalidValueError: An option is out of range; when it is applied, with the range for the model at hand.
+        UnsupportedModelError: The model's family, or its state, does not allow a conversion.
+        CorruptWeightsError: A weight is not finite.
+    """
+
+    name: ClassVar[str]
+    """Name on the command line, in configs and in reports."""
+
+    default_budget: ClassVar[RankBudget] = RankBudget()
+    """Used where the caller sets none."""
+
+    def __init__(
+        self,
+        kv_lora_rank: int | None = None,
+        kv_cache_ratio: float | None = None,
+        energy: float | None = None,
+        layers: LayerChoice = "all",
+        calibration: Tensor | None = None,
+    ) -> None:
+        budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy)
+        self.budget = budget if budget.is_set else self.default_budget
+        self.layers = layers if isinstance(layers, str) else tuple(layers)
+        self.calibration = calibration
+
+    @abstractmethod
+    def plan_layer(self, source: SourceAttention) -> MLAGeometry:
+        """The shape that a layer gets. Raises `InvalidValueError` where the options do not fit it."""
+
+    @abstractmethod
+    def convert_layer(
+        self, source: SourceAttention, geometry: MLAGeometry, contribution: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The layer's new parameters and buffers by their names in the attention module, in float64.
+
+        Args:
+            source: Weights of the attention to replace.
+            geometry: What `plan_layer` gave.
+            contribution: [G, D/2] from `pair_contributions`, or None unless `needs_contribution`.
+        """
+
+    @property
+    def needs_contribution(self) -> bool:
+        """Whether `convert_layer` wants the rotary pairs' contributions, measured on the calibration tokens."""
+        return False
+
+    def __call__(
+        self, model: PreTrainedModel | GraphModule, lint_and_recompile: bool = True, copy: bool = False
+    ) -> PreTrainedModel | GraphModule:
+        """Convert `model`; see the class."""
+        model = self.transform(copying.deepcopy(model) if copy else model)
+        if lint_and_recompile and isinstance(model, GraphModule):
+            model.graph.lint()
+            model.recompile()
+        return model
+
+    @torch.no_grad()
+    def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
+        """Convert in place. Nothing is changed before every layer has been planned and converted."""
+        model = graph_module
+        family = check_convertible(model)
+        sources = self._sources(family, model)
+        plans = {layer: self.plan_layer(source) for layer, source in sources.items()}
+        contributions: dict[int, Tensor] = {}
+        if self.needs_contribution:
+            contributions = pair_contributions(model, family.spec, sources, self.calibration)
+
+        config = converted_config(family, config_of(model), plans, self.name)
+        tensors = {
+            layer: self._cast(source, self.convert_layer(source, plans[layer], contributions.get(layer)))
+            for layer, source in progress(sources.items(), f"{self.name}: layers")
+        }
+        if isinstance(model, GraphModule):
+            for layer, node in attention_nodes(model, family, sources):
+                model.set_submodule(str(node.target), load_attention(family, config, layer, tensors[layer], model))
+                self.mark_as_transformed(node)
+            model.meta["config"] = config
+            return model
+        return assemble_model(model, family, config, tensors)
+
+    def _sources(self, family: Family, model: nn.Module) -> dict[int, SourceAttention]:
+        """The attention of every layer to convert. Raises where one is converted already or is not finite."""
+        spec, config = family.spec, config_of(model)
+        rotary = model.get_submodule(spec.rotary_path)
+        sources = {}
+        for layer in parse_layers(self.layers, config.num_hidden_layers):
+            module = model.get_submodule(spec.attention_path(layer))
+            if not isinstance(module, family.source_attention):
+                raise InvalidValueError(
+                    "layers", layer, "layers not yet converted", "Give each method of a hybrid layers of its own."
+                )
+            geometry = spec.geometry(config.per_layer_config[layer])
+            if is_converted(config):
+                geometry = MLAGeometry.from_config(config, **spec.features(config), attention_form="source")
+            sources[layer] = SourceAttention(spec, module, geometry, getattr(rotary, "attention_scaling", 1.0))
+        return sources
+
+    def _cast(self, source: SourceAttention, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's tensors in the source weights' dtype and on their device."""
+        like = next(source.module.parameters())
+        dtype = {name: like.dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+        cast = {name: tensor.to(like.device, dtype[name]).contiguous() for name, tensor in tensors.items()}
+        broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
+        if broken:
+            raise CorruptWeightsError(
+                f"{self.name}: {', '.join(broken)} left the range of {like.dtype}. Convert in bfloat16 or float32."
+            )
+        return cast
+
+
+def config_of(model: Any) -> PreTrainedConfig:
+    """The config of a model or of a traced one. Raises `UnsupportedModelError` for anything else."""
+    config = model.meta.get("config") if isinstance(model, GraphModule) else getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel | GraphModule) or config is None:
+        kind = type(model).__name__
+        raise UnsupportedModelError(f"model: got {kind}, allowed: a Transformers causal LM, or optimum_mla.trace of one.")
+    return config
+
+
+def check_convertible(model: Any) -> Family:
+    """The family of a model that can be converted.
+
+    Raises:
+        UnsupportedModelError: Not a model, an unknown family, or quantized weights.
+        CorruptWeightsError: A weight is NaN or infinite.
+    """
+    config = config_of(model)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("model: its weights are quantized. Convert the unquantized model, then quantize it.")
+    family = family_of(config)
+    if isinstance(model, PreTrainedModel) and not isinstance(model, family.source_model | family.model):  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"model: got {type(model).__name__}, allowed: {family.source_model.__name__}. Load it as a causal LM."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"model: {name} is on the meta device. Load the weights first.")
+        if not parameter.isfinite().all():
+            raise CorruptWeightsError(f"model: {name} holds NaN or infinite values. Check the checkpoint.")
+    return family
+
+
+def attention_nodes(
+    graph_module: GraphModule, family: Family, layers: dict[int, SourceAttention]
+) -> Iterator[tuple[int, torch.fx.Node]]:
+    """Each layer's index and its attention's `call_module` node."""
+    targets = {family.spec.attention_path(layer): layer for layer in layers}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and node.target in targets:
+            yield targets[node.target], node

@@ -1,0 +1,82 @@
+"""How large the latent may be: a rank, a share of the source's cache, or a share of the energy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from optimum_mla.errors import InvalidValueError
+from optimum_mla.ops.rank_allocation import rank_for_energy
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """At most one of the three is set; none means the method's own default.
+
+    Attributes:
+        kv_lora_rank: Numbers in the latent, per token and layer.
+        kv_cache_ratio: Numbers cached per token and layer, rotary key included, over the source's `2·G·D`; in (0, 1].
+        energy: Share of the squared singular values that each layer's latent holds, in (0, 1]; ranks then differ.
+    """
+
+    kv_lora_rank: int | None = None
+    kv_cache_ratio: float | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) > 1:
+            names = " and ".join(given)
+            raise InvalidValueError(names, tuple(given.values()), "one of them", "Give either of them, not both.")
+        if self.kv_lora_rank is not None and self.kv_lora_rank < 1:
+            raise InvalidValueError("kv_lora_rank", self.kv_lora_rank, "integers from 1")
+        for name in ("kv_cache_ratio", "energy"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise InvalidValueError(name, value, "above 0, up to 1")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether any of the three is given."""
+        return any(value is not None for value in vars(self).values())
+
+    def rank(
+        self,
+        cache_numbers: int,
+        overhead: int,
+        largest: int,
+        spectrum: Callable[[], Tensor],
+        smallest: int = 1,
+    ) -> int:
+        """The latent's rank in one layer.
+
+        Args:
+            cache_numbers: Numbers that the source layer caches per token.
+            overhead: Numbers cached beside the latent (rotary key, key norms).
+            largest: Highest rank that changes anything: the factorized weight's own.
+            spectrum: Gives its singular values, falling; called only for `energy`.
+            smallest: Lowest rank that the method can use.
+
+        Raises:
+            InvalidValueError: Out of range for this layer, with the range.
+        """
+        if self.kv_lora_rank is not None:
+            if not smallest <= self.kv_lora_rank <= largest:
+                raise InvalidValueError(
+                    "kv_lora_rank", self.kv_lora_rank, f"{smallest} to {largest} for this model and method"
+                )
+            return self.kv_lora_rank
+        if self.energy is not None:
+            return max(smallest, rank_for_energy(spectrum(), self.energy))
+        if self.kv_cache_ratio is None:
+            return largest
+        rank = int(self.kv_cache_ratio * cache_numbers + 1e-9) - overhead
+        if not smallest <= rank <= largest:
+            low, high = (overhead + smallest) / cache_numbers, min(1.0, (overhead + largest) / cache_numbers)
+            remedy = f"{overhead} of {cache_numbers} numbers per token go beside the latent." if overhead else ""
+            raise InvalidValueError(
+                "kv_cache_ratio", self.kv_cache_ratio, f"{low:.4g} to {high:.4g} for this model and method", remedy
+            )
+        return rank

@@ -1,0 +1,103 @@
+"""A decoder LLM as a `torch.fx.GraphModule` in which every attention is one `call_module` node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Tracer
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from optimum_mla.models import family_of
+
+
+class PositionIds(nn.Module):
+    """Position ids [1, S] where the caller gives none."""
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return `position_ids`, or 0 to S - 1."""
+        if position_ids is not None:
+            return position_ids
+        return torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+
+
+class CausalMask(nn.Module):
+    """The attention mask of one layer type, made by Transformers for the model's attention implementation."""
+
+    def __init__(self, config: Any, layer_type: str | None) -> None:
+        super().__init__()
+        self.config, self.layer_type = config, layer_type
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Any:
+        """Mask for a pass without a cache."""
+        masks = create_masks_for_generate(self.config, hidden_states, attention_mask, None, position_ids)
+        return masks[self.layer_type] if isinstance(masks, dict) else masks
+
+
+class _Decoder(nn.Module):
+    """The skeleton around the decoder layers, whose own `forward`s are traced. Names are the model's."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        spec, config = family_of(model.config).spec, model.config
+        self.base_name = spec.base
+        self.add_module(spec.base, model.get_submodule(spec.base))
+        self.lm_head = model.get_output_embeddings()
+        layer_types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+        self.mask_names = [f"mask_{layer_type or 'causal'}" for layer_type in layer_types]
+        self.positions = PositionIds()
+        for name, layer_type in zip(self.mask_names, layer_types, strict=True):
+            self.add_module(name, CausalMask(config, layer_type))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        base = self.get_submodule(self.base_name)
+        hidden_states = base.embed_tokens(input_ids)
+        position_ids = self.positions(hidden_states, position_ids)
+        masks = {
+            name: self.get_submodule(name)(hidden_states, attention_mask, position_ids)
+            for name in dict.fromkeys(self.mask_names)
+        }
+        position_embeddings = base.rotary_emb(hidden_states, position_ids)
+        for layer, mask_name in zip(base.layers, self.mask_names, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[mask_name],
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+            )
+        return self.lm_head(base.norm(hidden_states))
+
+
+class _DecoderTracer(Tracer):
+    """Goes into the decoder layers and no further: attention, MLP, norms and masks stay whole."""
+
+    def __init__(self, layer_class: type[nn.Module]) -> None:
+        super().__init__()
+        self.layer_class = layer_class
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not isinstance(m, self.layer_class)
+
+
+def trace(model: PreTrainedModel) -> GraphModule:
+    """Trace a causal language model of a supported family.
+
+    Args:
+        model: A source or a converted model; the graph shares its modules.
+
+    Returns:
+        A module `(input_ids [B, S], attention_mask=None, position_ids=None) -> logits [B, S, vocabulary]`, without a
+        cache, with the model's submodule names and, in `meta["config"]`, its config. Transformations apply to it as to
+        the model.
+    """
+    spec = family_of(model.config).spec
+    root = _Decoder(model)
+    layers = model.get_submodule(f"{spec.base}.{spec.layers}")
+    graph = _DecoderTracer(type(layers[0])).trace(root)  # type: ignore[index]
+    graph_module = GraphModule(root, graph, class_name=f"Traced{type(model).__name__}")
+    graph_module.meta["config"] = model.config  # a plain attribute would not survive deepcopy
+    return graph_module.train(model.training)

@@ -1,0 +1,158 @@
+"""X-EcoMLA: one shared rotary key, low-rank queries if wanted, an initialization for distillation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_mla.errors import InvalidValueError
+from optimum_mla.geometry import MLAGeometry
+from optimum_mla.models import SourceAttention
+from optimum_mla.ops.low_rank import low_rank_factors, singular_values
+from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.ops.rope_split import RopeSplit, select_pairs, split_by_pairs, split_last_columns
+from optimum_mla.transforms.base import MLATransformation
+from optimum_mla.transforms.budget import RankBudget
+from optimum_mla.transforms.decoupled import decoupled_tensors, gather_dims, reorder_query
+from optimum_mla.transforms.options import check_rope_dim, choose_selection
+
+
+class XEcoMLA(MLATransformation):
+    """Upcycling by SVD (arXiv 2503.11132, Algorithm 1).
+
+    [W_K, W_V] is factorized into the latent; the up-projection keeps each head's position-free key dims and its values,
+    duplicated to H heads. One rotary key, shared by all heads (K = 1), is the average of the key heads' rotary dims.
+    With `q_lora_rank` or `q_energy` the queries are factorized too. Good at once only near full rank: meant to be
+    distilled from a teacher.
+
+    Args:
+        q_lora_rank: Rank of the query latent; None keeps one full query projection.
+        q_energy: Share of W_Q's energy that the query latent keeps, per layer; instead of `q_lora_rank`.
+        qk_rope_head_dim: R; the paper's choice is D/2.
+        rope_selection: `last`, Algorithm 1's choice (each head's last R dims, with the frequencies of an R-dim head;
+            R must divide D), or whole rotary pairs of the source: `high`, `low`, `uniform`, or `contribution`.
+        latent_norm: Put an RMSNorm on the latents, as DeepSeek has; its gain starts at the latent's expected size.
+        **options: Of `MLATransformation`.
+    """
+
+    name = "x-ecomla"
+    default_budget = RankBudget(kv_cache_ratio=0.5)
+    rope_selections = ("last", "high", "low", "uniform", "contribution")
+
+    def __init__(
+        self,
+        q_lora_rank: int | None = None,
+        q_energy: float | None = None,
+        qk_rope_head_dim: int | None = None,
+        rope_selection: str | None = None,
+        latent_norm: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if q_lora_rank is not None and q_energy is not None:
+            raise InvalidValueError("q_lora_rank and q_energy", (q_lora_rank, q_energy), "one of them")
+        if q_energy is not None and not 0 < q_energy <= 1:
+            raise InvalidValueError("q_energy", q_energy, "above 0, up to 1")
+        self.q_lora_rank, self.q_energy, self.latent_norm = q_lora_rank, q_energy, latent_norm
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")
+
+    @property
+    def needs_contribution(self) -> bool:
+        return self.rope_selection == "contribution"
+
+    def plan_layer(self, source: SourceAttention) -> MLAGeometry:
+        g = source.geometry
+        only_divisors = self.rope_selection == "last"
+        rope = check_rope_dim(self.qk_rope_head_dim, g.head_dim, g.head_dim // 2, only_divisors)
+        # With key norms one factor per up-projected head is cached: query heads share theirs as in the source.
+        up_heads = g.num_key_value_heads if g.key_norm else g.num_attention_heads
+        overhead = rope + (up_heads if g.key_norm else 0)
+        largest = min(g.hidden_size, 2 * g.num_key_value_heads * g.head_dim)
+        rank = self.budget.rank(g.source_cache_numbers, overhead, largest, lambda: singular_values(_stack(source)))
+        return replace(
+            g,
+            attention_form="decoupled",
+            kv_lora_rank=rank,
+            q_lora_rank=self._query_rank(source),
+            qk_nope_head_dim=g.head_dim - rope,
+            qk_rope_head_dim=rope,
+            num_rope_heads=1,
+            v_head_dim=g.head_dim,
+            num_up_heads=up_heads,
+            latent_norm=self.latent_norm,
+        )
+
+    def _query_rank(self, source: SourceAttention) -> int | None:
+        if self.q_energy is not None:
+            return rank_for_energy(singular_values(source.query.flatten(0, 1)), self.q_energy)
+        largest = min(source.geometry.hidden_size, source.geometry.num_attention_heads * source.geometry.head_dim)
+        if self.q_lora_rank is not None and not 1 <= self.q_lora_rank <= largest:
+            raise InvalidValueError("q_lora_rank", self.q_lora_rank, f"1 to {largest} for this model")
+        return self.q_lora_rank
+
+    def convert_layer(
+        self, source: SourceAttention, geometry: MLAGeometry, contribution: Tensor | None
+    ) -> dict[str, Tensor]:
+        g = geometry
+        split = self._split(g, contribution)
+        down, up = low_rank_factors(_stack(source), g.kv_lora_rank)
+        key_up, value_up = up.view(2, g.num_key_value_heads, g.head_dim, -1)  # each [G, D, r]
+        share = g.num_up_heads // g.num_key_value_heads
+        tensors = decoupled_tensors(
+            source,
+            g,
+            split,
+            # Heads duplicated share times: the same singular vectors, √share times the singular values.
+            down * share**0.25,
+            key_up=gather_dims(key_up, split.nope).repeat_interleave(share, dim=0) / share**0.25,
+            value_up=value_up.repeat_interleave(share, dim=0) / share**0.25,
+            rope_key=gather_dims(source.key, split.rope).mean(dim=0, keepdim=True),
+            rope_bias=gather_dims(source.key_bias, split.rope).mean(dim=0, keepdim=True),
+        )
+        if g.latent_norm:
+            tensors |= _norm_on_latent(tensors, source, "kv_a_layernorm", down * share**0.25)
+        return tensors | self._query_tensors(source, g, split)
+
+    def _split(self, g: MLAGeometry, contribution: Tensor | None) -> RopeSplit:
+        if self.rope_selection == "last":
+            return split_last_columns(g.head_dim, g.qk_rope_head_dim)
+        # The rotary key is shared: one selection for all key heads, by their contributions together.
+        scores = None if contribution is None else contribution.sum(dim=0, keepdim=True)
+        return split_by_pairs(select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, scores), g.head_dim)
+
+    def _query_tensors(self, source: SourceAttention, g: MLAGeometry, split: RopeSplit) -> dict[str, Tensor]:
+        weight, bias = reorder_query(source, split)
+        if g.q_lora_rank is None:
+            tensors = {"q_proj.weight": weight.flatten(0, 1)}
+            biased = "q_proj.bias"
+        else:
+            down, up = low_rank_factors(weight.flatten(0, 1), g.q_lora_rank)
+            tensors = {"q_a_proj.weight": down, "q_b_proj.weight": up}
+            biased = "q_b_proj.bias"
+            if g.latent_norm:
+                tensors |= _norm_on_latent(tensors, source, "q_a_layernorm", down)
+        if g.query_bias:
+            tensors[biased] = bias.flatten()
+        return tensors
+
+
+def _stack(source: SourceAttention) -> Tensor:
+    """[W_K ; W_V], [2·G·D, d]."""
+    return torch.cat([source.key.flatten(0, 1), source.value.flatten(0, 1)])
+
+
+def _norm_on_latent(
+    tensors: dict[str, Tensor], source: SourceAttention, norm: str, down: Tensor
+) -> dict[str, Tensor]:
+    """The latent norm's gain: the root mean square that the latent is expected to have.
+
+    The attention reads an RMS-normed state times a gain, so its channels have about the gain's size, and the latent's
+    mean square is the mean over rows of ‖down · diag(gain)‖².
+    """
+    gain = 1.0 if source.input_gain is None else source.input_gain.double()
+    expected = (down * gain).square().sum(dim=1).mean().sqrt()
+    return {f"{norm}.weight": expected.repeat(down.shape[0])}
