@@ -11,12 +11,17 @@ Everything is deterministic under `--seed` on one machine with one thread count.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
+from typing import cast
 
 import tokenizers
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY_SIZE = 4096
 SEQUENCE_LENGTH = 512  # tokens per training sequence, and the longest position the model has seen
@@ -63,7 +68,7 @@ def train_tokenizer(books: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def token_sequences(tokenizer: PreTrainedTokenizerFast, books: list[str]) -> torch.Tensor:
+def token_sequences(tokenizer: PreTrainedTokenizerFast, books: list[str]) -> Tensor:
     """All books end to end, each closed by the end token, cut into rows: [N, SEQUENCE_LENGTH]."""
     stream: list[int] = []
     for ids in tokenizer(books, verbose=False)["input_ids"]:
@@ -90,54 +95,45 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon on the weight matrices, AdamW on embeddings and gains, stepped as one so that `Trainer` drives both.
+def train(model: LlamaForCausalLM, sequences: Tensor, arguments: argparse.Namespace) -> int:
+    """Train in place for `--tokens` tokens; returns how many were seen.
 
-    Muon reaches the loss of AdamW in about half the tokens here, which is what makes two CPU cores enough.
+    Two optimizers: Muon for the weight matrices, which reaches AdamW's loss in about half the tokens here and so makes
+    two CPU cores enough, and AdamW for embeddings and gains. `Trainer` drives only one, hence the loop.
     """
-
-    def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
-        is_matrix = {name: p.ndim == 2 and "embed" not in name for name, p in model.named_parameters()}
-        matrices = [p for name, p in model.named_parameters() if is_matrix[name]]
-        others = [p for name, p in model.named_parameters() if not is_matrix[name]]
-        super().__init__([*matrices, *others], {"lr": learning_rate})
-        self.parts = (
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-        )
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure=None) -> None:
-        for part in self.parts:
-            part.step()
-
-
-def train(model: LlamaForCausalLM, sequences: torch.Tensor, arguments: argparse.Namespace) -> int:
-    """Train in place for `--tokens` tokens; returns how many were seen."""
     steps = arguments.tokens // (arguments.batch_size * SEQUENCE_LENGTH)
-    optimizer = MuonAndAdamW(model, arguments.learning_rate)
-    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, num_warmup_steps=max(20, steps // 100), num_training_steps=steps, min_lr_rate=0.02
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    is_matrix = {name: p.ndim == 2 and "embed" not in name for name, p in model.named_parameters()}
+    matrices = [p for name, p in model.named_parameters() if is_matrix[name]]
+    others = [p for name, p in model.named_parameters() if not is_matrix[name]]
+    rate = arguments.learning_rate
+    optimizers = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    schedulers = [
+        transformers.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, num_warmup_steps=max(20, steps // 100), num_training_steps=steps, min_lr_rate=0.02
+        )
+        for optimizer in optimizers
+    ]
+    order: DataLoader[Tensor] = DataLoader(
+        cast("Dataset[Tensor]", sequences), batch_size=arguments.batch_size, shuffle=True, drop_last=True
     )
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(arguments.output / "checkpoints"),
-            max_steps=steps,
-            per_device_train_batch_size=arguments.batch_size,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=max(1, steps // 100),
-            save_steps=max(1, steps // 8),
-            save_total_limit=1,
-            save_only_model=True,
-            report_to="none",
-            seed=arguments.seed,
-        ),
-        train_dataset=[{"input_ids": row, "labels": row} for row in sequences],
-        optimizers=(optimizer, scheduler),
-    )
-    trainer.train()
+    batches = itertools.chain.from_iterable(itertools.repeat(order))
+    bar = tqdm(itertools.islice(batches, steps), total=steps, desc="training", mininterval=10)
+    for ids in bar:
+        ids = ids.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return steps * arguments.batch_size * SEQUENCE_LENGTH
 
 
@@ -160,10 +156,13 @@ real weights without a download. It writes plausible English and knows nothing.
 | tokenizer | byte-level BPE, {vocabulary:,} tokens |
 | trained on | {tokens:,} tokens of {books} public-domain books, sequences of {length} |
 | optimizer | Muon (matrices) and AdamW (embeddings, gains), learning rate {learning_rate:g}, cosine, seed {seed} |
-| held-out perplexity per token | **{evaluation:.2f}** on `evaluation.txt` ({evaluation_book}), {calibration:.2f} on `calibration.txt` ({calibration_book}); non-overlapping windows of {length} tokens, bfloat16 weights computed in float32 |
+| perplexity per token, held out | **{evaluation:.2f}** on `evaluation.txt`, {calibration:.2f} on `calibration.txt` |
 
-`evaluation.txt` and `calibration.txt` are excerpts of two books that neither the model nor its tokenizer has seen. All
-books are in the public domain. Made by `python benchmarks/train_reference_model.py --corpus DIR`.
+`evaluation.txt` and `calibration.txt` are excerpts of two books ({evaluation_book}, {calibration_book}) that neither
+the model nor its tokenizer has seen; their perplexity is over non-overlapping windows of {length} tokens, with the
+bfloat16 weights computed in float32. All books are in the public domain.
+
+Made by `python benchmarks/train_reference_model.py --corpus DIR`.
 """
 
 
@@ -179,7 +178,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = build_model(tokenizer)
     tokens = train(model, sequences, arguments)
-    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    model.to("cpu", torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     for name, book in held_out.items():
         text = excerpt((arguments.corpus / book).read_text(encoding="utf-8"))

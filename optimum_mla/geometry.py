@@ -55,8 +55,23 @@ class MLAGeometry:
 
     @classmethod
     def from_config(cls, config: Any, **features: bool) -> MLAGeometry:
-        """Read the fields from one layer's config; `features` are what the config does not say (norms, biases)."""
-        known = {f.name: getattr(config, f.name) for f in fields(cls) if getattr(config, f.name, None) is not None}
+        """Read the fields from one layer's config.
+
+        Args:
+            config: Of a source model or of one layer of a converted one. A layer that keeps the source's attention has
+                none of the latent fields, whatever the config holds for the other layers.
+            features: What the config does not say: biases, norms.
+        """
+        heads = config.num_attention_heads
+        known: dict[str, Any] = {
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        }
+        if getattr(config, "attention_form", "source") != "source":
+            names = [f.name for f in fields(cls) if f.name not in known and hasattr(config, f.name)]
+            known |= {name: getattr(config, name) for name in names}
         return cls(**{**known, **features})
 
     @property
@@ -124,10 +139,8 @@ class MLAGeometry:
     def _decoupled_parameters(self) -> int:
         d, r, heads, up_heads = self.hidden_size, self.kv_lora_rank, self.num_attention_heads, self.num_up_heads
         query, rotary = heads * self.qk_head_dim, self.num_rope_heads * self.qk_rope_head_dim
-        if self.q_lora_rank is None:
-            queries = d * query
-        else:
-            queries = self.q_lora_rank * (d + query + self.latent_norm)
+        r_q = self.q_lora_rank
+        queries = d * query if r_q is None else r_q * (d + query + self.latent_norm)
         rope_input = d if self.rope_cache == "cached" else r
         up = up_heads * (self.qk_nope_head_dim + self.v_head_dim)
         biases = self.query_bias * query + self.key_value_bias * (up + rotary + r)

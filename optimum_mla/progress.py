@@ -17,6 +17,4 @@ DELAY_SECONDS = 2.0
 def progress(items: Iterable[T], description: str) -> Iterable[T]:
     """Iterate with a progress bar on standard error, if that is a terminal and the work takes over two seconds."""
     total = len(items) if isinstance(items, Sized) else None
-    return tqdm(
-        items, desc=description, total=total, delay=DELAY_SECONDS, leave=False, disable=not sys.stderr.isatty()
-    )
+    return tqdm(items, desc=description, total=total, delay=DELAY_SECONDS, leave=False, disable=not sys.stderr.isatty())

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: a file, a folder of `.txt` files, or a dataset, cut into windows of token ids."""
+"""Text for calibration and evaluation: files or datasets, cut into windows of token ids."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def read_documents(source: str | Path) -> Iterator[str]:
     elif path.is_file():
         files = [path]
     elif path.suffix:
-        raise CalibrationDataError(f"text: no file {source}. Give a UTF-8 text file, a folder of them, or a dataset name.")
+        raise CalibrationDataError(
+            f"text: no file {source}. Give a UTF-8 text file, a folder of them, or a dataset name."
+        )
     else:
         yield from _dataset_documents(str(source))
         return

@@ -70,7 +70,7 @@ def load_attention(
 
 
 def assemble_model(
-    model: PreTrainedModel, family: Family, config: PreTrainedConfig, tensors: dict[int, dict[str, Tensor]]
+    model: PreTrainedModel, family: Family, config: PreTrainedConfig, attentions: dict[int, LatentAttention]
 ) -> PreTrainedModel:
     """Turn `model` into the converted model, in place: the same object, with the family's MLA class.
 
@@ -80,15 +80,18 @@ def assemble_model(
     Args:
         model: A source model, or one converted in other layers.
         config: From `converted_config`.
-        tensors: By layer, the parameters and buffers of its new attention.
+        attentions: By layer, its new attention.
     """
     with torch.device("meta"):
         converted = family.model(config)
-    replaced = tuple(f"{family.spec.attention_path(layer)}." for layer in tensors)
-    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(replaced)}
-    for layer, parameters in tensors.items():
-        prefix = family.spec.attention_path(layer)
-        state |= {f"{prefix}.{name}": nn.Parameter(t) if t.is_floating_point() else t for name, t in parameters.items()}
+    prefixes = {layer: f"{family.spec.attention_path(layer)}." for layer in attentions}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not name.startswith(tuple(prefixes.values()))
+    }
+    for layer, attention in attentions.items():
+        state |= attention.state_dict(prefix=prefixes[layer], keep_vars=True)
     converted.load_state_dict(state, assign=True)
     # Buffers that are not saved (the rotary table's frequencies) come from the source too.
     buffers = dict(model.named_buffers())

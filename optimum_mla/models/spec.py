@@ -24,6 +24,7 @@ class AttentionSpec:
         query_bias, key_value_bias, output_bias: Which projections have a bias.
         query_norm, key_norm: Attribute names of the RMSNorms on query and key heads, or None.
         base, layers, attention, rotary: Attribute names on the way from the model to its attention.
+        input_norm: Attribute name, in a decoder layer, of the norm before the attention.
         query, key, value, output: Attribute names of the four projections.
     """
 
@@ -38,6 +39,7 @@ class AttentionSpec:
     layers: str = "layers"
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
+    input_norm: str = "input_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
@@ -48,9 +50,13 @@ class AttentionSpec:
         """`model_type` of the converted family."""
         return f"{self.model_type}_mla"
 
+    def layer_path(self, layer: int) -> str:
+        """Dotted name of one decoder layer in the model."""
+        return f"{self.base}.{self.layers}.{layer}"
+
     def attention_path(self, layer: int) -> str:
         """Dotted name of one layer's attention in the model."""
-        return f"{self.base}.{self.layers}.{layer}.{self.attention}"
+        return f"{self.layer_path(layer)}.{self.attention}"
 
     @property
     def rotary_path(self) -> str:
@@ -72,8 +78,7 @@ class AttentionSpec:
 
     def geometry(self, layer_config: Any) -> MLAGeometry:
         """Shape of one layer, of a source model's config or of a converted one's."""
-        geometry = MLAGeometry.from_config(layer_config, **self.features(layer_config))
-        return geometry
+        return MLAGeometry.from_config(layer_config, **self.features(layer_config))
 
 
 def sliding_window(config: Any, layer: int) -> int | None:
@@ -92,7 +97,7 @@ class SourceAttention:
         module: The attention module of the source model.
         geometry: Its shape.
         attention_scaling: Factor that the rotary embedding multiplies onto cos and sin (YaRN), 1.0 without.
-        input_gain: [d], gain of the norm before the attention, or None where it is not known.
+        input_gain: [d], gain of the norm before the attention.
     """
 
     def __init__(
@@ -100,8 +105,8 @@ class SourceAttention:
         spec: AttentionSpec,
         module: nn.Module,
         geometry: MLAGeometry,
-        attention_scaling: float = 1.0,
-        input_gain: Tensor | None = None,
+        attention_scaling: float,
+        input_gain: Tensor,
     ) -> None:
         self.spec, self.module, self.geometry = spec, module, geometry
         self.attention_scaling, self.input_gain = attention_scaling, input_gain

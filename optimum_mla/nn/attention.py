@@ -9,6 +9,7 @@ class works; expanded keys and values live only for the length of one forward pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class LatentAttention(nn.Module):
     """
 
     is_causal = True
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     def __init__(
         self, config: Any, geometry: MLAGeometry, layer_idx: int, rotary: nn.Module, sliding_window: int | None = None
@@ -109,8 +111,10 @@ class LatentAttention(nn.Module):
         raise NotImplementedError
 
     def _absorbable(self) -> bool:
-        """Whether `_absorbed` may read the up-projection's weight: not through an adapter, a quantizer or an offload hook,
-        which act only when the module is called."""
+        """Whether `_absorbed` may read the up-projection's weight.
+
+        Not past an adapter, a quantizer or an offload hook: those act only when the module is called.
+        """
         raise NotImplementedError
 
     def _absorbing_saves(self, queries: int, tokens: int) -> bool:
@@ -157,7 +161,10 @@ class LatentAttention(nn.Module):
                 key_rotation = self._rotation(self.rotary(hidden_states, positions))
 
         # Latent space takes a dense mask, or none where there is nothing to mask: one token that sees all the others.
-        dense = length == 1 if attention_mask is None else (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
+        if attention_mask is None:
+            dense = length == 1
+        else:
+            dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
         weights: Tensor | None
         if dense and self._absorbable() and self._absorbing_saves(length, tokens):
             context, weights = self._absorbed(queries, first, second, key_rotation, attention_mask)

@@ -32,11 +32,10 @@ def attention_weights(logits: Tensor, mask: Tensor | None, dropout: float = 0.0)
         mask: None, boolean (True: attend) or additive, broadcastable to the logits.
         dropout: Probability, applied to the weights.
     """
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-        else:
-            logits = logits + mask
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    elif mask is not None:
+        logits = logits + mask
     weights = logits.softmax(dim=-1, dtype=torch.float32).to(logits.dtype)
     return nn.functional.dropout(weights, p=dropout) if dropout else weights
 

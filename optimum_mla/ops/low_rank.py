@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LowRankFactors(NamedTuple):
-    """`up @ down` is the best rank-r approximation of a weight: down [r, d] reads the hidden state, up [m, r] writes."""
+    """`up @ down` is the best rank-r approximation of a weight: down [r, d] reads the state, up [m, r] writes."""
 
     down: Tensor
     up: Tensor

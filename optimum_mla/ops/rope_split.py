@@ -67,7 +67,7 @@ def split_by_pairs(pairs: Tensor, head_dim: int) -> RopeSplit:
 
 
 def split_last_columns(head_dim: int, rope_dim: int) -> RopeSplit:
-    """X-EcoMLA's partition (arXiv 2503.11132, Algorithm 1): the last R dims rotate with the frequencies of an R-dim head.
+    """X-EcoMLA's partition (arXiv 2503.11132, Algorithm 1): the last R dims turn with the frequencies of an R-dim head.
 
     theta^(-2i/R) is the source's frequency of pair i·D/R, so R must divide D.
     """

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from optimum_mla.progress import progress
 
+LARGEST_MEAN_LOSS = 700.0
+"""exp of more overflows a float."""
 TOKENS_PER_BATCH = 4096
 """Tokens in one forward pass: bounds the memory of the logits."""
 
@@ -31,9 +33,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     for ids in progress(windows.split(batch), "perplexity"):
         ids = ids.to(model.device)
         logits = model(ids, use_cache=False).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-        )
+        losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         total += losses.item()
     model.train(was_training)
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    return math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf

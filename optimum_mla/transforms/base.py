@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy as copying
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +21,29 @@ from optimum_mla.errors import CorruptWeightsError, InvalidValueError, Unsupport
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import Family, SourceAttention, family_of
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
-from optimum_mla.models.registry import is_converted
+from optimum_mla.nn import LatentAttention
 from optimum_mla.progress import progress
 from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.calibration import pair_contributions
 from optimum_mla.transforms.layers import LayerChoice, parse_layers
+
+PROBE_TOKENS = 128
+PROBE_SEED = 0
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer.
+
+    Attributes:
+        geometry: Its new shape.
+        output_error: Relative root-mean-square error of the attention's output, new against source, on
+            `PROBE_TOKENS` seeded Gaussian states scaled like the layer's normed input. Compares layers and methods
+            without any text; perplexity is what counts.
+    """
+
+    geometry: MLAGeometry
+    output_error: float
 
 
 class MLATransformation(Transformation):
@@ -39,6 +58,9 @@ class MLATransformation(Transformation):
         energy: Share of the squared singular values that each layer keeps; ranks then differ between layers.
         layers: `all`, a list such as `0-3,8`, a preset's name, or indices; see `parse_layers`.
         calibration: Token ids [N, L] to run through the source model, for methods and options that use them.
+
+    Attributes:
+        results: By layer, what the last call did.
 
     Raises:
         InvalidValueError: An option is out of range; when it is applied, with the range for the model at hand.
@@ -64,6 +86,18 @@ class MLATransformation(Transformation):
         self.budget = budget if budget.is_set else self.default_budget
         self.layers = layers if isinstance(layers, str) else tuple(layers)
         self.calibration = calibration
+        self.results: dict[int, LayerResult] = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option, defaults resolved, without the calibration tokens."""
+        own = {name: value for name, value in vars(self).items() if name not in ("results", "calibration", "budget")}
+        return {**own, **vars(self.budget)}
+
+    @property
+    def signature(self) -> int:
+        """Identifies the transformation on the graph nodes that it has changed."""
+        return hash((type(self), repr(sorted(self.options.items()))))
 
     @abstractmethod
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
@@ -80,6 +114,11 @@ class MLATransformation(Transformation):
             geometry: What `plan_layer` gave.
             contribution: [G, D/2] from `pair_contributions`, or None unless `needs_contribution`.
         """
+
+    @property
+    def plans_by_weights(self) -> bool:
+        """Whether `plan_layer` reads weights, and not the source's shape alone."""
+        return self.budget.energy is not None
 
     @property
     def needs_contribution(self) -> bool:
@@ -104,21 +143,31 @@ class MLATransformation(Transformation):
         sources = self._sources(family, model)
         plans = {layer: self.plan_layer(source) for layer, source in sources.items()}
         contributions: dict[int, Tensor] = {}
-        if self.needs_contribution:
+        if self.needs_contribution and self.calibration is not None:
             contributions = pair_contributions(model, family.spec, sources, self.calibration)
 
         config = converted_config(family, config_of(model), plans, self.name)
-        tensors = {
-            layer: self._cast(source, self.convert_layer(source, plans[layer], contributions.get(layer)))
-            for layer, source in progress(sources.items(), f"{self.name}: layers")
-        }
+        attentions = {}
+        self.results = {}
+        for layer, source in progress(sources.items(), f"{self.name}: layers"):
+            tensors = self._cast(source, self.convert_layer(source, plans[layer], contributions.get(layer)))
+            attentions[layer] = load_attention(family, config, layer, tensors, model)
+            self.results[layer] = LayerResult(plans[layer], _output_error(source, attentions[layer]))
         if isinstance(model, GraphModule):
             for layer, node in attention_nodes(model, family, sources):
-                model.set_submodule(str(node.target), load_attention(family, config, layer, tensors[layer], model))
+                model.set_submodule(str(node.target), attentions[layer])
                 self.mark_as_transformed(node)
             model.meta["config"] = config
             return model
-        return assemble_model(model, family, config, tensors)
+        return assemble_model(model, family, config, attentions)
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raise what converting a model of this config would raise for its options, without its weights."""
+        family = family_of(config)
+        for layer in parse_layers(self.layers, config.num_hidden_layers):
+            geometry = family.spec.geometry(config.per_layer_config[layer])
+            if not self.plans_by_weights:
+                self.plan_layer(SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0)))
 
     def _sources(self, family: Family, model: nn.Module) -> dict[int, SourceAttention]:
         """The attention of every layer to convert. Raises where one is converted already or is not finite."""
@@ -132,9 +181,9 @@ class MLATransformation(Transformation):
                     "layers", layer, "layers not yet converted", "Give each method of a hybrid layers of its own."
                 )
             geometry = spec.geometry(config.per_layer_config[layer])
-            if is_converted(config):
-                geometry = MLAGeometry.from_config(config, **spec.features(config), attention_form="source")
-            sources[layer] = SourceAttention(spec, module, geometry, getattr(rotary, "attention_scaling", 1.0))
+            gain = model.get_parameter(f"{spec.layer_path(layer)}.{spec.input_norm}.weight").detach()
+            scaling = getattr(rotary, "attention_scaling", 1.0)
+            sources[layer] = SourceAttention(spec, module, geometry, scaling, gain)
         return sources
 
     def _cast(self, source: SourceAttention, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,12 +199,29 @@ class MLATransformation(Transformation):
         return cast
 
 
+def _output_error(source: SourceAttention, attention: LatentAttention) -> float:
+    """`LayerResult.output_error`."""
+    gain = source.input_gain
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    states = torch.randn(1, PROBE_TOKENS, source.geometry.hidden_size, generator=generator).to(gain) * gain
+    position_embeddings = attention.rotary(states, torch.arange(PROBE_TOKENS, device=gain.device)[None])
+    mask = torch.full((PROBE_TOKENS, PROBE_TOKENS), torch.finfo(gain.dtype).min, dtype=gain.dtype, device=gain.device)
+    mask = mask.triu(1)[None, None]
+    before, after = (
+        module(states, position_embeddings=position_embeddings, attention_mask=mask)[0].double()
+        for module in (source.module, attention)
+    )
+    return float((after - before).norm() / before.norm())
+
+
 def config_of(model: Any) -> PreTrainedConfig:
     """The config of a model or of a traced one. Raises `UnsupportedModelError` for anything else."""
     config = model.meta.get("config") if isinstance(model, GraphModule) else getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel | GraphModule) or config is None:
         kind = type(model).__name__
-        raise UnsupportedModelError(f"model: got {kind}, allowed: a Transformers causal LM, or optimum_mla.trace of one.")
+        raise UnsupportedModelError(
+            f"model: got {kind}, allowed: a Transformers causal LM, or optimum_mla.trace of one."
+        )
     return config
 
 
@@ -168,7 +234,9 @@ def check_convertible(model: Any) -> Family:
     """
     config = config_of(model)
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("model: its weights are quantized. Convert the unquantized model, then quantize it.")
+        raise UnsupportedModelError(
+            "model: its weights are quantized. Convert the unquantized model, then quantize it."
+        )
     family = family_of(config)
     if isinstance(model, PreTrainedModel) and not isinstance(model, family.source_model | family.model):  # type: ignore[operator]
         raise UnsupportedModelError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class _Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        base = self.get_submodule(self.base_name)
+        base: Any = self.get_submodule(self.base_name)
         hidden_states = base.embed_tokens(input_ids)
         position_ids = self.positions(hidden_states, position_ids)
         masks = {
@@ -69,7 +69,7 @@ class _Decoder(nn.Module):
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
             )
-        return self.lm_head(base.norm(hidden_states))
+        return cast(nn.Module, self.lm_head)(base.norm(hidden_states))
 
 
 class _DecoderTracer(Tracer):

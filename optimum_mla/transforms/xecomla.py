@@ -64,6 +64,10 @@ class XEcoMLA(MLATransformation):
     def needs_contribution(self) -> bool:
         return self.rope_selection == "contribution"
 
+    @property
+    def plans_by_weights(self) -> bool:
+        return super().plans_by_weights or self.q_energy is not None
+
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         g = source.geometry
         only_divisors = self.rope_selection == "last"
@@ -145,14 +149,11 @@ def _stack(source: SourceAttention) -> Tensor:
     return torch.cat([source.key.flatten(0, 1), source.value.flatten(0, 1)])
 
 
-def _norm_on_latent(
-    tensors: dict[str, Tensor], source: SourceAttention, norm: str, down: Tensor
-) -> dict[str, Tensor]:
+def _norm_on_latent(tensors: dict[str, Tensor], source: SourceAttention, norm: str, down: Tensor) -> dict[str, Tensor]:
     """The latent norm's gain: the root mean square that the latent is expected to have.
 
     The attention reads an RMS-normed state times a gain, so its channels have about the gain's size, and the latent's
     mean square is the mean over rows of ‖down · diag(gain)‖².
     """
-    gain = 1.0 if source.input_gain is None else source.input_gain.double()
-    expected = (down * gain).square().sum(dim=1).mean().sqrt()
+    expected = (down * source.input_gain.double()).square().sum(dim=1).mean().sqrt()
     return {f"{norm}.weight": expected.repeat(down.shape[0])}

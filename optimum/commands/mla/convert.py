@@ -1,0 +1,126 @@
+"""`optimum-cli mla-convert`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+METHOD_OPTIONS = (
+    "kv_lora_rank",
+    "kv_cache_ratio",
+    "energy",
+    "q_lora_rank",
+    "q_energy",
+    "qk_rope_head_dim",
+    "rope_selection",
+    "factorization",
+    "latent_norm",
+    "layers",
+)
+"""Arguments that go to the method as they are, where they are given."""
+
+
+class MLAConvertCommand(BaseOptimumCLICommand):
+    """Arguments only; the work is `optimum_mla.pipeline.convert`."""
+
+    COMMAND = CommandInfo(
+        name="mla-convert", help="Convert a decoder LLM's attention to Multi-head Latent Attention (smaller KV cache)."
+    )
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.description = (
+            "Convert a decoder LLM to Multi-head Latent Attention. Without options: GQA2MLA at half the cache.\n"
+            "Example: optimum-cli mla-convert -m Qwen/Qwen3-0.6B --kv-cache-ratio 0.5 --eval-data text.txt OUT"
+        )
+        parser.add_argument("-m", "--model", required=True, help="Hub id or folder of the model to convert.")
+        parser.add_argument("output", help="Folder to write; it appears only when whole.")
+
+        method = parser.add_argument_group("method")
+        method.add_argument(
+            "--method", default="gqa2mla", help="gqa2mla (default), mha2mla, x-ecomla, or a registered one."
+        )
+        size = method.add_mutually_exclusive_group()
+        size.add_argument("--kv-lora-rank", type=int, help="Numbers in the latent, per token and layer.")
+        size.add_argument(
+            "--kv-cache-ratio",
+            type=float,
+            help="Cache after over cache before, in (0, 1]. Default 0.5. 1 is full size.",
+        )
+        size.add_argument(
+            "--energy", type=float, help="Share of the weights' energy each layer keeps; ranks then differ."
+        )
+        method.add_argument("--q-lora-rank", type=int, help="Rank of a query latent (x-ecomla).")
+        method.add_argument("--q-energy", type=float, help="Share of the query weight's energy to keep (x-ecomla).")
+        method.add_argument("--qk-rope-head-dim", type=int, help="Rotary dims per key head (mha2mla, x-ecomla).")
+        method.add_argument(
+            "--rope-selection",
+            help="Dims that keep rotating: high, low, uniform, contribution (needs calibration data), last (x-ecomla).",
+        )
+        method.add_argument("--factorization", help="One latent for keys and values, or two: joint or split (mha2mla).")
+        method.add_argument(
+            "--latent-norm", action="store_true", default=None, help="Put an RMSNorm on the latents (x-ecomla)."
+        )
+        method.add_argument(
+            "--layers", help="all (default), a list such as 0-7 or 1,3,5, or a preset (x-ecomla-hybrid)."
+        )
+
+        text = parser.add_argument_group("text")
+        text.add_argument(
+            "--calibration-data", help="Text file, folder of .txt files, or dataset NAME[:CONFIG[:SPLIT]]."
+        )
+        text.add_argument("--calibration-samples", type=int, default=128, help="Windows of it to use (default 128).")
+        text.add_argument(
+            "--calibration-length", type=int, help="Tokens per window, for evaluation too (default: up to 512)."
+        )
+        text.add_argument("--eval-data", help="Text for the perplexity before and after; as --calibration-data.")
+        text.add_argument("--eval-samples", type=int, default=128, help="Windows of it to use (default 128).")
+
+        run = parser.add_argument_group("run")
+        run.add_argument("--dtype", default="auto", help="auto (default, as saved), float32, bfloat16, float16.")
+        run.add_argument("--device", help="Torch device; default: cuda where there is one, else cpu.")
+        run.add_argument("--seed", type=int, default=0, help="Default 0.")
+        run.add_argument("--overwrite", action="store_true", help="Replace OUTPUT if it holds a model.")
+        run.add_argument("--revision", help="Branch, tag or commit on the hub.")
+        run.add_argument("--cache-dir", help="Where downloads are kept.")
+        run.add_argument("--token", help="Hub token.")
+        run.add_argument(
+            "--trust-remote-code", action="store_true", help="Run code that the model's repository brings."
+        )
+
+    def run(self) -> None:
+        """Convert, print the summary; bad input prints one line and exits with 2."""
+        from optimum_mla.cli import exit_on_bad_input
+
+        with exit_on_bad_input():
+            from optimum_mla.pipeline import TextOptions, convert
+            from optimum_mla.report.render import summary_table
+
+            args = self.args
+            report = convert(
+                args.model,
+                args.output,
+                method=args.method,
+                options={name: getattr(args, name) for name in METHOD_OPTIONS},
+                texts=TextOptions(
+                    calibration_data=args.calibration_data,
+                    calibration_samples=args.calibration_samples,
+                    calibration_length=args.calibration_length,
+                    eval_data=args.eval_data,
+                    eval_samples=args.eval_samples,
+                ),
+                dtype=args.dtype,
+                device=args.device,
+                seed=args.seed,
+                overwrite=args.overwrite,
+                hub={
+                    "revision": args.revision,
+                    "cache_dir": args.cache_dir,
+                    "token": args.token,
+                    "trust_remote_code": args.trust_remote_code,
+                },
+            )
+            print(summary_table([report]))
+            print(f"\nSaved to {args.output}")

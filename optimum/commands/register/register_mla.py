@@ -1,0 +1,5 @@
+"""Adds the commands of optimum-mla to `optimum-cli`. Imported at every start of it: nothing heavy here."""
+
+from optimum.commands.mla.convert import MLAConvertCommand
+
+REGISTER_COMMANDS = [MLAConvertCommand]

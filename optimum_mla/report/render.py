@@ -1,0 +1,103 @@
+"""Reports as text: the terminal table and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from optimum_mla.report.schema import ConversionReport
+
+SUMMARY_HEADER = (
+    "method",
+    "numbers/token/layer",
+    "bytes/token",
+    "% of source",
+    "perplexity before",
+    "after",
+    "seconds",
+    "peak MB",
+)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Plain-text table: the first column left-aligned, the others right-aligned."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number in a table; `-` for one that was not measured."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def summary_row(report: ConversionReport) -> tuple[str, ...]:
+    """One conversion under `SUMMARY_HEADER`."""
+    return (
+        report.method,
+        f"{report.cache_numbers_per_token_per_layer:g}",
+        f"{report.cache_bytes_per_token:g}",
+        number(report.cache_percent_of_source, 1),
+        number(report.perplexity_before),
+        number(report.perplexity_after),
+        number(report.conversion_seconds, 1),
+        number(report.peak_memory_bytes / 1e6, 0),
+    )
+
+
+def summary_table(reports: Iterable[ConversionReport]) -> str:
+    """The table that a conversion prints at its end."""
+    return table(SUMMARY_HEADER, [summary_row(report) for report in reports])
+
+
+MODEL_CARD = """\
+---
+library_name: transformers
+base_model: {model}
+tags:
+- optimum-mla
+- mla
+- kv-cache
+---
+
+# {name}
+
+`{model}` with Multi-head Latent Attention, converted by optimum-mla {version} with the method `{method}`.
+
+| | source | this model |
+|---|---|---|
+| cache, bytes per token (measured, {dtype}) | {source_bytes:g} | {bytes:g} ({percent:.1f} %) |
+| perplexity on the evaluation text | {before} | {after} |
+| parameters | | {added:+,} |
+
+```python
+import optimum_mla  # registers the model classes
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+`trust_remote_code=True` does without the import where optimum-mla is installed. Every option, the rank and error of
+each layer, data hashes and versions are in `conversion_report.json`. The licence of the source model applies.
+"""
+
+
+def model_card(report: ConversionReport, name: str) -> str:
+    """README.md of the output folder."""
+    return MODEL_CARD.format(
+        name=name,
+        model=report.model,
+        version=report.versions["optimum-mla"],
+        method=report.method,
+        dtype=report.dtype,
+        source_bytes=report.source_cache_bytes_per_token,
+        bytes=report.cache_bytes_per_token,
+        percent=report.cache_percent_of_source,
+        before=number(report.perplexity_before),
+        after=number(report.perplexity_after),
+        added=report.parameters_added,
+    )
