@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-slow style check paper-tables reference-model clean
+.PHONY: setup demo test test-slow style check paper-tables bench-conversion reference-model clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(RUN) $(BIN)/python benchmarks/demo.py
+	$(RUN) $(BIN)/python -m benchmarks.demo
 
 test: setup
 	$(RUN) $(BIN)/python -m pytest
@@ -38,6 +38,9 @@ check: setup
 
 paper-tables: setup
 	$(BIN)/python benchmarks/paper_tables.py
+
+bench-conversion: setup
+	$(RUN) $(BIN)/python -m benchmarks.conversion
 
 # Needs a folder of text files: make reference-model CORPUS=DIR
 reference-model: setup

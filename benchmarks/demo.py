@@ -2,43 +2,32 @@
 
     make demo
 
-Each conversion is `optimum-cli mla-convert` in a process of its own, as a user runs it, so that its peak memory is its
-own. Results go to `demo_output/`.
+Results go to `demo_output/`.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.conversion import ROOT, run_conversion
+
 REFERENCE = Path("benchmarks/reference_model")
 OUTPUT = Path("demo_output")
-KV_CACHE_RATIO = "0.5"
 METHODS = ("gqa2mla", "mha2mla", "x-ecomla")
+OPTIONS = {
+    "kv-cache-ratio": 0.5,
+    "calibration-data": REFERENCE / "calibration.txt",
+    "calibration-samples": 32,
+    "eval-data": REFERENCE / "evaluation.txt",
+}
 PROMPT = "It was a bright morning, and the old gentleman"
 
 
-def convert(method: str) -> Path:
-    """Convert the reference model by one method; returns the output folder."""
-    folder = OUTPUT / method
-    command = [
-        *(str(Path(sys.executable).with_name("optimum-cli")), "mla-convert", "-m", str(REFERENCE)),
-        *("--method", method, "--kv-cache-ratio", KV_CACHE_RATIO),
-        *("--calibration-data", str(REFERENCE / "calibration.txt"), "--calibration-samples", "32"),
-        *("--eval-data", str(REFERENCE / "evaluation.txt"), "--overwrite", str(folder)),
-    ]
-    print("$", " ".join(["optimum-cli", *command[1:]]), flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
 def main() -> None:
-    """Run the demo from the project's root."""
+    """Run the demo."""
     os.chdir(ROOT)
-    folders = [convert(method) for method in METHODS]
+    folders = [run_conversion(str(REFERENCE), OUTPUT / method, {"method": method, **OPTIONS}) for method in METHODS]
 
     from transformers import pipeline
     from transformers.utils import logging

@@ -1,0 +1,91 @@
+"""Experiment: what each method does to cache and perplexity of the reference model, without any training.
+
+    python -m benchmarks.conversion [--config benchmarks/configs/conversion.json] [--output ...results/conversion.json]
+
+Each run is `optimum-cli mla-convert` in a process of its own, as a user runs it, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS, RESULTS = ROOT / "benchmarks" / "configs", ROOT / "benchmarks" / "results"
+NOT_RECORDED = ("data", "layers", "versions", "machine", "model")
+"""Fields of a conversion report that a result does not repeat for each run."""
+
+
+def run_conversion(model: str, output: Path, options: dict[str, Any]) -> Path:
+    """One `mla-convert` in a subprocess, from the project's root.
+
+    Args:
+        model: Folder of the source model.
+        output: Folder to write.
+        options: Long options without dashes, for example `{"method": "mha2mla", "kv-cache-ratio": 0.5}`.
+
+    Returns:
+        `output`.
+    """
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = ["mla-convert", "-m", model, *arguments, "--overwrite", str(output)]
+    print("$ optimum-cli", *command, flush=True)
+    program = str(Path(sys.executable).with_name("optimum-cli"))
+    subprocess.run([program, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    return output
+
+
+def machine_class() -> str:
+    """Processor, cores and system, without any name of the machine."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {accelerator}, {platform.system()}"
+
+
+def commit() -> str:
+    """The project's commit, or `unknown` outside a clone."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """Run every conversion of the config, print the table, write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, default=CONFIGS / "conversion.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "conversion.json")
+    arguments = parser.parse_args()
+    config = json.loads(arguments.config.read_text(encoding="utf-8"))
+
+    from dataclasses import asdict
+
+    from optimum_mla.report.render import summary_table
+    from optimum_mla.report.schema import ConversionReport
+
+    reports = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for run in config["runs"]:
+            folder = run_conversion(config["model"], Path(scratch) / "converted", {**config["common"], **run})
+            reports.append(ConversionReport.read(folder))
+    print(summary_table(reports))
+    result = {
+        "config": config,
+        "commit": commit(),
+        "machine": machine_class(),
+        "versions": reports[0].versions,
+        "runs": [{k: v for k, v in asdict(report).items() if k not in NOT_RECORDED} for report in reports],
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
