@@ -1,0 +1,75 @@
+"""The commands as a user runs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from optimum.commands.optimum_cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "benchmarks" / "reference_model"
+PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`optimum-cli` in a process of its own."""
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_convert_prints_a_table_and_is_quiet_off_a_terminal(tmp_path: Path) -> None:
+    done = run(
+        *("mla-convert", "-m", str(REFERENCE), "--method", "mha2mla", "--kv-cache-ratio", "0.5"),
+        *("--calibration-data", str(REFERENCE / "calibration.txt"), "--calibration-samples", "2"),
+        *("--eval-data", str(REFERENCE / "evaluation.txt"), "--eval-samples", "2", str(tmp_path / "out")),
+    )
+    assert done.returncode == 0, done.stderr
+    header, _, row, *_ = done.stdout.splitlines()
+    cells = row.split()
+    assert header.startswith("method")
+    assert cells[:4] == ["mha2mla", "64", "768", "50.0"]
+    assert float(cells[5]) > float(cells[4]) > 1
+    assert "%|" not in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
+    done = run("mla-convert", "-m", str(tmp_path / "missing"), str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: model: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_sizes_are_refused_by_the_parser(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["mla-convert", "-m", str(REFERENCE), "--kv-lora-rank", "8", "--energy", "0.9", "out"]
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys; sys.argv = ['optimum-cli', 'mla-convert', '--help']\n"
+        "from optimum.commands.optimum_cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'optimum_mla'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+    assert "--kv-cache-ratio" in done.stdout
+
+
+def test_help_lists_the_command() -> None:
+    assert "mla-convert" in run("--help").stdout
+
+
+def test_no_init_file_in_the_optimum_namespace() -> None:
+    assert list((ROOT / "optimum").rglob("__init__.py")) == []

@@ -1,0 +1,218 @@
+"""`convert` on the embedded reference model: what it writes, what it refuses, and that nothing is left half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
+
+from optimum_mla.errors import (
+    CalibrationDataError,
+    CorruptWeightsError,
+    InvalidValueError,
+    MLAError,
+    OutputError,
+    UnsupportedModelError,
+)
+from optimum_mla.pipeline import TextOptions, convert
+from optimum_mla.report.memory import measured_cache_bytes_per_token
+from optimum_mla.report.quality import perplexity
+from optimum_mla.report.schema import ConversionReport
+from optimum_mla.text import token_windows
+
+REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
+EVALUATION = REFERENCE / "evaluation.txt"
+FEW_WINDOWS = TextOptions(
+    calibration_data=str(REFERENCE / "calibration.txt"),
+    calibration_samples=2,
+    calibration_length=64,
+    eval_data=str(EVALUATION),
+    eval_samples=4,
+)
+
+
+@pytest.fixture
+def altered_reference(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    """A copy of the reference model with another config."""
+
+    def make(changes: dict[str, Any]) -> str:
+        folder = tmp_path / "altered"
+        shutil.copytree(REFERENCE, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["gqa2mla", "mha2mla", "x-ecomla"])
+def test_report_tells_what_the_saved_model_measures(method: str, tmp_path: Path) -> None:
+    report = convert(str(REFERENCE), tmp_path / "out", method, {"kv_cache_ratio": 0.5}, FEW_WINDOWS, dtype="float32")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    windows = token_windows(tokenizer, EVALUATION, 64, 4)
+    assert perplexity(model, windows) == pytest.approx(report.perplexity_after, rel=1e-5)
+    assert measured_cache_bytes_per_token(model, windows[:1]) == report.cache_bytes_per_token
+    assert report.cache_bytes_per_token == report.predicted_cache_bytes_per_token
+    assert report.cache_percent_of_source == 50.0
+    source = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    assert perplexity(source, windows) == pytest.approx(report.perplexity_before, rel=1e-5)
+    assert model.num_parameters() - source.num_parameters() == report.parameters_added
+    assert ConversionReport.read(tmp_path / "out") == report
+    assert [layer.layer for layer in report.layers] == list(range(6))
+    assert all(0 < layer.output_error < 1.5 for layer in report.layers)
+    assert {"config.json", "README.md", "conversion_report.json", "modeling_mla.py", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+def test_full_rank_keeps_the_trained_model_exactly(tmp_path: Path) -> None:
+    report = convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_ratio": 1.0}, dtype="float32")
+
+    source = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    windows = token_windows(AutoTokenizer.from_pretrained(REFERENCE), EVALUATION, 256, 4)
+    with torch.no_grad():
+        difference = (model(windows).logits - source(windows).logits).abs().max()
+    assert difference <= 1e-4
+    assert report.cache_bytes_per_token == report.source_cache_bytes_per_token
+    generated = [m.generate(windows[:1, :32], max_new_tokens=32, do_sample=False) for m in (source, model)]
+    assert torch.equal(*generated)
+
+
+def test_default_is_half_the_cache(tmp_path: Path) -> None:
+    report = convert(str(REFERENCE), tmp_path / "out")
+    assert (report.method, report.cache_percent_of_source, report.dtype) == ("gqa2mla", 50.0, "bfloat16")
+    assert (report.perplexity_before, report.perplexity_after) == (None, None)
+
+
+def test_same_input_gives_the_same_weights(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        convert(str(REFERENCE), tmp_path / name, "mha2mla", {"kv_cache_ratio": 0.5}, FEW_WINDOWS)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_energy_gives_layers_of_their_own_rank(tmp_path: Path) -> None:
+    report = convert(str(REFERENCE), tmp_path / "out", "x-ecomla", {"energy": 0.9, "q_energy": 0.9})
+    ranks = [layer.kv_lora_rank for layer in report.layers]
+    assert len(set(ranks)) > 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [g.kv_lora_rank for g in model.geometry.layers] == ranks
+    assert [g.q_lora_rank for g in model.geometry.layers] == [layer.q_lora_rank for layer in report.layers]
+
+
+def test_overwrite_replaces_a_model_and_only_a_model(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    convert(str(REFERENCE), output, options={"kv_cache_ratio": 0.5})
+    (output / "stale.txt").write_text("old")
+    report = convert(str(REFERENCE), output, options={"kv_cache_ratio": 0.25}, overwrite=True)
+    assert ConversionReport.read(output) == report
+    assert not (output / "stale.txt").exists()
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="no model"):
+        convert(str(REFERENCE), precious, overwrite=True)
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
+
+
+BAD_INPUT: dict[str, tuple[type[MLAError], str, dict[str, Any]]] = {
+    "missing folder": (UnsupportedModelError, "no such folder", {"model": "no/such-folder"}),
+    "rank too high": (InvalidValueError, "2 to 128", {"options": {"kv_lora_rank": 129}}),
+    "rank zero": (InvalidValueError, "from 1", {"options": {"kv_lora_rank": 0}}),
+    "ratio too high": (InvalidValueError, "up to 1", {"options": {"kv_cache_ratio": 1.2}}),
+    "ratio too low": (InvalidValueError, "0.07031", {"method": "mha2mla", "options": {"kv_cache_ratio": 0.01}}),
+    "two sizes": (InvalidValueError, "one of them", {"options": {"kv_cache_ratio": 0.5, "energy": 0.5}}),
+    "odd rotary dim": (InvalidValueError, "even", {"method": "mha2mla", "options": {"qk_rope_head_dim": 5}}),
+    "rotary dim too large": (InvalidValueError, "2 to 30", {"method": "mha2mla", "options": {"qk_rope_head_dim": 32}}),
+    "layer beyond the model": (InvalidValueError, "0 to 5", {"options": {"layers": "4-6"}}),
+    "malformed layers": (InvalidValueError, "0 to 5", {"options": {"layers": "one"}}),
+    "unknown method": (InvalidValueError, "gqa2mla", {"method": "gqa2mlaa"}),
+    "option of another method": (InvalidValueError, "q_lora_rank", {"options": {"q_lora_rank": 8}}),
+    "query rank too high": (InvalidValueError, "1 to 256", {"method": "x-ecomla", "options": {"q_lora_rank": 257}}),
+    "contribution without text": (
+        InvalidValueError,
+        "calibration",
+        {"method": "mha2mla", "options": {"rope_selection": "contribution"}},
+    ),
+    "unknown dtype": (InvalidValueError, "bfloat16", {"dtype": "int3"}),
+    "unknown device": (InvalidValueError, "device", {"device": "abacus"}),
+    "text too short": (CalibrationDataError, "fewer than one sample", {"texts": TextOptions(eval_data="SHORT")}),
+    "no text file": (CalibrationDataError, "no file", {"texts": TextOptions(calibration_data="missing.txt")}),
+    "window beyond the context": (
+        InvalidValueError,
+        "2 to 512",
+        {"texts": TextOptions(eval_data=str(EVALUATION), calibration_length=513)},
+    ),
+    "no samples": (InvalidValueError, "from 1", {"texts": TextOptions(eval_data=str(EVALUATION), eval_samples=0)}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_named_and_writes_nothing(case: str, tmp_path: Path) -> None:
+    error, words, arguments = BAD_INPUT[case]
+    (tmp_path / "short.txt").write_text("Too short.")
+    if arguments.get("texts") == TextOptions(eval_data="SHORT"):
+        arguments = {"texts": TextOptions(eval_data=str(tmp_path / "short.txt"))}
+    with pytest.raises(error, match=words):
+        convert(**{"model": str(REFERENCE), "output": tmp_path / "out", **arguments})
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, "supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "no_such_type"}, "did not load"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
+        ({"model_type": "llama_mla"}, "converted already"),
+        ({"num_hidden_layers": 7}, "layers.6"),
+    ],
+)
+def test_unsuitable_configs_are_refused(
+    altered_reference: Callable[[dict[str, Any]], str], changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(MLAError, match=words):
+        convert(altered_reference(changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UnsupportedModelError, match="'bert'"):
+        convert(str(tmp_path / "bert"), tmp_path / "out")
+
+
+def test_nan_weights_are_refused(altered_reference: Callable[[dict[str, Any]], str], tmp_path: Path) -> None:
+    folder = Path(altered_reference({}))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"][5, 7] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptWeightsError, match=r"layers\.3\.mlp\.up_proj"):
+        convert(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_must_not_be_the_input_or_stand_already(
+    altered_reference: Callable[[dict[str, Any]], str], tmp_path: Path
+) -> None:
+    folder = altered_reference({})
+    with pytest.raises(OutputError, match="is the input"):
+        convert(folder, f"{folder}/../altered", overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        convert(folder, tmp_path / "file", overwrite=True)
+    with pytest.raises(OutputError, match="--overwrite"):
+        convert(str(REFERENCE), folder)
