@@ -22,9 +22,14 @@ def test_the_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
 def test_an_interrupted_block_leaves_the_old_folder(tmp_path: Path, error: type[BaseException]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
-    with pytest.raises(error), atomic_folder(tmp_path / "out") as partial:
-        (partial / "new.txt").write_text("new")
-        raise error
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "out") as partial:
+            (partial / "new.txt").write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old.txt"]
 
