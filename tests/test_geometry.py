@@ -231,7 +231,14 @@ def test_from_config_reads_fields_that_are_set(form: str) -> None:
         rms_norm_eps=1e-6,
     )
     layer = MLAGeometry.from_config(config, key_norm=True, output_bias=False)
-    assert layer == replace(SOURCE, attention_form=form, kv_lora_rank=20, key_norm=True)
+    # A layer that keeps the source's attention has no latent, whatever the config holds for the others.
+    rank = 20 if form == "decoupled" else 0
+    assert layer == replace(SOURCE, attention_form=form, kv_lora_rank=rank, key_norm=True)
+
+
+def test_from_config_fills_in_what_older_configs_leave_out() -> None:
+    config = SimpleNamespace(hidden_size=64, num_attention_heads=4, num_key_value_heads=None)
+    assert MLAGeometry.from_config(config) == replace(SOURCE, num_key_value_heads=4)
 
 
 @given(sources())

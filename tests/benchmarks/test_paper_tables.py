@@ -168,10 +168,10 @@ def test_hand_computed_x_ecomla_layer(tables: ModuleType) -> None:
 
 
 def test_hand_computed_hybrid_converts_only_the_layers_named(tables: ModuleType) -> None:
-    figure = find(tables, "X-EcoMLA", "Table 10", "r 512, R 32, 8 of 16 layers", tables.CACHE_SIZE, "Llama-3.2-1B")
+    figure = find(tables, "X-EcoMLA", "Table 10", "r 512, R 64, 8 of 16 layers", tables.CACHE_SIZE, "Llama-3.2-1B")
     forms = [layer.attention_form for layer in figure.geometry.layers]
     assert [index for index, form in enumerate(forms) if form == "decoupled"] == [1, 3, 5, 7, 8, 10, 12, 14]
-    assert figure.geometry.cache_numbers == 8 * 1024 + 8 * 544
+    assert figure.geometry.cache_numbers == 8 * 1024 + 8 * 576
 
 
 def test_hand_computed_transmla_model(tables: ModuleType) -> None:
