@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,7 +89,9 @@ def sliding_window(config: Any, layer: int) -> int | None:
 
 
 class SourceAttention:
-    """The weights of one source attention in float64, split by heads. Lazy: each is cast when it is first read.
+    """The weights of one source attention in float64, split by heads.
+
+    Cast at each reading and not kept: float64 copies of a whole model would not fit.
 
     Args:
         spec: The family.
@@ -125,32 +126,32 @@ class SourceAttention:
         flat = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
         return flat.to(linear.weight.device).double().unflatten(0, (-1, self.geometry.head_dim))
 
-    @cached_property
+    @property
     def query(self) -> Tensor:
         """W_Q, [H, D, d]."""
         return self._heads(self.spec.query)
 
-    @cached_property
+    @property
     def key(self) -> Tensor:
         """W_K, [G, D, d]."""
         return self._heads(self.spec.key)
 
-    @cached_property
+    @property
     def value(self) -> Tensor:
         """W_V, [G, D, d]."""
         return self._heads(self.spec.value)
 
-    @cached_property
+    @property
     def query_bias(self) -> Tensor:
         """[H, D], zero without a bias."""
         return self._bias(self.spec.query)
 
-    @cached_property
+    @property
     def key_bias(self) -> Tensor:
         """[G, D], zero without a bias."""
         return self._bias(self.spec.key)
 
-    @cached_property
+    @property
     def value_bias(self) -> Tensor:
         """[G, D], zero without a bias."""
         return self._bias(self.spec.value)
