@@ -205,8 +205,9 @@ def _output_error(source: SourceAttention, attention: LatentAttention) -> float:
     generator = torch.Generator().manual_seed(PROBE_SEED)
     states = torch.randn(1, PROBE_TOKENS, source.geometry.hidden_size, generator=generator).to(gain) * gain
     position_embeddings = attention.rotary(states, torch.arange(PROBE_TOKENS, device=gain.device)[None])
-    mask = torch.full((PROBE_TOKENS, PROBE_TOKENS), torch.finfo(gain.dtype).min, dtype=gain.dtype, device=gain.device)
-    mask = mask.triu(1)[None, None]
+    # Every implementation but eager is causal by itself without a mask.
+    causal = torch.full((PROBE_TOKENS, PROBE_TOKENS), torch.finfo(gain.dtype).min, dtype=gain.dtype, device=gain.device)
+    mask = causal.triu(1)[None, None] if attention.config._attn_implementation == "eager" else None
     before, after = (
         module(states, position_embeddings=position_embeddings, attention_mask=mask)[0].double()
         for module in (source.module, attention)

@@ -1,0 +1,24 @@
+"""Offline and quiet, with a fixed seed for every test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+# Times vary too much on shared machines for a deadline to mean anything.
+settings.register_profile("project", deadline=None, max_examples=30)
+settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,64 @@
+"""Latent-space attention against plain einsums."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimum_mla.ops import absorb
+
+B, H, U, S, T, R, V = 2, 6, 3, 4, 9, 5, 7
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_logits_and_context() -> None:
+    query, shared, grouped = randn(B, H, S, R), randn(B, 1, T, R), randn(B, U, T, R)
+    expected = torch.einsum("bhsr,btr->bhst", query, shared[:, 0])
+    assert torch.allclose(absorb.shared_logits(query, shared), expected)
+    repeated = grouped.repeat_interleave(H // U, dim=1)
+    assert torch.allclose(absorb.grouped_logits(query, grouped), torch.einsum("bhsr,bhtr->bhst", query, repeated))
+    weights = randn(B, H, S, T)
+    assert torch.allclose(absorb.shared_context(weights, shared), torch.einsum("bhst,btr->bhsr", weights, shared[:, 0]))
+
+
+def test_absorbed_values_are_the_weighted_sum_of_expanded_ones() -> None:
+    weights, latent, up, bias = randn(B, H, S, T).softmax(-1), randn(B, 1, T, R), randn(U, V, R), randn(U, V)
+    values = torch.einsum("btr,uvr->butv", latent[:, 0], up) + bias[:, None]
+    expected = torch.einsum("bhst,bhtv->bhsv", weights, values.repeat_interleave(H // U, dim=1))
+    assert torch.allclose(absorb.absorbed_values(weights, latent, up, bias), expected)
+    without = torch.einsum("bhst,bhtv->bhsv", weights, (values - bias[:, None]).repeat_interleave(H // U, dim=1))
+    assert torch.allclose(absorb.absorbed_values(weights, latent, up, None), without)
+
+
+def test_boolean_and_additive_masks_agree() -> None:
+    logits, allowed = randn(B, H, S, T), torch.ones(S, T, dtype=torch.bool).tril(T - S)[None, None]
+    additive = torch.zeros(1, 1, S, T, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
+    by_bool, by_sum = absorb.attention_weights(logits, allowed), absorb.attention_weights(logits, additive)
+    assert torch.equal(by_bool, by_sum)
+    assert (by_bool[..., 0, T - S + 1 :] == 0).all()
+    assert torch.allclose(by_bool.sum(-1), torch.ones(B, H, S, dtype=torch.float64), atol=1e-6)
+
+
+@given(
+    queries=st.integers(1, 600),
+    tokens=st.integers(1, 4000),
+    rank=st.integers(1, 600),
+    groups=st.integers(1, 8),
+    dim=st.integers(1, 128),
+)
+def test_choice_follows_the_count(queries: int, tokens: int, rank: int, groups: int, dim: int) -> None:
+    heads, up_heads = 8, 8 // groups if 8 % groups == 0 else 8
+    key_side = absorb.absorbing_saves(queries, tokens, rank, heads, up_heads, dim, 0)
+    expand = tokens * rank * up_heads * dim + heads * queries * tokens * dim
+    latent = queries * heads * rank * dim + heads * queries * tokens * rank
+    assert key_side == (latent < expand)
+
+
+def test_decode_absorbs_and_prefill_expands() -> None:
+    llama_2_7b = {"heads": 32, "up_heads": 32, "key_dim": 112, "value_dim": 128}
+    assert absorb.absorbing_saves(1, 8192, 512, **llama_2_7b)
+    assert not absorb.absorbing_saves(8192, 8192, 512, **llama_2_7b)
