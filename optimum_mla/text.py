@@ -11,6 +11,9 @@ from torch import Tensor
 
 from optimum_mla.errors import CalibrationDataError, MissingDependencyError
 
+FILE_SUFFIXES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".parquet")
+"""A name that ends like this is meant as a file: it is not looked up as a dataset where it is missing."""
+
 
 def read_documents(source: str | Path) -> Iterator[str]:
     """Yield the documents of a text file, of a folder of `*.txt` files, or of a dataset.
@@ -30,7 +33,7 @@ def read_documents(source: str | Path) -> Iterator[str]:
             raise CalibrationDataError(f"text: {source} holds no *.txt files. Give a text file or a folder of them.")
     elif path.is_file():
         files = [path]
-    elif path.suffix:
+    elif path.suffix in FILE_SUFFIXES:
         raise CalibrationDataError(
             f"text: no file {source}. Give a UTF-8 text file, a folder of them, or a dataset name."
         )

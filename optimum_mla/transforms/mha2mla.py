@@ -55,6 +55,8 @@ class MHA2MLA(MLATransformation):
         if d_kv is not None and d_kv < 1:
             raise InvalidValueError("d_kv", d_kv, "integers from 1")
         check_choice("factorization", factorization, FACTORIZATIONS)
+        if d_kv is not None:
+            self.budget = RankBudget()  # d_kv says it all: no default beside it
         self.d_kv, self.qk_rope_head_dim, self.factorization = d_kv, qk_rope_head_dim, factorization
         self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "uniform")
 
@@ -71,9 +73,15 @@ class MHA2MLA(MLATransformation):
             largest, smallest = min(g.hidden_size, heads * (nope + g.head_dim)), 1
         else:
             largest, smallest = 2 * min(g.hidden_size, heads * min(nope, g.head_dim)), 2
-        budget = RankBudget(kv_lora_rank=self.d_kv * heads) if self.d_kv else self.budget
-        # Which pairs rotate is not known before they are measured; the energy of the whole weight stands in for it.
-        rank = budget.rank(g.source_cache_numbers, overhead, largest, lambda: singular_values(_stack(source)), smallest)
+        if self.d_kv is not None:
+            if not smallest <= self.d_kv * heads <= largest:
+                raise InvalidValueError("d_kv", self.d_kv, f"1 to {largest // heads} for this model and method")
+            rank = self.d_kv * heads
+        else:
+            # Which pairs rotate is not known before they are measured; the energy of the whole weight stands in for it.
+            rank = self.budget.rank(
+                g.source_cache_numbers, overhead, largest, lambda: singular_values(_stack(source)), smallest
+            )
         return replace(
             g,
             attention_form="decoupled",
