@@ -67,12 +67,13 @@ METHODS: dict[str, Callable[[Tensor], MLATransformation]] = {
 def source_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A source model with random weights in which nothing is zero or one: biases and gains are random too."""
     prefix, own = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **own, **changes})
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **own, "dtype": dtype, **changes})
+    # The same weights at every call, without a trace in the caller's random numbers.
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.to(dtype)
 
 

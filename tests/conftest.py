@@ -12,6 +12,8 @@ import torch
 from hypothesis import settings
 from transformers.utils import logging
 
+# The models are tiny: a second thread costs more than it brings, and many times more on busy cores.
+torch.set_num_threads(1)
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 # Times vary too much on shared machines for a deadline to mean anything.

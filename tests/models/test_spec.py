@@ -11,7 +11,15 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optimum_mla import GQA2MLA, AttentionSpec, MLAGeometry, MLATransformation, register_family, register_transform, trace
+from optimum_mla import (
+    GQA2MLA,
+    AttentionSpec,
+    MLAGeometry,
+    MLATransformation,
+    register_family,
+    register_transform,
+    trace,
+)
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.models import SourceAttention, family_of
 from optimum_mla.models.spec import sliding_window

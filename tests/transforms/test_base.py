@@ -129,11 +129,13 @@ def test_corrupt_weights_are_named_and_the_model_stays() -> None:
 
 
 def test_weights_beyond_the_dtype_are_refused() -> None:
-    source = source_model("llama", torch.float16)
+    source = source_model("llama with yarn", torch.float16)
     with torch.no_grad():
         source.model.layers[0].self_attn.q_proj.weight.fill_(60000.0)
-    with pytest.raises(CorruptWeightsError, match="float16"):
-        XEcoMLA(q_lora_rank=1)(source)
+    # Queries of position-free dims take over YaRN's squared attention factor, here 1.14.
+    with pytest.raises(CorruptWeightsError, match=r"q_proj\.weight left the range of torch\.float16"):
+        MHA2MLA()(source)
+    assert type(source).__name__ == "LlamaForCausalLM"
 
 
 def test_what_is_no_source_model_is_refused() -> None:
