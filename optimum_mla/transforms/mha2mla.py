@@ -32,7 +32,7 @@ class MHA2MLA(MLATransformation):
         d_kv: The paper's rank per key head, instead of `kv_lora_rank` = d_kv·G.
         qk_rope_head_dim: R; the paper's choice is D/8.
         rope_selection: `high`, `low`, `uniform`, or `contribution`, which needs calibration tokens. By default
-            `contribution` with calibration tokens and `uniform` without.
+            `contribution` with calibration tokens and `high` without.
         factorization: `joint` or `split`.
         **options: Of `MLATransformation`.
     """
@@ -58,7 +58,7 @@ class MHA2MLA(MLATransformation):
         if d_kv is not None:
             self.budget = RankBudget()  # d_kv says it all: no default beside it
         self.d_kv, self.qk_rope_head_dim, self.factorization = d_kv, qk_rope_head_dim, factorization
-        self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "uniform")
+        self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")
 
     @property
     def needs_contribution(self) -> bool:
