@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
 from optimum_mla.models import family_of, is_converted
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.checkpoint import atomic_folder, check_output
@@ -188,9 +188,16 @@ def _load_model(
     except (RuntimeError, AssertionError) as error:
         raise InvalidValueError("device", device, "a torch device of this machine", _first_line(error)) from error
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, **hub)
+        loaded, notes = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=dtype, output_loading_info=True, **hub
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UnsupportedModelError(f"model: the weights of {model} did not load: {_first_line(error)}") from error
+    if missing := sorted(notes["missing_keys"]):
+        # Transformers fills them with random numbers.
+        raise CorruptWeightsError(
+            f"model: the checkpoint of {model} lacks {len(missing)} weights of its config, such as {missing[0]}."
+        )
     return loaded.to(place).eval()
 
 

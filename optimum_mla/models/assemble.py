@@ -92,7 +92,10 @@ def assemble_model(
     }
     for layer, attention in attentions.items():
         state |= attention.state_dict(prefix=prefixes[layer], keep_vars=True)
+    trained = {name for name, tensor in state.items() if tensor.requires_grad}
     converted.load_state_dict(state, assign=True)
+    for name, parameter in converted.named_parameters():
+        parameter.requires_grad_(name in trained)
     # Buffers that are not saved (the rotary table's frequencies) come from the source too.
     buffers = dict(model.named_buffers())
     for name, buffer in converted.named_buffers():

@@ -15,7 +15,7 @@ from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAtte
 from optimum_mla.nn.attention import default_rope_pairs
 
 MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
-    "attention_form": (str, "decoupled"),
+    "attention_form": (str, "source"),
     "mla_method": (str | None, None),
     "kv_lora_rank": (int, 0),
     "k_lora_rank": (int, 0),

@@ -47,6 +47,9 @@ def register_family(spec: AttentionSpec) -> Family:
     Returns:
         The family with its classes, which are also attributes of `optimum_mla.models`.
     """
+    known = _FAMILIES.get(spec.model_type)
+    if known is not None and known.spec == spec:
+        return known
     prefix, home = spec.class_prefix, f"{__package__}.registry"
     modeling = import_module(f"transformers.models.{spec.model_type}.modeling_{spec.model_type}")
     source_config = getattr(transformers, f"{prefix}Config")

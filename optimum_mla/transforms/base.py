@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy as copying
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -84,7 +84,9 @@ class MLATransformation(Transformation):
     ) -> None:
         budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy)
         self.budget = budget if budget.is_set else self.default_budget
-        self.layers = layers if isinstance(layers, str) else tuple(layers)
+        self.layers = (
+            layers if isinstance(layers, str) else tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        )
         self.calibration = calibration
         self.results: dict[int, LayerResult] = {}
 
@@ -115,10 +117,12 @@ class MLATransformation(Transformation):
             contribution: [G, D/2] from `pair_contributions`, or None unless `needs_contribution`.
         """
 
-    @property
-    def plans_by_weights(self) -> bool:
-        """Whether `plan_layer` reads weights, and not the source's shape alone."""
-        return self.budget.energy is not None
+    def without_weights(self) -> MLATransformation:
+        """The same transformation, planning without the options that read weights; for `check`."""
+        other = copying.copy(self)
+        if self.budget.energy is not None:
+            other.budget = RankBudget()
+        return other
 
     @property
     def needs_contribution(self) -> bool:
@@ -139,9 +143,7 @@ class MLATransformation(Transformation):
     def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
         """Convert in place. Nothing is changed before every layer has been planned and converted."""
         model = graph_module
-        family = check_convertible(model)
-        sources = self._sources(family, model)
-        plans = {layer: self.plan_layer(source) for layer, source in sources.items()}
+        family, sources, plans = self.plan(model)
         contributions: dict[int, Tensor] = {}
         if self.needs_contribution and self.calibration is not None:
             contributions = pair_contributions(model, family.spec, sources, self.calibration)
@@ -161,13 +163,24 @@ class MLATransformation(Transformation):
             return model
         return assemble_model(model, family, config, attentions)
 
+    def plan(
+        self, model: PreTrainedModel | GraphModule
+    ) -> tuple[Family, dict[int, SourceAttention], dict[int, MLAGeometry]]:
+        """The model's family and, by layer, the attention to convert and the shape that it gets. Changes nothing."""
+        family = check_convertible(model)
+        sources = self._sources(family, model)
+        if self.calibration is not None:
+            check_tokens(self.calibration, config_of(model).vocab_size)
+        return family, sources, {layer: self.plan_layer(source) for layer, source in sources.items()}
+
     def check(self, config: PreTrainedConfig) -> None:
         """Raise what converting a model of this config would raise for its options, without its weights."""
-        family = family_of(config)
+        family, weightless = family_of(config), self.without_weights()
         for layer in parse_layers(self.layers, config.num_hidden_layers):
             geometry = family.spec.geometry(config.per_layer_config[layer])
-            if not self.plans_by_weights:
-                self.plan_layer(SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0)))
+            if geometry.attention_form != "source":
+                raise _converted_already(layer)
+            weightless.plan_layer(SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0)))
 
     def _sources(self, family: Family, model: nn.Module) -> dict[int, SourceAttention]:
         """The attention of every layer to convert. Raises where one is converted already or is not finite."""
@@ -177,9 +190,13 @@ class MLATransformation(Transformation):
         for layer in parse_layers(self.layers, config.num_hidden_layers):
             module = model.get_submodule(spec.attention_path(layer))
             if not isinstance(module, family.source_attention):
-                raise InvalidValueError(
-                    "layers", layer, "layers not yet converted", "Give each method of a hybrid layers of its own."
-                )
+                raise _converted_already(layer)
+            for name in (spec.query, spec.key, spec.value, spec.output):
+                if type(module.get_submodule(name)) is not nn.Linear:
+                    raise UnsupportedModelError(
+                        f"model: {spec.attention_path(layer)}.{name} is no plain linear layer but "
+                        f"{type(module.get_submodule(name)).__name__}. Merge adapters and undo quantization first."
+                    )
             geometry = spec.geometry(config.per_layer_config[layer])
             gain = model.get_parameter(f"{spec.layer_path(layer)}.{spec.input_norm}.weight").detach()
             scaling = getattr(rotary, "attention_scaling", 1.0)
@@ -199,6 +216,23 @@ class MLATransformation(Transformation):
         return cast
 
 
+def _converted_already(layer: int) -> InvalidValueError:
+    remedy = "Give each method of a hybrid layers of its own."
+    return InvalidValueError("layers", layer, "layers not yet converted", remedy)
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Raise `InvalidValueError` unless `tokens` are token ids [N, L] of a vocabulary."""
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        received = f"a {tokens.dtype} tensor of shape {list(tokens.shape)}"
+        raise InvalidValueError("calibration", received, "token ids of shape [windows, tokens]")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise InvalidValueError(
+            "calibration", f"ids {low} to {high}", f"0 to {vocabulary - 1}", "Use the model's own tokenizer."
+        )
+
+
 def _output_error(source: SourceAttention, attention: LatentAttention) -> float:
     """`LayerResult.output_error`."""
     gain = source.input_gain
@@ -208,11 +242,15 @@ def _output_error(source: SourceAttention, attention: LatentAttention) -> float:
     # Every implementation but eager is causal by itself without a mask.
     causal = torch.full((PROBE_TOKENS, PROBE_TOKENS), torch.finfo(gain.dtype).min, dtype=gain.dtype, device=gain.device)
     mask = causal.triu(1)[None, None] if attention.config._attn_implementation == "eager" else None
-    before, after = (
-        module(states, position_embeddings=position_embeddings, attention_mask=mask)[0].double()
-        for module in (source.module, attention)
-    )
-    return float((after - before).norm() / before.norm())
+    outputs = []
+    for module in (source.module, attention):
+        training = module.training
+        module.eval()  # dropout is no error
+        outputs.append(module(states, position_embeddings=position_embeddings, attention_mask=mask)[0].double())
+        module.train(training)
+    before, after = outputs
+    size = before.norm()
+    return float((after - before).norm() / (size if size > 0 else 1.0))
 
 
 def config_of(model: Any) -> PreTrainedConfig:
@@ -243,6 +281,8 @@ def check_convertible(model: Any) -> Family:
         raise UnsupportedModelError(
             f"model: got {type(model).__name__}, allowed: {family.source_model.__name__}. Load it as a causal LM."
         )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError("model: it is spread or offloaded by a device_map. Load it onto one device.")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedModelError(f"model: {name} is on the meta device. Load the weights first.")

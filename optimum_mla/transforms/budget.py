@@ -30,7 +30,7 @@ class RankBudget:
         if len(given) > 1:
             names = " and ".join(given)
             raise InvalidValueError(names, tuple(given.values()), "one of them", "Give either of them, not both.")
-        if self.kv_lora_rank is not None and self.kv_lora_rank < 1:
+        if self.kv_lora_rank is not None and (type(self.kv_lora_rank) is not int or self.kv_lora_rank < 1):
             raise InvalidValueError("kv_lora_rank", self.kv_lora_rank, "integers from 1")
         for name in ("kv_cache_ratio", "energy"):
             value = getattr(self, name)
@@ -73,10 +73,9 @@ class RankBudget:
         if self.kv_cache_ratio is None:
             return largest
         rank = int(self.kv_cache_ratio * cache_numbers + 1e-9) - overhead
-        if not smallest <= rank <= largest:
-            low, high = (overhead + smallest) / cache_numbers, min(1.0, (overhead + largest) / cache_numbers)
+        if rank < smallest:
+            low = (overhead + smallest) / cache_numbers
             remedy = f"{overhead} of {cache_numbers} numbers per token go beside the latent." if overhead else ""
-            raise InvalidValueError(
-                "kv_cache_ratio", self.kv_cache_ratio, f"{low:.4g} to {high:.4g} for this model and method", remedy
-            )
-        return rank
+            allowed = f"{low:.4g} to 1 for this model and method"
+            raise InvalidValueError("kv_cache_ratio", self.kv_cache_ratio, allowed, remedy)
+        return min(rank, largest)

@@ -37,14 +37,14 @@ def pair_contributions(
     }
     was_training = model.training
     model.eval()
-    with ExitStack() as hooks:
+    with ExitStack() as cleanup:
+        cleanup.callback(model.train, was_training)
         for layer, source in sources.items():
             for hook in _contribution_hooks(source, sums[layer]):
-                hooks.callback(hook.remove)
+                cleanup.callback(hook.remove)
         device = next(model.parameters()).device
         for ids in progress(windows.split(1), "rotary contributions"):
             model(ids.to(device))
-    model.train(was_training)
     return {layer: total / windows.numel() for layer, total in sums.items()}
 
 

@@ -9,8 +9,7 @@ from optimum.fx.optimization import Transformation
 from torch.fx import GraphModule
 
 from optimum_mla.errors import InvalidValueError
-from optimum_mla.transforms.base import MLATransformation, config_of
-from optimum_mla.transforms.layers import parse_layers
+from optimum_mla.transforms.base import MLATransformation
 
 
 class ComposedTransformation(Transformation):
@@ -25,22 +24,24 @@ class ComposedTransformation(Transformation):
         return all(part.preserves_computation for part in self.parts)
 
     def transform(self, graph_module: Any) -> Any:
-        """Apply all parts in place. Raises before any does if two would convert the same layer."""
-        self._check_disjoint(config_of(graph_module).num_hidden_layers)
-        for part in self.parts:
-            graph_module = part(graph_module, lint_and_recompile=False)
-        return graph_module
-
-    def _check_disjoint(self, count: int) -> None:
+        """Apply all parts in place. What a part would refuse, or two parts in one layer, is refused before any acts."""
         seen: set[int] = set()
-        for part in self.parts:
+        for part in self.flattened():
             if isinstance(part, MLATransformation):
-                layers = set(parse_layers(part.layers, count))
-                if both := sorted(seen & layers):
+                _, _, plans = part.plan(graph_module)
+                if both := sorted(seen & set(plans)):
                     raise InvalidValueError(
                         "layers", both, "each layer in one transformation", "Give the parts layers of their own."
                     )
-                seen |= layers
+                seen |= set(plans)
+        for part in self.flattened():
+            graph_module = part(graph_module, lint_and_recompile=False)
+        return graph_module
+
+    def flattened(self) -> list[Transformation]:
+        """The parts, with those of nested compositions in their place."""
+        nested = [p.flattened() if isinstance(p, ComposedTransformation) else [p] for p in self.parts]
+        return [part for parts in nested for part in parts]
 
     def __call__(self, model: Any, lint_and_recompile: bool = True, copy: bool = False) -> Any:
         """Apply to a `PreTrainedModel` or a traced `GraphModule`, in place unless `copy`."""

@@ -64,9 +64,10 @@ class XEcoMLA(MLATransformation):
     def needs_contribution(self) -> bool:
         return self.rope_selection == "contribution"
 
-    @property
-    def plans_by_weights(self) -> bool:
-        return super().plans_by_weights or self.q_energy is not None
+    def without_weights(self) -> MLATransformation:
+        other = super().without_weights()
+        other.q_energy = None  # type: ignore[attr-defined]
+        return other
 
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         g = source.geometry

@@ -100,7 +100,8 @@ def test_text_generation_pipeline(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     generate = pipeline("text-generation", model=str(tmp_path))
     single = generate("w7 w8 w9", max_new_tokens=5, do_sample=False)[0]["generated_text"]
-    assert single.startswith("w7 w8 w9 w")
+    assert single.startswith("w7 w8 w9")
+    assert len(single.split()) > 3
     batch = generate(["w7 w8 w9", "w11"], max_new_tokens=5, do_sample=False, batch_size=2)  # left-padded
     assert batch[0][0]["generated_text"] == single
 

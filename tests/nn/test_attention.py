@@ -18,6 +18,7 @@ from optimum_mla.report.memory import live_cache_bytes
 from tests.cases import SIZES, token_ids
 
 DECOUPLED = {
+    "attention_form": "decoupled",
     "kv_lora_rank": 20,
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 4,

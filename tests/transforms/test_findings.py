@@ -91,7 +91,7 @@ def test_check_needs_no_weights_to_refuse(transformation: MLATransformation, con
         transformation.check(source.config)
 
 
-@pytest.mark.parametrize("options", [{"kv_lora_rank": 16.0}, {"layers": 1}, {"layers": ["1"]}])
+@pytest.mark.parametrize("options", [{"kv_lora_rank": 16.0}, {"layers": ["1"]}])
 def test_wrong_types_are_named(options: dict[str, object]) -> None:
     with pytest.raises(InvalidValueError, match=next(iter(options))):
         GQA2MLA(**options)(source_model("llama"))
