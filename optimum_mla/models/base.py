@@ -12,7 +12,7 @@ from transformers import initialization as init
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.models.spec import AttentionSpec, sliding_window
 from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
-from optimum_mla.nn.attention import default_rope_pairs
+from optimum_mla.nn.decoupled import default_rope_pairs
 
 MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
     "attention_form": (str, "source"),

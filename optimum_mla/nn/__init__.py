@@ -1,6 +1,8 @@
 """The attention modules of converted layers."""
 
-from optimum_mla.nn.attention import DecoupledLatentAttention, FullRopeLatentAttention, LatentAttention
+from optimum_mla.nn.attention import LatentAttention
+from optimum_mla.nn.decoupled import DecoupledLatentAttention
+from optimum_mla.nn.full_rope import FullRopeLatentAttention
 
 ATTENTION_FORMS: dict[str, type[LatentAttention]] = {
     "decoupled": DecoupledLatentAttention,

@@ -6,13 +6,10 @@ turns fastest.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-RopeSelection = Literal["high", "low", "uniform", "contribution", "last"]
-ROPE_SELECTIONS: tuple[str, ...] = get_args(RopeSelection)
 
 
 class RopeSplit(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from typing import Any
 
@@ -52,6 +51,8 @@ def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float
 
 def peak_memory_bytes() -> int:
     """High-water mark of this process so far: resident memory, plus the CUDA allocator's where it was used."""
+    import resource  # Unix only
+
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resident *= 1 if sys.platform == "darwin" else 1024
     return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
 from optimum_mla.errors import InvalidValueError
@@ -15,13 +16,19 @@ _TRANSFORMS: dict[str, str] = {
 }
 
 
+ENTRY_POINTS = "optimum_mla.transforms"
+"""Entry-point group in which other packages offer methods."""
+
+
 def available_transforms() -> dict[str, str]:
-    """Every registered method: its name and where it is, as `module:Class`."""
-    return dict(_TRANSFORMS)
+    """Every method, built in, registered or offered by an installed package: its name and place, as `module:Class`."""
+    return _TRANSFORMS | {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
 def register_transform(name: str, location: str) -> None:
-    """Add a method of your own, for Python and for `optimum-cli mla-convert --method`.
+    """Add a method of your own to this process.
+
+    A package adds one for the command line too, by an entry point in the group `optimum_mla.transforms`.
 
     Args:
         name: What users will type.
@@ -36,9 +43,10 @@ def transform_class(name: str) -> Any:
     Raises:
         InvalidValueError: No such method; suggests the nearest name.
     """
-    if name not in _TRANSFORMS:
-        near = difflib.get_close_matches(name, _TRANSFORMS, n=1)
+    transforms = available_transforms()
+    if name not in transforms:
+        near = difflib.get_close_matches(name, transforms, n=1)
         remedy = f"Did you mean {near[0]}?" if near else ""
-        raise InvalidValueError("method", name, ", ".join(_TRANSFORMS), remedy)
-    module, _, attribute = _TRANSFORMS[name].partition(":")
+        raise InvalidValueError("method", name, ", ".join(transforms), remedy)
+    module, _, attribute = transforms[name].partition(":")
     return getattr(import_module(module), attribute)

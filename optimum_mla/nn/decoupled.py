@@ -1,0 +1,164 @@
+"""The decoupled form: one joint latent and a rotary key beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from optimum_mla.geometry import MLAGeometry
+from optimum_mla.nn.attention import LatentAttention, is_plain
+from optimum_mla.nn.norm import HeadRMSNorm
+from optimum_mla.ops import absorb
+from optimum_mla.ops.rotary import Rotation, gather_rotation, rotate
+
+
+class DecoupledLatentAttention(LatentAttention):
+    """One joint latent for keys and values and a decoupled rotary key (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+        c   = kv_a(x)                                   [B, 1, T, r]     cached
+        k_R = rope(k_rope(x))                           [B, 1, T, K·R]   cached (or rebuilt from c)
+        logit(h, t) = q_N(h)·W_UK(h) c_t + q_R(h)·k_R(t)        o(h) = W_UV(h) Σ_t p_t c_t
+
+    The K rotary heads lie side by side in the second tensor, because static caches give both tensors as many heads.
+    With key norms it also holds one factor per up-projected head, by which the whole logit of that head is multiplied.
+    """
+
+    rope_pairs: Tensor
+
+    def _build(self, g: MLAGeometry, eps: float) -> None:
+        d, r, query = g.hidden_size, g.kv_lora_rank, g.num_attention_heads * g.qk_head_dim
+        rope = g.num_rope_heads * g.qk_rope_head_dim
+        if g.q_lora_rank is None:
+            self.q_proj = nn.Linear(d, query, bias=g.query_bias)
+        else:
+            self.q_a_proj = nn.Linear(d, g.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(g.q_lora_rank, eps=eps) if g.latent_norm else nn.Identity()
+            self.q_b_proj = nn.Linear(g.q_lora_rank, query, bias=g.query_bias)
+        cached_rope = rope if g.rope_cache == "cached" else 0
+        self.kv_a_proj_with_mqa = nn.Linear(d, r + cached_rope, bias=g.key_value_bias)
+        self.kv_a_layernorm = nn.RMSNorm(r, eps=eps) if g.latent_norm else nn.Identity()
+        self.kv_b_proj = nn.Linear(r, g.num_up_heads * (g.qk_nope_head_dim + g.v_head_dim), bias=g.key_value_bias)
+        if g.rope_cache == "rebuilt":
+            self.k_rope_proj = nn.Linear(r, rope, bias=g.key_value_bias)
+        if g.key_norm:
+            self.q_norm = HeadRMSNorm(g.num_rope_heads, g.qk_head_dim, eps)
+            self.k_norm = HeadRMSNorm(g.num_rope_heads, g.qk_head_dim, eps)
+        # Which of the source's rotary pairs each rotary head turns with; saved with the weights.
+        self.register_buffer("rope_pairs", default_rope_pairs(g))
+
+    def _queries(self, hidden_states: Tensor) -> Tensor:
+        g = self.geometry
+        if g.q_lora_rank is None:
+            queries = self.q_proj(hidden_states)
+        else:
+            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        queries = queries.view(*hidden_states.shape[:2], -1, g.qk_head_dim).transpose(1, 2)  # [B, H, S, n + R]
+        return self.q_norm(queries) if g.key_norm else queries
+
+    def _rotation(self, position_embeddings: tuple[Tensor, Tensor]) -> Rotation:
+        return gather_rotation(*position_embeddings, self.rope_pairs)
+
+    def _rotate_queries(self, queries: Tensor, rotation: Rotation) -> Tensor:
+        nope, rope = queries.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], dim=-1)
+        return torch.cat([nope, rotate(rope, rotation)], dim=-1)
+
+    def _needs_cached_positions(self) -> bool:
+        return self.geometry.rope_cache == "rebuilt"
+
+    def _latents(self, hidden_states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        g = self.geometry
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        latent = self.kv_a_layernorm(compressed[..., : g.kv_lora_rank]).unsqueeze(1)  # [B, 1, S, r]
+        second = []
+        if g.rope_cache == "cached":
+            rope = self._rope_heads(compressed[..., g.kv_lora_rank :])
+            second.append(self._turn(rope, rotation).transpose(1, 2).flatten(2))  # [B, S, K·R]
+        elif g.key_norm:
+            rope = self._rope_heads(self.k_rope_proj(latent[:, 0]))
+        if g.key_norm:
+            second.append(self._key_scales(latent, rope))
+        if not second:
+            return latent, latent[..., :0]
+        return latent, torch.cat(second, dim=-1).unsqueeze(1)
+
+    def _rope_heads(self, flat: Tensor) -> Tensor:
+        """[B, T, K·R] as [B, K, T, R]."""
+        return flat.unflatten(-1, (self.geometry.num_rope_heads, self.geometry.qk_rope_head_dim)).transpose(1, 2)
+
+    def _turn(self, rope: Tensor, rotation: Rotation) -> Tensor:
+        """The rotary key [B, K, T, R] with its norm's gain, rotated."""
+        if self.geometry.key_norm:
+            rope = rope * self.k_norm.gain(rope.shape[1])[..., self.geometry.qk_nope_head_dim :]
+        return rotate(rope, rotation)
+
+    def _key_scales(self, latent: Tensor, rope: Tensor) -> Tensor:
+        """Inverse root mean square [B, S, U] of each up-projected key [W_UK c ; k_R]."""
+        nope, _ = self._up_project(latent)
+        squares = nope.float().square().sum(-1)  # [B, U, S]
+        squares = squares + rope.float().square().sum(-1).repeat_interleave(squares.shape[1] // rope.shape[1], dim=1)
+        return self.k_norm.inverse_rms(squares).to(latent.dtype).transpose(1, 2)
+
+    def _up_project(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Position-free keys [B, U, T, n] and values [B, U, T, v] of latents [B, 1, T, r]."""
+        g = self.geometry
+        heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (g.num_up_heads, -1)).transpose(1, 2)
+        nope, value = heads.split([g.qk_nope_head_dim, g.v_head_dim], dim=-1)
+        return nope, value
+
+    def _rotary_key(self, latent: Tensor, second: Tensor, rotation: Rotation | None) -> Tensor:
+        """Rotated rotary key [B, K, T, R] of the whole cache."""
+        if rotation is not None:
+            return self._turn(self._rope_heads(self.k_rope_proj(latent[:, 0])), rotation)
+        width = self.geometry.num_rope_heads * self.geometry.qk_rope_head_dim
+        return self._rope_heads(second[:, 0, :, :width])
+
+    def _cached_scales(self, second: Tensor) -> Tensor:
+        """The key norms' factors [B, U, T]."""
+        return second[:, 0, :, -self.geometry.num_up_heads :].transpose(1, 2)
+
+    def _expand(self, first: Tensor, second: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        g = self.geometry
+        nope, values = self._up_project(first)
+        rope = self._rotary_key(first, second, rotation)
+        rope = rope.repeat_interleave(g.num_up_heads // g.num_rope_heads, dim=1)
+        if g.key_norm:
+            nope = nope * self.k_norm.gain(g.num_up_heads)[..., : g.qk_nope_head_dim]
+        keys = torch.cat([nope, rope], dim=-1)
+        return (keys * self._cached_scales(second).unsqueeze(-1) if g.key_norm else keys), values
+
+    def _absorbed(
+        self, queries: Tensor, first: Tensor, second: Tensor, rotation: Rotation | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        g = self.geometry
+        up = self.kv_b_proj.weight.view(g.num_up_heads, -1, g.kv_lora_rank)  # [U, n + v, r]
+        key_up, value_up = up.split([g.qk_nope_head_dim, g.v_head_dim], dim=1)
+        nope, rope = queries.split([g.qk_nope_head_dim, g.qk_rope_head_dim], dim=-1)
+        if g.key_norm:
+            nope = nope * self.k_norm.gain(g.num_attention_heads)[..., : g.qk_nope_head_dim]
+
+        logits = absorb.shared_logits(absorb.through_up_projection(nope, key_up), first)
+        if g.qk_rope_head_dim:
+            logits = logits + absorb.grouped_logits(rope, self._rotary_key(first, second, rotation))
+        value_bias = None
+        if self.kv_b_proj.bias is not None:
+            bias = self.kv_b_proj.bias.view(g.num_up_heads, -1)  # [U, n + v]
+            key_bias, value_bias = bias.split([g.qk_nope_head_dim, g.v_head_dim], dim=1)
+            logits = logits + absorb.through_up_projection(nope, key_bias.unsqueeze(-1))
+        if g.key_norm:
+            logits = logits * self._cached_scales(second).repeat_interleave(self.num_key_value_groups, 1).unsqueeze(2)
+        weights = absorb.attention_weights(logits * self.scaling, mask, self._dropout)
+        return absorb.absorbed_values(weights, first, value_up, value_bias), weights
+
+    def _absorbable(self) -> bool:
+        return is_plain(self.kv_b_proj)
+
+    def _absorbing_saves(self, queries: int, tokens: int) -> bool:
+        g = self.geometry
+        return absorb.absorbing_saves(
+            queries, tokens, g.kv_lora_rank, g.num_attention_heads, g.num_up_heads, g.qk_nope_head_dim, g.v_head_dim
+        )
+
+
+def default_rope_pairs(geometry: MLAGeometry) -> Tensor:
+    """The R/2 fastest pairs for every rotary head, [K, R/2]: what a model with random weights starts from."""
+    return torch.arange(geometry.qk_rope_head_dim // 2).repeat(geometry.num_rope_heads, 1)
