@@ -32,7 +32,7 @@ def check_output(output: str | Path, source: str | Path, overwrite: bool) -> Pat
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent):
-            pass
+            pass  # only whether it can be made matters
     except OSError as error:
         raise OutputError(f"output: {folder.parent} cannot be written: {error.strerror}.") from error
     return folder

@@ -9,19 +9,20 @@ class works; expanded keys and values live only for the length of one forward pa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from optimum_mla.geometry import MLAGeometry
+from optimum_mla.ops.absorb import attention_weights, grouped_context, grouped_logits
 from optimum_mla.ops.positions import cached_positions
 from optimum_mla.ops.rotary import Rotation
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(nn.Module, ABC):
     """What every latent attention shares: the cache, the choice of path, positions, the output projection.
 
     A subclass says what is cached (`_latents`) and computes attention over it by expanding the cache to keys and values
@@ -54,50 +55,50 @@ class LatentAttention(nn.Module):
         self._build(g, config.rms_norm_eps)
         self.o_proj = nn.Linear(g.num_attention_heads * g.v_head_dim, g.hidden_size, bias=g.output_bias)
 
+    @abstractmethod
     def _build(self, g: MLAGeometry, eps: float) -> None:
         """Create the projections."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _queries(self, hidden_states: Tensor) -> Tensor:
         """Queries [B, H, S, n + R], normed, not yet rotated."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _latents(self, hidden_states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """The two tensors to cache for the new tokens, [B, 1, S, ·]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rotate_queries(self, queries: Tensor, rotation: Rotation) -> Tensor:
         """Queries with their rotary dims rotated."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rotation(self, position_embeddings: tuple[Tensor, Tensor]) -> Rotation:
         """The frequencies of this layer's rotary heads, from the source's table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _needs_cached_positions(self) -> bool:
         """Whether keys are rotated after they are read from the cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _expand(self, first: Tensor, second: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Keys [B, U, T, n + R], rotated, and values [B, U, T, v] of the whole cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _absorbed(
         self, queries: Tensor, first: Tensor, second: Tensor, rotation: Rotation | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Context [B, H, S, v] and attention weights [B, H, S, T], computed in latent space."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _absorbable(self) -> bool:
         """Whether `_absorbed` may read the up-projection's weight.
 
         Not past an adapter, a quantizer or an offload hook: those act only when the module is called.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _absorbing_saves(self, queries: int, tokens: int) -> bool:
         """Whether `_absorbed` takes fewer multiply-adds than `_expand` and ordinary attention."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -152,7 +153,7 @@ class LatentAttention(nn.Module):
             weights = weights if self.config._attn_implementation == "eager" else None
         else:
             keys, values = self._expand(first, second, key_rotation)
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
             context, weights = attend(
                 self,
                 queries,
@@ -170,6 +171,28 @@ class LatentAttention(nn.Module):
     @property
     def _dropout(self) -> float:
         return self.attention_dropout if self.training else 0.0
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention with the signature of Transformers' attention functions.
+
+    Args:
+        query: [B, H, S, n + R]. key: [B, U, T, n + R]. value: [B, U, T, v]. Heads are grouped, never repeated.
+
+    Returns:
+        Context [B, S, H, v] and weights [B, H, S, T].
+    """
+    weights = attention_weights(grouped_logits(query, key) * scaling, attention_mask, dropout)
+    return grouped_context(weights, value).transpose(1, 2), weights
 
 
 def is_plain(linear: nn.Module) -> bool:

@@ -47,6 +47,13 @@ def shared_context(weights: Tensor, value: Tensor) -> Tensor:
     return folded.view(batch, heads, length, -1)
 
 
+def grouped_context(weights: Tensor, value: Tensor) -> Tensor:
+    """weights [B, H, S, T] over value [B, U, T, v], H/U heads to a value head: [B, H, S, v]."""
+    batch, heads, length, tokens = weights.shape
+    folded = weights.reshape(batch, value.shape[1], -1, tokens) @ value  # [B, U, H/U·S, v]
+    return folded.reshape(batch, heads, length, -1)
+
+
 def through_up_projection(x: Tensor, weight: Tensor) -> Tensor:
     """Apply per-head matrices: x [B, H, S, a] times weight [U, a, b], H/U heads to a matrix: [B, H, S, b]."""
     batch, heads, length, _ = x.shape

@@ -221,3 +221,15 @@ def test_an_adapter_on_the_up_projection_acts_in_decoding() -> None:
     real = mask.bool()
     assert (whole - plain)[real].abs().max() > 1e-2
     assert (whole - decoded)[real].abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_flex_attention_prefills_with_the_same_logits(form: str) -> None:
+    model = build("Llama", form)
+    ids, mask, positions = padded_batch()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits
+        model.set_attn_implementation("flex_attention")
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert (logits - expected)[mask.bool()].abs().max() <= 1e-4

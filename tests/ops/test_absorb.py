@@ -22,6 +22,7 @@ def test_logits_and_context() -> None:
     repeated = grouped.repeat_interleave(H // U, dim=1)
     assert torch.allclose(absorb.grouped_logits(query, grouped), torch.einsum("bhsr,bhtr->bhst", query, repeated))
     weights = randn(B, H, S, T)
+    assert torch.allclose(absorb.grouped_context(weights, grouped), torch.einsum("bhst,bhtr->bhsr", weights, repeated))
     assert torch.allclose(absorb.shared_context(weights, shared), torch.einsum("bhst,btr->bhsr", weights, shared[:, 0]))
 
 
