@@ -21,7 +21,8 @@ from optimum_mla.report.quality import perplexity
 from optimum_mla.report.render import model_card
 from optimum_mla.report.schema import ConversionReport, LayerReport
 from optimum_mla.text import token_windows
-from optimum_mla.transforms.base import MLATransformation, check_convertible
+from optimum_mla.transforms.base import MLATransformation
+from optimum_mla.transforms.checks import check_convertible
 from optimum_mla.transforms.registry import transform_class
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
+from optimum_mla.errors import CorruptWeightsError, UnsupportedModelError
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import Family, SourceAttention, family_of
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
@@ -25,6 +25,7 @@ from optimum_mla.nn import LatentAttention
 from optimum_mla.progress import progress
 from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.calibration import pair_contributions
+from optimum_mla.transforms.checks import check_convertible, check_tokens, config_of, converted_already
 from optimum_mla.transforms.layers import LayerChoice, parse_layers
 
 PROBE_TOKENS = 128
@@ -179,7 +180,7 @@ class MLATransformation(Transformation):
         for layer in parse_layers(self.layers, config.num_hidden_layers):
             geometry = family.spec.geometry(config.per_layer_config[layer])
             if geometry.attention_form != "source":
-                raise _converted_already(layer)
+                raise converted_already(layer)
             weightless.plan_layer(SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0)))
 
     def _sources(self, family: Family, model: nn.Module) -> dict[int, SourceAttention]:
@@ -190,7 +191,7 @@ class MLATransformation(Transformation):
         for layer in parse_layers(self.layers, config.num_hidden_layers):
             module = model.get_submodule(spec.attention_path(layer))
             if not isinstance(module, family.source_attention):
-                raise _converted_already(layer)
+                raise converted_already(layer)
             for name in (spec.query, spec.key, spec.value, spec.output):
                 if type(module.get_submodule(name)) is not nn.Linear:
                     raise UnsupportedModelError(
@@ -216,23 +217,6 @@ class MLATransformation(Transformation):
         return cast
 
 
-def _converted_already(layer: int) -> InvalidValueError:
-    remedy = "Give each method of a hybrid layers of its own."
-    return InvalidValueError("layers", layer, "layers not yet converted", remedy)
-
-
-def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Raise `InvalidValueError` unless `tokens` are token ids [N, L] of a vocabulary."""
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
-        received = f"a {tokens.dtype} tensor of shape {list(tokens.shape)}"
-        raise InvalidValueError("calibration", received, "token ids of shape [windows, tokens]")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise InvalidValueError(
-            "calibration", f"ids {low} to {high}", f"0 to {vocabulary - 1}", "Use the model's own tokenizer."
-        )
-
-
 def _output_error(source: SourceAttention, attention: LatentAttention) -> float:
     """`LayerResult.output_error`."""
     gain = source.input_gain
@@ -251,44 +235,6 @@ def _output_error(source: SourceAttention, attention: LatentAttention) -> float:
     before, after = outputs
     size = before.norm()
     return float((after - before).norm() / (size if size > 0 else 1.0))
-
-
-def config_of(model: Any) -> PreTrainedConfig:
-    """The config of a model or of a traced one. Raises `UnsupportedModelError` for anything else."""
-    config = model.meta.get("config") if isinstance(model, GraphModule) else getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel | GraphModule) or config is None:
-        kind = type(model).__name__
-        raise UnsupportedModelError(
-            f"model: got {kind}, allowed: a Transformers causal LM, or optimum_mla.trace of one."
-        )
-    return config
-
-
-def check_convertible(model: Any) -> Family:
-    """The family of a model that can be converted.
-
-    Raises:
-        UnsupportedModelError: Not a model, an unknown family, or quantized weights.
-        CorruptWeightsError: A weight is NaN or infinite.
-    """
-    config = config_of(model)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            "model: its weights are quantized. Convert the unquantized model, then quantize it."
-        )
-    family = family_of(config)
-    if isinstance(model, PreTrainedModel) and not isinstance(model, family.source_model | family.model):  # type: ignore[operator]
-        raise UnsupportedModelError(
-            f"model: got {type(model).__name__}, allowed: {family.source_model.__name__}. Load it as a causal LM."
-        )
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise UnsupportedModelError("model: it is spread or offloaded by a device_map. Load it onto one device.")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UnsupportedModelError(f"model: {name} is on the meta device. Load the weights first.")
-        if not parameter.isfinite().all():
-            raise CorruptWeightsError(f"model: {name} holds NaN or infinite values. Check the checkpoint.")
-    return family
 
 
 def attention_nodes(

@@ -1,0 +1,68 @@
+"""What every conversion refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
+from optimum_mla.models import Family, family_of
+
+
+def config_of(model: Any) -> PreTrainedConfig:
+    """The config of a model or of a traced one. Raises `UnsupportedModelError` for anything else."""
+    config = model.meta.get("config") if isinstance(model, GraphModule) else getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel | GraphModule) or config is None:
+        kind = type(model).__name__
+        raise UnsupportedModelError(
+            f"model: got {kind}, allowed: a Transformers causal LM, or optimum_mla.trace of one."
+        )
+    return config
+
+
+def check_convertible(model: Any) -> Family:
+    """The family of a model that can be converted.
+
+    Raises:
+        UnsupportedModelError: Not a model, an unknown family, or quantized weights.
+        CorruptWeightsError: A weight is NaN or infinite.
+    """
+    config = config_of(model)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            "model: its weights are quantized. Convert the unquantized model, then quantize it."
+        )
+    family = family_of(config)
+    if isinstance(model, PreTrainedModel) and not isinstance(model, family.source_model | family.model):  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"model: got {type(model).__name__}, allowed: {family.source_model.__name__}. Load it as a causal LM."
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError("model: it is spread or offloaded by a device_map. Load it onto one device.")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"model: {name} is on the meta device. Load the weights first.")
+        if not parameter.isfinite().all():
+            raise CorruptWeightsError(f"model: {name} holds NaN or infinite values. Check the checkpoint.")
+    return family
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Raise `InvalidValueError` unless `tokens` are token ids [N, L] of a vocabulary."""
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        received = f"a {tokens.dtype} tensor of shape {list(tokens.shape)}"
+        raise InvalidValueError("calibration", received, "token ids of shape [windows, tokens]")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise InvalidValueError(
+            "calibration", f"ids {low} to {high}", f"0 to {vocabulary - 1}", "Use the model's own tokenizer."
+        )
+
+
+def converted_already(layer: int) -> InvalidValueError:
+    """The error for a layer that a transformation has been at before."""
+    remedy = "Give each method of a hybrid layers of its own."
+    return InvalidValueError("layers", layer, "layers not yet converted", remedy)
