@@ -1,17 +1,21 @@
-"""Train the small Llama that the demo, the tests and the benchmarks convert.
+"""Train the small models that the demo, the tests and the benchmarks convert.
 
-    python benchmarks/train_reference_model.py --corpus DIR [--output benchmarks/reference_model]
+    python benchmarks/train_reference_model.py --corpus DIR [--variant reference|multi_head|qwen3] [--output DIR]
 
 DIR holds UTF-8 text files (`*.txt`), one book each. Two of them are held out: an excerpt of the first becomes the
 evaluation text, an excerpt of the second the calibration text; neither trains the model or its tokenizer. The script
 writes the bf16 safetensors, the tokenizer, both excerpts and a model card with the measured held-out perplexity.
 Everything is deterministic under `--seed` on one machine with one thread count.
+
+The variants differ in their attention alone: `reference` has 8 query and 2 key/value heads, `multi_head` has 8 of both,
+`qwen3` is the reference with Qwen3's norm on every query and key head.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -21,24 +25,46 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 VOCABULARY_SIZE = 4096
 SEQUENCE_LENGTH = 512  # tokens per training sequence, and the longest position the model has seen
 EXCERPT_BYTES = 200_000  # of each held-out book, cut at a paragraph
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One model: its config class and number of key/value heads, and how its card introduces it."""
+
+    config: type[LlamaConfig] | type[Qwen3Config]
+    kv_heads: int
+    title: str
+    kind: str
+    tokens: int
+
+
+VARIANTS = {
+    "reference": Variant(LlamaConfig, 2, "Reference model", "Llama with grouped-query attention", 16_000_000),
+    "multi_head": Variant(LlamaConfig, 8, "Multi-head model", "Llama with multi-head attention", 10_000_000),
+    "qwen3": Variant(Qwen3Config, 2, "Qwen3-like model", "Qwen3 (a norm on every query and key head)", 10_000_000),
+}
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True, help="Folder of UTF-8 text files to train on.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "reference_model")
+    parser.add_argument("--variant", choices=VARIANTS, default="reference")
+    parser.add_argument("--output", type=Path, help="Default: benchmarks/VARIANT_model.")
     parser.add_argument("--evaluation-book", default="persuasion.txt", help="Held out: evaluation text.")
     parser.add_argument("--calibration-book", default="hard-times.txt", help="Held out: calibration text.")
-    parser.add_argument("--tokens", type=int, default=16_000_000, help="Training tokens in all.")
+    parser.add_argument("--tokens", type=int, help="Training tokens in all. Default: the variant's.")
     parser.add_argument("--batch-size", type=int, default=8, help="Sequences per optimizer step.")
     parser.add_argument("--learning-rate", type=float, default=8e-3)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.output = arguments.output or Path(__file__).parent / f"{arguments.variant}_model"
+    arguments.tokens = arguments.tokens or VARIANTS[arguments.variant].tokens
+    return arguments
 
 
 def excerpt(book: str, size: int = EXCERPT_BYTES) -> str:
@@ -77,14 +103,14 @@ def token_sequences(tokenizer: PreTrainedTokenizerFast, books: list[str]) -> Ten
     return torch.tensor(stream[: rows * SEQUENCE_LENGTH]).view(rows, SEQUENCE_LENGTH)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def build_model(tokenizer: PreTrainedTokenizerFast, variant: Variant) -> PreTrainedModel:
+    config = variant.config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=6,
         num_attention_heads=8,
-        num_key_value_heads=2,
+        num_key_value_heads=variant.kv_heads,
         head_dim=32,
         max_position_embeddings=SEQUENCE_LENGTH,
         tie_word_embeddings=True,
@@ -92,10 +118,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def train(model: LlamaForCausalLM, sequences: Tensor, arguments: argparse.Namespace) -> int:
+def train(model: PreTrainedModel, sequences: Tensor, arguments: argparse.Namespace) -> int:
     """Train in place for `--tokens` tokens; returns how many were seen.
 
     Two optimizers: Muon for the weight matrices, which reaches AdamW's loss in about half the tokens here and so makes
@@ -143,9 +169,9 @@ license: apache-2.0
 library_name: transformers
 ---
 
-# Reference model of optimum-mla
+# {title} of optimum-mla
 
-A small Llama with grouped-query attention, trained from scratch so that the demo, the tests and the benchmarks run on
+A small {kind}, trained from scratch so that the demo, the tests and the benchmarks run on
 real weights without a download. It writes plausible English and knows nothing.
 
 | | |
@@ -162,7 +188,7 @@ real weights without a download. It writes plausible English and knows nothing.
 the model nor its tokenizer has seen; their perplexity is over non-overlapping windows of {length} tokens, with the
 bfloat16 weights computed in float32. All books are in the public domain.
 
-Made by `python benchmarks/train_reference_model.py --corpus DIR`.
+Made by `python benchmarks/train_reference_model.py --corpus DIR --variant {variant}`.
 """
 
 
@@ -176,7 +202,8 @@ def main() -> None:
     print(f"{len(books)} books, {sequences.numel():,} tokens")
 
     torch.manual_seed(arguments.seed)
-    model = build_model(tokenizer)
+    variant = VARIANTS[arguments.variant]
+    model = build_model(tokenizer, variant)
     tokens = train(model, sequences, arguments)
     model.to("cpu", torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
@@ -187,13 +214,16 @@ def main() -> None:
     from optimum_mla.report.quality import perplexity
     from optimum_mla.text import token_windows
 
-    model = LlamaForCausalLM.from_pretrained(arguments.output, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.output, dtype=torch.float32)
     measured = {
         name: perplexity(model, token_windows(tokenizer, arguments.output / f"{name}.txt", length=SEQUENCE_LENGTH))
         for name in held_out
     }
     config = model.config
     card = MODEL_CARD.format(
+        variant=arguments.variant,
+        title=variant.title,
+        kind=variant.kind,
         parameters=model.num_parameters(),
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,

@@ -26,10 +26,13 @@ class MLAGeometry:
     - `source`: the model's own multi-head or grouped-query attention; caches `2·G·D` numbers per token.
     - `decoupled`: one joint key/value latent of rank r and a rotary key of K heads (DeepSeek-V2, arXiv 2405.04434,
       section 2.1; MHA2MLA with K = G, X-EcoMLA with K = 1); caches `r + K·R`, or `r` where `rope_cache` is `rebuilt`.
-    - `full`: RoPE on every up-projected key dim, two latents (TransMLA, arXiv 2502.07864v1); caches `r_k + r_v`.
+    - `full`: RoPE on every up-projected key dim; two latents (TransMLA, arXiv 2502.07864v1) that cache `r_k + r_v`, or,
+      where `kv_lora_rank` is set, one joint latent of r.
 
-    With `key_norm` (an RMSNorm on each key head, as in Qwen3) a decoupled layer also caches one number per up-projected
-    head and token, the inverse root mean square of that key, because the norm does not fold into weights.
+    With `key_norm` (an RMSNorm on each key head, as in Qwen3) a decoupled layer also caches one number per key head and
+    token, the inverse root mean square of that key, because the norm does not fold into weights. With `latent_bias` the
+    projections that read the latent have biases even where the source's keys and values have none: they hold what the
+    latent's mean would otherwise cost in rank.
     """
 
     hidden_size: int
@@ -48,6 +51,7 @@ class MLAGeometry:
     num_up_heads: int = 0
     rope_cache: RopeCache = "cached"
     latent_norm: bool = False
+    latent_bias: bool = False
     key_norm: bool = False
     query_bias: bool = False
     key_value_bias: bool = False
@@ -80,6 +84,11 @@ class MLAGeometry:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def up_bias(self) -> bool:
+        """Whether the projections that read the latent have a bias."""
+        return self.key_value_bias or self.latent_bias
+
+    @property
     def source_cache_numbers(self) -> int:
         """Numbers that the source attention caches per token: keys and values of G heads."""
         return 2 * self.num_key_value_heads * self.head_dim
@@ -88,7 +97,7 @@ class MLAGeometry:
     def rope_numbers(self) -> int:
         """Numbers per token in the second cached tensor of a decoupled layer: rotary key and key-norm scales."""
         rotary = self.num_rope_heads * self.qk_rope_head_dim if self.rope_cache == "cached" else 0
-        return rotary + (self.num_up_heads if self.key_norm else 0)
+        return rotary + (self.num_key_value_heads if self.key_norm else 0)
 
     @property
     def cache_numbers(self) -> int:
@@ -96,7 +105,7 @@ class MLAGeometry:
         if self.attention_form == "source":
             return self.source_cache_numbers
         if self.attention_form == "full":
-            return self.k_lora_rank + self.v_lora_rank
+            return self.kv_lora_rank or self.k_lora_rank + self.v_lora_rank
         return self.kv_lora_rank + self.rope_numbers
 
     @property
@@ -132,8 +141,11 @@ class MLAGeometry:
     def _full_parameters(self) -> int:
         d, query = self.hidden_size, self.num_attention_heads * self.head_dim
         up = self.num_up_heads * self.head_dim
-        down_and_up = (self.k_lora_rank + self.v_lora_rank) * (d + up)
-        biases = self.query_bias * query + self.key_value_bias * 2 * up
+        if self.kv_lora_rank:
+            down_and_up = self.kv_lora_rank * (d + 2 * up)
+        else:
+            down_and_up = (self.k_lora_rank + self.v_lora_rank) * (d + up)
+        biases = self.query_bias * query + self.up_bias * 2 * up
         return 2 * d * query + down_and_up + biases + self.key_norm * 2 * self.head_dim
 
     def _decoupled_parameters(self) -> int:
@@ -143,8 +155,13 @@ class MLAGeometry:
         queries = d * query if r_q is None else r_q * (d + query + self.latent_norm)
         rope_input = d if self.rope_cache == "cached" else r
         up = up_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        biases = self.query_bias * query + self.key_value_bias * (up + rotary + r)
-        norms = self.latent_norm * r + self.key_norm * 2 * self.num_rope_heads * self.qk_head_dim
+        rebuilt = self.rope_cache == "rebuilt"
+        biases = self.query_bias * query + self.up_bias * up + self.key_value_bias * r
+        biases += rotary * (self.up_bias if rebuilt else self.key_value_bias)
+        norms = self.latent_norm * r
+        if self.key_norm:  # the query heads' gains, and the source's key projection for the keys' norms
+            keys = self.num_key_value_heads * self.head_dim
+            norms += self.num_rope_heads * self.qk_head_dim + keys * (d + self.key_value_bias)
         return queries + d * r + rope_input * rotary + r * up + heads * self.v_head_dim * d + biases + norms
 
 

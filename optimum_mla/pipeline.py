@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class TextOptions:
     """Texts for a conversion.
 
     Attributes:
-        calibration_data: What `optimum_mla.text.read_documents` reads, or None.
+        calibration_data: What `optimum_mla.text.read_documents` reads, token ids, or None.
+        chat_template: The calibration data are chats, to be rendered by the tokenizer's chat template.
         calibration_samples: Windows of calibration text.
         calibration_length: Tokens per window, also of the evaluation text; None takes the shorter of 512 and the
             model's longest context.
@@ -47,7 +49,8 @@ class TextOptions:
         eval_samples: At most so many windows of it.
     """
 
-    calibration_data: str | None = None
+    calibration_data: str | Iterable[int] | None = None
+    chat_template: bool = False
     calibration_samples: int = 128
     calibration_length: int | None = None
     eval_data: str | None = None
@@ -93,7 +96,9 @@ def convert(
     if not options.keys() & RANK_OPTIONS:
         options["kv_cache_ratio"] = DEFAULT_CACHE_RATIO
 
-    tokenizer = _load_tokenizer(model, hub, needed=bool(texts.calibration_data or texts.eval_data))
+    tokenizer = _load_tokenizer(
+        model, hub, needed=isinstance(texts.calibration_data, str) or texts.eval_data is not None
+    )
     calibration, evaluation, data = _read_texts(tokenizer, config, texts)
     transformation = build_transformation(method, options, calibration)
     transformation.check(config)
@@ -236,9 +241,11 @@ def _read_texts(
         ("eval-data", texts.eval_data, texts.eval_samples),
     ):
         if source is not None:
-            ids = windows[field] = token_windows(tokenizer, source, length, samples, field)
+            chats = texts.chat_template and field == "calibration-data"
+            ids = windows[field] = token_windows(tokenizer, source, length, samples, field, chats)
             digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-            data[field] = {"source": source, "windows": len(ids), "tokens_per_window": length, "sha256": digest}
+            origin = source if isinstance(source, str) else "token ids"
+            data[field] = {"source": origin, "windows": len(ids), "tokens_per_window": length, "sha256": digest}
     return windows.get("calibration-data"), windows.get("eval-data"), data
 
 
@@ -253,8 +260,12 @@ def _layer_report(layer: int, result: Any) -> LayerReport:
         q_lora_rank=g.q_lora_rank,
         qk_rope_head_dim=g.qk_rope_head_dim,
         num_rope_heads=g.num_rope_heads,
+        rope_cache=g.rope_cache if g.attention_form == "decoupled" else None,
         cache_numbers_per_token=g.cache_numbers,
         output_error=result.output_error,
+        key_weight=result.key_weight,
+        state_error=result.state_error,
+        healed_error=result.healed_error,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from optimum_mla.errors import CalibrationDataError, MissingDependencyError
@@ -50,6 +52,10 @@ def read_documents(source: str | Path) -> Iterator[str]:
 
 
 def _dataset_documents(name: str) -> Iterator[str]:
+    yield from (row["text"] for row in _dataset_rows(name, "text"))
+
+
+def _dataset_rows(name: str, column: str) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -58,15 +64,41 @@ def _dataset_documents(name: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         for row in rows:
-            if "text" not in row:
+            if column not in row:
                 columns = ", ".join(row)
-                raise CalibrationDataError(f"text: dataset {name!r} has no column 'text', only: {columns}.")
-            yield row["text"]
+                raise CalibrationDataError(f"text: dataset {name!r} has no column {column!r}, only: {columns}.")
+            yield row
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, CalibrationDataError):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationDataError(f"text: {name!r} is no file here and did not load as a dataset: {reason}") from error
+
+
+def read_chats(source: str | Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the chats of a JSON Lines file or of a dataset: the `messages` of each row.
+
+    Args:
+        source: A `.jsonl` file, or a dataset as for `read_documents`.
+
+    Raises:
+        CalibrationDataError: No such file or dataset, no JSON, or a row without messages.
+    """
+    path = Path(source)
+    if path.suffix not in FILE_SUFFIXES and not path.is_file():
+        yield from (row["messages"] for row in _dataset_rows(str(source), "messages"))
+        return
+    for number, line in enumerate("".join(read_documents(source)).splitlines(), start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            raise CalibrationDataError(
+                f"text: line {number} of {source} is not JSON. Give one object per line."
+            ) from error
+        if row is not None and (not isinstance(row, dict) or not isinstance(row.get("messages"), list)):
+            raise CalibrationDataError(f"text: line {number} of {source} has no list of 'messages'.")
+        if row is not None:
+            yield row["messages"]
 
 
 def token_windows(
@@ -75,6 +107,7 @@ def token_windows(
     length: int,
     samples: int | None = None,
     field: str = "calibration-data",
+    chats: bool = False,
 ) -> Tensor:
     """Consecutive windows of token ids, [N, length], from the beginning of the text.
 
@@ -84,13 +117,14 @@ def token_windows(
         length: Tokens per window.
         samples: At most so many windows (reading stops there); None takes the whole text.
         field: Name of the option that gave `source`, for the error message.
+        chats: `source` is what `read_chats` reads, to be rendered by the tokenizer's chat template.
 
     Raises:
-        CalibrationDataError: The text is empty or shorter than one window.
+        CalibrationDataError: The text is empty or shorter than one window, or a chat does not render.
     """
     wanted = None if samples is None else samples * length
     ids: list[int] = []
-    for chunk in _token_chunks(tokenizer, source):
+    for chunk in _chat_chunks(tokenizer, source) if chats else _token_chunks(tokenizer, source):
         ids += chunk
         if wanted is not None and len(ids) >= wanted:
             break
@@ -110,3 +144,17 @@ def _token_chunks(tokenizer: Any, source: str | Path | Iterable[int]) -> Iterato
             yield tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     else:
         yield [int(token) for token in source]
+
+
+def _chat_chunks(tokenizer: Any, source: Any) -> Iterator[list[int]]:
+    if not isinstance(source, str | Path):
+        raise CalibrationDataError("chat-template: got token ids, allowed: a .jsonl file or a dataset of chats.")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise CalibrationDataError("chat-template: the model's tokenizer has none. Give plain text instead.")
+    for messages in read_chats(source):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TypeError, ValueError, KeyError, TemplateError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CalibrationDataError(f"chat-template: a chat of {source} does not render: {reason}") from error
+        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -67,12 +67,20 @@ def decoupled_shapes(layer: MLAGeometry) -> list[tuple[int, ...]]:
         shapes.append((r,))
     if layer.query_bias:
         shapes += [(heads * n,), (heads * rope,)]
+    rope_bias = (layer.num_rope_heads * rope,)
+    if layer.key_value_bias or layer.latent_bias:
+        shapes += [(up_heads * n,), (up_heads * v,)]
     if layer.key_value_bias:
-        shapes += [(r,), (up_heads * n,), (up_heads * v,), (layer.num_rope_heads * rope,)]
+        shapes += [(r,), rope_bias]
+    elif layer.latent_bias and layer.rope_cache == "rebuilt":
+        shapes.append(rope_bias)
     if layer.output_bias:
         shapes.append((d,))
     if layer.key_norm:
-        shapes += [(layer.num_rope_heads, n + rope)] * 2  # rotary heads split their dims differently
+        shapes.append((layer.num_rope_heads, n + rope))  # rotary heads split their dims differently
+        shapes.append((layer.num_key_value_heads * layer.head_dim, d))  # the source's keys, for their size
+        if layer.key_value_bias:
+            shapes.append((layer.num_key_value_heads * layer.head_dim,))
     return shapes
 
 
@@ -83,17 +91,12 @@ def full_shapes(layer: MLAGeometry) -> list[tuple[int, ...]]:
         layer.num_attention_heads * layer.head_dim,
         layer.num_up_heads * layer.head_dim,
     )
-    shapes: list[tuple[int, ...]] = [
-        (query, d),
-        (layer.k_lora_rank, d),
-        (layer.v_lora_rank, d),
-        (up, layer.k_lora_rank),
-        (up, layer.v_lora_rank),
-        (d, query),
-    ]
+    r_k, r_v, joint = layer.k_lora_rank, layer.v_lora_rank, layer.kv_lora_rank
+    latents = [(joint, d), (up, joint), (up, joint)] if joint else [(r_k, d), (r_v, d), (up, r_k), (up, r_v)]
+    shapes: list[tuple[int, ...]] = [(query, d), *latents, (d, query)]
     if layer.query_bias:
         shapes.append((query,))
-    if layer.key_value_bias:
+    if layer.key_value_bias or layer.latent_bias:
         shapes += [(up,), (up,)]
     if layer.output_bias:
         shapes.append((d,))
@@ -138,6 +141,7 @@ def decoupled_layers(draw: st.DrawFn) -> MLAGeometry:
         v_head_dim=draw(st.integers(1, 128)),
         num_up_heads=draw(st.sampled_from((source.num_key_value_heads, source.num_attention_heads))),
         rope_cache=draw(st.sampled_from(("cached", "rebuilt"))),
+        latent_bias=draw(st.booleans()),
         latent_norm=draw(st.booleans()),
     )
 
@@ -152,7 +156,14 @@ def full_layers(draw: st.DrawFn) -> MLAGeometry:
         k_lora_rank=draw(st.integers(1, 256)),
         v_lora_rank=draw(st.integers(1, 256)),
         num_up_heads=draw(st.sampled_from((source.num_key_value_heads, source.num_attention_heads))),
+        latent_bias=draw(st.booleans()),
     )
+
+
+@st.composite
+def joint_layers(draw: st.DrawFn) -> MLAGeometry:
+    """A full layer with one latent."""
+    return replace(draw(full_layers()), k_lora_rank=0, v_lora_rank=0, kv_lora_rank=draw(st.integers(1, 256)))
 
 
 def test_source_by_hand() -> None:
@@ -189,9 +200,12 @@ def test_decoupled_with_query_rank_and_latent_norm_by_hand() -> None:
 
 def test_decoupled_with_biases_and_norms_by_hand() -> None:
     layer = replace(DECOUPLED, query_bias=True, key_value_bias=True, output_bias=True, key_norm=True)
-    # q 4·16, latent 20, rotary key 2·4, up 2·(12 + 16), o 64, and gains of 16 dims for 2 rotary heads, twice
-    assert layer.parameters == 11104 + 64 + 20 + 8 + 56 + 64 + 2 * 2 * 16
-    assert layer.cache_numbers == 20 + 8 + 2  # and one inverse root mean square per up-projected head
+    # q 4·16, latent 20, rotary key 2·4, up 2·(12 + 16), o 64, query gains of 16 dims for 2 rotary heads, and the
+    # source's key projection with its bias
+    assert layer.parameters == 11104 + 64 + 20 + 8 + 56 + 64 + 2 * 16 + 2 * 16 * (64 + 1)
+    assert layer.cache_numbers == 20 + 8 + 2  # and one inverse root mean square per key head
+    assert replace(DECOUPLED, latent_bias=True).parameters == 11104 + 56
+    assert replace(DECOUPLED, latent_bias=True, rope_cache="rebuilt").parameters == 11104 - 512 + 20 * 8 + 56 + 8
 
 
 def test_decoupled_rebuilt_by_hand() -> None:
@@ -206,6 +220,11 @@ def test_full_by_hand() -> None:
     # q 64·64, down (24 + 8)·64, up (24 + 8)·4·16, o 64·64
     assert FULL.parameters == 4096 + 2048 + 2048 + 4096
     assert replace(FULL, query_bias=True, key_value_bias=True).parameters == 12288 + 64 + 2 * 64
+    joint = replace(FULL, kv_lora_rank=24, k_lora_rank=0, v_lora_rank=0)
+    assert joint.cache_numbers == 24
+    # q, o, one down-projection 24·64, two ups 24·4·16 and, with a bias, 4·16 for each
+    assert joint.parameters == 4096 + 4096 + 24 * 64 + 2 * 24 * 64
+    assert replace(joint, latent_bias=True).parameters == joint.parameters + 2 * 64
 
 
 def test_model_by_hand() -> None:
@@ -253,7 +272,7 @@ def test_decoupled_parameters_are_the_sum_of_its_weights(layer: MLAGeometry) -> 
     assert layer.parameters_added == elements(decoupled_shapes(layer)) - elements(source_shapes(layer))
 
 
-@given(full_layers())
+@given(full_layers() | joint_layers())
 def test_full_parameters_are_the_sum_of_its_weights(layer: MLAGeometry) -> None:
     assert layer.parameters == elements(full_shapes(layer))
     assert layer.parameters_added == elements(full_shapes(layer)) - elements(source_shapes(layer))
@@ -268,10 +287,12 @@ def test_full_at_the_source_widths_keeps_the_cache(layer: MLAGeometry) -> None:
 
 
 @given(decoupled_layers())
-def test_key_norm_adds_a_number_per_up_projected_head(layer: MLAGeometry) -> None:
+def test_key_norm_adds_a_number_per_key_head(layer: MLAGeometry) -> None:
     with_norm, without = replace(layer, key_norm=True), replace(layer, key_norm=False)
-    assert with_norm.cache_numbers - without.cache_numbers == layer.num_up_heads
-    assert with_norm.parameters - without.parameters == 2 * layer.num_rope_heads * layer.qk_head_dim
+    assert with_norm.cache_numbers - without.cache_numbers == layer.num_key_value_heads
+    gains = layer.num_rope_heads * layer.qk_head_dim
+    keys = layer.num_key_value_heads * layer.head_dim * (layer.hidden_size + layer.key_value_bias)
+    assert with_norm.parameters - without.parameters == gains + keys
 
 
 @given(full_layers())
@@ -281,13 +302,14 @@ def test_key_norm_leaves_the_cache_of_a_full_layer(layer: MLAGeometry) -> None:
 
 @given(decoupled_layers())
 def test_rebuilt_drops_the_rotary_key_from_the_cache(layer: MLAGeometry) -> None:
+    layer = replace(layer, latent_bias=False)
     cached, rebuilt = replace(layer, rope_cache="cached"), replace(layer, rope_cache="rebuilt")
     rotary = layer.num_rope_heads * layer.qk_rope_head_dim
     assert cached.cache_numbers - rebuilt.cache_numbers == rotary
     assert cached.parameters - rebuilt.parameters == (layer.hidden_size - layer.kv_lora_rank) * rotary
 
 
-@given(decoupled_layers() | full_layers(), st.sampled_from((2, 4, 8, 16, 32)))
+@given(decoupled_layers() | full_layers() | joint_layers(), st.sampled_from((2, 4, 8, 16, 32)))
 def test_bytes_follow_numbers(layer: MLAGeometry, bits: int) -> None:
     assert layer.cache_bytes(bits) * 8 == layer.cache_numbers * bits
     assert layer.cache_bytes() == 2 * layer.cache_numbers

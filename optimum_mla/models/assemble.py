@@ -59,12 +59,17 @@ def converted_config(
 
 
 def load_attention(
-    family: Family, config: PreTrainedConfig, layer: int, tensors: dict[str, Tensor], model: nn.Module
+    family: Family,
+    config: PreTrainedConfig,
+    layer: int,
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    geometry: MLAGeometry,
 ) -> LatentAttention:
     """One layer's attention module with its weights, for a model whose rotary embedding it shares."""
     rotary = model.get_submodule(family.spec.rotary_path)
     with torch.device("meta"):
-        attention = build_attention(family.spec, config, layer, rotary)
+        attention = build_attention(family.spec, config, layer, rotary, geometry)
     attention.load_state_dict(tensors, assign=True)
     return attention.train(model.training)
 

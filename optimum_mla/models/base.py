@@ -28,6 +28,7 @@ MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
     "num_up_heads": (int, 0),
     "rope_cache": (str, "cached"),
     "latent_norm": (bool, False),
+    "latent_bias": (bool, False),
 }
 """Type and default of every field that a converted config adds; all but `mla_method` are `MLAGeometry`'s fields."""
 
@@ -114,12 +115,17 @@ class MLAForCausalLMMixin(LatentInitialization):
         (Path(save_directory) / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
 
 
-def build_attention(spec: AttentionSpec, config: Any, layer: int, rotary: nn.Module) -> LatentAttention:
+def build_attention(
+    spec: AttentionSpec, config: Any, layer: int, rotary: nn.Module, geometry: MLAGeometry | None = None
+) -> LatentAttention:
     """The latent attention module of one converted layer, weights as `torch.nn` initializes them.
 
     The module keeps the model's config, not its layer's: `set_attn_implementation` changes the former only.
+
+    Args:
+        geometry: Shape of the layer; None reads it from the config.
     """
-    geometry = spec.geometry(config.per_layer_config[layer])
+    geometry = geometry or spec.geometry(config.per_layer_config[layer])
     window = sliding_window(config, layer)
     return ATTENTION_FORMS[geometry.attention_form](config, geometry, layer, rotary, window)
 

@@ -23,7 +23,9 @@ class AttentionSpec:
         query_bias, key_value_bias, output_bias: Which projections have a bias.
         query_norm, key_norm: Attribute names of the RMSNorms on query and key heads, or None.
         base, layers, attention, rotary: Attribute names on the way from the model to its attention.
-        input_norm: Attribute name, in a decoder layer, of the norm before the attention.
+        embedding: Attribute name, in the base model, of the token embedding.
+        input_norm, mlp_norm, mlp: Attribute names, in a decoder layer, of the norm before the attention, of the norm
+            before the feed-forward part, and of that part.
         query, key, value, output: Attribute names of the four projections.
     """
 
@@ -38,7 +40,10 @@ class AttentionSpec:
     layers: str = "layers"
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
+    embedding: str = "embed_tokens"
     input_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
@@ -137,6 +142,16 @@ class SourceAttention:
         return self._heads(self.spec.key)
 
     @property
+    def gained_key(self) -> Tensor:
+        """W_K, [G, D, d], times the key norm's gain: with a norm, a key is this times its state, over a factor."""
+        return self.key * self.norm_gain(self.spec.key_norm)[:, None]
+
+    @property
+    def gained_key_bias(self) -> Tensor:
+        """[G, D], likewise."""
+        return self.key_bias * self.norm_gain(self.spec.key_norm)
+
+    @property
     def value(self) -> Tensor:
         """W_V, [G, D, d]."""
         return self._heads(self.spec.value)
@@ -159,7 +174,8 @@ class SourceAttention:
     def norm_gain(self, name: str | None) -> Tensor:
         """Gain [D] of the query or key norm."""
         if name is None:
-            return torch.ones(self.geometry.head_dim, dtype=torch.float64)
+            device = self._linear(self.spec.query).weight.device
+            return torch.ones(self.geometry.head_dim, dtype=torch.float64, device=device)
         return self.module.get_submodule(name).weight.detach().double()  # type: ignore[union-attr, operator]
 
     def output(self) -> dict[str, Tensor]:

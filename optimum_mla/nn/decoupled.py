@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.nn.attention import LatentAttention, is_plain
-from optimum_mla.nn.norm import HeadRMSNorm
+from optimum_mla.nn.norm import HeadRMSNorm, inverse_rms
 from optimum_mla.ops import absorb
 from optimum_mla.ops.rotary import Rotation, gather_rotation, rotate
 
@@ -20,7 +20,8 @@ class DecoupledLatentAttention(LatentAttention):
         logit(h, t) = q_N(h)·W_UK(h) c_t + q_R(h)·k_R(t)        o(h) = W_UV(h) Σ_t p_t c_t
 
     The K rotary heads lie side by side in the second tensor, because static caches give both tensors as many heads.
-    With key norms it also holds one factor per up-projected head, by which the whole logit of that head is multiplied.
+    With key norms it also holds one factor per key head, by which the whole logit of that head is multiplied. It comes
+    from the source's own key projection, so it is exact at any rank.
     """
 
     rope_pairs: Tensor
@@ -37,12 +38,12 @@ class DecoupledLatentAttention(LatentAttention):
         cached_rope = rope if g.rope_cache == "cached" else 0
         self.kv_a_proj_with_mqa = nn.Linear(d, r + cached_rope, bias=g.key_value_bias)
         self.kv_a_layernorm = nn.RMSNorm(r, eps=eps) if g.latent_norm else nn.Identity()
-        self.kv_b_proj = nn.Linear(r, g.num_up_heads * (g.qk_nope_head_dim + g.v_head_dim), bias=g.key_value_bias)
+        self.kv_b_proj = nn.Linear(r, g.num_up_heads * (g.qk_nope_head_dim + g.v_head_dim), bias=g.up_bias)
         if g.rope_cache == "rebuilt":
-            self.k_rope_proj = nn.Linear(r, rope, bias=g.key_value_bias)
+            self.k_rope_proj = nn.Linear(r, rope, bias=g.up_bias)
         if g.key_norm:
-            self.q_norm = HeadRMSNorm(g.num_rope_heads, g.qk_head_dim, eps)
-            self.k_norm = HeadRMSNorm(g.num_rope_heads, g.qk_head_dim, eps)
+            self.q_norm = HeadRMSNorm(g.num_rope_heads, g.qk_head_dim, eps, normed_dim=g.head_dim)
+            self.k_scale_proj = nn.Linear(d, g.num_key_value_heads * g.head_dim, bias=g.key_value_bias)
         # Which of the source's rotary pairs each rotary head turns with; saved with the weights.
         self.register_buffer("rope_pairs", default_rope_pairs(g))
 
@@ -72,11 +73,10 @@ class DecoupledLatentAttention(LatentAttention):
         second = []
         if g.rope_cache == "cached":
             rope = self._rope_heads(compressed[..., g.kv_lora_rank :])
-            second.append(self._turn(rope, rotation).transpose(1, 2).flatten(2))  # [B, S, K·R]
-        elif g.key_norm:
-            rope = self._rope_heads(self.k_rope_proj(latent[:, 0]))
+            second.append(rotate(rope, rotation).transpose(1, 2).flatten(2))  # [B, S, K·R]
         if g.key_norm:
-            second.append(self._key_scales(latent, rope))
+            keys = self.k_scale_proj(hidden_states).unflatten(-1, (-1, g.head_dim))  # [B, S, G, D]
+            second.append(inverse_rms(keys, self.q_norm.eps))
         if not second:
             return latent, latent[..., :0]
         return latent, torch.cat(second, dim=-1).unsqueeze(1)
@@ -84,19 +84,6 @@ class DecoupledLatentAttention(LatentAttention):
     def _rope_heads(self, flat: Tensor) -> Tensor:
         """[B, T, K·R] as [B, K, T, R]."""
         return flat.unflatten(-1, (self.geometry.num_rope_heads, self.geometry.qk_rope_head_dim)).transpose(1, 2)
-
-    def _turn(self, rope: Tensor, rotation: Rotation) -> Tensor:
-        """The rotary key [B, K, T, R] with its norm's gain, rotated."""
-        if self.geometry.key_norm:
-            rope = rope * self.k_norm.gain(rope.shape[1])[..., self.geometry.qk_nope_head_dim :]
-        return rotate(rope, rotation)
-
-    def _key_scales(self, latent: Tensor, rope: Tensor) -> Tensor:
-        """Inverse root mean square [B, S, U] of each up-projected key [W_UK c ; k_R]."""
-        nope, _ = self._up_project(latent)
-        squares = nope.float().square().sum(-1)  # [B, U, S]
-        squares = squares + rope.float().square().sum(-1).repeat_interleave(squares.shape[1] // rope.shape[1], dim=1)
-        return self.k_norm.inverse_rms(squares).to(latent.dtype).transpose(1, 2)
 
     def _up_project(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free keys [B, U, T, n] and values [B, U, T, v] of latents [B, 1, T, r]."""
@@ -108,23 +95,22 @@ class DecoupledLatentAttention(LatentAttention):
     def _rotary_key(self, latent: Tensor, second: Tensor, rotation: Rotation | None) -> Tensor:
         """Rotated rotary key [B, K, T, R] of the whole cache."""
         if rotation is not None:
-            return self._turn(self._rope_heads(self.k_rope_proj(latent[:, 0])), rotation)
+            return rotate(self._rope_heads(self.k_rope_proj(latent[:, 0])), rotation)
         width = self.geometry.num_rope_heads * self.geometry.qk_rope_head_dim
         return self._rope_heads(second[:, 0, :, :width])
 
-    def _cached_scales(self, second: Tensor) -> Tensor:
-        """The key norms' factors [B, U, T]."""
-        return second[:, 0, :, -self.geometry.num_up_heads :].transpose(1, 2)
+    def _cached_scales(self, second: Tensor, heads: int) -> Tensor:
+        """The key norms' factors for so many heads, [B, heads, T]."""
+        factors = second[:, 0, :, -self.geometry.num_key_value_heads :].transpose(1, 2)
+        return factors.repeat_interleave(heads // self.geometry.num_key_value_heads, dim=1)
 
     def _expand(self, first: Tensor, second: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         g = self.geometry
         nope, values = self._up_project(first)
         rope = self._rotary_key(first, second, rotation)
         rope = rope.repeat_interleave(g.num_up_heads // g.num_rope_heads, dim=1)
-        if g.key_norm:
-            nope = nope * self.k_norm.gain(g.num_up_heads)[..., : g.qk_nope_head_dim]
         keys = torch.cat([nope, rope], dim=-1)
-        return (keys * self._cached_scales(second).unsqueeze(-1) if g.key_norm else keys), values
+        return (keys * self._cached_scales(second, g.num_up_heads).unsqueeze(-1) if g.key_norm else keys), values
 
     def _absorbed(
         self, queries: Tensor, first: Tensor, second: Tensor, rotation: Rotation | None, mask: Tensor | None
@@ -133,8 +119,6 @@ class DecoupledLatentAttention(LatentAttention):
         up = self.kv_b_proj.weight.view(g.num_up_heads, -1, g.kv_lora_rank)  # [U, n + v, r]
         key_up, value_up = up.split([g.qk_nope_head_dim, g.v_head_dim], dim=1)
         nope, rope = queries.split([g.qk_nope_head_dim, g.qk_rope_head_dim], dim=-1)
-        if g.key_norm:
-            nope = nope * self.k_norm.gain(g.num_attention_heads)[..., : g.qk_nope_head_dim]
 
         logits = absorb.shared_logits(absorb.through_up_projection(nope, key_up), first)
         if g.qk_rope_head_dim:
@@ -145,7 +129,7 @@ class DecoupledLatentAttention(LatentAttention):
             key_bias, value_bias = bias.split([g.qk_nope_head_dim, g.v_head_dim], dim=1)
             logits = logits + absorb.through_up_projection(nope, key_bias.unsqueeze(-1))
         if g.key_norm:
-            logits = logits * self._cached_scales(second).repeat_interleave(self.num_key_value_groups, 1).unsqueeze(2)
+            logits = logits * self._cached_scales(second, g.num_attention_heads).unsqueeze(2)
         weights = absorb.attention_weights(logits * self.scaling, mask, self._dropout)
         return absorb.absorbed_values(weights, first, value_up, value_bias), weights
 

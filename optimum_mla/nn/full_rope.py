@@ -1,4 +1,4 @@
-"""The full form: a key latent and a value latent, RoPE behind the up-projection."""
+"""The full form: RoPE behind the up-projection; a key and a value latent, or one for both."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from optimum_mla.ops.rotary import Rotation, rotate
 
 
 class FullRopeLatentAttention(LatentAttention):
-    """Keys and values from two latents, RoPE on every up-projected key dim (TransMLA, arXiv 2502.07864v1, section 4).
+    """Keys and values from latents, RoPE on every up-projected key dim (TransMLA, arXiv 2502.07864v1, section 4).
 
         c_K = k_a(x)  [B, 1, T, r_k]     c_V = v_a(x)  [B, 1, T, r_v]        both cached, neither carries position
         logit(h, t) = rope(q(h))·rope(W_UK(h) c_K,t)              o(h) = W_UV(h) Σ_t p_t c_V,t
 
+    With one joint latent, c_K = c_V = kv_a(x) [B, 1, T, r], and the second cached tensor is empty.
     The rotation stands between the up-projection and the query, so keys are always expanded; values can be absorbed.
     """
 
     def _build(self, g: MLAGeometry, eps: float) -> None:
         self.q_proj = nn.Linear(g.hidden_size, g.num_attention_heads * g.head_dim, bias=g.query_bias)
-        self.k_a_proj = nn.Linear(g.hidden_size, g.k_lora_rank, bias=False)
-        self.k_b_proj = nn.Linear(g.k_lora_rank, g.num_up_heads * g.head_dim, bias=g.key_value_bias)
-        self.v_a_proj = nn.Linear(g.hidden_size, g.v_lora_rank, bias=False)
-        self.v_b_proj = nn.Linear(g.v_lora_rank, g.num_up_heads * g.head_dim, bias=g.key_value_bias)
+        key_rank, self.value_rank = g.kv_lora_rank or g.k_lora_rank, g.kv_lora_rank or g.v_lora_rank
+        if g.kv_lora_rank:
+            self.kv_a_proj = nn.Linear(g.hidden_size, g.kv_lora_rank, bias=False)
+        else:
+            self.k_a_proj = nn.Linear(g.hidden_size, g.k_lora_rank, bias=False)
+            self.v_a_proj = nn.Linear(g.hidden_size, g.v_lora_rank, bias=False)
+        self.k_b_proj = nn.Linear(key_rank, g.num_up_heads * g.head_dim, bias=g.up_bias)
+        self.v_b_proj = nn.Linear(self.value_rank, g.num_up_heads * g.head_dim, bias=g.up_bias)
         if g.key_norm:
             self.q_norm = HeadRMSNorm(1, g.head_dim, eps)
             self.k_norm = HeadRMSNorm(1, g.head_dim, eps)
@@ -50,7 +55,13 @@ class FullRopeLatentAttention(LatentAttention):
         return True
 
     def _latents(self, hidden_states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        if self.geometry.kv_lora_rank:
+            latent = self.kv_a_proj(hidden_states).unsqueeze(1)
+            return latent, latent[..., :0]
         return self.k_a_proj(hidden_states).unsqueeze(1), self.v_a_proj(hidden_states).unsqueeze(1)
+
+    def _value_latent(self, first: Tensor, second: Tensor) -> Tensor:
+        return first if self.geometry.kv_lora_rank else second
 
     def _keys(self, latent: Tensor, rotation: Rotation | None) -> Tensor:
         keys = self._heads(self.k_b_proj(latent[:, 0]))
@@ -58,7 +69,7 @@ class FullRopeLatentAttention(LatentAttention):
         return rotate(keys, rotation) if rotation is not None else keys
 
     def _expand(self, first: Tensor, second: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        return self._keys(first, rotation), self._heads(self.v_b_proj(second[:, 0]))
+        return self._keys(first, rotation), self._heads(self.v_b_proj(self._value_latent(first, second)[:, 0]))
 
     def _absorbed(
         self, queries: Tensor, first: Tensor, second: Tensor, rotation: Rotation | None, mask: Tensor | None
@@ -66,10 +77,10 @@ class FullRopeLatentAttention(LatentAttention):
         g = self.geometry
         logits = absorb.grouped_logits(queries, self._keys(first, rotation))
         weights = absorb.attention_weights(logits * self.scaling, mask, self._dropout)
-        value_up = self.v_b_proj.weight.view(g.num_up_heads, g.head_dim, g.v_lora_rank)
+        value_up = self.v_b_proj.weight.view(g.num_up_heads, g.head_dim, self.value_rank)
         bias = self.v_b_proj.bias
         value_bias = None if bias is None else bias.view(g.num_up_heads, g.head_dim)
-        return absorb.absorbed_values(weights, second, value_up, value_bias), weights
+        return absorb.absorbed_values(weights, self._value_latent(first, second), value_up, value_bias), weights
 
     def _absorbable(self) -> bool:
         return is_plain(self.v_b_proj)
@@ -77,5 +88,5 @@ class FullRopeLatentAttention(LatentAttention):
     def _absorbing_saves(self, queries: int, tokens: int) -> bool:
         g = self.geometry
         return absorb.absorbing_saves(
-            queries, tokens, g.v_lora_rank, g.num_attention_heads, g.num_up_heads, 0, g.v_head_dim
+            queries, tokens, self.value_rank, g.num_attention_heads, g.num_up_heads, 0, g.v_head_dim
         )

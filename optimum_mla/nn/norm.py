@@ -7,21 +7,28 @@ from torch import Tensor, nn
 
 
 class HeadRMSNorm(nn.Module):
-    """RMSNorm over each head's dims, one gain vector per rotary head (heads that split their dims differently)."""
+    """RMSNorm of each head, one gain vector per rotary head (heads that split their dims differently).
 
-    def __init__(self, heads: int, dim: int, eps: float) -> None:
+    Args:
+        heads: K.
+        dim: Dims of a head.
+        eps: Added to the mean square.
+        normed_dim: The root mean square is that of the first so many dims, the source head's own; dims behind them are
+            linear combinations of those and get the same factor. None takes all.
+    """
+
+    def __init__(self, heads: int, dim: int, eps: float, normed_dim: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(heads, dim))
-        self.eps = eps
-
-    def gain(self, heads: int) -> Tensor:
-        """Gains laid out for [B, heads, S, dim]: [heads, 1, dim]."""
-        return self.weight.repeat_interleave(heads // self.weight.shape[0], dim=0).unsqueeze(1)
+        self.eps, self.normed_dim = eps, normed_dim or dim
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, S, dim], normed and multiplied by its head's gain."""
-        return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps) * self.gain(x.shape[1])
+        gain = self.weight.repeat_interleave(x.shape[1] // self.weight.shape[0], dim=0).unsqueeze(1)  # [H, 1, dim]
+        return x * inverse_rms(x[..., : self.normed_dim], self.eps).unsqueeze(-1) * gain
 
-    def inverse_rms(self, sum_of_squares: Tensor) -> Tensor:
-        """The factor that norms a head whose dims' squares add up to `sum_of_squares`."""
-        return torch.rsqrt(sum_of_squares.float() / self.weight.shape[-1] + self.eps)
+
+def inverse_rms(heads: Tensor, eps: float) -> Tensor:
+    """The factor [...] that gives heads [..., dim] a root mean square of one."""
+    squares = heads.to(torch.promote_types(heads.dtype, torch.float32)).square()
+    return torch.rsqrt(squares.mean(-1) + eps).to(heads.dtype)

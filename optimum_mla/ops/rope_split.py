@@ -24,22 +24,27 @@ class RopeSplit(NamedTuple):
     pairs: Tensor
 
 
+SCORED_SELECTIONS = ("contribution", "damage")
+"""Selections that take the pairs with the highest scores."""
+
+
 def select_pairs(selection: str, head_dim: int, rope_dim: int, scores: Tensor | None = None, heads: int = 1) -> Tensor:
     """Rotary pairs to keep, [K, R/2], rising.
 
-    MHA2MLA (arXiv 2502.14837), section 3.1: `high` and `low` frequencies, `uniform` strides, or the top `contribution`.
+    MHA2MLA (arXiv 2502.14837), section 3.1: `high` and `low` frequencies, `uniform` strides, or the top `contribution`;
+    ours: the top `damage` (`optimum_mla.transforms.calibration`).
 
     Args:
-        selection: One of `high`, `low`, `uniform`, `contribution`.
+        selection: One of `high`, `low`, `uniform`, `contribution`, `damage`.
         head_dim: D.
         rope_dim: R, even.
-        scores: [K, D/2], for `contribution`: the larger, the more the pair matters.
+        scores: [K, D/2], for `contribution` and `damage`: the larger, the more the pair matters.
         heads: K.
     """
     total, kept = head_dim // 2, rope_dim // 2
-    if selection == "contribution":
+    if selection in SCORED_SELECTIONS:
         if scores is None:
-            raise ValueError("contribution selects by scores: none were given")
+            raise ValueError(f"{selection} selects by scores: none were given")
         return scores.topk(kept, dim=-1).indices.sort(dim=-1).values
     if selection == "high":
         chosen = torch.arange(kept)

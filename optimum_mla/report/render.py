@@ -53,6 +53,41 @@ def summary_table(reports: Iterable[ConversionReport]) -> str:
     return table(SUMMARY_HEADER, [summary_row(report) for report in reports])
 
 
+FORM_RULES = {
+    "full": "decoding up-projects every cached key at each step: take it for quality, short contexts and batch work",
+    "rebuilt": "nothing but the latent is cached; a step rebuilds R rotary dims of each cached key: the best quality "
+    "for its size in Transformers, at any length",
+    "cached": "DeepSeek's structure, the fastest to decode and the one that engines run, at lower quality for its size",
+}
+"""What a form is for, by `LayerReport.rope_cache` or, without a decoupled rotary key, by `attention_form`."""
+
+
+def _span(values: Iterable[float], digits: int | None = None) -> str:
+    """A value, or the lowest and highest of several."""
+    show = (lambda v: f"{v:g}") if digits is None else (lambda v: f"{v:.{digits}f}")
+    low, high = min(values := list(values)), max(values)
+    return show(low) if low == high else f"{show(low)} to {show(high)}"
+
+
+def choices(report: ConversionReport) -> str:
+    """What was chosen for the layers, and why, a few lines."""
+    layers = report.layers
+    form = layers[0].rope_cache or layers[0].attention_form
+    lines = [f"form: {form}; {FORM_RULES[form]}."]
+    if any(layer.rope_cache for layer in layers):
+        rotary = _span(layer.qk_rope_head_dim for layer in layers)
+        why = "" if report.options.get("qk_rope_head_dim") else ", chosen by the error on held-back calibration text"
+        lines.append(f"latent {_span(layer.kv_lora_rank for layer in layers)}, rotary dims {rotary}{why}.")
+    before = [layer.state_error for layer in layers if layer.state_error is not None]
+    after = [layer.healed_error for layer in layers if layer.healed_error is not None]
+    if before:
+        healed = f"; refitted output projections make that {_span([100 * v for v in after], 2)} %" if after else ""
+        lines.append(f"error in the hidden state, layer by layer: {_span([100 * v for v in before], 2)} %{healed}.")
+    else:
+        lines.append("no calibration data: with some the same cache gives far better quality.")
+    return "\n".join(lines)
+
+
 MODEL_CARD = """\
 ---
 library_name: transformers

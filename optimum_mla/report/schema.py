@@ -15,7 +15,10 @@ REPORTED_PACKAGES = ("optimum-mla", "torch", "transformers", "optimum", "safeten
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One converted layer; `output_error` is `optimum_mla.transforms.base.LayerResult`'s."""
+    """One converted layer; the errors and `key_weight` are those of `optimum_mla.transforms.base.LayerResult`.
+
+    `rope_cache` is `cached` or `rebuilt` where the rotary key is decoupled, else None.
+    """
 
     layer: int
     attention_form: str
@@ -27,6 +30,10 @@ class LayerReport:
     num_rope_heads: int
     cache_numbers_per_token: int
     output_error: float
+    rope_cache: str | None = None
+    key_weight: float | None = None
+    state_error: float | None = None
+    healed_error: float | None = None
 
 
 @dataclass(frozen=True)

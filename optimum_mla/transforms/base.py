@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy as copying
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,19 +17,27 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import CorruptWeightsError, UnsupportedModelError
+from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import Family, SourceAttention, family_of
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
 from optimum_mla.nn import LatentAttention
+from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.progress import progress
+from optimum_mla.transforms.allocation import ALLOCATIONS, allocate_ranks, rank_grid
 from optimum_mla.transforms.budget import RankBudget
-from optimum_mla.transforms.calibration import pair_contributions
+from optimum_mla.transforms.calibration import CalibrationWalk, LayerCalibration
 from optimum_mla.transforms.checks import check_convertible, check_tokens, config_of, converted_already
 from optimum_mla.transforms.layers import LayerChoice, parse_layers
+from optimum_mla.transforms.options import check_choice
 
 PROBE_TOKENS = 128
 PROBE_SEED = 0
+GOOD_ENOUGH = 1.02
+"""Errors within this factor count as equal, where a cheaper shape is at hand."""
+KEY_WEIGHTS = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414)
+"""Weights of key against value errors that are tried, by walking downhill from the layer before's best."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,17 @@ class LayerResult:
         output_error: Relative root-mean-square error of the attention's output, new against source, on
             `PROBE_TOKENS` seeded Gaussian states scaled like the layer's normed input. Compares layers and methods
             without any text; perplexity is what counts.
+        key_weight: The weight of key against value errors that was found, or None without calibration.
+        state_error: Error in the hidden state behind the attention on held-back calibration windows, relative to the
+            state, earlier layers' errors included; or None.
+        healed_error: The same after the refit of the output projection, or None where it was not refitted.
     """
 
     geometry: MLAGeometry
     output_error: float
+    key_weight: float | None = None
+    state_error: float | None = None
+    healed_error: float | None = None
 
 
 class MLATransformation(Transformation):
@@ -58,7 +73,13 @@ class MLATransformation(Transformation):
         kv_cache_ratio: Cached numbers over the source's, rotary key included.
         energy: Share of the squared singular values that each layer keeps; ranks then differ between layers.
         layers: `all`, a list such as `0-3,8`, a preset's name, or indices; see `parse_layers`.
-        calibration: Token ids [N, L] to run through the source model, for methods and options that use them.
+        calibration: Token ids [N, L] to run through the model, layer by layer; see `transforms.calibration`.
+        factorization: One of the method's `factorizations`. `calibrated` weighs errors by what the layer really reads
+            and writes; it is the default with calibration tokens, the paper's own form without.
+        heal: Refit each layer's output projection in closed form, so that the converted block gives the source's hidden
+            states; kept where it helps on held-back windows. None: with a calibrated factorization.
+        rank_allocation: How calibrated layers share the budget: `uniform`, `energy` (the same share of each layer's
+            weighted energy is lost), or `error` (where the measured error falls most).
 
     Attributes:
         results: By layer, what the last call did.
@@ -72,6 +93,9 @@ class MLATransformation(Transformation):
     name: ClassVar[str]
     """Name on the command line, in configs and in reports."""
 
+    factorizations: ClassVar[tuple[str, ...]] = ("own",)
+    """What `factorization` may be; the first is the default without calibration tokens."""
+
     default_budget: ClassVar[RankBudget] = RankBudget()
     """Used where the caller sets none."""
 
@@ -82,6 +106,9 @@ class MLATransformation(Transformation):
         energy: float | None = None,
         layers: LayerChoice = "all",
         calibration: Tensor | None = None,
+        factorization: str | None = None,
+        heal: bool | None = None,
+        rank_allocation: str = "uniform",
     ) -> None:
         budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy)
         self.budget = budget if budget.is_set else self.default_budget
@@ -89,6 +116,26 @@ class MLATransformation(Transformation):
             layers if isinstance(layers, str) else tuple(layers) if isinstance(layers, Iterable) else (layers,)
         )
         self.calibration = calibration
+        measured = calibration is not None
+        best = "calibrated" if measured and "calibrated" in self.factorizations else self.factorizations[0]
+        self.factorization = factorization or best
+        check_choice("factorization", self.factorization, self.factorizations)
+        self.heal = self.factorization == "calibrated" if heal is None else heal
+        check_choice("rank_allocation", rank_allocation, ALLOCATIONS)
+        self.rank_allocation = rank_allocation
+        for field, value, needs in (
+            ("factorization", self.factorization, self.factorization == "calibrated"),
+            ("heal", self.heal, self.heal),
+        ):
+            if needs and not measured:
+                raise InvalidValueError(field, value, "other values without calibration data", "Give calibration data.")
+        if rank_allocation != "uniform" and (self.factorization != "calibrated" or self.budget.energy is not None):
+            raise InvalidValueError(
+                "rank_allocation",
+                rank_allocation,
+                "uniform here",
+                "It needs a calibrated factorization and a fixed size.",
+            )
         self.results: dict[int, LayerResult] = {}
 
     @property
@@ -108,15 +155,25 @@ class MLATransformation(Transformation):
 
     @abstractmethod
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, contribution: Tensor | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
         """The layer's new parameters and buffers by their names in the attention module, in float64.
 
         Args:
             source: Weights of the attention to replace.
-            geometry: What `plan_layer` gave.
-            contribution: [G, D/2] from `pair_contributions`, or None unless `needs_contribution`.
+            geometry: What `plan_layer` gave, or the chosen one of `candidates`.
+            calibration: Measurements at this layer, or None unless `needs_calibration`.
         """
+
+    def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
+        """Shapes of the same cache size for the calibration data to choose from, cheapest first."""
+        return [geometry]
+
+    def problem(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+    ) -> WeightedFactorization:
+        """What a calibrated layer factorizes; tells the energy that each rank holds."""
+        raise NotImplementedError
 
     def without_weights(self) -> MLATransformation:
         """The same transformation, planning without the options that read weights; for `check`."""
@@ -126,9 +183,9 @@ class MLATransformation(Transformation):
         return other
 
     @property
-    def needs_contribution(self) -> bool:
-        """Whether `convert_layer` wants the rotary pairs' contributions, measured on the calibration tokens."""
-        return False
+    def needs_calibration(self) -> bool:
+        """Whether layers are measured on the calibration tokens."""
+        return self.factorization == "calibrated" or self.heal
 
     def __call__(
         self, model: PreTrainedModel | GraphModule, lint_and_recompile: bool = True, copy: bool = False
@@ -145,17 +202,27 @@ class MLATransformation(Transformation):
         """Convert in place. Nothing is changed before every layer has been planned and converted."""
         model = graph_module
         family, sources, plans = self.plan(model)
-        contributions: dict[int, Tensor] = {}
-        if self.needs_contribution and self.calibration is not None:
-            contributions = pair_contributions(model, family.spec, sources, self.calibration)
+        source_config = config_of(model)
+        walk = None
+        if self.needs_calibration and self.calibration is not None:
+            if self.rank_allocation != "uniform":
+                plans = self._allocate(self._walk(model), sources, plans)
+            walk = self._walk(model)
 
-        config = converted_config(family, config_of(model), plans, self.name)
-        attentions = {}
-        self.results = {}
+        attentions: dict[int, LatentAttention] = {}
+        results: dict[int, LayerResult] = {}
         for layer, source in progress(sources.items(), f"{self.name}: layers"):
-            tensors = self._cast(source, self.convert_layer(source, plans[layer], contributions.get(layer)))
-            attentions[layer] = load_attention(family, config, layer, tensors, model)
-            self.results[layer] = LayerResult(plans[layer], _output_error(source, attentions[layer]))
+            while walk is not None and walk.layer < layer:
+                walk.advance()
+            built = self._build(family, model, layer, source, plans[layer], walk)
+            attentions[layer], results[layer] = built
+            if walk is not None:
+                walk.advance(attentions[layer])
+        geometries = {layer: result.geometry for layer, result in results.items()}
+        config = converted_config(family, source_config, geometries, self.name)
+        for attention in attentions.values():
+            attention.config = config
+        self.results = results
         if isinstance(model, GraphModule):
             for layer, node in attention_nodes(model, family, sources):
                 model.set_submodule(str(node.target), attentions[layer])
@@ -163,6 +230,143 @@ class MLATransformation(Transformation):
             model.meta["config"] = config
             return model
         return assemble_model(model, family, config, attentions)
+
+    def _walk(self, model: nn.Module) -> CalibrationWalk:
+        config = config_of(model)
+        if self.calibration is None:
+            raise InvalidValueError("calibration", None, "token ids", "Give calibration data.")
+        return CalibrationWalk(model, family_of(config).spec, config, self.calibration)
+
+    def _build(
+        self,
+        family: Family,
+        model: nn.Module,
+        layer: int,
+        source: SourceAttention,
+        geometry: MLAGeometry,
+        walk: CalibrationWalk | None,
+    ) -> tuple[LatentAttention, LayerResult]:
+        """One layer's new attention in the source's dtype, and what became of the layer."""
+        calibration = None if walk is None else walk.calibrate(source)
+        if calibration is not None:
+            geometry = self._choose(family, model, layer, source, geometry, calibration)
+        key_weight = state_error = healed_error = None
+        if calibration is not None and self.factorization == "calibrated":
+            tensors, key_weight = self._best_key_weight(family, model, layer, source, geometry, calibration)
+        else:
+            tensors = self.convert_layer(source, geometry, calibration)
+        if calibration is not None:
+            trial = self._attention(family, model, layer, geometry, tensors, calibration.dtype)
+            state_error = calibration.error(trial)
+            if self.heal:
+                healing = calibration.heal(trial)
+                healed_error = healing.error_after
+                if healing.weight is not None:
+                    tensors["o_proj.weight"] = healing.weight
+        attention = self._attention(family, model, layer, geometry, self._cast(source, tensors))
+        result = LayerResult(geometry, _output_error(source, attention), key_weight, state_error, healed_error)
+        return attention.train(model.training), result
+
+    def _attention(
+        self,
+        family: Family,
+        model: nn.Module,
+        layer: int,
+        geometry: MLAGeometry,
+        tensors: dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+    ) -> LatentAttention:
+        """A layer's module with its tensors as they are or, for measurements, in `dtype` and with a dense mask."""
+        config = config_of(model)
+        if dtype is not None:
+            config = copying.copy(config)
+            config._attn_implementation = "sdpa"
+            tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        return load_attention(family, config, layer, tensors, model, geometry).eval()
+
+    def _choose(
+        self,
+        family: Family,
+        model: nn.Module,
+        layer: int,
+        source: SourceAttention,
+        geometry: MLAGeometry,
+        calibration: LayerCalibration,
+    ) -> MLAGeometry:
+        """Of the candidates, the cheapest whose error on held-back windows is within `GOOD_ENOUGH` of the least."""
+        if self.factorization != "calibrated":
+            return geometry
+        candidates = self.candidates(source, geometry)
+        if len(candidates) > 1:
+            errors = []
+            for candidate in candidates:
+                tensors = self.convert_layer(source, candidate, calibration)
+                errors.append(
+                    calibration.error(self._attention(family, model, layer, candidate, tensors, calibration.dtype))
+                )
+            good = GOOD_ENOUGH * min(errors)
+            geometry = next(shape for shape, error in zip(candidates, errors, strict=True) if error <= good)
+        else:
+            geometry = candidates[0]
+        if self.budget.energy is not None:
+            energies = self.problem(source, geometry, calibration).energies
+            geometry = replace(geometry, kv_lora_rank=rank_for_energy(energies.sqrt(), self.budget.energy))
+        return geometry
+
+    def _best_key_weight(
+        self,
+        family: Family,
+        model: nn.Module,
+        layer: int,
+        source: SourceAttention,
+        geometry: MLAGeometry,
+        calibration: LayerCalibration,
+    ) -> tuple[dict[str, Tensor], float]:
+        """The layer's tensors at the key weight whose error on held-back windows is least, and that weight."""
+        tried: dict[int, tuple[float, dict[str, Tensor]]] = {}
+
+        def error(index: int) -> float:
+            if index not in tried:
+                calibration.key_weight = KEY_WEIGHTS[index]
+                tensors = self.convert_layer(source, geometry, calibration)
+                attention = self._attention(family, model, layer, geometry, tensors, calibration.dtype)
+                tried[index] = (calibration.error(attention), tensors)
+            return tried[index][0]
+
+        best = KEY_WEIGHTS.index(calibration.key_weight)
+        while True:
+            beside = [index for index in (best - 1, best + 1) if 0 <= index < len(KEY_WEIGHTS)]
+            nearest = min(beside, key=error)
+            if error(nearest) >= error(best):
+                break
+            best = nearest
+        calibration.key_weight = KEY_WEIGHTS[best]
+        return tried[best][1], KEY_WEIGHTS[best]
+
+    def _allocate(
+        self, walk: CalibrationWalk, sources: dict[int, SourceAttention], plans: dict[int, MLAGeometry]
+    ) -> dict[int, MLAGeometry]:
+        """The plans with the latents' numbers, together as many as before, where they lower the error most."""
+        curves, family = {}, family_of(walk.config)
+        for layer, source in progress(sources.items(), f"{self.name}: rank allocation"):
+            while walk.layer < layer:
+                walk.advance()
+            calibration = walk.calibrate(source)
+            plans[layer] = geometry = self._choose(family, walk.model, layer, source, plans[layer], calibration)
+            problem = self.problem(source, geometry, calibration)
+            largest = len(problem.energies)
+            if self.rank_allocation == "energy":
+                total = problem.error(0) or 1.0
+                curves[layer] = {rank: problem.error(rank) / total for rank in range(1, largest + 1)}
+            else:
+                curves[layer] = {}
+                for rank in rank_grid(geometry.kv_lora_rank, largest):
+                    shape = replace(geometry, kv_lora_rank=rank)
+                    tensors = self.convert_layer(source, shape, calibration)
+                    attention = self._attention(family, walk.model, layer, shape, tensors, walk.dtype)
+                    curves[layer][rank] = calibration.error(attention) ** 2
+        ranks = allocate_ranks(curves, sum(plans[layer].kv_lora_rank for layer in curves))
+        return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in ranks.items()}
 
     def plan(
         self, model: PreTrainedModel | GraphModule

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
+from optimum_mla.ops.low_rank import low_rank_factors
 from optimum_mla.ops.rope_split import RopeSplit
+from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
+from optimum_mla.transforms.calibration import LayerCalibration
+from optimum_mla.transforms.weighting import key_moments, value_moments
+
+
+class LatentFactors(NamedTuple):
+    """down [r, d] writes the latent; key_up [G, n, r] and value_up [G, D, r] read it.
+
+    center: [d] mean state at which the factors are exact by help of biases behind the up-projections, or None.
+    """
+
+    down: Tensor
+    key_up: Tensor
+    value_up: Tensor
+    center: Tensor | None = None
 
 
 def gather_dims(heads: Tensor, dims: Tensor) -> Tensor:
@@ -30,46 +48,133 @@ def reorder_query(source: SourceAttention, split: RopeSplit) -> tuple[Tensor, Te
     return weight, gather_dims(source.query_bias, order) * scale
 
 
-def decoupled_tensors(
+def split_factors(source: SourceAttention, split: RopeSplit, rank: int) -> LatentFactors:
+    """Keys and values by a plain SVD each, half the rank for each: a latent of two parts."""
+    key, value = _latent_rows(source, split)
+    keys, values = (
+        low_rank_factors(key.flatten(0, 1), rank // 2),
+        low_rank_factors(value.flatten(0, 1), (rank + 1) // 2),
+    )
+    up = torch.block_diag(keys.up, values.up)
+    return LatentFactors(torch.cat([keys.down, values.down]), *_by_heads(up, key, value))
+
+
+def joint_factors(source: SourceAttention, split: RopeSplit, rank: int) -> LatentFactors:
+    """[W_K,nope ; W_V] by one plain SVD."""
+    key, value = _latent_rows(source, split)
+    factors = low_rank_factors(torch.cat([key.flatten(0, 1), value.flatten(0, 1)]), rank)
+    return LatentFactors(factors.down, *_by_heads(factors.up, key, value))
+
+
+def calibrated_problem(
+    source: SourceAttention, split: RopeSplit, calibration: LayerCalibration
+) -> WeightedFactorization:
+    """[W_K,nope ; W_V], weighted by the queries, by W_O and by the inputs."""
+    key, value = _latent_rows(source, split)
+    readers = gather_dims(gather_dims(key_moments(source, calibration), split.nope).mT, split.nope)
+    rows = [
+        WeightedRows(key.flatten(0, 1), readers),
+        WeightedRows(value.flatten(0, 1), value_moments(source)),
+    ]
+    return WeightedFactorization(rows, calibration.moments.inputs)
+
+
+def calibrated_factors(
+    source: SourceAttention, split: RopeSplit, rank: int, calibration: LayerCalibration
+) -> LatentFactors:
+    """Best factors of `calibrated_problem`."""
+    factors = calibrated_problem(source, split, calibration).factors(rank)
+    key, value = _latent_rows(source, split)
+    up = torch.cat(factors.ups)
+    return LatentFactors(factors.down, *_by_heads(up, key, value), calibration.moments.input_mean)
+
+
+def _latent_rows(source: SourceAttention, split: RopeSplit) -> tuple[Tensor, Tensor]:
+    """Position-free keys [G, n, d] and values [G, D, d]."""
+    return gather_dims(source.gained_key, split.nope), source.value
+
+
+def _by_heads(up: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    key_up, value_up = up.split([key.shape[0] * key.shape[1], value.shape[0] * value.shape[1]])
+    return key_up.unflatten(0, key.shape[:2]), value_up.unflatten(0, value.shape[:2])
+
+
+def latent_tensors(
     source: SourceAttention,
     geometry: MLAGeometry,
-    split: RopeSplit,
-    down: Tensor,
-    key_up: Tensor,
-    value_up: Tensor,
+    factors: LatentFactors,
+    key: Tensor,
+    key_bias: Tensor,
     rope_key: Tensor,
     rope_bias: Tensor,
+    pairs: Tensor,
 ) -> dict[str, Tensor]:
-    """All parameters but the queries' of a `DecoupledLatentAttention`.
+    """All parameters but the queries' of a `DecoupledLatentAttention` whose rotary key is cached.
 
     Biases need no rank: those of position-free keys and of values move behind the up-projection as they are.
 
     Args:
         source: The source attention.
         geometry: The layer's new shape.
-        split: Partition of the dims, K rows.
-        down: [r, d].
-        key_up: [U, n, r].
-        value_up: [U, D, r].
-        rope_key: Rotary part of W_K, [K, R, d]. rope_bias: [K, R].
+        factors: The latent's.
+        key: What `factors.key_up @ factors.down` stands for, [G, n, d]. key_bias: [G, n].
+        rope_key: Rotary part of the keys, [K, R, d]. rope_bias: [K, R].
+        pairs: [K, R/2], source pair of each rotary pair.
     """
-    g, spec = geometry, source.spec
+    g = geometry
     share = g.num_up_heads // g.num_key_value_heads
+    # Heads duplicated share times: the same singular vectors, √share times the singular values.
+    balance = share**0.25
+    up = torch.cat([factors.key_up, factors.value_up], dim=1)  # [G, n + D, r]
     tensors = {
-        "kv_a_proj_with_mqa.weight": torch.cat([down, rope_key.flatten(0, 1)]),
-        "kv_b_proj.weight": torch.cat([key_up, value_up], dim=1).flatten(0, 1),
-        "rope_pairs": split.pairs.to(torch.long),
+        "kv_a_proj_with_mqa.weight": torch.cat([factors.down * balance, rope_key.flatten(0, 1)]),
+        "kv_b_proj.weight": up.repeat_interleave(share, dim=0).flatten(0, 1) / balance,
+        "rope_pairs": pairs.to(torch.long),
         **source.output(),
     }
+    if g.up_bias:
+        bias = torch.cat([key_bias, source.value_bias], dim=1)
+        if factors.center is not None:
+            rows = torch.cat([key, source.value], dim=1)  # [G, n + D, d]
+            bias = bias + rows @ factors.center - up @ (factors.down @ factors.center)
+        tensors["kv_b_proj.bias"] = bias.repeat_interleave(share, dim=0).flatten()
     if g.key_value_bias:
-        nope_bias = gather_dims(source.key_bias, split.nope)
-        up_bias = torch.cat([nope_bias, source.value_bias], dim=-1).repeat_interleave(share, dim=0)
-        tensors["kv_b_proj.bias"] = up_bias.flatten()
-        tensors["kv_a_proj_with_mqa.bias"] = torch.cat([torch.zeros_like(down[:, 0]), rope_bias.flatten()])
+        tensors["kv_a_proj_with_mqa.bias"] = torch.cat([torch.zeros_like(factors.down[:, 0]), rope_bias.flatten()])
+    return tensors | key_scale_tensors(source)
+
+
+def decoupled_tensors(
+    source: SourceAttention, geometry: MLAGeometry, split: RopeSplit, factors: LatentFactors
+) -> dict[str, Tensor]:
+    """`latent_tensors` where each rotary head is the mean of the key heads that it stands for, dims as in `split`."""
+    g = geometry
+
+    def rotary(heads: Tensor) -> Tensor:
+        return gather_dims(heads, split.rope).unflatten(0, (g.num_rope_heads, -1)).mean(1)
+
+    tensors = latent_tensors(
+        source,
+        g,
+        factors,
+        gather_dims(source.gained_key, split.nope),
+        gather_dims(source.gained_key_bias, split.nope),
+        rotary(source.gained_key),
+        rotary(source.gained_key_bias),
+        split.pairs,
+    )
     if g.key_norm:
         order = torch.cat([split.nope, split.rope], dim=-1)  # [K, D]
-        query_gain = source.norm_gain(spec.query_norm).to(down.device)[order]
-        query_gain[:, : g.qk_nope_head_dim] *= source.attention_scaling**2
-        tensors["q_norm.weight"] = query_gain
-        tensors["k_norm.weight"] = source.norm_gain(spec.key_norm).to(down.device)[order]
+        gain = source.norm_gain(source.spec.query_norm)[order.to(factors.down.device)]
+        gain[:, : g.qk_nope_head_dim] *= source.attention_scaling**2
+        tensors["q_norm.weight"] = gain
+    return tensors
+
+
+def key_scale_tensors(source: SourceAttention) -> dict[str, Tensor]:
+    """The source's key projection, where a key norm needs it; nothing without one."""
+    if not source.geometry.key_norm:
+        return {}
+    tensors = {"k_scale_proj.weight": source.key.flatten(0, 1)}
+    if source.geometry.key_value_bias:
+        tensors["k_scale_proj.bias"] = source.key_bias.flatten()
     return tensors

@@ -1,66 +1,177 @@
-"""GQA2MLA: every query head gets a key and a value map of its own, at the same cache size."""
+"""GQA2MLA: grouped-query attention as latent attention, in its paper's form or in forms made for calibration."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 from optimum_mla.transforms.base import MLATransformation
+from optimum_mla.transforms.calibration import LayerCalibration
+from optimum_mla.transforms.mixed_heads import MixedHeads
+from optimum_mla.transforms.options import check_choice, fitting
+from optimum_mla.transforms.weighting import key_moments, rotated_moments, value_moments
+
+ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2)
+"""Rotary dims to choose from where the caller names none, in head dims."""
 
 
 class GQA2MLA(MLATransformation):
-    """TransMLA's construction (arXiv 2502.07864v1, sections 4.1-4.3).
+    """TransMLA's question (arXiv 2502.07864): the same cache, or a smaller one, and more expressive attention.
 
-    W_K is replicated to H heads and factorized, W'_K = U S Vᵀ, into W_K^a = U √S (d × r_k) and W_K^b = √S Vᵀ
-    (r_k × H·D); W_V likewise. At full rank, the default, the model's outputs and the size of its cache are the
-    source's, and training can make every query head's keys and values its own. A lower rank makes the cache smaller.
-    RoPE acts on the up-projected keys, so the latents carry no position.
+    `positional` says where the position goes:
 
-    `kv_lora_rank` counts both latents together: r_k + r_v; they get half each.
+    - `full`: RoPE acts on the up-projected keys, so the latent carries no position (sections 4.1-4.3). With the paper's
+      `split` factorization W_K is replicated to H heads and factorized, W'_K = U S Vᵀ, into W_K^a = U √S (d × r_k) and
+      W_K^b = √S Vᵀ (r_k × H·D); W_V likewise. At full rank the model's outputs and the size of its cache are the
+      source's, and training can make every query head's keys and values its own. With `joint` or `calibrated` keys and
+      values share one latent.
+    - `decoupled`: the key heads are mixed inside each rotary frequency, the R/2 components whose rotation matters most
+      keep it, in one rotary key that all heads share; the rest is position-free, and decoding can run in latent space.
+      The rotary key is `cached` beside the latent (DeepSeek's structure), or `rebuilt` from it: then nothing but the
+      latent is cached.
+
+    Without calibration tokens: `full`, `split`. With them: `decoupled`, `rebuilt`, `calibrated`.
+
+    Args:
+        positional: `full` or `decoupled`.
+        rope_cache: `cached` or `rebuilt`, for `decoupled`.
+        qk_rope_head_dim: R, for `decoupled`; None chooses it in each layer by the measured error.
+        factorization: `split` (`kv_lora_rank` counts both latents, half each), `joint`, or `calibrated`.
+        **options: Of `MLATransformation`.
     """
 
     name = "gqa2mla"
+    factorizations = ("split", "joint", "calibrated")
+
+    def __init__(
+        self,
+        positional: str | None = None,
+        rope_cache: str | None = None,
+        qk_rope_head_dim: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        decoupled = self.factorization == "calibrated"
+        self.positional = positional or ("decoupled" if decoupled else "full")
+        check_choice("positional", self.positional, ("full", "decoupled"))
+        if self.positional == "decoupled" and not decoupled:
+            remedy = "Give calibration data, or take --positional full."
+            raise InvalidValueError("positional", positional, "full without a calibrated factorization", remedy)
+        for field, value in (("rope_cache", rope_cache), ("qk_rope_head_dim", qk_rope_head_dim)):
+            if value is not None and self.positional == "full":
+                raise InvalidValueError(field, value, "nothing with positional full", "Take --positional decoupled.")
+        self.rope_cache = (rope_cache or "rebuilt") if self.positional == "decoupled" else None
+        if self.rope_cache is not None:
+            check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))
+        self.qk_rope_head_dim = qk_rope_head_dim
 
     @property
     def preserves_computation(self) -> bool:  # type: ignore[override]
-        """True at full rank."""
-        return not self.budget.is_set or self.budget.kv_cache_ratio == 1.0 or self.budget.energy == 1.0
+        """True at full rank, where every dim keeps its rotation."""
+        whole = not self.budget.is_set or self.budget.kv_cache_ratio == 1.0 or self.budget.energy == 1.0
+        return whole and self.positional == "full" and not self.heal
 
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         g = source.geometry
-        full = min(g.num_key_value_heads * g.head_dim, g.hidden_size)
-        if self.budget.energy is not None:
-            ranks = [
-                rank_for_energy(singular_values(weight.flatten(0, 1)), self.budget.energy)
-                for weight in (source.key, source.value)
-            ]
+        width = g.num_key_value_heads * g.head_dim
+        common = replace(g, v_head_dim=g.head_dim, latent_bias=self.factorization == "calibrated")
+        if self.positional == "decoupled":
+            return self._plan_decoupled(common)
+        if self.factorization == "split":
+            ranks = self._split_ranks(source, min(width, g.hidden_size))
+            shape = {"k_lora_rank": ranks[0], "v_lora_rank": ranks[1], "num_up_heads": g.num_attention_heads}
         else:
-            both = self.budget.rank(g.source_cache_numbers, 0, 2 * full, lambda: torch.empty(0), smallest=2)
-            ranks = [both // 2, both - both // 2]
-        return replace(
+            largest = min(2 * width, g.hidden_size)
+            energies = None if self.factorization == "calibrated" else lambda: singular_values(_stack(source))
+            shape = {"kv_lora_rank": self._rank(g, 0, largest, energies), "num_up_heads": g.num_key_value_heads}
+        return replace(common, attention_form="full", qk_rope_head_dim=g.head_dim, **shape)  # type: ignore[arg-type]
+
+    def _rank(self, g: MLAGeometry, overhead: int, largest: int, energies: Any) -> int:
+        if self.budget.energy is not None and energies is None:
+            return largest  # known once the layer has been measured
+        return self.budget.rank(g.source_cache_numbers, overhead, largest, energies)
+
+    def _split_ranks(self, source: SourceAttention, full: int) -> list[int]:
+        if self.budget.energy is not None:
+            weights = (source.key, source.value)
+            return [rank_for_energy(singular_values(w.flatten(0, 1)), self.budget.energy) for w in weights]
+        cache = source.geometry.source_cache_numbers
+        both = self.budget.rank(cache, 0, 2 * full, lambda: torch.empty(0), smallest=2)
+        return [both // 2, both - both // 2]
+
+    def _plan_decoupled(self, g: MLAGeometry) -> MLAGeometry:
+        width = g.num_key_value_heads * g.head_dim
+        rope = self.qk_rope_head_dim
+        if rope is not None and (rope % 2 or not 2 <= rope <= width - 2):
+            raise InvalidValueError("qk_rope_head_dim", rope, f"even integers from 2 to {width - 2} for this model")
+        # A smaller R is always possible where it is still to be chosen, so the smallest one decides what fits.
+        rope = rope or max(2, int(ROPE_CANDIDATES[0] * g.head_dim) // 2 * 2)
+        geometry = replace(
             g,
-            attention_form="full",
-            k_lora_rank=ranks[0],
-            v_lora_rank=ranks[1],
-            qk_rope_head_dim=g.head_dim,
-            v_head_dim=g.head_dim,
-            num_up_heads=g.num_attention_heads,
+            attention_form="decoupled",
+            qk_nope_head_dim=g.head_dim,
+            qk_rope_head_dim=rope,
+            num_rope_heads=1,
+            num_up_heads=g.num_key_value_heads,
+            rope_cache=self.rope_cache,  # type: ignore[arg-type]
         )
+        return self._with_rope(geometry, rope)
+
+    def _with_rope(self, geometry: MLAGeometry, rope: int) -> MLAGeometry:
+        """The same layer with another R, and the rank that the budget then leaves."""
+        g = replace(geometry, qk_rope_head_dim=rope)
+        held = 2 * g.num_key_value_heads * g.head_dim - (rope if g.rope_cache == "cached" else 0)
+        return replace(g, kv_lora_rank=self._rank(g, g.rope_numbers, min(held, g.hidden_size), None))
+
+    def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
+        """Every R that is to choose from and that the budget allows."""
+        if self.positional == "full" or self.qk_rope_head_dim is not None:
+            return [geometry]
+        width = geometry.num_key_value_heads * geometry.head_dim
+        ropes = (max(2, int(share * geometry.head_dim) // 2 * 2) for share in ROPE_CANDIDATES)
+        return fitting(lambda rope: self._with_rope(geometry, rope), [r for r in ropes if r <= width - 2]) or [geometry]
+
+    def problem(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+    ) -> WeightedFactorization:
+        if geometry.attention_form == "decoupled":
+            mixed = MixedHeads.of(source, calibration)
+            return mixed.problem(geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt")
+        # A key norm's gain stays in the norm, between the latent and the rotation.
+        gain = source.norm_gain(source.spec.key_norm).square().repeat(geometry.num_key_value_heads)[:, None, None]
+        rows = [
+            WeightedRows(source.key.flatten(0, 1), rotated_moments(key_moments(source, calibration)) * gain),
+            WeightedRows(source.value.flatten(0, 1), value_moments(source)),
+        ]
+        return WeightedFactorization(rows, calibration.moments.inputs)
 
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, contribution: Tensor | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
-        g, spec = geometry, source.spec
-        share = g.num_attention_heads // g.num_key_value_heads
+        g = geometry
+        if g.attention_form == "decoupled" and calibration is not None:
+            return MixedHeads.of(source, calibration).tensors(g)
         tensors = {"q_proj.weight": source.query.flatten(0, 1), **source.output()}
         if g.query_bias:
             tensors["q_proj.bias"] = source.query_bias.flatten()
+        if g.key_norm:
+            tensors["q_norm.weight"] = source.norm_gain(source.spec.query_norm)[None]
+            tensors["k_norm.weight"] = source.norm_gain(source.spec.key_norm)[None]
+        return tensors | (self._joint(source, g, calibration) if g.kv_lora_rank else self._split(source, g))
+
+    def _split(self, source: SourceAttention, g: MLAGeometry) -> dict[str, Tensor]:
+        """The paper's two latents."""
+        share = g.num_up_heads // g.num_key_value_heads
+        tensors = {}
         sides = (
             ("k", source.key, source.key_bias, g.k_lora_rank),
             ("v", source.value, source.value_bias, g.v_lora_rank),
@@ -71,9 +182,30 @@ class GQA2MLA(MLATransformation):
             heads = up.view(g.num_key_value_heads, g.head_dim, rank).repeat_interleave(share, dim=0)
             tensors[f"{side}_a_proj.weight"] = down * share**0.25
             tensors[f"{side}_b_proj.weight"] = heads.flatten(0, 1) / share**0.25
-            if g.key_value_bias:
+            if g.up_bias:
                 tensors[f"{side}_b_proj.bias"] = bias.repeat_interleave(share, dim=0).flatten()
-        if g.key_norm:
-            tensors["q_norm.weight"] = source.norm_gain(spec.query_norm)[None]
-            tensors["k_norm.weight"] = source.norm_gain(spec.key_norm)[None]
         return tensors
+
+    def _joint(
+        self, source: SourceAttention, g: MLAGeometry, calibration: LayerCalibration | None
+    ) -> dict[str, Tensor]:
+        """One latent for keys and values."""
+        biases = torch.cat([source.key_bias.flatten(), source.value_bias.flatten()])
+        weight = _stack(source)
+        if calibration is None or self.factorization == "joint":
+            down, up = low_rank_factors(weight, g.kv_lora_rank)
+        else:
+            factors = self.problem(source, g, calibration).factors(g.kv_lora_rank)
+            down, up = factors.down, torch.cat(factors.ups)
+            center = calibration.moments.input_mean
+            biases = biases + weight @ center - up @ (down @ center)
+        keys = g.num_up_heads * g.head_dim
+        tensors = {"kv_a_proj.weight": down, "k_b_proj.weight": up[:keys], "v_b_proj.weight": up[keys:]}
+        if g.up_bias:
+            tensors |= {"k_b_proj.bias": biases[:keys], "v_b_proj.bias": biases[keys:]}
+        return tensors
+
+
+def _stack(source: SourceAttention) -> Tensor:
+    """[W_K ; W_V], [2·G·D, d]."""
+    return torch.cat([source.key.flatten(0, 1), source.value.flatten(0, 1)])

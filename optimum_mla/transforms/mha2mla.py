@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +11,21 @@ from torch import Tensor
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
-from optimum_mla.ops.low_rank import LowRankFactors, low_rank_factors, singular_values
-from optimum_mla.ops.rope_split import RopeSplit, select_pairs, split_by_pairs
+from optimum_mla.ops.low_rank import singular_values
+from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs
+from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.transforms.base import MLATransformation
 from optimum_mla.transforms.budget import RankBudget
-from optimum_mla.transforms.decoupled import decoupled_tensors, gather_dims, reorder_query
-from optimum_mla.transforms.options import check_choice, check_rope_dim, choose_selection
-
-FACTORIZATIONS = ("joint", "split")
+from optimum_mla.transforms.calibration import LayerCalibration
+from optimum_mla.transforms.decoupled import (
+    calibrated_factors,
+    calibrated_problem,
+    decoupled_tensors,
+    joint_factors,
+    reorder_query,
+    split_factors,
+)
+from optimum_mla.transforms.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
 
 
 class MHA2MLA(MLATransformation):
@@ -30,23 +37,23 @@ class MHA2MLA(MLATransformation):
 
     Args:
         d_kv: The paper's rank per key head, instead of `kv_lora_rank` = d_kv·G.
-        qk_rope_head_dim: R; the paper's choice is D/8.
-        rope_selection: `high`, `low`, `uniform`, or `contribution`, which needs calibration tokens. By default
-            `contribution` with calibration tokens and `high` without.
-        factorization: `joint` or `split`.
+        qk_rope_head_dim: R; the paper's choice is D/8, and the default unless calibration data choose.
+        rope_selection: `high`, `low`, `uniform`, or, measured on calibration tokens, `contribution` or `damage`. By
+            default `damage` with calibration tokens and `high` without.
+        factorization: `joint`, `split` or `calibrated`.
         **options: Of `MLATransformation`.
     """
 
     name = "mha2mla"
     default_budget = RankBudget(kv_cache_ratio=0.5)
-    rope_selections = ("high", "low", "uniform", "contribution")
+    rope_selections = ("high", "low", "uniform", "contribution", "damage")
+    factorizations = ("joint", "split", "calibrated")
 
     def __init__(
         self,
         d_kv: int | None = None,
         qk_rope_head_dim: int | None = None,
         rope_selection: str | None = None,
-        factorization: Literal["joint", "split"] = "joint",
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -54,22 +61,29 @@ class MHA2MLA(MLATransformation):
             raise InvalidValueError("d_kv", d_kv, "nothing beside another rank option", "Give one of them.")
         if d_kv is not None and d_kv < 1:
             raise InvalidValueError("d_kv", d_kv, "integers from 1")
-        check_choice("factorization", factorization, FACTORIZATIONS)
         if d_kv is not None:
             self.budget = RankBudget()  # d_kv says it all: no default beside it
-        self.d_kv, self.qk_rope_head_dim, self.factorization = d_kv, qk_rope_head_dim, factorization
+        self.d_kv, self.qk_rope_head_dim = d_kv, qk_rope_head_dim
         self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")
 
     @property
-    def needs_contribution(self) -> bool:
-        return self.rope_selection == "contribution"
+    def needs_calibration(self) -> bool:
+        return super().needs_calibration or self.rope_selection in SCORED_SELECTIONS
 
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
+        head_dim = source.geometry.head_dim
+        return self._shape(source, check_rope_dim(self.qk_rope_head_dim, head_dim, default=head_dim // 8))
+
+    def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
+        if self.qk_rope_head_dim is not None:
+            return [geometry]
+        return fitting(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
+
+    def _shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
         g = source.geometry
-        rope = check_rope_dim(self.qk_rope_head_dim, g.head_dim, default=g.head_dim // 8)
         heads, nope = g.num_key_value_heads, g.head_dim - rope
         overhead = heads * rope + (heads if g.key_norm else 0)
-        if self.factorization == "joint":
+        if self.factorization != "split":
             largest, smallest = min(g.hidden_size, heads * (nope + g.head_dim)), 1
         else:
             largest, smallest = 2 * min(g.hidden_size, heads * min(nope, g.head_dim)), 2
@@ -91,38 +105,36 @@ class MHA2MLA(MLATransformation):
             num_rope_heads=heads,
             v_head_dim=g.head_dim,
             num_up_heads=heads,
+            latent_bias=self.factorization == "calibrated",
         )
+
+    def _split(self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None) -> RopeSplit:
+        g = geometry
+        scores = pair_scores(self.rope_selection, source, calibration)
+        return split_by_pairs(
+            select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, scores, g.num_rope_heads), g.head_dim
+        )
+
+    def problem(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+    ) -> WeightedFactorization:
+        return calibrated_problem(source, self._split(source, geometry, calibration), calibration)
 
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, contribution: Tensor | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
-        g = geometry
-        pairs = select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, contribution, g.num_rope_heads)
-        split = split_by_pairs(pairs, g.head_dim)
-        down, up = self._factorize(source, split, g.kv_lora_rank)
-        boundary = g.num_up_heads * g.qk_nope_head_dim
+        split = self._split(source, geometry, calibration)
+        if self.factorization == "calibrated" and calibration is not None:
+            factors = calibrated_factors(source, split, geometry.kv_lora_rank, calibration)
+        else:
+            plain = joint_factors if self.factorization == "joint" else split_factors
+            factors = plain(source, split, geometry.kv_lora_rank)
         query, query_bias = reorder_query(source, split)
-        tensors = decoupled_tensors(
-            source,
-            g,
-            split,
-            down,
-            key_up=up[:boundary].view(g.num_up_heads, g.qk_nope_head_dim, -1),
-            value_up=up[boundary:].view(g.num_up_heads, g.v_head_dim, -1),
-            rope_key=gather_dims(source.key, split.rope),
-            rope_bias=gather_dims(source.key_bias, split.rope),
-        )
+        tensors = decoupled_tensors(source, geometry, split, factors)
         tensors["q_proj.weight"] = query.flatten(0, 1)
-        if g.query_bias:
+        if geometry.query_bias:
             tensors["q_proj.bias"] = query_bias.flatten()
         return tensors
-
-    def _factorize(self, source: SourceAttention, split: RopeSplit, rank: int) -> LowRankFactors:
-        key, value = gather_dims(source.key, split.nope).flatten(0, 1), source.value.flatten(0, 1)
-        if self.factorization == "joint":
-            return low_rank_factors(torch.cat([key, value]), rank)
-        keys, values = low_rank_factors(key, rank // 2), low_rank_factors(value, rank - rank // 2)
-        return LowRankFactors(torch.cat([keys.down, values.down]), torch.block_diag(keys.up, values.up))
 
 
 def _stack(source: SourceAttention) -> Tensor:

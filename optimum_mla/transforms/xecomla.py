@@ -13,11 +13,20 @@ from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
-from optimum_mla.ops.rope_split import RopeSplit, select_pairs, split_by_pairs, split_last_columns
+from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs, split_last_columns
+from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.transforms.base import MLATransformation
 from optimum_mla.transforms.budget import RankBudget
-from optimum_mla.transforms.decoupled import decoupled_tensors, gather_dims, reorder_query
-from optimum_mla.transforms.options import check_rope_dim, choose_selection
+from optimum_mla.transforms.calibration import LayerCalibration
+from optimum_mla.transforms.decoupled import (
+    LatentFactors,
+    calibrated_factors,
+    calibrated_problem,
+    decoupled_tensors,
+    gather_dims,
+    reorder_query,
+)
+from optimum_mla.transforms.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
 
 
 class XEcoMLA(MLATransformation):
@@ -31,16 +40,17 @@ class XEcoMLA(MLATransformation):
     Args:
         q_lora_rank: Rank of the query latent; None keeps one full query projection.
         q_energy: Share of W_Q's energy that the query latent keeps, per layer; instead of `q_lora_rank`.
-        qk_rope_head_dim: R; the paper's choice is D/2.
+        qk_rope_head_dim: R; the paper's choice is D/2, and the default unless calibration data choose.
         rope_selection: `last`, Algorithm 1's choice (each head's last R dims, with the frequencies of an R-dim head;
-            R must divide D), or whole rotary pairs of the source: `high`, `low`, `uniform`, or `contribution`.
+            R must divide D), or whole rotary pairs of the source: `high`, `low`, `uniform`, `contribution`, `damage`.
         latent_norm: Put an RMSNorm on the latents, as DeepSeek has; its gain starts at the latent's expected size.
         **options: Of `MLATransformation`.
     """
 
     name = "x-ecomla"
     default_budget = RankBudget(kv_cache_ratio=0.5)
-    rope_selections = ("last", "high", "low", "uniform", "contribution")
+    rope_selections = ("last", "high", "low", "uniform", "contribution", "damage")
+    factorizations = ("joint", "calibrated")
 
     def __init__(
         self,
@@ -61,8 +71,8 @@ class XEcoMLA(MLATransformation):
         self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")
 
     @property
-    def needs_contribution(self) -> bool:
-        return self.rope_selection == "contribution"
+    def needs_calibration(self) -> bool:
+        return super().needs_calibration or self.rope_selection in SCORED_SELECTIONS
 
     def without_weights(self) -> MLATransformation:
         other = super().without_weights()
@@ -70,12 +80,17 @@ class XEcoMLA(MLATransformation):
         return other
 
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
+        head_dim, only_divisors = source.geometry.head_dim, self.rope_selection == "last"
+        return self._shape(source, check_rope_dim(self.qk_rope_head_dim, head_dim, head_dim // 2, only_divisors))
+
+    def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
+        if self.qk_rope_head_dim is not None or self.rope_selection == "last":
+            return [geometry]
+        return fitting(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
+
+    def _shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
         g = source.geometry
-        only_divisors = self.rope_selection == "last"
-        rope = check_rope_dim(self.qk_rope_head_dim, g.head_dim, g.head_dim // 2, only_divisors)
-        # With key norms one factor per up-projected head is cached: query heads share theirs as in the source.
-        up_heads = g.num_key_value_heads if g.key_norm else g.num_attention_heads
-        overhead = rope + (up_heads if g.key_norm else 0)
+        overhead = rope + (g.num_key_value_heads if g.key_norm else 0)
         largest = min(g.hidden_size, 2 * g.num_key_value_heads * g.head_dim)
         rank = self.budget.rank(g.source_cache_numbers, overhead, largest, lambda: singular_values(_stack(source)))
         return replace(
@@ -87,8 +102,9 @@ class XEcoMLA(MLATransformation):
             qk_rope_head_dim=rope,
             num_rope_heads=1,
             v_head_dim=g.head_dim,
-            num_up_heads=up_heads,
+            num_up_heads=g.num_attention_heads,
             latent_norm=self.latent_norm,
+            latent_bias=self.factorization == "calibrated",
         )
 
     def _query_rank(self, source: SourceAttention) -> int | None:
@@ -99,35 +115,34 @@ class XEcoMLA(MLATransformation):
             raise InvalidValueError("q_lora_rank", self.q_lora_rank, f"1 to {largest} for this model")
         return self.q_lora_rank
 
+    def problem(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+    ) -> WeightedFactorization:
+        return calibrated_problem(source, self._split(source, geometry, calibration), calibration)
+
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, contribution: Tensor | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
         g = geometry
-        split = self._split(g, contribution)
-        down, up = low_rank_factors(_stack(source), g.kv_lora_rank)
-        key_up, value_up = up.view(2, g.num_key_value_heads, g.head_dim, -1)  # each [G, D, r]
-        share = g.num_up_heads // g.num_key_value_heads
-        tensors = decoupled_tensors(
-            source,
-            g,
-            split,
-            # Heads duplicated share times: the same singular vectors, √share times the singular values.
-            down * share**0.25,
-            key_up=gather_dims(key_up, split.nope).repeat_interleave(share, dim=0) / share**0.25,
-            value_up=value_up.repeat_interleave(share, dim=0) / share**0.25,
-            rope_key=gather_dims(source.key, split.rope).mean(dim=0, keepdim=True),
-            rope_bias=gather_dims(source.key_bias, split.rope).mean(dim=0, keepdim=True),
-        )
+        split = self._split(source, g, calibration)
+        if self.factorization == "calibrated" and calibration is not None:
+            factors = calibrated_factors(source, split, g.kv_lora_rank, calibration)
+        else:
+            down, up = low_rank_factors(_stack(source), g.kv_lora_rank)
+            key_up, value_up = up.view(2, g.num_key_value_heads, g.head_dim, -1)  # each [G, D, r]
+            factors = LatentFactors(down, gather_dims(key_up, split.nope), value_up)
+        tensors = decoupled_tensors(source, g, split, factors)
         if g.latent_norm:
-            tensors |= _norm_on_latent(tensors, source, "kv_a_layernorm", down * share**0.25)
+            tensors |= _norm_on_latent(source, "kv_a_layernorm", tensors["kv_a_proj_with_mqa.weight"][: g.kv_lora_rank])
         return tensors | self._query_tensors(source, g, split)
 
-    def _split(self, g: MLAGeometry, contribution: Tensor | None) -> RopeSplit:
+    def _split(self, source: SourceAttention, g: MLAGeometry, calibration: LayerCalibration | None) -> RopeSplit:
         if self.rope_selection == "last":
             return split_last_columns(g.head_dim, g.qk_rope_head_dim)
-        # The rotary key is shared: one selection for all key heads, by their contributions together.
-        scores = None if contribution is None else contribution.sum(dim=0, keepdim=True)
-        return split_by_pairs(select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, scores), g.head_dim)
+        # The rotary key is shared: one selection for all key heads, by their scores together.
+        scores = pair_scores(self.rope_selection, source, calibration)
+        total = None if scores is None else scores.sum(dim=0, keepdim=True)
+        return split_by_pairs(select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, total), g.head_dim)
 
     def _query_tensors(self, source: SourceAttention, g: MLAGeometry, split: RopeSplit) -> dict[str, Tensor]:
         weight, bias = reorder_query(source, split)
@@ -139,7 +154,7 @@ class XEcoMLA(MLATransformation):
             tensors = {"q_a_proj.weight": down, "q_b_proj.weight": up}
             biased = "q_b_proj.bias"
             if g.latent_norm:
-                tensors |= _norm_on_latent(tensors, source, "q_a_layernorm", down)
+                tensors |= _norm_on_latent(source, "q_a_layernorm", down)
         if g.query_bias:
             tensors[biased] = bias.flatten()
         return tensors
@@ -147,10 +162,10 @@ class XEcoMLA(MLATransformation):
 
 def _stack(source: SourceAttention) -> Tensor:
     """[W_K ; W_V], [2·G·D, d]."""
-    return torch.cat([source.key.flatten(0, 1), source.value.flatten(0, 1)])
+    return torch.cat([source.gained_key.flatten(0, 1), source.value.flatten(0, 1)])
 
 
-def _norm_on_latent(tensors: dict[str, Tensor], source: SourceAttention, norm: str, down: Tensor) -> dict[str, Tensor]:
+def _norm_on_latent(source: SourceAttention, norm: str, down: Tensor) -> dict[str, Tensor]:
     """The latent norm's gain: the root mean square that the latent is expected to have.
 
     The attention reads an RMS-normed state times a gain, so its channels have about the gain's size, and the latent's

@@ -23,6 +23,7 @@ from optimum_mla import (
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.models import SourceAttention, family_of
 from optimum_mla.models.spec import sliding_window
+from optimum_mla.transforms.calibration import LayerCalibration
 from optimum_mla.transforms.registry import transform_class
 from tests.cases import FAMILIES, SIZES, source_model, token_ids
 
@@ -112,7 +113,7 @@ class SharedUpProjection(MLATransformation):
         return replace(g, attention_form="full", qk_rope_head_dim=g.head_dim, v_head_dim=g.head_dim, **shape)
 
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, contribution: Tensor | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
         up = torch.eye(geometry.k_lora_rank, dtype=torch.float64)
         return {

@@ -20,7 +20,10 @@ class RotatedPair(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What one layer projects with: query [H, D, d], key and value [G, D, d], key bias [G, D]."""
+    """What one layer projects with: query [H, D, d], key and value [G, D, d], key bias [G, D].
+
+    A key norm's gain is in the key's weight and bias unless the changed keys are normed anew.
+    """
 
     query: Tensor
     key: Tensor
@@ -40,9 +43,12 @@ class NaiveAttention(nn.Module):
     A dim that does not rotate still carries the rotary embedding's attention factor, as the source's logits do.
     """
 
-    def __init__(self, source: Any, weights: Weights, pairs: list[list[RotatedPair]], window: int | None) -> None:
+    def __init__(
+        self, source: Any, weights: Weights, pairs: list[list[RotatedPair]], window: int | None, normed_anew: bool
+    ) -> None:
         super().__init__()
         self.source, self.weights, self.pairs, self.window = source, weights, pairs, window
+        self.normed_anew = normed_anew
 
     def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: str) -> Tensor:
         """[S, heads, D], behind the family's head norm."""
@@ -72,7 +78,13 @@ class NaiveAttention(nn.Module):
         hidden = (distance < 0) if self.window is None else (distance < 0) | (distance >= self.window)
         for x in hidden_states:
             queries = self._project(x, w.query, self.source.q_proj.bias, "q_norm")
-            keys = self._project(x, w.key, w.key_bias.to(x), "k_norm")
+            norm = "k_norm" if self.normed_anew else "no such norm"
+            keys = self._project(x, w.key, w.key_bias.to(x), norm)
+            if not self.normed_anew and hasattr(
+                self.source, "k_norm"
+            ):  # by the root mean square of the source's own keys
+                own = self.source.k_proj(x).view_as(keys)
+                keys = keys * (own.square().mean(-1, keepdim=True) + self.source.k_norm.variance_epsilon).rsqrt()
             values = self._project(x, w.value, self.source.v_proj.bias, "no such norm")
             heads = []
             for head in range(w.query.shape[0]):
@@ -85,28 +97,37 @@ class NaiveAttention(nn.Module):
         return self.source.o_proj(torch.stack(rows)), None
 
 
-def source_weights(attention: Any, head_dim: int) -> Weights:
-    """The source's own weights, split by heads, in float64."""
+def source_weights(attention: Any, head_dim: int, gained: bool) -> Weights:
+    """The source's own weights, split by heads, in float64; `gained` puts a key norm's gain into the keys."""
     query, key, value = (
         getattr(attention, f"{name}_proj").weight.detach().double().unflatten(0, (-1, head_dim)) for name in "qkv"
     )
     bias = attention.k_proj.bias
     key_bias = torch.zeros(key.shape[:2]) if bias is None else bias.detach().view(key.shape[:2])
-    return Weights(query, key, value, key_bias.double())
+    gain = (
+        attention.k_norm.weight.detach().double()
+        if gained and hasattr(attention, "k_norm")
+        else torch.ones(head_dim).double()
+    )
+    return Weights(query, key * gain[:, None], value, key_bias.double() * gain)
 
 
 def naive_model(
     model: PreTrainedModel,
     change: Callable[[Weights, int], tuple[Weights, list[list[RotatedPair]]]],
     layers: tuple[int, ...] | None = None,
+    normed_anew: bool = False,
 ) -> PreTrainedModel:
-    """A copy of `model` whose attention is naive, with the weights and pairs that `change` makes of a layer's."""
+    """A copy of `model` whose attention is naive, with the weights and pairs that `change` makes of a layer's.
+
+    A key norm takes the root mean square of the source's keys or, `normed_anew`, of the changed ones.
+    """
     model = copy.deepcopy(model)
     for index in range(model.config.num_hidden_layers) if layers is None else layers:
         layer = model.model.layers[index]
-        weights = source_weights(layer.self_attn, model.config.head_dim)
+        weights = source_weights(layer.self_attn, model.config.head_dim, gained=not normed_anew)
         window = getattr(model.config, "sliding_window", None)
-        layer.self_attn = NaiveAttention(layer.self_attn, *change(weights, index), window)
+        layer.self_attn = NaiveAttention(layer.self_attn, *change(weights, index), window, normed_anew)
     return model
 
 

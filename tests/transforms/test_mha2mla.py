@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from optimum_mla import MHA2MLA, MLATransformation
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.report.memory import measured_cache_bytes_per_token
-from optimum_mla.transforms.calibration import pair_contributions
+from optimum_mla.transforms.calibration import CalibrationWalk
 from tests.cases import FAMILIES, source_model, token_ids
 from tests.transforms.oracle import RotatedPair, Weights, naive_model, truncated, whole_pairs
 
@@ -96,12 +96,12 @@ def test_contributions_and_what_they_choose(family: str) -> None:
                 score[head // share, pair] += (query_norm * key_norm).mean() / share
         scores.append(score)
 
-    transformation = MHA2MLA(kv_lora_rank=24, qk_rope_head_dim=6, calibration=ids)
-    assert transformation.rope_selection == "contribution"
-    sources = MHA2MLA()._sources(_family(source), source)
-    measured = pair_contributions(source, _family(source).spec, sources, ids)
-    for layer, score in enumerate(scores):
-        assert torch.allclose(measured[layer], score, rtol=1e-5)
+    options = {"rope_selection": "contribution", "factorization": "joint"}
+    transformation = MHA2MLA(kv_lora_rank=24, qk_rope_head_dim=6, calibration=ids, **options)
+    walk = CalibrationWalk(source, _family(source).spec, config, ids)
+    for layer, attention in MHA2MLA()._sources(_family(source), source).items():
+        assert torch.allclose(walk.calibrate(attention).contribution(), scores[layer], rtol=1e-5)
+        walk.advance()
     chosen = [[row.topk(3).indices.sort().values.tolist() for row in score] for score in scores]
     converted = transformation(source, copy=True)
     assert [layer.self_attn.rope_pairs.tolist() for layer in converted.model.layers] == chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -14,7 +14,11 @@ METHOD_OPTIONS = (
     "q_energy",
     "qk_rope_head_dim",
     "rope_selection",
+    "positional",
+    "rope_cache",
     "factorization",
+    "heal",
+    "rank_allocation",
     "latent_norm",
     "layers",
 )
@@ -33,7 +37,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         """Declare the arguments."""
         parser.description = (
             "Convert a decoder LLM to Multi-head Latent Attention. Without options: GQA2MLA at half the cache.\n"
-            "Example: optimum-cli mla-convert -m Qwen/Qwen3-0.6B --kv-cache-ratio 0.5 --eval-data text.txt OUT"
+            "Calibration data make the result many times better. Example: optimum-cli mla-convert -m Qwen/Qwen3-0.6B "
+            "--kv-cache-ratio 0.25 --calibration-data text.txt --eval-data other.txt OUT"
         )
         parser.add_argument("-m", "--model", required=True, help="Hub id or folder of the model to convert.")
         parser.add_argument("output", help="Folder to write; it appears only when whole.")
@@ -54,12 +59,37 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         )
         method.add_argument("--q-lora-rank", type=int, help="Rank of a query latent (x-ecomla).")
         method.add_argument("--q-energy", type=float, help="Share of the query weight's energy to keep (x-ecomla).")
-        method.add_argument("--qk-rope-head-dim", type=int, help="Rotary dims per key head (mha2mla, x-ecomla).")
+        method.add_argument(
+            "--qk-rope-head-dim", type=int, help="Rotary dims per rotary key head. With calibration data: chosen."
+        )
         method.add_argument(
             "--rope-selection",
-            help="Dims that keep rotating: high, low, uniform, contribution (needs calibration data), last (x-ecomla).",
+            help="Dims that keep rotating (mha2mla, x-ecomla): high, low, uniform, last (x-ecomla); with calibration "
+            "data contribution or damage (default).",
         )
-        method.add_argument("--factorization", help="One latent for keys and values, or two: joint or split (mha2mla).")
+        method.add_argument(
+            "--positional",
+            help="Where the position goes (gqa2mla): full (on up-projected keys) or decoupled (in a rotary key of its "
+            "own; default with calibration data).",
+        )
+        method.add_argument(
+            "--rope-cache",
+            help="The decoupled rotary key of gqa2mla: rebuilt from the latent (default) or cached beside it.",
+        )
+        method.add_argument(
+            "--factorization",
+            help="calibrated (default with calibration data), or by plain SVD: joint or split latents for keys and "
+            "values.",
+        )
+        method.add_argument(
+            "--heal",
+            action=BooleanOptionalAction,
+            default=None,
+            help="Refit the output projections in closed form (default with a calibrated factorization).",
+        )
+        method.add_argument(
+            "--rank-allocation", help="How layers share the cache: uniform (default), energy, or error."
+        )
         method.add_argument(
             "--latent-norm", action="store_true", default=None, help="Put an RMSNorm on the latents (x-ecomla)."
         )
@@ -70,6 +100,11 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         text = parser.add_argument_group("text")
         text.add_argument(
             "--calibration-data", help="Text file, folder of .txt files, or dataset NAME[:CONFIG[:SPLIT]]."
+        )
+        text.add_argument(
+            "--chat-template",
+            action="store_true",
+            help="The calibration data are chats (rows with `messages`): render them by the tokenizer's template.",
         )
         text.add_argument("--calibration-samples", type=int, default=128, help="Windows of it to use (default 128).")
         text.add_argument(
@@ -96,7 +131,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
 
         with exit_on_bad_input():
             from optimum_mla.pipeline import TextOptions, convert
-            from optimum_mla.report.render import summary_table
+            from optimum_mla.report.render import choices, summary_table
 
             args = self.args
             report = convert(
@@ -106,6 +141,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 options={name: getattr(args, name) for name in METHOD_OPTIONS},
                 texts=TextOptions(
                     calibration_data=args.calibration_data,
+                    chat_template=args.chat_template,
                     calibration_samples=args.calibration_samples,
                     calibration_length=args.calibration_length,
                     eval_data=args.eval_data,
@@ -123,4 +159,5 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 },
             )
             print(summary_table([report]))
+            print(choices(report))
             print(f"\nSaved to {args.output}")

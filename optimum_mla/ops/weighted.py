@@ -1,0 +1,117 @@
+"""Low-rank factors that are best where the model reads and writes: errors weighted on both sides.
+
+With second moments Q of what reads a weight's rows and S of the weight's inputs, a change δ of the weight costs
+E‖Q^½ δ x‖² = ‖Q^½ δ S^½‖²_F. The best rank-r change is a truncated singular value decomposition of Q^½ W S^½ with both
+roots undone (input weighting: SVD-LLM v2, arXiv 2503.12340; CARE). Any factor Q = L Lᵀ serves as the root, so these are
+Cholesky factors, and the decomposition is one symmetric eigenproblem of the smaller side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_mla.errors import CalibrationDataError
+
+DAMPING = 1e-6
+"""Added to a second moment's diagonal, as a share of its largest row norm: makes singular ones (dead channels)
+invertible."""
+
+
+class WeightedRows(NamedTuple):
+    """Rows of the matrix to factorize, and what reads them.
+
+    weight: [m, d]. moment: [b, m/b, m/b], the second moments of the readers in b diagonal blocks: b = m weighs each row
+    by a number, b = 1 takes the whole matrix.
+    """
+
+    weight: Tensor
+    moment: Tensor
+
+
+class WeightedFactors(NamedTuple):
+    """`ups[i] @ down` approximates the i-th rows: down [r, d], each up [m_i, r]."""
+
+    down: Tensor
+    ups: list[Tensor]
+
+
+def damped_cholesky(moment: Tensor, name: str) -> Tensor:
+    """Lower factors L, L Lᵀ = `moment` [..., n, n] with `DAMPING` on its diagonal.
+
+    A moment that is zero altogether gives the identity's root at the damping's size: nothing reads these rows.
+
+    Args:
+        moment: Positive semidefinite up to rounding.
+        name: What it is the moment of, for the error message.
+
+    Raises:
+        CalibrationDataError: It holds NaN or infinite values.
+    """
+    if not moment.isfinite().all():
+        raise CalibrationDataError(
+            f"calibration: the second moment of the {name} is not finite. The model overflows on this text: "
+            "convert in float32 or bfloat16, or give another text."
+        )
+    size = torch.linalg.matrix_norm(moment, ord=float("inf"))
+    largest = size.max().clamp_min(torch.finfo(moment.dtype).tiny)
+    # A block that nothing reads still needs an invertible root: damp it relative to the largest one.
+    damping = DAMPING * torch.where(size > 0, size, largest)
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    factor, info = torch.linalg.cholesky_ex(moment + damping[..., None, None] * eye)
+    while (info != 0).any():  # rounding can leave eigenvalues a little below zero
+        damping = damping * 10
+        factor, info = torch.linalg.cholesky_ex(moment + damping[..., None, None] * eye)
+    return factor
+
+
+class WeightedFactorization:
+    """Best approximations of stacked rows by one shared latent, for every rank.
+
+    Args:
+        rows: Blocks of rows; the latent is shared by all.
+        inputs: Second moment of the inputs [d, d].
+    """
+
+    def __init__(self, rows: Sequence[WeightedRows], inputs: Tensor) -> None:
+        self._roots = [damped_cholesky(block.moment, "readers of a weight") for block in rows]
+        self._input_root = damped_cholesky(inputs, "layer's inputs")
+        weighted = torch.cat([_times(root.mT, block.weight) for root, block in zip(self._roots, rows, strict=True)])
+        self._matrix = weighted @ self._input_root  # [m, d]
+        self._wide = self._matrix.shape[0] <= self._matrix.shape[1]
+        gram = self._matrix @ self._matrix.T if self._wide else self._matrix.T @ self._matrix
+        values, vectors = torch.linalg.eigh(gram)
+        self.energies = values.flip(-1).clamp_min(0)  # [min(m, d)], falling: error at rank r is the sum from r on
+        directions = vectors.flip(-1).T
+        # An eigenvector's sign is the library's whim: fix it, so that every machine makes the same factors.
+        self._directions = directions * directions.gather(-1, directions.abs().argmax(-1, keepdim=True)).sign()
+
+    def error(self, rank: int) -> float:
+        """Weighted squared error that the best factors of this rank leave."""
+        return float(self.energies[rank:].sum())
+
+    def factors(self, rank: int) -> WeightedFactors:
+        """The best factors of this rank, balanced: each latent channel's scale is shared between the two sides."""
+        basis = self._directions[:rank]
+        down = basis @ self._matrix if self._wide else basis  # [r, d], of the weighted matrix
+        up = basis.T if self._wide else self._matrix @ basis.T  # [m, r]
+        down = torch.linalg.solve_triangular(self._input_root, down, upper=False, left=False)
+        sizes = [root.shape[0] * root.shape[-1] for root in self._roots]
+        ups = [_solve(root.mT, part) for root, part in zip(self._roots, up.split(sizes), strict=True)]
+        scale = (down.norm(dim=1) / torch.cat(ups).norm(dim=0)).sqrt()
+        scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
+        return WeightedFactors(down / scale[:, None], [part * scale for part in ups])
+
+
+def _times(blocks: Tensor, weight: Tensor) -> Tensor:
+    """Block-diagonal [b, n, n] times [b·n, d]."""
+    return (blocks @ weight.unflatten(0, (blocks.shape[0], -1))).flatten(0, 1)
+
+
+def _solve(upper_blocks: Tensor, weight: Tensor) -> Tensor:
+    """Inverse of upper triangular blocks [b, n, n] times [b·n, r]."""
+    split = weight.unflatten(0, (upper_blocks.shape[0], -1))
+    return torch.linalg.solve_triangular(upper_blocks, split, upper=True).flatten(0, 1)

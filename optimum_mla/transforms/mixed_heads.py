@@ -1,0 +1,137 @@
+"""GQA2MLA's decoupled form: key heads mixed inside each frequency, the rotation kept where stopping it would hurt."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from optimum_mla.geometry import MLAGeometry
+from optimum_mla.models import SourceAttention
+from optimum_mla.ops.rope_mix import as_pairs, mixed_keys, query_aware_mix, query_map
+from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
+from optimum_mla.transforms.calibration import LayerCalibration
+from optimum_mla.transforms.decoupled import LatentFactors, latent_tensors
+from optimum_mla.transforms.weighting import key_moments, value_moments
+
+
+class MixedHeads:
+    """One layer's key heads after mixing: C = G·D/2 complex components, the costliest to stop first.
+
+    A query head reads the shared rotary key through R linear combinations of its own dims, and the position-free rest
+    as a key of D dims: the components that do not rotate, mapped back to its key head.
+    """
+
+    def __init__(self, source: SourceAttention, calibration: LayerCalibration) -> None:
+        self.source, self.calibration = source, calibration
+        g, moments = source.geometry, calibration.moments
+        keys = source.gained_key
+        pairs = as_pairs(keys)  # [G, D/2, d]
+        # About zero, not about the mean: a rotating mean does not stay a constant.
+        mean = moments.input_mean
+        inputs = (moments.inputs + mean[:, None] * mean).to(pairs.dtype)
+        seen = pairs.flatten(0, 1) @ inputs
+        covariance = torch.einsum("gpd,hpd->pgh", seen.view_as(pairs), pairs.conj())
+        queries = moments.queries.unflatten(0, (g.num_key_value_heads, -1)).sum(1) * moments.key_scale[:, None, None]
+        energy = queries.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(1)  # [G, D/2]
+        self.mix = query_aware_mix(covariance, energy)
+        self.damage = calibration.damage(self.mix)
+        self._order = self.damage.argsort(descending=True)
+
+    @classmethod
+    def of(cls, source: SourceAttention, calibration: LayerCalibration) -> MixedHeads:
+        """The layer's, computed once."""
+        if "mixed heads" not in calibration.memo:
+            calibration.memo["mixed heads"] = cls(source, calibration)
+        return calibration.memo["mixed heads"]
+
+    @cached_property
+    def _keys(self) -> tuple[Tensor, Tensor]:
+        """The mixed keys' components of W_K [C, d] and of its bias [C], complex."""
+        return mixed_keys(self.mix, self.source.gained_key), mixed_keys(self.mix, self.source.gained_key_bias)
+
+    def damage_left(self, rope_dim: int) -> float:
+        """Squared change of the hidden state that stopping all but `rope_dim`/2 components causes."""
+        left = self.damage[self._order[rope_dim // 2 :]].sum()
+        return float(left) * self.calibration.key_weight**2
+
+    def damage_share(self, rope_dim: int) -> float:
+        """Share of the rotation's whole effect that is lost."""
+        return float(self.damage[self._order[rope_dim // 2 :]].sum() / self.damage.sum().clamp_min(1e-300))
+
+    def _split(self, rope_dim: int) -> tuple[Tensor, Tensor]:
+        """Components that rotate and those that do not."""
+        kept, rest = self._order.split([rope_dim // 2, len(self._order) - rope_dim // 2])
+        return kept.sort().values, rest.sort().values
+
+    def problem(self, rope_dim: int, rebuilt: bool) -> WeightedFactorization:
+        """The rows that the latent holds: rotating components (if rebuilt), position-free ones, values."""
+        g = self.source.geometry
+        kept, rest = self._split(rope_dim)
+        weight, _ = self._keys
+        readers = key_moments(self.source, self.calibration)
+
+        def seen_through(components: Tensor) -> Tensor:
+            maps = [query_map(self.mix, head, components) for head in range(g.num_key_value_heads)]
+            return torch.stack([b @ m @ b.T for b, m in zip(maps, readers, strict=True)]).sum(0)
+
+        rows = [
+            WeightedRows(_stacked(weight[rest]), seen_through(rest)[None]),
+            WeightedRows(self.source.value.flatten(0, 1), value_moments(self.source)),
+        ]
+        if rebuilt:
+            # Averaged over all rotations both dims of a component weigh the same and components do not mix.
+            diagonal = seen_through(kept).diagonal().unflatten(0, (2, -1)).mean(0).repeat(2)
+            rows.insert(0, WeightedRows(_stacked(weight[kept]), diagonal[:, None, None]))
+        return WeightedFactorization(rows, self.calibration.moments.inputs)
+
+    def tensors(self, geometry: MLAGeometry) -> dict[str, Tensor]:
+        """All parameters of the layer."""
+        g, source = geometry, self.source
+        rebuilt, rope_dim = g.rope_cache == "rebuilt", g.qk_rope_head_dim
+        kept, rest = self._split(rope_dim)
+        weight, bias = self._keys
+        factors = self.problem(rope_dim, rebuilt).factors(g.kv_lora_rank)
+        *rope_up, nope_up, value_up = factors.ups
+
+        share = g.num_attention_heads // g.num_key_value_heads
+        # The position-free components, mapped back to each key head's own D dims.
+        back = torch.stack([query_map(self.mix, head, rest).T for head in range(g.num_key_value_heads)])
+        center = self.calibration.moments.input_mean
+        rope_key, rope_bias = _stacked(weight[kept]), _stacked(bias[kept])
+        pairs = (kept % (source.geometry.head_dim // 2))[None]
+        tensors = latent_tensors(
+            source,
+            g,
+            LatentFactors(factors.down, back @ nope_up, value_up.unflatten(0, (-1, g.v_head_dim)), center),
+            key=back @ _stacked(weight[rest]),
+            key_bias=back @ _stacked(bias[rest]),
+            rope_key=rope_key[None, :0] if rebuilt else rope_key[None],
+            rope_bias=rope_bias[None, :0] if rebuilt else rope_bias[None],
+            pairs=pairs,
+        )
+        if rebuilt:
+            tensors["k_rope_proj.weight"] = rope_up[0]
+            tensors["k_rope_proj.bias"] = rope_bias + rope_key @ center - rope_up[0] @ (factors.down @ center)
+
+        # Queries: the head's own dims for the position-free key, then its view of the shared rotary key.
+        gain = source.norm_gain(source.spec.query_norm)
+        nope_scale = torch.full_like(gain, source.attention_scaling**2)
+        maps = [query_map(self.mix, head, kept) * gain for head in range(g.num_key_value_heads)]
+        if g.key_norm:
+            # The norm's factor is the head's own; its gain goes behind it or, for the rotary view, into the weights.
+            own = torch.eye(g.head_dim, dtype=torch.float64, device=gain.device)
+            tensors["q_norm.weight"] = torch.cat([gain * nope_scale, torch.ones_like(rope_bias)])[None]
+        else:
+            own = nope_scale.diag()
+        views = torch.stack([torch.cat([own, view]) for view in maps]).repeat_interleave(share, dim=0)  # [H, D + R, D]
+        tensors["q_proj.weight"] = (views @ source.query).flatten(0, 1)
+        if g.query_bias:
+            tensors["q_proj.bias"] = (views @ source.query_bias[..., None]).flatten()
+        return tensors
+
+
+def _stacked(components: Tensor) -> Tensor:
+    """Complex components [m, ...] as real rows [2·m, ...]: real parts, then imaginary."""
+    return torch.cat([components.real, components.imag])
