@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-slow style check paper-tables bench-conversion reference-model clean
+.PHONY: setup demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization reference-model clean
 
 setup: $(STAMP)
 
@@ -42,9 +42,16 @@ paper-tables: setup
 bench-conversion: setup
 	$(RUN) $(BIN)/python -m benchmarks.conversion
 
-# Needs a folder of text files: make reference-model CORPUS=DIR
+bench-quality: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report]"
+	$(RUN) $(BIN)/python -m benchmarks.quality
+
+bench-factorization: setup
+	$(RUN) $(BIN)/python -m benchmarks.factorization
+
+# Needs a folder of text files: make reference-model CORPUS=DIR [VARIANT=multi_head]
 reference-model: setup
-	$(BIN)/python benchmarks/train_reference_model.py --corpus $(CORPUS)
+	$(BIN)/python benchmarks/train_reference_model.py --corpus $(CORPUS) --variant $(or $(VARIANT),reference)
 
 clean:
 	rm -rf $(VENV) demo_output build *.egg-info

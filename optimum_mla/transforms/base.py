@@ -79,7 +79,7 @@ class MLATransformation(Transformation):
         heal: Refit each layer's output projection in closed form, so that the converted block gives the source's hidden
             states; kept where it helps on held-back windows. None: with a calibrated factorization.
         rank_allocation: How calibrated layers share the budget: `uniform`, `energy` (the same share of each layer's
-            weighted energy is lost), or `error` (where the measured error falls most).
+            weighted energy is lost), or `error` (where the measured error falls most). None: `error` where it can be.
 
     Attributes:
         results: By layer, what the last call did.
@@ -108,7 +108,7 @@ class MLATransformation(Transformation):
         calibration: Tensor | None = None,
         factorization: str | None = None,
         heal: bool | None = None,
-        rank_allocation: str = "uniform",
+        rank_allocation: str | None = None,
     ) -> None:
         budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy)
         self.budget = budget if budget.is_set else self.default_budget
@@ -121,21 +121,18 @@ class MLATransformation(Transformation):
         self.factorization = factorization or best
         check_choice("factorization", self.factorization, self.factorizations)
         self.heal = self.factorization == "calibrated" if heal is None else heal
-        check_choice("rank_allocation", rank_allocation, ALLOCATIONS)
-        self.rank_allocation = rank_allocation
+        shared = self.factorization == "calibrated" and self.budget.energy is None
+        self.rank_allocation = rank_allocation or ("error" if shared else "uniform")
+        check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         for field, value, needs in (
             ("factorization", self.factorization, self.factorization == "calibrated"),
             ("heal", self.heal, self.heal),
         ):
             if needs and not measured:
                 raise InvalidValueError(field, value, "other values without calibration data", "Give calibration data.")
-        if rank_allocation != "uniform" and (self.factorization != "calibrated" or self.budget.energy is not None):
-            raise InvalidValueError(
-                "rank_allocation",
-                rank_allocation,
-                "uniform here",
-                "It needs a calibrated factorization and a fixed size.",
-            )
+        if self.rank_allocation != "uniform" and not shared:
+            remedy = "Others need a calibrated factorization and a fixed size."
+            raise InvalidValueError("rank_allocation", rank_allocation, "uniform here", remedy)
         self.results: dict[int, LayerResult] = {}
 
     @property
@@ -248,7 +245,8 @@ class MLATransformation(Transformation):
     ) -> tuple[LatentAttention, LayerResult]:
         """One layer's new attention in the source's dtype, and what became of the layer."""
         calibration = None if walk is None else walk.calibrate(source)
-        if calibration is not None:
+        # An allocation has chosen each layer's shape already.
+        if calibration is not None and self.rank_allocation == "uniform":
             geometry = self._choose(family, model, layer, source, geometry, calibration)
         key_weight = state_error = healed_error = None
         if calibration is not None and self.factorization == "calibrated":

@@ -13,7 +13,7 @@ later layers divide by it, and a few tokens with huge states would otherwise dec
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from optimum_mla.models.spec import AttentionSpec, SourceAttention, sliding_window
 from optimum_mla.ops.rope_mix import RopeMix, as_pairs, mixed_keys
 from optimum_mla.ops.rotary import Rotation, rotate
+from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 TOKENS_PER_BATCH = 4096
 """Tokens that go through a layer together."""
@@ -194,6 +195,18 @@ class LayerCalibration:
         held[HELD_BACK - 1 :: HELD_BACK] = True
         self._held = held if held.any() else ~held
         self._fitted = ~held if (~held).any() else held
+
+    def factorization(self, key: Any, rows: Callable[[], list[WeightedRows]]) -> WeightedFactorization:
+        """The factorization of `rows` under the layer's inputs; the last one is kept, for another rank of the same.
+
+        Args:
+            key: Tells the rows apart; `key_weight` is added to it.
+            rows: Makes them.
+        """
+        key = (key, self.key_weight)
+        if self.memo.get("factorization", (None, None))[0] != key:
+            self.memo["factorization"] = (key, WeightedFactorization(rows(), self.moments.inputs))
+        return self.memo["factorization"][1]
 
     @cached_property
     def _row_weights(self) -> Tensor:

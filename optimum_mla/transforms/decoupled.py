@@ -70,13 +70,13 @@ def calibrated_problem(
     source: SourceAttention, split: RopeSplit, calibration: LayerCalibration
 ) -> WeightedFactorization:
     """[W_K,nope ; W_V], weighted by the queries, by W_O and by the inputs."""
-    key, value = _latent_rows(source, split)
-    readers = gather_dims(gather_dims(key_moments(source, calibration), split.nope).mT, split.nope)
-    rows = [
-        WeightedRows(key.flatten(0, 1), readers),
-        WeightedRows(value.flatten(0, 1), value_moments(source)),
-    ]
-    return WeightedFactorization(rows, calibration.moments.inputs)
+
+    def rows() -> list[WeightedRows]:
+        key, value = _latent_rows(source, split)
+        readers = gather_dims(gather_dims(key_moments(source, calibration), split.nope).mT, split.nope)
+        return [WeightedRows(key.flatten(0, 1), readers), WeightedRows(value.flatten(0, 1), value_moments(source))]
+
+    return calibration.factorization(split.rope.tolist(), rows)
 
 
 def calibrated_factors(

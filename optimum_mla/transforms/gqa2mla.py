@@ -43,7 +43,7 @@ class GQA2MLA(MLATransformation):
 
     Args:
         positional: `full` or `decoupled`.
-        rope_cache: `cached` or `rebuilt`, for `decoupled`.
+        rope_cache: `cached` or `rebuilt`, for `decoupled`. With `cached`, `rank_allocation` is `uniform` unless given.
         qk_rope_head_dim: R, for `decoupled`; None chooses it in each layer by the measured error.
         factorization: `split` (`kv_lora_rank` counts both latents, half each), `joint`, or `calibrated`.
         **options: Of `MLATransformation`.
@@ -59,6 +59,8 @@ class GQA2MLA(MLATransformation):
         qk_rope_head_dim: int | None = None,
         **options: Any,
     ) -> None:
+        if rope_cache == "cached" and options.get("rank_allocation") is None:
+            options["rank_allocation"] = "uniform"  # engines want layers alike
         super().__init__(**options)
         decoupled = self.factorization == "calibrated"
         self.positional = positional or ("decoupled" if decoupled else "full")
@@ -148,11 +150,13 @@ class GQA2MLA(MLATransformation):
             return mixed.problem(geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt")
         # A key norm's gain stays in the norm, between the latent and the rotation.
         gain = source.norm_gain(source.spec.key_norm).square().repeat(geometry.num_key_value_heads)[:, None, None]
-        rows = [
-            WeightedRows(source.key.flatten(0, 1), rotated_moments(key_moments(source, calibration)) * gain),
-            WeightedRows(source.value.flatten(0, 1), value_moments(source)),
-        ]
-        return WeightedFactorization(rows, calibration.moments.inputs)
+        return calibration.factorization(
+            "full",
+            lambda: [
+                WeightedRows(source.key.flatten(0, 1), rotated_moments(key_moments(source, calibration)) * gain),
+                WeightedRows(source.value.flatten(0, 1), value_moments(source)),
+            ],
+        )
 
     def convert_layer(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None

@@ -51,15 +51,6 @@ class MixedHeads:
         """The mixed keys' components of W_K [C, d] and of its bias [C], complex."""
         return mixed_keys(self.mix, self.source.gained_key), mixed_keys(self.mix, self.source.gained_key_bias)
 
-    def damage_left(self, rope_dim: int) -> float:
-        """Squared change of the hidden state that stopping all but `rope_dim`/2 components causes."""
-        left = self.damage[self._order[rope_dim // 2 :]].sum()
-        return float(left) * self.calibration.key_weight**2
-
-    def damage_share(self, rope_dim: int) -> float:
-        """Share of the rotation's whole effect that is lost."""
-        return float(self.damage[self._order[rope_dim // 2 :]].sum() / self.damage.sum().clamp_min(1e-300))
-
     def _split(self, rope_dim: int) -> tuple[Tensor, Tensor]:
         """Components that rotate and those that do not."""
         kept, rest = self._order.split([rope_dim // 2, len(self._order) - rope_dim // 2])
@@ -67,6 +58,9 @@ class MixedHeads:
 
     def problem(self, rope_dim: int, rebuilt: bool) -> WeightedFactorization:
         """The rows that the latent holds: rotating components (if rebuilt), position-free ones, values."""
+        return self.calibration.factorization((rope_dim, rebuilt), lambda: self._rows(rope_dim, rebuilt))
+
+    def _rows(self, rope_dim: int, rebuilt: bool) -> list[WeightedRows]:
         g = self.source.geometry
         kept, rest = self._split(rope_dim)
         weight, _ = self._keys
@@ -84,7 +78,7 @@ class MixedHeads:
             # Averaged over all rotations both dims of a component weigh the same and components do not mix.
             diagonal = seen_through(kept).diagonal().unflatten(0, (2, -1)).mean(0).repeat(2)
             rows.insert(0, WeightedRows(_stacked(weight[kept]), diagonal[:, None, None]))
-        return WeightedFactorization(rows, self.calibration.moments.inputs)
+        return rows
 
     def tensors(self, geometry: MLAGeometry) -> dict[str, Tensor]:
         """All parameters of the layer."""

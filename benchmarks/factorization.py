@@ -1,0 +1,63 @@
+"""Experiment: seconds and memory of one layer's calibrated factorization at the size of large models.
+
+    python -m benchmarks.factorization [--config ...] [--output ...]
+
+Weights and second moments are random (their values do not change the work); the rows are those of GQA2MLA's full form:
+all keys with their readers' weights, all values with W_O's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conversion import CONFIGS, RESULTS, commit, machine_class
+
+
+def measure(layer: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """Factorize once."""
+    import torch
+
+    from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
+    from optimum_mla.report.memory import peak_memory_bytes
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    d, heads, dim = layer["hidden_size"], layer["num_key_value_heads"], layer["head_dim"]
+    width, inputs, outputs = heads * dim, random(d, d), random(heads, 2 * dim, dim)
+    moments = inputs.T @ inputs
+    rows = [
+        WeightedRows(random(width, d), random(width, 1, 1).square()),
+        WeightedRows(random(width, d), outputs.mT @ outputs),
+    ]
+    rank = int(ratio * 2 * width)
+    start = time.perf_counter()
+    WeightedFactorization(rows, moments).factors(rank)
+    seconds = time.perf_counter() - start
+    return {**layer, "rank": rank, "seconds": seconds, "peak_memory_mb": peak_memory_bytes() / 1e6}
+
+
+def main() -> None:
+    """Measure every layer of the config, smallest first."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, default=CONFIGS / "factorization.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "factorization.json")
+    arguments = parser.parse_args()
+    config = json.loads(arguments.config.read_text(encoding="utf-8"))
+    layers = sorted(config["layers"], key=lambda layer: layer["num_key_value_heads"])
+    runs = []
+    for layer in layers:
+        runs.append(measure(layer, config["kv_cache_ratio"]))
+        print(f"{layer['name']}: {runs[-1]['seconds']:.1f} s, {runs[-1]['peak_memory_mb']:.0f} MB at most")
+    result = {"config": config, "commit": commit(), "machine": machine_class(), "runs": runs}
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
