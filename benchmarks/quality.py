@@ -22,11 +22,16 @@ from benchmarks.conversion import CONFIGS, RESULTS, ROOT, commit, machine_class
 
 
 def expand(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every run of the config: model, label, method, options, ratio, seed, calibration windows."""
+    """Every run of the config: model, label, method, options, ratio, seed, calibration windows.
+
+    A line may name its own models and ratios.
+    """
     for model in config["models"]:
         for line in config["lines"]:
+            if model not in line.get("models", config["models"]):
+                continue
             for seed in line["seeds"]:
-                for ratio in config["ratios"]:
+                for ratio in line.get("ratios", config["ratios"]):
                     yield {"part": "methods", "model": model, **line, "seed": seed, "ratio": ratio}
     ablations = config["ablations"]
     for line in ablations["lines"]:

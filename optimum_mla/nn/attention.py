@@ -153,6 +153,10 @@ class LatentAttention(nn.Module, ABC):
             weights = weights if self.config._attn_implementation == "eager" else None
         else:
             keys, values = self._expand(first, second, key_rotation)
+            value_dim = values.shape[-1]
+            if value_dim < keys.shape[-1] and self.config._attn_implementation != "eager":
+                # The fast kernels want keys and values alike: zeros cost less than the slow kernel.
+                values = nn.functional.pad(values, (0, keys.shape[-1] - value_dim))
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
             context, weights = attend(
                 self,
@@ -166,6 +170,7 @@ class LatentAttention(nn.Module, ABC):
                 position_ids=position_ids,
                 **kwargs,
             )
+            context = context[..., :value_dim]
         return self.o_proj(context.reshape(batch, length, -1)), weights
 
     @property

@@ -6,7 +6,7 @@ import itertools
 import math
 
 ALLOCATIONS = ("uniform", "energy", "error")
-GRID = (0.5, 0.7, 1.0, 1.4, 2.0)
+GRID = (0.5, 0.75, 1.0, 1.5)
 """Ranks at which the error is measured, in uniform ranks."""
 SMALLEST_SHARE = 0.25
 """No layer gets less than this share of the uniform rank: predictions are poor far away from what was measured."""

@@ -203,8 +203,9 @@ class MLATransformation(Transformation):
         walk = None
         if self.needs_calibration and self.calibration is not None:
             if self.rank_allocation != "uniform":
-                plans = self._allocate(self._walk(model), sources, plans)
-            walk = self._walk(model)
+                # Errors are only compared here, which half of the windows do as well.
+                plans = self._allocate(self._walk(model, self.calibration[::2]), sources, plans)
+            walk = self._walk(model, self.calibration)
 
         attentions: dict[int, LatentAttention] = {}
         results: dict[int, LayerResult] = {}
@@ -228,11 +229,9 @@ class MLATransformation(Transformation):
             return model
         return assemble_model(model, family, config, attentions)
 
-    def _walk(self, model: nn.Module) -> CalibrationWalk:
+    def _walk(self, model: nn.Module, windows: Tensor) -> CalibrationWalk:
         config = config_of(model)
-        if self.calibration is None:
-            raise InvalidValueError("calibration", None, "token ids", "Give calibration data.")
-        return CalibrationWalk(model, family_of(config).spec, config, self.calibration)
+        return CalibrationWalk(model, family_of(config).spec, config, windows)
 
     def _build(
         self,
@@ -258,7 +257,7 @@ class MLATransformation(Transformation):
             state_error = calibration.error(trial)
             if self.heal:
                 healing = calibration.heal(trial)
-                healed_error = healing.error_after
+                state_error, healed_error = healing.error_before, healing.error_after
                 if healing.weight is not None:
                     tensors["o_proj.weight"] = healing.weight
         attention = self._attention(family, model, layer, geometry, self._cast(source, tensors))
@@ -296,14 +295,16 @@ class MLATransformation(Transformation):
             return geometry
         candidates = self.candidates(source, geometry)
         if len(candidates) > 1:
-            errors = []
+            errors: list[float] = []
             for candidate in candidates:
                 tensors = self.convert_layer(source, candidate, calibration)
                 errors.append(
                     calibration.error(self._attention(family, model, layer, candidate, tensors, calibration.dtype))
                 )
+                if errors[-1] > GOOD_ENOUGH * min(errors):
+                    break  # it rises from here on
             good = GOOD_ENOUGH * min(errors)
-            geometry = next(shape for shape, error in zip(candidates, errors, strict=True) if error <= good)
+            geometry = next(shape for shape, error in zip(candidates, errors, strict=False) if error <= good)
         else:
             geometry = candidates[0]
         if self.budget.energy is not None:

@@ -30,6 +30,8 @@ TOKENS_PER_BATCH = 4096
 """Tokens that go through a layer together."""
 HELD_BACK = 4
 """One window in so many is held back from fits and decides between candidates."""
+DECIDING_WINDOWS = 16
+"""At most so many of the windows held back are used to compare candidates."""
 DAMAGE_WINDOWS = 16
 DAMAGE_ROWS = 32
 """Windows, and query tokens in each, on which the damage of stopped rotations is measured."""
@@ -118,7 +120,8 @@ class CalibrationWalk:
         spec, path = self._spec, self._spec.layer_path(layer)
         names = (spec.input_norm, spec.attention, spec.mlp_norm, spec.mlp)
         self._block = _Block(*(_working_copy(self.model.get_submodule(f"{path}.{name}"), self.dtype) for name in names))
-        self.mask = self._mask(sliding_window(self.config, layer))
+        window = sliding_window(self.config, layer)
+        self.windowed, self.mask = window is not None, self._mask(window)
         self.middle = self.source + torch.cat(list(self.outputs(self._block.attention, self.source)))
 
     def _mask(self, window: int | None) -> Tensor:
@@ -148,7 +151,8 @@ class CalibrationWalk:
             yield attention(
                 normed,
                 position_embeddings=self.position_embeddings,
-                attention_mask=self.mask,
+                # Without a window the attention is causal by itself, and faster so.
+                attention_mask=self.mask if self.windowed else None,
                 position_ids=position_ids,
             )[0]
 
@@ -195,6 +199,7 @@ class LayerCalibration:
         held[HELD_BACK - 1 :: HELD_BACK] = True
         self._held = held if held.any() else ~held
         self._fitted = ~held if (~held).any() else held
+        self._deciding = self._held.nonzero().flatten()[:: max(1, int(self._held.sum()) // DECIDING_WINDOWS)]
 
     def factorization(self, key: Any, rows: Callable[[], list[WeightedRows]]) -> WeightedFactorization:
         """The factorization of `rows` under the layer's inputs; the last one is kept, for another rank of the same.
@@ -360,9 +365,9 @@ class LayerCalibration:
         """Error that `attention` leaves in the hidden state on the held-back windows: root mean square over tokens of
         its size relative to the state's."""
         walk = self._walk
-        target = (walk.middle - walk.converted)[self._held]
-        output = torch.cat(list(walk.outputs(attention, walk.converted[self._held])))
-        squares = (output - target).double().square().mean(-1) * self._row_weights[self._held]
+        target = (walk.middle - walk.converted)[self._deciding]
+        output = torch.cat(list(walk.outputs(attention, walk.converted[self._deciding])))
+        squares = (output - target).double().square().mean(-1) * self._row_weights[self._deciding]
         return float(squares.mean().sqrt())
 
     def heal(self, attention: nn.Module) -> Healing:
@@ -446,7 +451,7 @@ def output_moments(source: SourceAttention) -> Tensor:
 
 
 def _working_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in evaluation mode that attends with a dense mask."""
+    """A copy in evaluation mode whose attention is causal by itself and takes a dense mask."""
     clone = copy.deepcopy(module).to(dtype).eval()
     config = getattr(clone, "config", None)
     if config is not None:

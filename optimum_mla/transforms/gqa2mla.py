@@ -20,7 +20,7 @@ from optimum_mla.transforms.mixed_heads import MixedHeads
 from optimum_mla.transforms.options import check_choice, fitting
 from optimum_mla.transforms.weighting import key_moments, rotated_moments, value_moments
 
-ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2)
+ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2, 3, 4)
 """Rotary dims to choose from where the caller names none, in head dims."""
 
 
