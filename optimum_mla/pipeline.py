@@ -43,10 +43,10 @@ class TextOptions:
         calibration_data: What `optimum_mla.text.read_documents` reads, token ids, or None.
         chat_template: The calibration data are chats, to be rendered by the tokenizer's chat template.
         calibration_samples: Windows of calibration text.
-        calibration_length: Tokens per window, also of the evaluation text; None takes the shorter of 512 and the
-            model's longest context.
+        calibration_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
         eval_data: Text for the perplexity before and after, or None.
         eval_samples: At most so many windows of it.
+        eval_length: Tokens per window of it; None as for `calibration_length`.
     """
 
     calibration_data: str | Iterable[int] | None = None
@@ -55,6 +55,7 @@ class TextOptions:
     calibration_length: int | None = None
     eval_data: str | None = None
     eval_samples: int = 128
+    eval_length: int | None = None
 
 
 def convert(
@@ -223,25 +224,20 @@ def _read_texts(
 ) -> tuple[Tensor | None, Tensor | None, dict[str, dict[str, Any]]]:
     """Calibration windows, evaluation windows (either may be None), and where they came from."""
     longest = getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW)
-    length = texts.calibration_length or min(LONGEST_DEFAULT_WINDOW, longest)
-    for field, value in (
-        ("calibration_samples", texts.calibration_samples),
-        ("eval_samples", texts.eval_samples),
-        ("calibration_length", length - 1),
-    ):
-        if value < 1:
-            raise InvalidValueError(field, value, "integers from 2" if field.endswith("length") else "integers from 1")
-    if length > longest:
-        raise InvalidValueError("calibration_length", length, f"2 to {longest} for this model")
-
     windows: dict[str, Tensor] = {}
     data: dict[str, dict[str, Any]] = {}
-    for field, source, samples in (
-        ("calibration-data", texts.calibration_data, texts.calibration_samples),
-        ("eval-data", texts.eval_data, texts.eval_samples),
+    for kind, source, samples, length in (
+        ("calibration", texts.calibration_data, texts.calibration_samples, texts.calibration_length),
+        ("eval", texts.eval_data, texts.eval_samples, texts.eval_length),
     ):
+        if samples < 1:
+            raise InvalidValueError(f"{kind}_samples", samples, "integers from 1")
+        length = min(LONGEST_DEFAULT_WINDOW, longest) if length is None else length
+        if not 2 <= length <= longest:
+            raise InvalidValueError(f"{kind}_length", length, f"2 to {longest} for this model")
         if source is not None:
-            chats = texts.chat_template and field == "calibration-data"
+            field = f"{kind}-data"
+            chats = texts.chat_template and kind == "calibration"
             ids = windows[field] = token_windows(tokenizer, source, length, samples, field, chats)
             digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             origin = source if isinstance(source, str) else "token ids"

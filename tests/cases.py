@@ -55,7 +55,13 @@ METHODS: dict[str, Callable[[Tensor], MLATransformation]] = {
     "gqa2mla energy": lambda ids: GQA2MLA(energy=0.8),
     "mha2mla joint": lambda ids: MHA2MLA(kv_cache_ratio=0.5, rope_selection="high"),
     "mha2mla split": lambda ids: MHA2MLA(kv_cache_ratio=0.5, factorization="split", rope_selection="low"),
-    "mha2mla contribution": lambda ids: MHA2MLA(d_kv=8, qk_rope_head_dim=6, calibration=ids),
+    "gqa2mla rebuilt": lambda ids: GQA2MLA(kv_cache_ratio=0.5, calibration=ids),
+    "gqa2mla cached": lambda ids: GQA2MLA(kv_cache_ratio=0.75, rope_cache="cached", calibration=ids),
+    "gqa2mla one latent": lambda ids: GQA2MLA(kv_cache_ratio=0.5, positional="full", calibration=ids),
+    "mha2mla contribution": lambda ids: MHA2MLA(
+        d_kv=8, qk_rope_head_dim=6, rope_selection="contribution", factorization="joint", calibration=ids
+    ),
+    "mha2mla calibrated": lambda ids: MHA2MLA(kv_cache_ratio=0.5, calibration=ids),
     "x-ecomla": lambda ids: XEcoMLA(kv_cache_ratio=0.5),
     "x-ecomla as printed": lambda ids: XEcoMLA(kv_lora_rank=24, rope_selection="last", q_lora_rank=40),
     "x-ecomla norm, energy": lambda ids: XEcoMLA(energy=0.8, q_energy=0.9, latent_norm=True, calibration=ids),

@@ -33,6 +33,7 @@ FEW_WINDOWS = TextOptions(
     calibration_data=str(REFERENCE / "calibration.txt"),
     calibration_samples=2,
     calibration_length=64,
+    eval_length=64,
     eval_data=str(EVALUATION),
     eval_samples=4,
 )

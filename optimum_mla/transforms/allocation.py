@@ -38,7 +38,7 @@ def allocate_ranks(curves: dict[int, dict[int, float]], total: int) -> dict[int,
         }
         if not gains:
             break
-        ranks[max(gains, key=lambda layer: gains[layer])] += 1
+        ranks[max(gains, key=lambda layer: (gains[layer], -ranks[layer]))] += 1
     return ranks
 
 

@@ -199,7 +199,7 @@ class LayerCalibration:
         held[HELD_BACK - 1 :: HELD_BACK] = True
         self._held = held if held.any() else ~held
         self._fitted = ~held if (~held).any() else held
-        self._deciding = self._held.nonzero().flatten()[:: max(1, int(self._held.sum()) // DECIDING_WINDOWS)]
+        self._deciding = self._held.nonzero().flatten()[:: -(-int(self._held.sum()) // DECIDING_WINDOWS)]
 
     def factorization(self, key: Any, rows: Callable[[], list[WeightedRows]]) -> WeightedFactorization:
         """The factorization of `rows` under the layer's inputs; the last one is kept, for another rank of the same.
@@ -319,9 +319,7 @@ class LayerCalibration:
         units of `moments.queries`, logit scale included; summed over heads, averaged over query tokens.
         """
         g, walk = self._geometry, self._walk
-        windows = torch.arange(
-            0, len(walk.converted), max(1, len(walk.converted) // DAMAGE_WINDOWS), device=walk.device
-        )
+        windows = torch.arange(0, len(walk.converted), -(-len(walk.converted) // DAMAGE_WINDOWS), device=walk.device)
         length = walk.converted.shape[1]
         rows = torch.linspace(length / DAMAGE_ROWS, length - 1, min(DAMAGE_ROWS, length), device=walk.device).long()
         row_weights = self._row_weights / self._row_weights.mean()

@@ -26,16 +26,16 @@ class MixedHeads:
     def __init__(self, source: SourceAttention, calibration: LayerCalibration) -> None:
         self.source, self.calibration = source, calibration
         g, moments = source.geometry, calibration.moments
-        keys = source.gained_key
-        pairs = as_pairs(keys)  # [G, D/2, d]
+        pairs = as_pairs(source.gained_key)  # [G, D/2, d]
+        seen = (pairs.flatten(0, 1) @ moments.inputs.to(pairs.dtype)).view_as(pairs)
         # About zero, not about the mean: a rotating mean does not stay a constant.
-        mean = moments.input_mean
-        inputs = (moments.inputs + mean[:, None] * mean).to(pairs.dtype)
-        seen = pairs.flatten(0, 1) @ inputs
-        covariance = torch.einsum("gpd,hpd->pgh", seen.view_as(pairs), pairs.conj())
+        mean = pairs @ moments.input_mean.to(pairs.dtype) + as_pairs(source.gained_key_bias)  # [G, D/2]
+        second_moments = torch.einsum("gpd,hpd->pgh", seen, pairs.conj()) + torch.einsum(
+            "gp,hp->pgh", mean, mean.conj()
+        )
         queries = moments.queries.unflatten(0, (g.num_key_value_heads, -1)).sum(1) * moments.key_scale[:, None, None]
         energy = queries.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(1)  # [G, D/2]
-        self.mix = query_aware_mix(covariance, energy)
+        self.mix = query_aware_mix(second_moments, energy)
         self.damage = calibration.damage(self.mix)
         self._order = self.damage.argsort(descending=True)
 

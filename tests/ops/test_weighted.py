@@ -74,7 +74,7 @@ def test_error_is_that_of_the_factors_and_no_worse_than_a_plain_decomposition(
     assert error <= true_error(rows, inputs, plain.up @ plain.down) * (1 + 1e-4) + 1e-12 * everything
 
 
-def test_error_is_the_best_possible_one_and_far_below_a_plain_decomposition() -> None:
+def test_error_is_the_best_possible_one_and_below_a_plain_decomposition() -> None:
     rows, inputs = random_rows(3, 4, 48, seed=0), random_moment(48, seed=10)
     factorization = WeightedFactorization(rows, inputs)
     left = torch.linalg.cholesky(torch.block_diag(*(block for row in rows for block in row.moment)))

@@ -107,11 +107,10 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             help="The calibration data are chats (rows with `messages`): render them by the tokenizer's template.",
         )
         text.add_argument("--calibration-samples", type=int, default=128, help="Windows of it to use (default 128).")
-        text.add_argument(
-            "--calibration-length", type=int, help="Tokens per window, for evaluation too (default: up to 512)."
-        )
+        text.add_argument("--calibration-length", type=int, help="Tokens per window (default: up to 512).")
         text.add_argument("--eval-data", help="Text for the perplexity before and after; as --calibration-data.")
         text.add_argument("--eval-samples", type=int, default=128, help="Windows of it to use (default 128).")
+        text.add_argument("--eval-length", type=int, help="Tokens per window (default: up to 512).")
 
         run = parser.add_argument_group("run")
         run.add_argument("--dtype", default="auto", help="auto (default, as saved), float32, bfloat16, float16.")
@@ -146,6 +145,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                     calibration_length=args.calibration_length,
                     eval_data=args.eval_data,
                     eval_samples=args.eval_samples,
+                    eval_length=args.eval_length,
                 ),
                 dtype=args.dtype,
                 device=args.device,
