@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from optimum_mla.errors import CalibrationDataError
-from optimum_mla.text import read_documents, token_windows
+from optimum_mla.text import read_chats, read_documents, token_windows
+
+REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 
 
 class Letters:
@@ -64,3 +68,38 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             token_windows(Letters(), source, length=2)
     with pytest.raises(CalibrationDataError, match=r"eval-data: .* fewer than one sample of 9"):
         token_windows(Letters(), [1, 2], length=9, field="eval-data")
+
+
+CHATS = [[{"role": "user", "content": "Who is there?"}], [{"role": "user", "content": "I."}]]
+
+
+def test_chats_are_rendered_by_the_template(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    lines = [json.dumps({"messages": chat}) for chat in CHATS]
+    (tmp_path / "chats.jsonl").write_text("\n".join([lines[0], "", lines[1]]))
+    datasets.Dataset.from_dict({"messages": CHATS}).to_parquet(tmp_path / "corpus" / "train.parquet")
+    for source in (str(tmp_path / "chats.jsonl"), f"{tmp_path / 'corpus'}:default"):
+        assert list(read_chats(source)) == CHATS
+        windows = token_windows(tokenizer, source, length=3, chats=True)
+        rendered = "user: Who is there? user: I. "
+        assert rendered.startswith(tokenizer.decode(windows.flatten()))
+        assert len(windows) >= 3
+
+
+def test_chats_that_cannot_be_rendered_are_named(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    good = tmp_path / "good.jsonl"
+    good.write_text(json.dumps({"messages": CHATS[0]}))
+    with pytest.raises(CalibrationDataError, match="tokenizer has none"):
+        token_windows(tokenizer, good, length=3, chats=True)
+    tokenizer.chat_template = "{{ raise_exception('no roles') }}"
+    with pytest.raises(CalibrationDataError, match="does not render: no roles"):
+        token_windows(tokenizer, good, length=3, chats=True)
+    with pytest.raises(CalibrationDataError, match="token ids"):
+        token_windows(tokenizer, [1, 2, 3], length=3, chats=True)
+    for text, words in (("{", "line 1 .* not JSON"), ('{"text": "a"}', "line 1 .* no list of 'messages'")):
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text(text)
+        with pytest.raises(CalibrationDataError, match=words):
+            list(read_chats(bad))
