@@ -22,22 +22,18 @@ from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import Family, SourceAttention, family_of
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
 from optimum_mla.nn import LatentAttention
-from optimum_mla.ops.rank_allocation import rank_for_energy
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.progress import progress
-from optimum_mla.transforms.allocation import ALLOCATIONS, allocate_ranks, rank_grid
+from optimum_mla.transforms.allocation import ALLOCATIONS, allocate_ranks
 from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.calibration import CalibrationWalk, LayerCalibration
 from optimum_mla.transforms.checks import check_convertible, check_tokens, config_of, converted_already
 from optimum_mla.transforms.layers import LayerChoice, parse_layers
 from optimum_mla.transforms.options import check_choice
+from optimum_mla.transforms.search import LayerSearch
 
 PROBE_TOKENS = 128
 PROBE_SEED = 0
-GOOD_ENOUGH = 1.02
-"""Errors within this factor count as equal, where a cheaper shape is at hand."""
-KEY_WEIGHTS = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414)
-"""Weights of key against value errors that are tried, by walking downhill from the layer before's best."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +200,9 @@ class MLATransformation(Transformation):
         if self.needs_calibration and self.calibration is not None:
             if self.rank_allocation != "uniform":
                 # Errors are only compared here, which half of the windows do as well.
-                plans = self._allocate(self._walk(model, self.calibration[::2]), sources, plans)
-            walk = self._walk(model, self.calibration)
+                half = CalibrationWalk(model, family.spec, source_config, self.calibration[::2])
+                plans = self._allocate(family, half, sources, plans)
+            walk = CalibrationWalk(model, family.spec, source_config, self.calibration)
 
         attentions: dict[int, LatentAttention] = {}
         results: dict[int, LayerResult] = {}
@@ -229,10 +226,6 @@ class MLATransformation(Transformation):
             return model
         return assemble_model(model, family, config, attentions)
 
-    def _walk(self, model: nn.Module, windows: Tensor) -> CalibrationWalk:
-        config = config_of(model)
-        return CalibrationWalk(model, family_of(config).spec, config, windows)
-
     def _build(
         self,
         family: Family,
@@ -243,128 +236,45 @@ class MLATransformation(Transformation):
         walk: CalibrationWalk | None,
     ) -> tuple[LatentAttention, LayerResult]:
         """One layer's new attention in the source's dtype, and what became of the layer."""
-        calibration = None if walk is None else walk.calibrate(source)
-        # An allocation has chosen each layer's shape already.
-        if calibration is not None and self.rank_allocation == "uniform":
-            geometry = self._choose(family, model, layer, source, geometry, calibration)
-        key_weight = state_error = healed_error = None
-        if calibration is not None and self.factorization == "calibrated":
-            tensors, key_weight = self._best_key_weight(family, model, layer, source, geometry, calibration)
+        search, key_weight, state_error, healed_error = None, None, None, None
+        if walk is not None:
+            search = LayerSearch(self, family, model, layer, source, walk.calibrate(source))
+        if search is None or self.factorization != "calibrated":
+            tensors = self.convert_layer(source, geometry, None if search is None else search.calibration)
         else:
-            tensors = self.convert_layer(source, geometry, calibration)
-        if calibration is not None:
-            trial = self._attention(family, model, layer, geometry, tensors, calibration.dtype)
-            state_error = calibration.error(trial)
+            if self.rank_allocation == "uniform":  # else the allocation has chosen the shape
+                geometry = search.best_shape(geometry)
+            tensors = search.best_key_weight(geometry)
+            key_weight = search.calibration.key_weight
+        if search is not None:
+            trial = search.attention(geometry, tensors)
+            state_error = search.calibration.error(trial)
             if self.heal:
-                healing = calibration.heal(trial)
+                healing = search.calibration.heal(trial)
                 state_error, healed_error = healing.error_before, healing.error_after
                 if healing.weight is not None:
                     tensors["o_proj.weight"] = healing.weight
-        attention = self._attention(family, model, layer, geometry, self._cast(source, tensors))
+        cast = self._cast(source, tensors)
+        attention = load_attention(family, config_of(model), layer, cast, model, geometry).eval()
         result = LayerResult(geometry, _output_error(source, attention), key_weight, state_error, healed_error)
         return attention.train(model.training), result
 
-    def _attention(
-        self,
-        family: Family,
-        model: nn.Module,
-        layer: int,
-        geometry: MLAGeometry,
-        tensors: dict[str, Tensor],
-        dtype: torch.dtype | None = None,
-    ) -> LatentAttention:
-        """A layer's module with its tensors as they are or, for measurements, in `dtype` and with a dense mask."""
-        config = config_of(model)
-        if dtype is not None:
-            config = copying.copy(config)
-            config._attn_implementation = "sdpa"
-            tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        return load_attention(family, config, layer, tensors, model, geometry).eval()
-
-    def _choose(
-        self,
-        family: Family,
-        model: nn.Module,
-        layer: int,
-        source: SourceAttention,
-        geometry: MLAGeometry,
-        calibration: LayerCalibration,
-    ) -> MLAGeometry:
-        """Of the candidates, the cheapest whose error on held-back windows is within `GOOD_ENOUGH` of the least."""
-        if self.factorization != "calibrated":
-            return geometry
-        candidates = self.candidates(source, geometry)
-        if len(candidates) > 1:
-            errors: list[float] = []
-            for candidate in candidates:
-                tensors = self.convert_layer(source, candidate, calibration)
-                errors.append(
-                    calibration.error(self._attention(family, model, layer, candidate, tensors, calibration.dtype))
-                )
-                if errors[-1] > GOOD_ENOUGH * min(errors):
-                    break  # it rises from here on
-            good = GOOD_ENOUGH * min(errors)
-            geometry = next(shape for shape, error in zip(candidates, errors, strict=False) if error <= good)
-        else:
-            geometry = candidates[0]
-        if self.budget.energy is not None:
-            energies = self.problem(source, geometry, calibration).energies
-            geometry = replace(geometry, kv_lora_rank=rank_for_energy(energies.sqrt(), self.budget.energy))
-        return geometry
-
-    def _best_key_weight(
-        self,
-        family: Family,
-        model: nn.Module,
-        layer: int,
-        source: SourceAttention,
-        geometry: MLAGeometry,
-        calibration: LayerCalibration,
-    ) -> tuple[dict[str, Tensor], float]:
-        """The layer's tensors at the key weight whose error on held-back windows is least, and that weight."""
-        tried: dict[int, tuple[float, dict[str, Tensor]]] = {}
-
-        def error(index: int) -> float:
-            if index not in tried:
-                calibration.key_weight = KEY_WEIGHTS[index]
-                tensors = self.convert_layer(source, geometry, calibration)
-                attention = self._attention(family, model, layer, geometry, tensors, calibration.dtype)
-                tried[index] = (calibration.error(attention), tensors)
-            return tried[index][0]
-
-        best = KEY_WEIGHTS.index(calibration.key_weight)
-        while True:
-            beside = [index for index in (best - 1, best + 1) if 0 <= index < len(KEY_WEIGHTS)]
-            nearest = min(beside, key=error)
-            if error(nearest) >= error(best):
-                break
-            best = nearest
-        calibration.key_weight = KEY_WEIGHTS[best]
-        return tried[best][1], KEY_WEIGHTS[best]
-
     def _allocate(
-        self, walk: CalibrationWalk, sources: dict[int, SourceAttention], plans: dict[int, MLAGeometry]
+        self,
+        family: Family,
+        walk: CalibrationWalk,
+        sources: dict[int, SourceAttention],
+        plans: dict[int, MLAGeometry],
     ) -> dict[int, MLAGeometry]:
         """The plans with the latents' numbers, together as many as before, where they lower the error most."""
-        curves, family = {}, family_of(walk.config)
+        plans, curves = dict(plans), {}
         for layer, source in progress(sources.items(), f"{self.name}: rank allocation"):
             while walk.layer < layer:
                 walk.advance()
-            calibration = walk.calibrate(source)
-            plans[layer] = geometry = self._choose(family, walk.model, layer, source, plans[layer], calibration)
-            problem = self.problem(source, geometry, calibration)
-            largest = len(problem.energies)
-            if self.rank_allocation == "energy":
-                total = problem.error(0) or 1.0
-                curves[layer] = {rank: problem.error(rank) / total for rank in range(1, largest + 1)}
-            else:
-                curves[layer] = {}
-                for rank in rank_grid(geometry.kv_lora_rank, largest):
-                    shape = replace(geometry, kv_lora_rank=rank)
-                    tensors = self.convert_layer(source, shape, calibration)
-                    attention = self._attention(family, walk.model, layer, shape, tensors, walk.dtype)
-                    curves[layer][rank] = calibration.error(attention) ** 2
-        ranks = allocate_ranks(curves, sum(plans[layer].kv_lora_rank for layer in curves))
+            search = LayerSearch(self, family, walk.model, layer, source, walk.calibrate(source))
+            plans[layer] = search.best_shape(plans[layer])
+            curves[layer] = search.rank_curve(plans[layer], self.rank_allocation)
+        ranks = allocate_ranks(curves, sum(plan.kv_lora_rank for plan in plans.values()))
         return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in ranks.items()}
 
     def plan(

@@ -13,6 +13,7 @@ later layers divide by it, and a few tokens with huge states would otherwise dec
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_mla.models.spec import AttentionSpec, SourceAttention, sliding_window
+from optimum_mla.ops.ridge import Healing, Regression, heal
 from optimum_mla.ops.rope_mix import RopeMix, as_pairs, mixed_keys
 from optimum_mla.ops.rotary import Rotation, rotate
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
@@ -37,8 +39,6 @@ DAMAGE_ROWS = 32
 """Windows, and query tokens in each, on which the damage of stopped rotations is measured."""
 DEFAULT_KEY_WEIGHT = 0.5
 """`LayerCalibration.key_weight` before any was tried."""
-RIDGES = (1e-3, 1e-2, 1e-1)
-"""Ridges to choose from when the output projection is refitted, in units of the contexts' mean square."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,6 @@ class LayerMoments:
     input_mean: Tensor
     queries: Tensor
     key_scale: Tensor
-
-
-@dataclass(frozen=True)
-class Healing:
-    """A refit of the output projection.
-
-    Attributes:
-        weight: The new `o_proj.weight` [d, H·v], or None where no ridge was better than the old one.
-        error_before: Weighted root-mean-square error on the held-back windows. error_after: with the refitted weight.
-    """
-
-    weight: Tensor | None
-    error_before: float
-    error_after: float
 
 
 @dataclass(frozen=True)
@@ -366,7 +352,8 @@ class LayerCalibration:
         target = (walk.middle - walk.converted)[self._deciding]
         output = torch.cat(list(walk.outputs(attention, walk.converted[self._deciding])))
         squares = (output - target).double().square().mean(-1) * self._row_weights[self._deciding]
-        return float(squares.mean().sqrt())
+        error = float(squares.mean().sqrt())
+        return error if math.isfinite(error) else math.inf
 
     def heal(self, attention: nn.Module) -> Healing:
         """Refit `attention.o_proj` by ridge regression, so that the block gives the source's states.
@@ -379,21 +366,14 @@ class LayerCalibration:
         bias = None if output.bias is None else output.bias.detach()
         fitted = self._regression(attention, bias, self._fitted)
         held = self._regression(attention, bias, self._held)
-        best, best_change, before = held.error(weight, None), None, held.error(weight, None)
-        for ridge in RIDGES:
-            error = held.error(weight, fitted.change(weight, ridge))
-            if error < best:
-                best, best_change = error, ridge
-        if best_change is None:
-            return Healing(None, before, before)
-        both = fitted if self._held is self._fitted or bool((self._held == self._fitted).all()) else fitted + held
-        return Healing(weight + both.change(weight, best_change), before, best)
+        disjoint = not bool((self._held & self._fitted).any())
+        return heal(weight, fitted, held, fitted + held if disjoint else fitted)
 
-    def _regression(self, attention: nn.Module, bias: Tensor | None, windows: Tensor) -> _Regression:
+    def _regression(self, attention: nn.Module, bias: Tensor | None, windows: Tensor) -> Regression:
         walk = self._walk
         contexts: list[Tensor] = []
         hook = attention.get_submodule("o_proj").register_forward_pre_hook(lambda _, args: contexts.append(args[0]))
-        total: _Regression | None = None
+        total: Regression | None = None
         states, targets, weights = (
             walk.batches(tensor[windows]) for tensor in (walk.converted, walk.middle, self._row_weights)
         )
@@ -405,41 +385,13 @@ class LayerCalibration:
                 root = weight.sqrt().flatten()[:, None].double()
                 context = contexts.pop().flatten(0, 1).double() * root
                 wanted = wanted.flatten(0, 1).double() * root
-                part = _Regression(context.T @ context, context.T @ wanted, float(wanted.square().sum()), len(root))
+                part = Regression(context.T @ context, context.T @ wanted, float(wanted.square().sum()), len(root))
                 total = part if total is None else total + part
         finally:
             hook.remove()
         if total is None:
             raise RuntimeError("no calibration windows")
         return total
-
-
-@dataclass(frozen=True)
-class _Regression:
-    """Normal equations of targets on contexts: gram [c, c], cross [c, d], the targets' square, the number of rows."""
-
-    gram: Tensor
-    cross: Tensor
-    square: float
-    rows: int
-
-    def __add__(self, other: _Regression) -> _Regression:
-        return _Regression(
-            self.gram + other.gram, self.cross + other.cross, self.square + other.square, self.rows + other.rows
-        )
-
-    def change(self, weight: Tensor, ridge: float) -> Tensor:
-        """Change of `weight` [d, c] that fits best, held near zero by `ridge`."""
-        residual = self.cross - self.gram @ weight.T
-        damping = ridge * self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        damped = self.gram + damping * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        return torch.cholesky_solve(residual, torch.linalg.cholesky(damped)).T
-
-    def error(self, weight: Tensor, change: Tensor | None) -> float:
-        """Root mean square of what `weight + change` leaves, per row and channel."""
-        weight = weight if change is None else weight + change
-        left = self.square - 2 * float((weight.T * self.cross).sum()) + float(((weight @ self.gram) * weight).sum())
-        return (max(left, 0.0) / (self.rows * self.cross.shape[1])) ** 0.5
 
 
 def output_moments(source: SourceAttention) -> Tensor:
