@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ROOT / "benchmarks" / "results" / "conversion.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -89,19 +89,41 @@ def test_extension_examples_convert_a_model(page: str, working_folder: Path) -> 
 
 
 def test_readme_shows_the_committed_results() -> None:
-    runs = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
+    result = json.loads((RESULTS / "conversion.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w-]+)` \| (\d[\d.]*) % \| (\d+) \| ([\d.]+) \|", readme, re.M)
-    measured = [
-        (
-            run["method"],
-            f"{run['cache_percent_of_source']:g}",
-            f"{run['cache_bytes_per_token']:.0f}",
-            f"{run['perplexity_after']:.2f}",
+    rows = re.findall(r"^\| `([^`]+)` \| (\d[\d.]*) % \| (\d+) \| ([\d.]+) \|", readme, re.M)
+    measured = []
+    for options, run in zip(result["config"]["runs"], result["runs"], strict=True):
+        extra = [f"--{name} {value}" for name, value in options.items() if name not in ("method", "kv-cache-ratio")]
+        measured.append(
+            (
+                " ".join([options["method"], *extra]),
+                f"{run['cache_percent_of_source']:g}",
+                f"{run['cache_bytes_per_token']:.0f}",
+                f"{run['perplexity_after']:.2f}",
+            )
         )
-        for run in runs
-    ]
     assert rows == measured
+    quarter = next(run for run, row in zip(result["runs"], rows, strict=True) if row[:2] == ("gqa2mla", "25"))
+    headline = f"perplexity\n{quarter['perplexity_before']:.2f} → {quarter['perplexity_after']:.2f}**"
+    assert headline in readme
+    assert result["runs"][0]["peak_memory_bytes"] > 0
+
+
+def test_readme_shows_the_measured_quality() -> None:
+    result = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
+    runs = [run for run in result["runs"] if run["part"] == "methods" and "impossible" not in run]
+    rows = re.findall(r"^\| ([\w-]+ (?:as|full|decoupled)[^|]*) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 6
+    for label, cells in rows:
+        for model, cell in zip(result["config"]["models"], cells.split("|"), strict=True):
+            for ratio, shown in zip((0.5, 0.25), cell.split("/"), strict=True):
+                found = [
+                    run["excess_log_perplexity"]
+                    for run in runs
+                    if (run["model"], run["label"], run["ratio"]) == (model, label, ratio)
+                ]
+                assert shown.strip() == f"{sum(found) / len(found):.3f}"
 
 
 def test_pages_link_to_files_that_exist() -> None:
