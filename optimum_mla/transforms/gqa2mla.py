@@ -60,7 +60,7 @@ class GQA2MLA(MLATransformation):
         **options: Any,
     ) -> None:
         if rope_cache == "cached" and options.get("rank_allocation") is None:
-            options["rank_allocation"] = "uniform"  # engines want layers alike
+            options["rank_allocation"] = "uniform"  # engines want layers of one size
         super().__init__(**options)
         decoupled = self.factorization == "calibrated"
         self.positional = positional or ("decoupled" if decoupled else "full")
