@@ -94,8 +94,8 @@ def test_hybrid_preset_converts_eight_of_sixteen_layers() -> None:
     assert converted.geometry.cache_ratio == 0.75
 
 
-def test_key_norm_families_share_up_projections_and_count_their_scales() -> None:
+def test_key_norm_families_cache_one_factor_per_key_head() -> None:
     assert "qwen3" in FAMILIES
     (geometry,) = set(XEcoMLA(kv_lora_rank=20)(source_model("qwen3")).geometry.layers)
-    assert geometry.num_up_heads == 2
+    assert geometry.num_up_heads == 4  # every query head has its own, and reads its key head's factor
     assert geometry.cache_numbers == 20 + 8 + 2
