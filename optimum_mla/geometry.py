@@ -94,10 +94,15 @@ class MLAGeometry:
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property
+    def scale_numbers(self) -> int:
+        """Numbers per token that a decoupled layer caches for its key norms: one a key head."""
+        return self.num_key_value_heads if self.key_norm and self.attention_form == "decoupled" else 0
+
+    @property
     def rope_numbers(self) -> int:
         """Numbers per token in the second cached tensor of a decoupled layer: rotary key and key-norm scales."""
         rotary = self.num_rope_heads * self.qk_rope_head_dim if self.rope_cache == "cached" else 0
-        return rotary + (self.num_key_value_heads if self.key_norm else 0)
+        return rotary + self.scale_numbers
 
     @property
     def cache_numbers(self) -> int:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.models.spec import AttentionSpec, sliding_window
 from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
@@ -32,6 +34,8 @@ MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
 }
 """Type and default of every field that a converted config adds; all but `mla_method` are `MLAGeometry`'s fields."""
 
+PAST_ARGUMENT = 4
+"""Place of `past_key_values` among the positional arguments of a base model's `forward`, counted from 1."""
 SHIM_NAME = "modeling_mla"
 
 
@@ -78,6 +82,14 @@ class MLAModelMixin(LatentInitialization):
         """What `output_attentions` and `output_hidden_states` record: attentions of both kinds, in layer order."""
         return {**source, "attentions": [LatentAttention, source_attention]}
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the source family, but a cache that nobody made is a `LatentCache`."""
+        use_cache = kwargs.get("use_cache")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and not self.training and len(args) < PAST_ARGUMENT and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = latent_cache(self.spec, self.config)
+        return super().forward(*args, **kwargs)
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         spec, rotary = self.spec, getattr(self, self.spec.rotary)
@@ -106,6 +118,27 @@ class MLAForCausalLMMixin(LatentInitialization):
         """Shapes of all attention layers."""
         return model_geometry(self.spec, self.config)
 
+    def make_cache(self, offloading: bool = False, **settings: Any) -> LatentCache:
+        """A fresh cache for this model, for example to be kept over the turns of a conversation.
+
+        Args:
+            offloading: Keep the layers on the CPU between their turns (CUDA only).
+            settings: Fields of `CacheSettings` that differ from the model's own.
+        """
+        return latent_cache(self.spec, self.config, offloading, **settings)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in Transformers, but where the user chose nothing the cache is a `LatentCache`."""
+        chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
+        if chosen or model_kwargs.get("past_key_values") is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        model_kwargs["past_key_values"] = cache = self.make_cache()
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; also writes the two lines that `auto_map` points at."""
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -128,6 +161,23 @@ def build_attention(
     geometry = geometry or spec.geometry(config.per_layer_config[layer])
     window = sliding_window(config, layer)
     return ATTENTION_FORMS[geometry.attention_form](config, geometry, layer, rotary, window)
+
+
+def latent_cache(spec: AttentionSpec, config: Any, offloading: bool = False, **settings: Any) -> LatentCache:
+    """A fresh cache for a converted model's config.
+
+    Layers that keep the source's attention get what Transformers gives them. So do layers with a sliding window: what
+    they hold is bounded by it, and all of a model's windowed layers must hold the same tokens.
+    """
+    stored = CacheSettings.from_dict({**(config.latent_cache or {}), **settings})
+    layers: list[CacheLayerMixin] = []
+    for index, geometry in enumerate(model_geometry(spec, config).layers):
+        window = sliding_window(config, index)
+        if window is not None:
+            layers.append(DynamicSlidingWindowLayer(window))
+        else:
+            layers.append(DynamicLayer() if geometry.attention_form == "source" else LatentLayer(geometry, stored))
+    return LatentCache(layers, offloading)
 
 
 def model_geometry(spec: AttentionSpec, config: Any) -> ModelGeometry:

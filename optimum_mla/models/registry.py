@@ -64,8 +64,12 @@ def register_family(spec: AttentionSpec) -> Family:
         {
             "__module__": home,
             "__doc__": f"Config of a {prefix} model with latent attention; see `MLAConfigMixin`.",
-            "__annotations__": {name: kind for name, (kind, _) in MLA_CONFIG_FIELDS.items()},
+            "__annotations__": {
+                **{name: kind for name, (kind, _) in MLA_CONFIG_FIELDS.items()},
+                "latent_cache": dict | None,
+            },
             **defaults,
+            "latent_cache": None,
             "model_type": spec.mla_model_type,
             # Replicated attention is right under tensor parallelism; the source's attention plan would not be.
             "base_model_tp_plan": {

@@ -4,7 +4,8 @@ The letters are those of `optimum_mla.geometry`; B, S, T are batch, query tokens
 the order of dims in a head (position-free first) are DeepSeek's (`DeepseekV3Attention` in Transformers).
 
 A layer caches two single-head 4-D tensors through the ordinary `past_key_values.update`, so every Transformers cache
-class works; expanded keys and values live only for the length of one forward pass.
+class works; expanded keys and values live only for the length of one forward pass. A cache that has `update_blocks`
+(`optimum_mla.cache.LatentCache`) hands its tokens over in blocks, which need not be dense.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from optimum_mla.geometry import MLAGeometry
-from optimum_mla.ops.absorb import attention_weights, grouped_context, grouped_logits
+from optimum_mla.ops.absorb import grouped_context, grouped_logits
+from optimum_mla.ops.blocks import Block, CacheView, TensorView
+from optimum_mla.ops.blockwise import attend, masked_softmax
 from optimum_mla.ops.positions import cached_positions
 from optimum_mla.ops.rotary import Rotation
 
@@ -80,14 +83,14 @@ class LatentAttention(nn.Module, ABC):
         """Whether keys are rotated after they are read from the cache."""
 
     @abstractmethod
-    def _expand(self, first: Tensor, second: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Keys [B, U, T, n + R], rotated, and values [B, U, T, v] of the whole cache."""
+    def _expand(self, block: Block, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """Keys [B, U, T, n + R], rotated, and values [B, U, T, v] of some cached tokens."""
 
     @abstractmethod
     def _absorbed(
-        self, queries: Tensor, first: Tensor, second: Tensor, rotation: Rotation | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Context [B, H, S, v] and attention weights [B, H, S, T], computed in latent space."""
+        self, queries: Tensor, view: CacheView, rotation: Rotation | None, mask: Tensor | None, keep_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Context [B, H, S, v] and, if asked for, attention weights [B, H, S, T], computed in latent space."""
 
     @abstractmethod
     def _absorbable(self) -> bool:
@@ -129,36 +132,43 @@ class LatentAttention(nn.Module, ABC):
         if past_key_values is not None:
             # Static caches count in a tensor that update() changes in place: take a copy.
             seen = past_key_values.get_seq_length(self.layer_idx) + 0
-            first, second = past_key_values.update(first, second, self.layer_idx)
-        tokens = first.shape[2]
+        if self.sliding_window is None and hasattr(past_key_values, "update_blocks"):
+            view = past_key_values.update_blocks(first, second, self.layer_idx)
+        else:
+            if past_key_values is not None:
+                first, second = past_key_values.update(first, second, self.layer_idx)
+            view = TensorView(first, second, self.geometry.scale_numbers)
 
         key_rotation = None
         if self._needs_cached_positions():
             key_rotation = rotation
-            if tokens != length:
+            if view.tokens != length:
                 # A window hides slots too, so there the mask does not tell padding.
                 mask = attention_mask if self.sliding_window is None else None
-                positions = cached_positions(position_ids, mask, seen, length, tokens, hidden_states.device)
+                positions = cached_positions(position_ids, mask, seen, length, view.tokens, hidden_states.device)
                 key_rotation = self._rotation(self.rotary(hidden_states, positions))
 
-        # Latent space takes a dense mask, or none where there is nothing to mask: one token that sees all the others.
+        # Our own softmax takes a dense mask, or none where nothing is masked: one token that sees all the others.
         if attention_mask is None:
             dense = length == 1
         else:
             dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+        eager = self.config._attn_implementation == "eager"
         weights: Tensor | None
-        if dense and self._absorbable() and self._absorbing_saves(length, tokens):
-            context, weights = self._absorbed(queries, first, second, key_rotation, attention_mask)
+        if dense and self._absorbable() and self._absorbing_saves(length, view.tokens):
+            context, weights = self._absorbed(queries, view, key_rotation, attention_mask, keep_weights=eager)
             context = context.transpose(1, 2)  # [B, S, H, v]
-            weights = weights if self.config._attn_implementation == "eager" else None
+        elif dense and not view.is_dense:
+            context, weights = self._expanded(queries, view, key_rotation, attention_mask, keep_weights=eager)
+            context = context.transpose(1, 2)
         else:
-            keys, values = self._expand(first, second, key_rotation)
+            keys, values = self._expand(view.whole(), key_rotation)
             value_dim = values.shape[-1]
-            if value_dim < keys.shape[-1] and self.config._attn_implementation != "eager":
+            if value_dim < keys.shape[-1] and not eager:
                 # The fast kernels want keys and values alike: zeros cost less than the slow kernel.
                 values = nn.functional.pad(values, (0, keys.shape[-1] - value_dim))
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-            context, weights = attend(
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            context, weights = attention(
                 self,
                 queries,
                 keys,
@@ -172,6 +182,19 @@ class LatentAttention(nn.Module, ABC):
             )
             context = context[..., :value_dim]
         return self.o_proj(context.reshape(batch, length, -1)), weights
+
+    def _expanded(
+        self, queries: Tensor, view: CacheView, rotation: Rotation | None, mask: Tensor | None, keep_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `_absorbed`, with the cache expanded one block at a time."""
+        scaled = queries * self.scaling
+
+        def score(block: Block, span: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            keys, values = self._expand(block, None if rotation is None else rotation.at(span))
+            return grouped_logits(scaled, keys), lambda weights: grouped_context(weights, values)
+
+        attended = attend(view, score, mask, self._dropout, keep_weights)
+        return attended.context, attended.weights
 
     @property
     def _dropout(self) -> float:
@@ -196,7 +219,7 @@ def eager_attention(
     Returns:
         Context [B, S, H, v] and weights [B, H, S, T].
     """
-    weights = attention_weights(grouped_logits(query, key) * scaling, attention_mask, dropout)
+    weights = masked_softmax(grouped_logits(query, key) * scaling, attention_mask, dropout)
     return grouped_context(weights, value).transpose(1, 2), weights
 
 

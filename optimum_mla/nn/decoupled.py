@@ -9,6 +9,8 @@ from optimum_mla.geometry import MLAGeometry
 from optimum_mla.nn.attention import LatentAttention, is_plain
 from optimum_mla.nn.norm import HeadRMSNorm, inverse_rms
 from optimum_mla.ops import absorb
+from optimum_mla.ops.blocks import Block, CacheView
+from optimum_mla.ops.blockwise import LatentDecode, RotaryRebuild, kernel_for
 from optimum_mla.ops.rotary import Rotation, gather_rotation, rotate
 
 
@@ -86,55 +88,61 @@ class DecoupledLatentAttention(LatentAttention):
         return flat.unflatten(-1, (self.geometry.num_rope_heads, self.geometry.qk_rope_head_dim)).transpose(1, 2)
 
     def _up_project(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Position-free keys [B, U, T, n] and values [B, U, T, v] of latents [B, 1, T, r]."""
+        """Position-free keys [B, U, T, n] and values [B, U, T, v] of latents [B, T, r]."""
         g = self.geometry
-        heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (g.num_up_heads, -1)).transpose(1, 2)
+        heads = self.kv_b_proj(latent).unflatten(-1, (g.num_up_heads, -1)).transpose(1, 2)
         nope, value = heads.split([g.qk_nope_head_dim, g.v_head_dim], dim=-1)
         return nope, value
 
-    def _rotary_key(self, latent: Tensor, second: Tensor, rotation: Rotation | None) -> Tensor:
-        """Rotated rotary key [B, K, T, R] of the whole cache."""
-        if rotation is not None:
-            return rotate(self._rope_heads(self.k_rope_proj(latent[:, 0])), rotation)
-        width = self.geometry.num_rope_heads * self.geometry.qk_rope_head_dim
-        return self._rope_heads(second[:, 0, :, :width])
-
-    def _cached_scales(self, second: Tensor, heads: int) -> Tensor:
-        """The key norms' factors for so many heads, [B, heads, T]."""
-        factors = second[:, 0, :, -self.geometry.num_key_value_heads :].transpose(1, 2)
-        return factors.repeat_interleave(heads // self.geometry.num_key_value_heads, dim=1)
-
-    def _expand(self, first: Tensor, second: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    def _expand(self, block: Block, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         g = self.geometry
-        nope, values = self._up_project(first)
-        rope = self._rotary_key(first, second, rotation)
+        latent = block.first.dense()
+        nope, values = self._up_project(latent)
+        if rotation is None:
+            rope = self._rope_heads(block.second.dense())
+        else:
+            rope = rotate(self._rope_heads(self.k_rope_proj(latent)), rotation)
         rope = rope.repeat_interleave(g.num_up_heads // g.num_rope_heads, dim=1)
         keys = torch.cat([nope, rope], dim=-1)
-        return (keys * self._cached_scales(second, g.num_up_heads).unsqueeze(-1) if g.key_norm else keys), values
+        if g.key_norm:
+            factors = block.scales.transpose(1, 2).repeat_interleave(g.num_up_heads // g.num_key_value_heads, dim=1)
+            keys = keys * factors.unsqueeze(-1)
+        return keys, values
 
     def _absorbed(
-        self, queries: Tensor, first: Tensor, second: Tensor, rotation: Rotation | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, queries: Tensor, view: CacheView, rotation: Rotation | None, mask: Tensor | None, keep_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
         g = self.geometry
         up = self.kv_b_proj.weight.view(g.num_up_heads, -1, g.kv_lora_rank)  # [U, n + v, r]
         key_up, value_up = up.split([g.qk_nope_head_dim, g.v_head_dim], dim=1)
         nope, rope = queries.split([g.qk_nope_head_dim, g.qk_rope_head_dim], dim=-1)
-
-        logits = absorb.shared_logits(absorb.through_up_projection(nope, key_up), first)
-        if g.qk_rope_head_dim:
-            logits = logits + absorb.grouped_logits(rope, self._rotary_key(first, second, rotation))
-        value_bias = None
+        key_bias = value_bias = None
         if self.kv_b_proj.bias is not None:
             bias = self.kv_b_proj.bias.view(g.num_up_heads, -1)  # [U, n + v]
             key_bias, value_bias = bias.split([g.qk_nope_head_dim, g.v_head_dim], dim=1)
-            logits = logits + absorb.through_up_projection(nope, key_bias.unsqueeze(-1))
-        if g.key_norm:
-            logits = logits * self._cached_scales(second, g.num_attention_heads).unsqueeze(2)
-        weights = absorb.attention_weights(logits * self.scaling, mask, self._dropout)
-        return absorb.absorbed_values(weights, first, value_up, value_bias), weights
+        rebuild = None
+        if rotation is not None:
+            rebuild = RotaryRebuild(self.k_rope_proj.weight, self.k_rope_proj.bias, rotation)
+        attended = kernel_for(queries.device.type)(
+            LatentDecode(
+                latent_queries=absorb.through_up_projection(nope, key_up),
+                rope_queries=rope,
+                logit_bias=None if key_bias is None else absorb.through_up_projection(nope, key_bias.unsqueeze(-1)),
+                scaling=self.scaling,
+                rope_heads=g.num_rope_heads,
+                view=view,
+                rebuild=rebuild,
+                mask=mask,
+                dropout=self._dropout,
+                keep_weights=keep_weights,
+            )
+        )
+        context = absorb.up_projected_context(attended.context, attended.mass, value_up, value_bias)
+        return context, attended.weights
 
     def _absorbable(self) -> bool:
-        return is_plain(self.kv_b_proj)
+        rebuilt = self.geometry.rope_cache == "rebuilt"
+        return is_plain(self.kv_b_proj) and (not rebuilt or is_plain(self.k_rope_proj))
 
     def _absorbing_saves(self, queries: int, tokens: int) -> bool:
         g = self.geometry

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.nn.attention import LatentAttention, is_plain
 from optimum_mla.nn.norm import HeadRMSNorm
 from optimum_mla.ops import absorb
+from optimum_mla.ops.blocks import Block, CacheView, Latents
+from optimum_mla.ops.blockwise import attend
 from optimum_mla.ops.rotary import Rotation, rotate
 
 
@@ -60,27 +64,36 @@ class FullRopeLatentAttention(LatentAttention):
             return latent, latent[..., :0]
         return self.k_a_proj(hidden_states).unsqueeze(1), self.v_a_proj(hidden_states).unsqueeze(1)
 
-    def _value_latent(self, first: Tensor, second: Tensor) -> Tensor:
-        return first if self.geometry.kv_lora_rank else second
+    def _value_latent(self, block: Block) -> Latents:
+        return block.first if self.geometry.kv_lora_rank else block.second
 
     def _keys(self, latent: Tensor, rotation: Rotation | None) -> Tensor:
-        keys = self._heads(self.k_b_proj(latent[:, 0]))
+        """Keys [B, U, T, D], rotated, of latents [B, T, r]."""
+        keys = self._heads(self.k_b_proj(latent))
         keys = self.k_norm(keys) if self.geometry.key_norm else keys
         return rotate(keys, rotation) if rotation is not None else keys
 
-    def _expand(self, first: Tensor, second: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        return self._keys(first, rotation), self._heads(self.v_b_proj(self._value_latent(first, second)[:, 0]))
+    def _expand(self, block: Block, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        keys = self._keys(block.first.dense(), rotation)
+        return keys, self._heads(self.v_b_proj(self._value_latent(block).dense()))
 
     def _absorbed(
-        self, queries: Tensor, first: Tensor, second: Tensor, rotation: Rotation | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, queries: Tensor, view: CacheView, rotation: Rotation | None, mask: Tensor | None, keep_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
         g = self.geometry
-        logits = absorb.grouped_logits(queries, self._keys(first, rotation))
-        weights = absorb.attention_weights(logits * self.scaling, mask, self._dropout)
-        value_up = self.v_b_proj.weight.view(g.num_up_heads, g.head_dim, self.value_rank)
+        scaled, (heads, length) = queries * self.scaling, queries.shape[1:3]
+
+        def score(block: Block, span: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            keys = self._keys(block.first.dense(), None if rotation is None else rotation.at(span))
+            values = self._value_latent(block)
+            combine = lambda weights: values.context(weights.flatten(1, 2)).unflatten(1, (heads, length))  # noqa: E731
+            return absorb.grouped_logits(scaled, keys), combine
+
+        attended = attend(view, score, mask, self._dropout, keep_weights)
+        up = self.v_b_proj.weight.view(g.num_up_heads, g.head_dim, self.value_rank)
         bias = self.v_b_proj.bias
         value_bias = None if bias is None else bias.view(g.num_up_heads, g.head_dim)
-        return absorb.absorbed_values(weights, self._value_latent(first, second), value_up, value_bias), weights
+        return absorb.up_projected_context(attended.context, attended.mass, up, value_bias), attended.weights
 
     def _absorbable(self) -> bool:
         return is_plain(self.v_b_proj)

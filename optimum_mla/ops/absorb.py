@@ -1,50 +1,20 @@
-"""Attention in latent space: the up-projections are folded into the query and behind the weighted sum.
+"""Products of grouped heads, and when attention in latent space pays.
 
 The latents are one head that all query heads share. They are never expanded along the heads: the heads fold into the
-query length instead, so every product here is one batched matrix product over the cache as it lies in memory.
+query length instead, so every product is one batched matrix product over the cache as it lies in memory.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-
-
-def shared_logits(query: Tensor, key: Tensor) -> Tensor:
-    """query [B, H, S, r] against one shared key [B, 1, T, r]: [B, H, S, T]."""
-    batch, heads, length, dim = query.shape
-    folded = query.reshape(batch, heads * length, dim) @ key[:, 0].transpose(1, 2)
-    return folded.view(batch, heads, length, -1)
+from torch import Tensor
 
 
 def grouped_logits(query: Tensor, key: Tensor) -> Tensor:
     """query [B, H, S, R] against key [B, K, T, R], H/K query heads to a key head: [B, H, S, T]."""
     batch, heads, length, dim = query.shape
-    folded = query.reshape(batch, key.shape[1], -1, dim) @ key.transpose(2, 3)  # [B, K, H/K·S, T]
-    return folded.reshape(batch, heads, length, -1)
-
-
-def attention_weights(logits: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Softmax over T in float32, back in the logits' dtype.
-
-    Args:
-        logits: [B, H, S, T], scaled.
-        mask: None, boolean (True: attend) or additive, broadcastable to the logits.
-        dropout: Probability, applied to the weights.
-    """
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    elif mask is not None:
-        logits = logits + mask
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(logits.dtype)
-    return nn.functional.dropout(weights, p=dropout) if dropout else weights
-
-
-def shared_context(weights: Tensor, value: Tensor) -> Tensor:
-    """weights [B, H, S, T] over one shared value [B, 1, T, r]: [B, H, S, r]."""
-    batch, heads, length, tokens = weights.shape
-    folded = weights.reshape(batch, heads * length, tokens) @ value[:, 0]
-    return folded.view(batch, heads, length, -1)
+    folded = query.reshape(batch, key.shape[1], -1, dim)  # [B, K, H/K·S, R]
+    # Keys are the left factor: as the right one, bf16 kernels on CPUs first rearrange all of them.
+    return (key @ folded.transpose(2, 3)).transpose(2, 3).reshape(batch, heads, length, -1)
 
 
 def grouped_context(weights: Tensor, value: Tensor) -> Tensor:
@@ -61,18 +31,20 @@ def through_up_projection(x: Tensor, weight: Tensor) -> Tensor:
     return (folded @ weight).reshape(batch, heads, length, -1)
 
 
-def absorbed_values(weights: Tensor, latent: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-    """Weighted sum of the values that `latent` [B, 1, T, r] up-projects to, without up-projecting it: [B, H, S, v].
+def up_projected_context(context: Tensor, mass: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    """What a weighted sum of latents up-projects to.
 
     Args:
-        weights: [B, H, S, T].
+        context: Weighted sum of latents, [B, H, S, r].
+        mass: Sum of the weights, [B, H, S, 1]; by it the bias passes through the sum.
         up: [U, v, r].
-        bias: [U, v] or None; it passes through the weighted sum with the weights' own sum.
+        bias: [U, v] or None.
+
+    Returns:
+        [B, H, S, v].
     """
-    context = through_up_projection(shared_context(weights, latent), up.transpose(1, 2))
-    if bias is None:
-        return context
-    return context + through_up_projection(weights.sum(-1, keepdim=True), bias.unsqueeze(1))
+    values = through_up_projection(context, up.transpose(1, 2))
+    return values if bias is None else values + through_up_projection(mass, bias.unsqueeze(1))
 
 
 def absorbing_saves(

@@ -14,6 +14,10 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def at(self, span: slice) -> Rotation:
+        """Those of some of the positions."""
+        return Rotation(self.cos[:, :, span], self.sin[:, :, span])
+
 
 def gather_rotation(cos: Tensor, sin: Tensor, pairs: Tensor) -> Rotation:
     """Pick `pairs` [K, R/2] from the source's table cos, sin [B, S, D], whose two halves are equal."""

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from optimum_mla.cache import LatentLayer
+
 
 def cache_tensors(cache: Cache) -> list[Tensor]:
     """Every tensor that the cache object holds, on any attribute of any layer."""
-    return [value for layer in cache.layers for value in _tensors(vars(layer))]
+    return [
+        tensor
+        for layer in cache.layers
+        for tensor in (layer.tensors if isinstance(layer, LatentLayer) else _tensors(vars(layer)))
+    ]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -28,12 +34,12 @@ def _tensors(value: Any) -> list[Tensor]:
 def live_cache_bytes(cache: Cache) -> int:
     """Bytes of the storage behind a live cache, each storage counted once and whole.
 
-    Whole, because a view of a larger tensor keeps all of it alive. Position counters (integers) are not cache content.
+    Whole, because a view of a larger tensor keeps all of it alive. Position counters (int64) are not cache content.
     """
     storages = {
         (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
         for tensor in cache_tensors(cache)
-        if tensor.is_floating_point()
+        if tensor.dtype != torch.int64
     }
     return sum(storages.values())
 

@@ -16,32 +16,21 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 def test_logits_and_context() -> None:
-    query, shared, grouped = randn(B, H, S, R), randn(B, 1, T, R), randn(B, U, T, R)
-    expected = torch.einsum("bhsr,btr->bhst", query, shared[:, 0])
-    assert torch.allclose(absorb.shared_logits(query, shared), expected)
+    query, grouped = randn(B, H, S, R), randn(B, U, T, R)
     repeated = grouped.repeat_interleave(H // U, dim=1)
     assert torch.allclose(absorb.grouped_logits(query, grouped), torch.einsum("bhsr,bhtr->bhst", query, repeated))
     weights = randn(B, H, S, T)
     assert torch.allclose(absorb.grouped_context(weights, grouped), torch.einsum("bhst,bhtr->bhsr", weights, repeated))
-    assert torch.allclose(absorb.shared_context(weights, shared), torch.einsum("bhst,btr->bhsr", weights, shared[:, 0]))
 
 
-def test_absorbed_values_are_the_weighted_sum_of_expanded_ones() -> None:
-    weights, latent, up, bias = randn(B, H, S, T).softmax(-1), randn(B, 1, T, R), randn(U, V, R), randn(U, V)
-    values = torch.einsum("btr,uvr->butv", latent[:, 0], up) + bias[:, None]
+def test_a_weighted_sum_of_latents_up_projects_to_that_of_the_values() -> None:
+    weights, latent, up, bias = 0.7 * randn(B, H, S, T).softmax(-1), randn(B, T, R), randn(U, V, R), randn(U, V)
+    values = torch.einsum("btr,uvr->butv", latent, up) + bias[:, None]
     expected = torch.einsum("bhst,bhtv->bhsv", weights, values.repeat_interleave(H // U, dim=1))
-    assert torch.allclose(absorb.absorbed_values(weights, latent, up, bias), expected)
+    context, mass = torch.einsum("bhst,btr->bhsr", weights, latent), weights.sum(-1, keepdim=True)
+    assert torch.allclose(absorb.up_projected_context(context, mass, up, bias), expected)
     without = torch.einsum("bhst,bhtv->bhsv", weights, (values - bias[:, None]).repeat_interleave(H // U, dim=1))
-    assert torch.allclose(absorb.absorbed_values(weights, latent, up, None), without)
-
-
-def test_boolean_and_additive_masks_agree() -> None:
-    logits, allowed = randn(B, H, S, T), torch.ones(S, T, dtype=torch.bool).tril(T - S)[None, None]
-    additive = torch.zeros(1, 1, S, T, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
-    by_bool, by_sum = absorb.attention_weights(logits, allowed), absorb.attention_weights(logits, additive)
-    assert torch.equal(by_bool, by_sum)
-    assert (by_bool[..., 0, T - S + 1 :] == 0).all()
-    assert torch.allclose(by_bool.sum(-1), torch.ones(B, H, S, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(absorb.up_projected_context(context, mass, up, None), without)
 
 
 @given(

@@ -1,0 +1,90 @@
+"""The libraries that quantize latents, behind one small interface."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from optimum_mla.errors import InvalidValueError, MissingDependencyError
+
+_BACKENDS: dict[str, str] = {
+    "hqq": "optimum_mla.cache.hqq:HQQBackend",
+    "quanto": "optimum_mla.cache.quanto:QuantoBackend",
+}
+
+
+class Backend(ABC):
+    """Affine or symmetric quantization of columns.
+
+    Every column is one group of one token, with parameters of its own, so tokens and rows of a batch never share any.
+    Codes are packed inside a column: columns can be joined, cut and picked.
+
+    Args:
+        bits: Bits of a code.
+    """
+
+    bits_allowed: tuple[int, ...]
+    """What the library can do."""
+    package: str
+    """Name of the library on the package index, which is also the name of the extra."""
+
+    def __init__(self, bits: int) -> None:
+        if bits not in self.bits_allowed:
+            allowed = ", ".join(str(b) for b in self.bits_allowed)
+            raise InvalidValueError("bits", bits, f"{allowed} with the backend {self.package}")
+        self.bits = bits
+
+    @abstractmethod
+    def encode(self, columns: Tensor) -> tuple[Tensor, ...]:
+        """Codes and parameters of columns [g, N]: tensors whose last dim is N; parameters in 16 bits."""
+
+    @abstractmethod
+    def decode(self, stored: tuple[Tensor, ...], rows: int, dtype: torch.dtype) -> Tensor:
+        """Columns [g, N] again, g = `rows`."""
+
+    def column_bits(self, rows: int) -> int:
+        """Bits that one column of `rows` numbers takes, codes and parameters."""
+        codes, *parameters = self.encode(torch.zeros(rows, 1))
+        return 8 * codes.element_size() * codes.shape[0] + 16 * len(parameters)
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype of scales and zeros for a model's dtype."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends, whether their library is installed or not."""
+    return tuple(_BACKENDS)
+
+
+def register_backend(name: str, location: str) -> None:
+    """Add a backend.
+
+    Args:
+        name: What users will type.
+        location: `module:Class` of a `Backend`; imported when it is first used.
+    """
+    _BACKENDS[name] = location
+
+
+def make_backend(name: str, bits: int) -> Backend:
+    """The named backend for codes of `bits` bits.
+
+    Raises:
+        InvalidValueError: No such backend, or bits that it cannot do.
+        MissingDependencyError: Its library is not installed.
+    """
+    if name not in _BACKENDS:
+        near = difflib.get_close_matches(name, _BACKENDS, n=1)
+        raise InvalidValueError("backend", name, ", ".join(_BACKENDS), f"Did you mean {near[0]}?" if near else "")
+    module, _, attribute = _BACKENDS[name].partition(":")
+    try:
+        backend = getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise MissingDependencyError(error.name or name, name, f"quantize the cache with {name}") from error
+    return backend(bits)
