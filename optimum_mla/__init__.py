@@ -4,12 +4,14 @@ Importing the package registers the converted models' classes with the Transform
 """
 
 from optimum_mla import models as models
+from optimum_mla.cache import LatentCache
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.models import AttentionSpec, register_family, supported_model_types
 from optimum_mla.transforms.base import MLATransformation
 from optimum_mla.transforms.compose import compose
 from optimum_mla.transforms.gqa2mla import GQA2MLA
 from optimum_mla.transforms.mha2mla import MHA2MLA
+from optimum_mla.transforms.quantize_cache import QuantizeLatentCache
 from optimum_mla.transforms.registry import available_transforms, register_transform
 from optimum_mla.transforms.tracing import trace
 from optimum_mla.transforms.xecomla import XEcoMLA
@@ -20,9 +22,11 @@ __all__ = [
     "GQA2MLA",
     "MHA2MLA",
     "AttentionSpec",
+    "LatentCache",
     "MLAGeometry",
     "MLATransformation",
     "ModelGeometry",
+    "QuantizeLatentCache",
     "XEcoMLA",
     "available_transforms",
     "compose",

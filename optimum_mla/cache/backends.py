@@ -9,6 +9,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from optimum_mla.cache.settings import FULL_BITS, CacheSettings
 from optimum_mla.errors import InvalidValueError, MissingDependencyError
 
 _BACKENDS: dict[str, str] = {
@@ -88,3 +89,9 @@ def make_backend(name: str, bits: int) -> Backend:
     except ImportError as error:
         raise MissingDependencyError(error.name or name, name, f"quantize the cache with {name}") from error
     return backend(bits)
+
+
+def check_settings(settings: CacheSettings) -> None:
+    """Raise what `make_backend` raises for what these settings need."""
+    for bits in {settings.bits, settings.rope_bits} - {FULL_BITS}:
+        make_backend(settings.backend, bits)

@@ -14,7 +14,7 @@ from optimum_mla.cache.settings import FULL_BITS, CacheSettings
 from optimum_mla.cache.stored import DenseStored, QuantizedStored, Stored
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
-from optimum_mla.ops.blocks import BLOCK_TOKENS, Block, CacheView, concatenate
+from optimum_mla.ops.blocks import Block, CacheView, block_tokens, concatenate
 
 UNQUANTIZED = CacheSettings()
 
@@ -57,8 +57,8 @@ class BlockView(CacheView):
         self.blocks = blocks
 
     @property
-    def tokens(self) -> int:
-        return sum(block.tokens for block in self.blocks)
+    def sizes(self) -> list[int]:
+        return [block.tokens for block in self.blocks]
 
     @property
     def is_dense(self) -> bool:
@@ -76,7 +76,7 @@ class LatentLayer(CacheLayerMixin):
     """Cache of one converted layer, behind the Transformers contract.
 
     The newest tokens stay in the model's own dtype, at most `settings.residual_length` of them. Older ones are in
-    blocks of up to `BLOCK_TOKENS` tokens: quantized once, on the way out of that window, and never again. A token's
+    blocks of up to `block_tokens` tokens: quantized once, on the way out of that window, and never again. A token's
     codes depend on nothing but that token.
 
     Args:
@@ -94,6 +94,7 @@ class LatentLayer(CacheLayerMixin):
         make = lambda bits: None if bits == FULL_BITS else make_backend(settings.backend, bits)  # noqa: E731
         self.first_backend = make(settings.bits)
         self.second_backend = self.first_backend if full else make(settings.rope_bits)
+        self.block_tokens = block_tokens(self._first_width)
         second = geometry.cache_numbers - self._first_width
         self._second_widths = [second - geometry.scale_numbers, geometry.scale_numbers]
         self._clear()
@@ -160,8 +161,8 @@ class LatentLayer(CacheLayerMixin):
             leaving = min(leaving, recent.tokens)
         start = 0
         while start < leaving:
-            room = BLOCK_TOKENS - self.blocks[-1].tokens if self.blocks else 0
-            stop = min(leaving, start + (room or BLOCK_TOKENS))
+            room = self.block_tokens - self.blocks[-1].tokens if self.blocks else 0
+            stop = min(leaving, start + (room or self.block_tokens))
             block = self._encode(recent.cut(start, stop))
             if room:
                 self.blocks[-1] = self.blocks[-1].joined(block)

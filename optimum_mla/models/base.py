@@ -170,14 +170,25 @@ def latent_cache(spec: AttentionSpec, config: Any, offloading: bool = False, **s
     they hold is bounded by it, and all of a model's windowed layers must hold the same tokens.
     """
     stored = CacheSettings.from_dict({**(config.latent_cache or {}), **settings})
+    latent = quantizable_layers(spec, config)
     layers: list[CacheLayerMixin] = []
     for index, geometry in enumerate(model_geometry(spec, config).layers):
         window = sliding_window(config, index)
-        if window is not None:
-            layers.append(DynamicSlidingWindowLayer(window))
+        if index in latent:
+            layers.append(LatentLayer(geometry, stored))
         else:
-            layers.append(DynamicLayer() if geometry.attention_form == "source" else LatentLayer(geometry, stored))
+            layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
     return LatentCache(layers, offloading)
+
+
+def quantizable_layers(spec: AttentionSpec, config: Any) -> list[int]:
+    """The layers whose cache is a `LatentLayer`."""
+    layers = model_geometry(spec, config).layers
+    return [
+        index
+        for index, geometry in enumerate(layers)
+        if geometry.attention_form != "source" and sliding_window(config, index) is None
+    ]
 
 
 def model_geometry(spec: AttentionSpec, config: Any) -> ModelGeometry:

@@ -14,15 +14,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
-from optimum_mla.ops.blockwise import attend, masked_softmax
+from optimum_mla.ops.blockwise import Sums, attend, masked_softmax, softmax_sums
 from optimum_mla.ops.positions import cached_positions
-from optimum_mla.ops.rotary import Rotation
+from optimum_mla.ops.rotary import AbsoluteFrames, RelativeFrames, RotaryFrames, Rotation
+
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length."""
 
 
 class LatentAttention(nn.Module, ABC):
@@ -88,9 +92,12 @@ class LatentAttention(nn.Module, ABC):
 
     @abstractmethod
     def _absorbed(
-        self, queries: Tensor, view: CacheView, rotation: Rotation | None, mask: Tensor | None, keep_weights: bool
+        self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Context [B, H, S, v] and, if asked for, attention weights [B, H, S, T], computed in latent space."""
+        """Context [B, H, S, v] and, if asked for, attention weights [B, H, S, T], computed in latent space.
+
+        Queries are rotated already where `frames` is None, that is, where no key is rotated behind the cache.
+        """
 
     @abstractmethod
     def _absorbable(self) -> bool:
@@ -124,10 +131,34 @@ class LatentAttention(nn.Module, ABC):
         Returns:
             The attention output [B, S, d] and, under `eager`, the attention weights [B, H, S, T].
         """
-        batch, length = hidden_states.shape[:2]
         rotation = self._rotation(position_embeddings)
-        queries = self._rotate_queries(self._queries(hidden_states), rotation)
-        first, second = self._latents(hidden_states, rotation)
+        queries, new = self._queries(hidden_states), self._latents(hidden_states, rotation)
+        context, weights = self.attend(queries, new, rotation, attention_mask, past_key_values, position_ids, **kwargs)
+        return self.o_proj(context.flatten(2)), weights
+
+    def attend(
+        self,
+        queries: Tensor,
+        new: tuple[Tensor, Tensor],
+        rotation: Rotation,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What lies between the projections: the update of the cache, the logits and the weighted sum.
+
+        Args:
+            queries: [B, H, S, n + R], not yet rotated.
+            new: The two tensors to cache for the new tokens, [B, 1, S, ·].
+            rotation: The new tokens' frequencies.
+            attention_mask, past_key_values, position_ids: As in `forward`.
+
+        Returns:
+            Context [B, S, H, v] and, under `eager`, the attention weights [B, H, S, T].
+        """
+        length = queries.shape[2]
+        first, second = new
         seen: int | Tensor = 0
         if past_key_values is not None:
             # Static caches count in a tensor that update() changes in place: take a copy.
@@ -139,14 +170,11 @@ class LatentAttention(nn.Module, ABC):
                 first, second = past_key_values.update(first, second, self.layer_idx)
             view = TensorView(first, second, self.geometry.scale_numbers)
 
-        key_rotation = None
+        frames = None
         if self._needs_cached_positions():
-            key_rotation = rotation
-            if view.tokens != length:
-                # A window hides slots too, so there the mask does not tell padding.
-                mask = attention_mask if self.sliding_window is None else None
-                positions = cached_positions(position_ids, mask, seen, length, view.tokens, hidden_states.device)
-                key_rotation = self._rotation(self.rotary(hidden_states, positions))
+            frames = self._frames(view, rotation, attention_mask, position_ids, seen, length)
+        else:
+            queries = self._rotate_queries(queries, rotation)
 
         # Our own softmax takes a dense mask, or none where nothing is masked: one token that sees all the others.
         if attention_mask is None:
@@ -154,47 +182,82 @@ class LatentAttention(nn.Module, ABC):
         else:
             dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
         eager = self.config._attn_implementation == "eager"
-        weights: Tensor | None
         if dense and self._absorbable() and self._absorbing_saves(length, view.tokens):
-            context, weights = self._absorbed(queries, view, key_rotation, attention_mask, keep_weights=eager)
-            context = context.transpose(1, 2)  # [B, S, H, v]
-        elif dense and not view.is_dense:
-            context, weights = self._expanded(queries, view, key_rotation, attention_mask, keep_weights=eager)
-            context = context.transpose(1, 2)
-        else:
-            keys, values = self._expand(view.whole(), key_rotation)
-            value_dim = values.shape[-1]
-            if value_dim < keys.shape[-1] and not eager:
-                # The fast kernels want keys and values alike: zeros cost less than the slow kernel.
-                values = nn.functional.pad(values, (0, keys.shape[-1] - value_dim))
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-            context, weights = attention(
-                self,
-                queries,
-                keys,
-                values,
-                attention_mask,
-                dropout=self._dropout,
-                scaling=self.scaling,
-                sliding_window=self.sliding_window,
-                position_ids=position_ids,
-                **kwargs,
-            )
-            context = context[..., :value_dim]
-        return self.o_proj(context.reshape(batch, length, -1)), weights
+            context, weights = self._absorbed(queries, view, frames, attention_mask, keep_weights=eager)
+            return context.transpose(1, 2), weights
+        if dense and not view.is_dense:
+            context, weights = self._expanded(queries, view, frames, attention_mask, keep_weights=eager)
+            return context.transpose(1, 2), weights
+        key_rotation = None
+        if frames is not None:
+            frames = self._frames(view, rotation, attention_mask, position_ids, seen, length, relative=False)
+            everything = slice(0, view.tokens)
+            queries, key_rotation = self._rotate_queries(queries, frames.query(everything)), frames.key(everything)
+        keys, values = self._expand(view.whole(), key_rotation)
+        value_dim = values.shape[-1]
+        if value_dim < keys.shape[-1] and not eager:
+            # The fast kernels want keys and values alike: zeros cost less than the slow kernel.
+            values = nn.functional.pad(values, (0, keys.shape[-1] - value_dim))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        context, weights = attention(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self._dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        return context[..., :value_dim], weights
+
+    def _frames(
+        self,
+        view: CacheView,
+        rotation: Rotation,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        seen: int | Tensor,
+        length: int,
+        relative: bool = True,
+    ) -> RotaryFrames:
+        """Where the cached tokens stand; relative to blocks if allowed and possible."""
+
+        def table(positions: Tensor) -> Rotation:
+            return self._rotation(self.rotary(rotation.cos, positions))
+
+        device = rotation.cos.device
+        # Without a mask a lone new token sees a cache without gaps, whose last token it is.
+        if (
+            relative
+            and attention_mask is None
+            and length == 1
+            and getattr(self.rotary, "rope_type", None) in FIXED_ROPE_TYPES
+        ):
+            return RelativeFrames(table, torch.tensor([[view.tokens - 1]], device=device), view.sizes)
+        if view.tokens == length:
+            return AbsoluteFrames(rotation.at, rotation)
+        # A window hides slots too, so there the mask does not tell padding.
+        mask = attention_mask if self.sliding_window is None else None
+        positions = cached_positions(position_ids, mask, seen, length, view.tokens, device)
+        return AbsoluteFrames(lambda span: table(positions[:, span]), rotation)
 
     def _expanded(
-        self, queries: Tensor, view: CacheView, rotation: Rotation | None, mask: Tensor | None, keep_weights: bool
+        self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """As `_absorbed`, with the cache expanded one block at a time."""
         scaled = queries * self.scaling
 
-        def score(block: Block, span: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-            keys, values = self._expand(block, None if rotation is None else rotation.at(span))
-            return grouped_logits(scaled, keys), lambda weights: grouped_context(weights, values)
+        def partial(block: Block, span: slice, mask: Tensor | None) -> Sums:
+            keys, values = self._expand(block, None if frames is None else frames.key(span))
+            rotated = scaled if frames is None else self._rotate_queries(scaled, frames.query(span))
+            logits = grouped_logits(rotated, keys)
+            return softmax_sums(logits, lambda weights: grouped_context(weights, values), mask, self._dropout)
 
-        attended = attend(view, score, mask, self._dropout, keep_weights)
-        return attended.context, attended.weights
+        attended = attend(view, partial, mask, keep_weights)
+        return attended.context.to(queries.dtype), attended.weights
 
     @property
     def _dropout(self) -> float:

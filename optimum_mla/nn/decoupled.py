@@ -10,8 +10,9 @@ from optimum_mla.nn.attention import LatentAttention, is_plain
 from optimum_mla.nn.norm import HeadRMSNorm, inverse_rms
 from optimum_mla.ops import absorb
 from optimum_mla.ops.blocks import Block, CacheView
-from optimum_mla.ops.blockwise import LatentDecode, RotaryRebuild, kernel_for
-from optimum_mla.ops.rotary import Rotation, gather_rotation, rotate
+from optimum_mla.ops.blockwise import LatentDecode, RotaryRebuild
+from optimum_mla.ops.kernels import kernel_for
+from optimum_mla.ops.rotary import RotaryFrames, Rotation, gather_rotation, rotate
 
 
 class DecoupledLatentAttention(LatentAttention):
@@ -110,24 +111,21 @@ class DecoupledLatentAttention(LatentAttention):
         return keys, values
 
     def _absorbed(
-        self, queries: Tensor, view: CacheView, rotation: Rotation | None, mask: Tensor | None, keep_weights: bool
+        self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         g = self.geometry
         up = self.kv_b_proj.weight.view(g.num_up_heads, -1, g.kv_lora_rank)  # [U, n + v, r]
-        key_up, value_up = up.split([g.qk_nope_head_dim, g.v_head_dim], dim=1)
-        nope, rope = queries.split([g.qk_nope_head_dim, g.qk_rope_head_dim], dim=-1)
-        key_bias = value_bias = None
-        if self.kv_b_proj.bias is not None:
-            bias = self.kv_b_proj.bias.view(g.num_up_heads, -1)  # [U, n + v]
-            key_bias, value_bias = bias.split([g.qk_nope_head_dim, g.v_head_dim], dim=1)
+        bias = None if self.kv_b_proj.bias is None else self.kv_b_proj.bias.view(g.num_up_heads, -1)  # [U, n + v]
+        n = g.qk_nope_head_dim
+        nope, rope = queries.split([n, g.qk_rope_head_dim], dim=-1)
         rebuild = None
-        if rotation is not None:
-            rebuild = RotaryRebuild(self.k_rope_proj.weight, self.k_rope_proj.bias, rotation)
+        if frames is not None:
+            rebuild = RotaryRebuild(self.k_rope_proj.weight, self.k_rope_proj.bias, frames)
         attended = kernel_for(queries.device.type)(
             LatentDecode(
-                latent_queries=absorb.through_up_projection(nope, key_up),
+                latent_queries=absorb.folded_queries(nope, up[:, :n]),
                 rope_queries=rope,
-                logit_bias=None if key_bias is None else absorb.through_up_projection(nope, key_bias.unsqueeze(-1)),
+                logit_bias=None if bias is None else absorb.query_bias_logits(nope, bias[:, :n]),
                 scaling=self.scaling,
                 rope_heads=g.num_rope_heads,
                 view=view,
@@ -137,7 +135,9 @@ class DecoupledLatentAttention(LatentAttention):
                 keep_weights=keep_weights,
             )
         )
-        context = absorb.up_projected_context(attended.context, attended.mass, value_up, value_bias)
+        context = absorb.up_projected_context(
+            attended.context.to(queries.dtype), attended.mass.to(queries.dtype), up, bias, skip=n
+        )
         return context, attended.weights
 
     def _absorbable(self) -> bool:

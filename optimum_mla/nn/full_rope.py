@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from optimum_mla.geometry import MLAGeometry
@@ -11,8 +9,8 @@ from optimum_mla.nn.attention import LatentAttention, is_plain
 from optimum_mla.nn.norm import HeadRMSNorm
 from optimum_mla.ops import absorb
 from optimum_mla.ops.blocks import Block, CacheView, Latents
-from optimum_mla.ops.blockwise import attend
-from optimum_mla.ops.rotary import Rotation, rotate
+from optimum_mla.ops.blockwise import Sums, attend, softmax_sums
+from optimum_mla.ops.rotary import RotaryFrames, Rotation, rotate
 
 
 class FullRopeLatentAttention(LatentAttention):
@@ -78,22 +76,29 @@ class FullRopeLatentAttention(LatentAttention):
         return keys, self._heads(self.v_b_proj(self._value_latent(block).dense()))
 
     def _absorbed(
-        self, queries: Tensor, view: CacheView, rotation: Rotation | None, mask: Tensor | None, keep_weights: bool
+        self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         g = self.geometry
         scaled, (heads, length) = queries * self.scaling, queries.shape[1:3]
 
-        def score(block: Block, span: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-            keys = self._keys(block.first.dense(), None if rotation is None else rotation.at(span))
+        def partial(block: Block, span: slice, mask: Tensor | None) -> Sums:
+            rotated, key_rotation = scaled, None
+            if frames is not None:
+                rotated, key_rotation = self._rotate_queries(scaled, frames.query(span)), frames.key(span)
+            keys = self._keys(block.first.dense(), key_rotation)
             values = self._value_latent(block)
-            combine = lambda weights: values.context(weights.flatten(1, 2)).unflatten(1, (heads, length))  # noqa: E731
-            return absorb.grouped_logits(scaled, keys), combine
 
-        attended = attend(view, score, mask, self._dropout, keep_weights)
+            def combine(weights: Tensor) -> Tensor:
+                return values.context(weights.flatten(1, 2)).unflatten(1, (heads, length))
+
+            return softmax_sums(absorb.grouped_logits(rotated, keys), combine, mask, self._dropout)
+
+        attended = attend(view, partial, mask, keep_weights)
         up = self.v_b_proj.weight.view(g.num_up_heads, g.head_dim, self.value_rank)
         bias = self.v_b_proj.bias
         value_bias = None if bias is None else bias.view(g.num_up_heads, g.head_dim)
-        return absorb.up_projected_context(attended.context, attended.mass, up, value_bias), attended.weights
+        context, mass = attended.context.to(queries.dtype), attended.mass.to(queries.dtype)
+        return absorb.up_projected_context(context, mass, up, value_bias), attended.weights
 
     def _absorbable(self) -> bool:
         return is_plain(self.v_b_proj)

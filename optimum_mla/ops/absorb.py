@@ -6,15 +6,29 @@ query length instead, so every product is one batched matrix product over the ca
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+SHORT_PRODUCT = 256
+"""Tokens."""
 
 
 def grouped_logits(query: Tensor, key: Tensor) -> Tensor:
     """query [B, H, S, R] against key [B, K, T, R], H/K query heads to a key head: [B, H, S, T]."""
     batch, heads, length, dim = query.shape
     folded = query.reshape(batch, key.shape[1], -1, dim)  # [B, K, H/K·S, R]
-    # Keys are the left factor: as the right one, bf16 kernels on CPUs first rearrange all of them.
-    return (key @ folded.transpose(2, 3)).transpose(2, 3).reshape(batch, heads, length, -1)
+    return product(key, folded.transpose(2, 3)).transpose(2, 3).reshape(batch, heads, length, -1)
+
+
+def product(cached: Tensor, other: Tensor) -> Tensor:
+    """Matrix product of something with a row per cached token, [..., T, a], and other [..., a, m].
+
+    The cache is the left factor: as the right one, 16-bit kernels on CPUs first rearrange all of it. They are also
+    compiled anew for every number of tokens, which costs more than a short product: those are computed in float32.
+    """
+    if cached.device.type == "cpu" and cached.dtype.itemsize == 2 and cached.shape[-2] < SHORT_PRODUCT:
+        return (cached.float() @ other.float()).to(cached.dtype)
+    return cached @ other
 
 
 def grouped_context(weights: Tensor, value: Tensor) -> Tensor:
@@ -24,27 +38,49 @@ def grouped_context(weights: Tensor, value: Tensor) -> Tensor:
     return folded.reshape(batch, heads, length, -1)
 
 
-def through_up_projection(x: Tensor, weight: Tensor) -> Tensor:
-    """Apply per-head matrices: x [B, H, S, a] times weight [U, a, b], H/U heads to a matrix: [B, H, S, b]."""
-    batch, heads, length, _ = x.shape
-    folded = x.reshape(batch, weight.shape[0], -1, x.shape[-1])  # [B, U, H/U·S, a]
-    return (folded @ weight).reshape(batch, heads, length, -1)
+def folded_queries(queries: Tensor, up: Tensor) -> Tensor:
+    """Queries [B, H, S, a] times the key up-projection [U, a, r], H/U heads to a matrix: [B, H, S, r]."""
+    mapped = torch.bmm(_by_matrix(queries, up), up)
+    return _by_head(mapped, queries)
 
 
-def up_projected_context(context: Tensor, mass: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+def up_projected_context(context: Tensor, mass: Tensor, up: Tensor, bias: Tensor | None, skip: int = 0) -> Tensor:
     """What a weighted sum of latents up-projects to.
 
     Args:
         context: Weighted sum of latents, [B, H, S, r].
         mass: Sum of the weights, [B, H, S, 1]; by it the bias passes through the sum.
-        up: [U, v, r].
-        bias: [U, v] or None.
+        up: [U, skip + v, r], H/U heads to a matrix.
+        bias: [U, skip + v] or None.
+        skip: Rows of `up` that are not values. They are computed too: cutting them off first would copy the weight.
 
     Returns:
         [B, H, S, v].
     """
-    values = through_up_projection(context, up.transpose(1, 2))
-    return values if bias is None else values + through_up_projection(mass, bias.unsqueeze(1))
+    rows = _by_matrix(context, up).transpose(1, 2)  # the weight is the left factor, as it lies in memory
+    values = _by_head(torch.bmm(up, rows)[:, skip:].transpose(1, 2), context)
+    if bias is None:
+        return values
+    return values + mass * bias[:, skip:].repeat_interleave(values.shape[1] // len(bias), 0)[:, None]
+
+
+def query_bias_logits(queries: Tensor, bias: Tensor) -> Tensor:
+    """What the key up-projection's bias [U, a] adds to every logit of queries [B, H, S, a]: [B, H, S, 1]."""
+    return (queries * bias.repeat_interleave(queries.shape[1] // len(bias), 0)[:, None]).sum(-1, keepdim=True)
+
+
+def _by_matrix(x: Tensor, matrices: Tensor) -> Tensor:
+    """x [B, H, S, a] by the matrix that its head takes: [U, B·H/U·S, a].
+
+    All rows of a batch go into one product: broadcasting over the batch would copy the matrices.
+    """
+    batch, _, _, dim = x.shape
+    return x.reshape(batch, len(matrices), -1, dim).transpose(0, 1).reshape(len(matrices), -1, dim)
+
+
+def _by_head(mapped: Tensor, x: Tensor) -> Tensor:
+    """The inverse of `_by_matrix`: [U, B·H/U·S, b] as [B, H, S, b]."""
+    return mapped.unflatten(1, (len(x), -1)).transpose(0, 1).reshape(*x.shape[:3], -1)
 
 
 def absorbing_saves(

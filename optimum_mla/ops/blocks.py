@@ -5,15 +5,24 @@ B, S, T, H as everywhere; w is the width of a cached vector, M any number of que
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-BLOCK_TOKENS = 512
-"""Tokens that a decode step looks at together: large enough for the matrix products, small beside a long cache."""
+from optimum_mla.ops.absorb import product
+
+BLOCK_NUMBERS = 2**19
+"""About so many numbers are looked at together: enough for the matrix products, little beside a long cache."""
+SHORTEST_BLOCK = 256
+
+
+def block_tokens(width: int) -> int:
+    """Tokens in a block of vectors of `width` numbers: a power of two."""
+    return max(SHORTEST_BLOCK, 2 ** round(math.log2(BLOCK_NUMBERS / width)))
 
 
 class Latents(ABC):
@@ -43,14 +52,14 @@ class DenseLatents(Latents):
         self.vectors = vectors
 
     def logits(self, queries: Tensor) -> Tensor:
-        # The cache is the left factor: as the right one, bf16 kernels on CPUs first rearrange all of it.
-        return (self.vectors @ queries.transpose(1, 2)).transpose(1, 2)
+        return product(self.vectors, queries.transpose(1, 2)).transpose(1, 2)
 
     def context(self, weights: Tensor) -> Tensor:
         return weights @ self.vectors
 
     def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(self.vectors, weight, bias)
+        projected = product(self.vectors, weight.t())
+        return projected if bias is None else projected + bias
 
     def dense(self) -> Tensor:
         return self.vectors
@@ -79,9 +88,14 @@ class CacheView(ABC):
     """All tokens that a step attends to, oldest first. Iterating opens one block at a time."""
 
     @property
-    @abstractmethod
     def tokens(self) -> int:
         """T, all blocks together."""
+        return sum(self.sizes)
+
+    @property
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """Tokens of each block, in order."""
 
     @property
     @abstractmethod
@@ -110,19 +124,22 @@ class TensorView(CacheView):
         self.width = self.second.shape[-1] - scales
 
     @property
-    def tokens(self) -> int:
-        return self.first.shape[1]
+    def sizes(self) -> list[int]:
+        tokens, size = self.first.shape[1], block_tokens(self.first.shape[2])
+        return [min(size, tokens - start) for start in range(0, tokens, size)]
 
     @property
     def is_dense(self) -> bool:
         return True
 
     def __iter__(self) -> Iterator[Block]:
-        for start in range(0, self.tokens, BLOCK_TOKENS):
-            yield self._slice(start, min(start + BLOCK_TOKENS, self.tokens))
+        start = 0
+        for size in self.sizes:
+            yield self._slice(start, start + size)
+            start += size
 
     def whole(self) -> Block:
-        return self._slice(0, self.tokens)
+        return self._slice(0, self.first.shape[1])
 
     def _slice(self, start: int, stop: int) -> Block:
         second, scales = self.second[:, start:stop].split([self.width, self.second.shape[-1] - self.width], dim=-1)

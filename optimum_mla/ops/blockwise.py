@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from optimum_mla.ops.absorb import grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView
-from optimum_mla.ops.rotary import Rotation, rotate
+from optimum_mla.ops.rotary import RotaryFrames, rotate
 
 
 class Attended(NamedTuple):
@@ -31,84 +31,99 @@ class Attended(NamedTuple):
     weights: Tensor | None
 
 
-def attend(
-    view: CacheView,
-    score: Callable[[Block, slice], tuple[Tensor, Callable[[Tensor], Tensor]]],
-    mask: Tensor | None,
-    dropout: float = 0.0,
-    keep_weights: bool = False,
-) -> Attended:
-    """Softmax attention over the blocks of `view`; the softmax is in float32, or float64 for such queries.
+class Sums(NamedTuple):
+    """Softmax sums over some blocks, relative to exp(peak).
 
-    Args:
-        view: The cached tokens.
-        score: For a block whose tokens are the given slice of the cache, its scaled logits [B, H, S, t], and what
-            makes a weighted sum [B, H, S, w] over it out of weights [B, H, S, t].
-        mask: None, boolean (True: attend) or additive, broadcastable to [B, H, S, T].
-        dropout: Probability, applied to the weights.
-        keep_weights: Whether to return the weights too; they take H·S·T numbers.
+    Attributes:
+        peak: [B, H, S, 1]. total: Sum of the weights, likewise. mass: Likewise, after dropout.
+        context: Weighted sum, [B, H, S, w].
+        logits: [B, H, S, t], masked, or None where they are not at hand.
     """
-    sums: _Sums | None = None
-    kept: list[Tensor] = []
-    start = 0
-    for block in view:
-        span = slice(start, start + block.tokens)
-        start = span.stop
-        logits, combine = score(block, span)
-        dtype = logits.dtype
-        logits = masked(logits.to(torch.promote_types(dtype, torch.float32)), mask, span)
-        if keep_weights:
-            kept.append(logits)
-        # Masked logits are the lowest number or -inf; the latter must not be subtracted from itself.
-        peak = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-        if sums is not None:
-            peak = torch.maximum(sums.peak, peak)
-        weights = (logits - peak).exp()
-        total = mass = weights.sum(dim=-1, keepdim=True)
-        if dropout:
-            weights = nn.functional.dropout(weights, p=dropout)
-            mass = weights.sum(dim=-1, keepdim=True)
-        new = _Sums(peak, total, mass, combine(weights.to(dtype)).to(weights.dtype))
-        sums = new if sums is None else sums.merged(new)
-    if sums is None:
-        raise ValueError("attention over a cache without tokens")
-    attention = (torch.cat(kept, dim=-1) - sums.peak).exp().div(sums.total).to(dtype) if keep_weights else None
-    return Attended((sums.context / sums.total).to(dtype), (sums.mass / sums.total).to(dtype), attention)
-
-
-class _Sums(NamedTuple):
-    """Softmax sums over some blocks, relative to exp(peak)."""
 
     peak: Tensor
     total: Tensor
     mass: Tensor
     context: Tensor
+    logits: Tensor | None = None
 
-    def merged(self, new: _Sums) -> _Sums:
-        """With the sums over a further block, whose peak is already that of both."""
-        fade = (self.peak - new.peak).exp()
-        return _Sums(
-            new.peak,
-            torch.addcmul(new.total, self.total, fade),
-            torch.addcmul(new.mass, self.mass, fade),
-            torch.addcmul(new.context, self.context, fade),
+    def merged(self, new: Sums) -> Sums:
+        """With the sums over a further block."""
+        peak = torch.maximum(self.peak, new.peak)
+        old_share, new_share = (self.peak - peak).exp(), (new.peak - peak).exp()
+        return Sums(
+            peak,
+            self.total * old_share + new.total * new_share,
+            self.mass * old_share + new.mass * new_share,
+            torch.addcmul(new.context * new_share, self.context, old_share),
         )
 
 
-def masked(logits: Tensor, mask: Tensor | None, span: slice) -> Tensor:
-    """Logits [B, H, S, t] of the tokens `span` under the mask of all tokens."""
+Partial = Callable[[Block, slice, Tensor | None], Sums]
+"""Attention over one block, whose tokens are the given slice of the cache, under its part of the mask."""
+
+
+def attend(view: CacheView, partial: Partial, mask: Tensor | None, keep_weights: bool = False) -> Attended:
+    """Softmax attention over the blocks of `view`, merged in float32, or float64 for such queries.
+
+    Args:
+        view: The cached tokens.
+        partial: Attention over one block.
+        mask: None, boolean (True: attend) or additive, broadcastable to [B, H, S, T].
+        keep_weights: Whether to return the weights too; they take H·S·T numbers, and `partial` must give its logits.
+    """
+    sums: Sums | None = None
+    kept: list[Tensor] = []
+    start = 0
+    for block in view:
+        span = slice(start, start + block.tokens)
+        start = span.stop
+        new = partial(block, span, None if mask is None else mask[..., span])
+        if keep_weights and new.logits is not None:
+            kept.append(new.logits)
+        new = new._replace(logits=None)
+        sums = new if sums is None else sums.merged(new)
+    if sums is None:
+        raise ValueError("attention over a cache without tokens")
+    weights = (torch.cat(kept, dim=-1) - sums.peak).exp().div(sums.total) if keep_weights else None
+    return Attended(sums.context / sums.total, sums.mass / sums.total, weights)
+
+
+def softmax_sums(
+    logits: Tensor, combine: Callable[[Tensor], Tensor], mask: Tensor | None, dropout: float = 0.0
+) -> Sums:
+    """The sums over one block.
+
+    Args:
+        logits: Scaled, [B, H, S, t].
+        combine: Makes a weighted sum [B, H, S, w] out of weights [B, H, S, t] of the logits' dtype.
+        mask: This block's part.
+        dropout: Probability, applied to the weights.
+    """
+    dtype = logits.dtype
+    logits = masked(logits.to(torch.promote_types(dtype, torch.float32)), mask)
+    # Masked logits are the lowest number or -inf; the latter must not be subtracted from itself.
+    peak = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+    weights = (logits - peak).exp()
+    total = mass = weights.sum(dim=-1, keepdim=True)
+    if dropout:
+        weights = nn.functional.dropout(weights, p=dropout)
+        mass = weights.sum(dim=-1, keepdim=True)
+    return Sums(peak, total, mass, combine(weights.to(dtype)).to(weights.dtype), logits)
+
+
+def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits [B, H, S, t] under a mask: None, boolean or additive."""
     if mask is None:
         return logits
-    here = mask[..., span]
-    if here.dtype == torch.bool:
-        return logits.masked_fill(~here, torch.finfo(logits.dtype).min)
-    return logits + here
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    return logits + mask
 
 
 def masked_softmax(logits: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Attention weights of scaled logits [B, H, S, T] in one piece; mask and dropout as for `attend`."""
     dtype = logits.dtype
-    logits = masked(logits.to(torch.promote_types(dtype, torch.float32)), mask, slice(0, logits.shape[-1]))
+    logits = masked(logits.to(torch.promote_types(dtype, torch.float32)), mask)
     weights = logits.softmax(dim=-1).to(dtype)
     return nn.functional.dropout(weights, p=dropout) if dropout else weights
 
@@ -119,18 +134,18 @@ class RotaryRebuild:
 
     Attributes:
         weight: [K·R, r]. bias: [K·R] or None.
-        rotation: Frequencies at the positions of all cached tokens, cos and sin [1 or B, K, T, R/2].
+        frames: Rotations of queries and keys, block by block.
     """
 
     weight: Tensor
     bias: Tensor | None
-    rotation: Rotation
+    frames: RotaryFrames
 
     def key(self, block: Block, span: slice) -> Tensor:
         """Rotated rotary key [B, K, t, R] of a block."""
+        rotation = self.frames.key(span)
         flat = block.first.project(self.weight, self.bias)  # [B, t, K·R]
-        heads = flat.unflatten(-1, (self.rotation.cos.shape[1], -1)).transpose(1, 2)
-        return rotate(heads, self.rotation.at(span))
+        return rotate(flat.unflatten(-1, (rotation.cos.shape[1], -1)).transpose(1, 2), rotation)
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,7 @@ class LatentDecode:
 
     Attributes:
         latent_queries: Queries with the key up-projection folded in, [B, H, S, r].
-        rope_queries: Rotated, [B, H, S, R]; R may be 0.
+        rope_queries: [B, H, S, R], rotated where the rotary key is cached, else not yet; R may be 0.
         logit_bias: What the up-projection's bias adds to every logit of a query, [B, H, S, 1], or None.
         scaling: Factor on the logits.
         rope_heads: K.
@@ -161,46 +176,36 @@ class LatentDecode:
     dropout: float = 0.0
     keep_weights: bool = False
 
+    def rope_logits(self, block: Block, span: slice) -> Tensor | None:
+        """The rotary part of the logits, scaled, [B, H, S, t], or None without any."""
+        if not self.rope_queries.shape[-1]:
+            return None
+        queries = self.rope_queries * self.scaling
+        if self.rebuild is None:
+            key = block.second.dense().unflatten(-1, (self.rope_heads, -1)).transpose(1, 2)  # [B, K, t, R]
+            return grouped_logits(queries, key)
+        return grouped_logits(rotate(queries, self.rebuild.frames.query(span)), self.rebuild.key(block, span))
 
-Kernel = Callable[[LatentDecode], Attended]
-"""A decode kernel: the context it gives is in latent space, [B, H, S, r]."""
+    def partial(self, block: Block, span: slice, mask: Tensor | None) -> Sums:
+        """Attention over one block, in plain torch."""
+        batch, heads, length, _ = self.latent_queries.shape
+        # The scaling goes on the queries: once a step instead of once a cached token.
+        folded = (self.latent_queries * self.scaling).reshape(batch, heads * length, -1)
+        logits = block.first.logits(folded).unflatten(1, (heads, length))  # [B, H, S, t]
+        if (rope := self.rope_logits(block, span)) is not None:
+            logits = logits + rope
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias * self.scaling
+        if scales := block.scales.shape[-1]:
+            factors = block.scales.transpose(1, 2).repeat_interleave(heads // scales, dim=1)  # [B, H, t]
+            logits = logits * factors.unsqueeze(2)
 
-_KERNELS: dict[str, Kernel] = {}
+        def combine(weights: Tensor) -> Tensor:
+            return block.first.context(weights.flatten(1, 2)).unflatten(1, (heads, length))
 
-
-def register_kernel(device_type: str, kernel: Kernel) -> None:
-    """Decode with `kernel` on a device type ("cuda", ...) instead of `latent_decode`."""
-    _KERNELS[device_type] = kernel
-
-
-def kernel_for(device_type: str) -> Kernel:
-    """The registered kernel of a device type, or `latent_decode`."""
-    return _KERNELS.get(device_type, latent_decode)
+        return softmax_sums(logits, combine, mask, self.dropout)
 
 
 def latent_decode(step: LatentDecode) -> Attended:
     """The reference kernel, in plain torch: what every other must agree with."""
-    batch, heads, length, _ = step.latent_queries.shape
-    # The scaling goes on the queries: once a step instead of once a cached token.
-    folded = (step.latent_queries * step.scaling).reshape(batch, heads * length, -1)
-    rope = step.rope_queries * step.scaling
-    bias = None if step.logit_bias is None else step.logit_bias * step.scaling
-
-    def score(block: Block, span: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        logits = block.first.logits(folded).unflatten(1, (heads, length))  # [B, H, S, t]
-        if rope.shape[-1]:
-            logits = logits + grouped_logits(rope, rotary_key(block, span))
-        if bias is not None:
-            logits = logits + bias
-        scales = block.scales.shape[-1]
-        if scales:
-            factors = block.scales.transpose(1, 2).repeat_interleave(heads // scales, dim=1)  # [B, H, t]
-            logits = logits * factors.unsqueeze(2)
-        return logits, lambda weights: block.first.context(weights.flatten(1, 2)).unflatten(1, (heads, length))
-
-    def rotary_key(block: Block, span: slice) -> Tensor:
-        if step.rebuild is not None:
-            return step.rebuild.key(block, span)
-        return block.second.dense().unflatten(-1, (step.rope_heads, -1)).transpose(1, 2)  # [B, K, t, R]
-
-    return attend(step.view, score, step.mask, step.dropout, step.keep_weights)
+    return attend(step.view, step.partial, step.mask, step.keep_weights)

@@ -45,14 +45,25 @@ def live_cache_bytes(cache: Cache) -> int:
 
 
 @torch.no_grad()
-def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
-    """Fill a fresh `DynamicCache` with `ids` [1, T] and count the bytes it then holds, per token."""
-    cache = DynamicCache(config=model.config)
+def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> int:
+    """Fill a fresh cache with `ids` [B, T] and weigh it.
+
+    Args:
+        model: A causal language model.
+        ids: Token ids.
+        cache: An empty cache; None takes a `DynamicCache`.
+    """
+    cache = DynamicCache(config=model.config) if cache is None else cache
     was_training = model.training
     model.eval()
     model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     model.train(was_training)
-    return live_cache_bytes(cache) / ids.numel()
+    return live_cache_bytes(cache)
+
+
+def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
+    """Bytes per token of a `DynamicCache` that holds `ids` [1, T]."""
+    return measured_cache_bytes(model, ids) / ids.numel()
 
 
 def peak_memory_bytes() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from optimum_mla.report.schema import ConversionReport
+from optimum_mla.report.schema import ConversionReport, QuantizationReport
 
 SUMMARY_HEADER = (
     "method",
@@ -136,3 +136,36 @@ def model_card(report: ConversionReport, name: str) -> str:
         after=number(report.perplexity_after),
         added=report.parameters_added,
     )
+
+
+def quantization_table(report: QuantizationReport) -> str:
+    """The table that `mla-quantize` prints at its end."""
+    of_source = [100 * b / report.source_cache_bytes for b in (report.cache_bytes_before, report.cache_bytes_after)]
+    rows = [
+        (
+            f"cache of {report.context_tokens} tokens, MB",
+            number(report.cache_bytes_before / 1e6, 3),
+            number(report.cache_bytes_after / 1e6, 3),
+        ),
+        ("  % of the source model's", *(number(percent, 1) for percent in of_source)),
+        ("perplexity, token by token", number(report.perplexity_before, 3), number(report.perplexity_after, 3)),
+    ]
+    return table(("", "before", "after"), rows)
+
+
+QUANTIZATION_CARD = """
+## Quantized cache
+
+It takes {bits} bits per number of the latent ({backend}, groups of {group_size}) and {rope_bits} for a rotary key
+beside it; the newest {residual_length} tokens or fewer stay as they are. `generate` uses that cache by itself;
+`cache_implementation` overrides it. Measured:
+
+```
+{table}
+```
+"""
+
+
+def quantization_card(report: QuantizationReport) -> str:
+    """What `mla-quantize` adds to a model card."""
+    return QUANTIZATION_CARD.format(**report.cache, table=quantization_table(report))

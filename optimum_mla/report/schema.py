@@ -7,10 +7,18 @@ import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-REPORT_NAME = "conversion_report.json"
-REPORTED_PACKAGES = ("optimum-mla", "torch", "transformers", "optimum", "safetensors")
+REPORTED_PACKAGES = (
+    "optimum-mla",
+    "torch",
+    "transformers",
+    "optimum",
+    "safetensors",
+    "hqq",
+    "optimum-quanto",
+    "bitsandbytes",
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,19 @@ class LayerReport:
     healed_error: float | None = None
 
 
+class Report:
+    """A dataclass that is one JSON file."""
+
+    file_name: ClassVar[str]
+
+    def write(self, folder: Path) -> None:
+        """Save as `file_name` in `folder`."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)  # type: ignore[call-overload]
+        (folder / self.file_name).write_text(text + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True)
-class ConversionReport:
+class ConversionReport(Report):
     """One conversion.
 
     Attributes:
@@ -78,20 +97,61 @@ class ConversionReport:
     dtype: str
     seed: int
     layers: list[LayerReport]
-    machine: str = field(default_factory=lambda: f"{platform.machine()} {platform.system()}")
+    machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
-    def write(self, folder: Path) -> None:
-        """Save as `conversion_report.json` in `folder`."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+    file_name: ClassVar[str] = "conversion_report.json"
 
     @classmethod
     def read(cls, folder: Path) -> ConversionReport:
         """Load what `write` saved."""
-        content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        content = json.loads((folder / cls.file_name).read_text(encoding="utf-8"))
         content["layers"] = [LayerReport(**layer) for layer in content["layers"]]
         return cls(**content)
+
+
+@dataclass(frozen=True)
+class QuantizationReport(Report):
+    """One run of `mla-quantize`.
+
+    Attributes:
+        model: What was quantized, as the user named it.
+        cache: The fields of `CacheSettings`.
+        context_tokens: Tokens in the caches that were weighed.
+        cache_bytes_before: Measured from a live cache of so many tokens, as the model stored it so far.
+        cache_bytes_after: Likewise, as it stores it now, with the window in full precision.
+        source_cache_bytes: What the model before its conversion would cache for them in the same dtype, computed.
+        data: The evaluation text: where it came from, its tokens, and the SHA-256 of its token ids; or empty.
+        perplexity_before: On that text, token by token through the live cache, or None without one.
+        perplexity_after: Likewise.
+        seconds: Wall time of everything.
+        peak_memory_bytes: High-water mark of the whole process.
+        dtype: That the model computes in.
+        machine: Processor architecture and operating system.
+        versions: Of Python and the packages that matter.
+    """
+
+    model: str
+    cache: dict[str, Any]
+    context_tokens: int
+    cache_bytes_before: int
+    cache_bytes_after: int
+    source_cache_bytes: float
+    data: dict[str, dict[str, Any]]
+    perplexity_before: float | None
+    perplexity_after: float | None
+    seconds: float
+    peak_memory_bytes: int
+    dtype: str
+    machine: str = field(default_factory=lambda: machine())
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+
+    file_name: ClassVar[str] = "quantization_report.json"
+
+
+def machine() -> str:
+    """Processor architecture and operating system."""
+    return f"{platform.machine()} {platform.system()}"
 
 
 def installed_versions() -> dict[str, str]:
@@ -101,5 +161,5 @@ def installed_versions() -> dict[str, str]:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "unknown"
+            versions[package] = "not installed"
     return versions

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from optimum.fx.optimization import Transformation
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,6 +24,7 @@ from optimum_mla.nn import LatentAttention
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.progress import progress
 from optimum_mla.transforms.allocation import ALLOCATIONS, allocate_ranks
+from optimum_mla.transforms.apply import ModelTransformation
 from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.calibration import CalibrationWalk, LayerCalibration
 from optimum_mla.transforms.checks import check_convertible, check_tokens, config_of, converted_already
@@ -58,7 +58,7 @@ class LayerResult:
     healed_error: float | None = None
 
 
-class MLATransformation(Transformation):
+class MLATransformation(ModelTransformation):
     """Converts attention layers to latent attention.
 
     Applies to a `PreTrainedModel` or to a `GraphModule` from `optimum_mla.trace`. Both are changed in place and
@@ -179,16 +179,6 @@ class MLATransformation(Transformation):
     def needs_calibration(self) -> bool:
         """Whether layers are measured on the calibration tokens."""
         return self.factorization == "calibrated" or self.heal
-
-    def __call__(
-        self, model: PreTrainedModel | GraphModule, lint_and_recompile: bool = True, copy: bool = False
-    ) -> PreTrainedModel | GraphModule:
-        """Convert `model`; see the class."""
-        model = self.transform(copying.deepcopy(model) if copy else model)
-        if lint_and_recompile and isinstance(model, GraphModule):
-            model.graph.lint()
-            model.recompile()
-        return model
 
     @torch.no_grad()
     def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy as copying
 from typing import Any
 
 from optimum.fx.optimization import Transformation
-from torch.fx import GraphModule
 
 from optimum_mla.errors import InvalidValueError
+from optimum_mla.transforms.apply import ModelTransformation
 from optimum_mla.transforms.base import MLATransformation
 
 
-class ComposedTransformation(Transformation):
-    """Applies its parts in order. Optimum's own `compose` lints every result, which only a `GraphModule` has."""
+class ComposedTransformation(ModelTransformation):
+    """Applies its parts in order."""
 
     def __init__(self, *parts: Transformation) -> None:
         self.parts = parts
@@ -42,14 +41,6 @@ class ComposedTransformation(Transformation):
         """The parts, with those of nested compositions in their place."""
         nested = [p.flattened() if isinstance(p, ComposedTransformation) else [p] for p in self.parts]
         return [part for parts in nested for part in parts]
-
-    def __call__(self, model: Any, lint_and_recompile: bool = True, copy: bool = False) -> Any:
-        """Apply to a `PreTrainedModel` or a traced `GraphModule`, in place unless `copy`."""
-        model = self.transform(copying.deepcopy(model) if copy else model)
-        if lint_and_recompile and isinstance(model, GraphModule):
-            model.graph.lint()
-            model.recompile()
-        return model
 
 
 def compose(*transformations: Transformation) -> ComposedTransformation:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +13,8 @@ from torch import Tensor
 from optimum_mla.ops import blocks
 from optimum_mla.ops.blocks import TensorView
 from optimum_mla.ops.blockwise import LatentDecode, RotaryRebuild, latent_decode, masked_softmax
-from optimum_mla.ops.rotary import Rotation, rotate
+from optimum_mla.ops.kernels import cpu_decode
+from optimum_mla.ops.rotary import AbsoluteFrames, Rotation, rotate
 
 B, H, R, RANK, SCALING = 2, 4, 6, 10, 0.3
 
@@ -19,12 +23,19 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def turns(rope_heads: int, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of random angles."""
+    angles = randn(1, rope_heads, length, R // 2, seed=10)
+    return angles.cos(), angles.sin()
+
+
 def plain(step: LatentDecode, rope_key: Tensor) -> tuple[Tensor, Tensor]:
     """Context and weights by einsums over the whole cache."""
     whole = step.view.whole()
     logits = torch.einsum("bhsr,btr->bhst", step.latent_queries, whole.first.dense())
     key = rope_key.repeat_interleave(H // step.rope_heads, dim=1)
-    logits = logits + torch.einsum("bhsr,bhtr->bhst", step.rope_queries, key)
+    rope = step.rope_queries if step.rebuild is None else rotate(step.rope_queries, step.rebuild.frames.query(slice(0)))
+    logits = logits + torch.einsum("bhsr,bhtr->bhst", rope, key)
     if step.logit_bias is not None:
         logits = logits + step.logit_bias
     if whole.scales.shape[-1]:
@@ -55,9 +66,10 @@ def test_blocks_give_what_one_piece_gives(
     if rebuilt:
         weight, bias = randn(rope_heads * R, RANK, seed=4), randn(rope_heads * R, seed=5)
         angles = randn(1, rope_heads, tokens, R // 2, seed=6)
-        rebuild = RotaryRebuild(weight, bias, Rotation(angles.cos(), angles.sin()))
+        turned, queries_turned = Rotation(angles.cos(), angles.sin()), Rotation(*turns(rope_heads, length))
+        rebuild = RotaryRebuild(weight, bias, AbsoluteFrames(turned.at, queries_turned))
         made = (first[:, 0] @ weight.T + bias).unflatten(-1, (rope_heads, R)).transpose(1, 2)
-        rope_key, second = rotate(made, rebuild.rotation), flat[..., :0]
+        rope_key, second = rotate(made, turned), flat[..., :0]
     mask = None
     if mask_kind != "none":
         allowed = torch.ones(length, tokens, dtype=torch.bool).tril(past)[None, None].expand(B, 1, -1, -1).clone()
@@ -77,22 +89,24 @@ def test_blocks_give_what_one_piece_gives(
         keep_weights=True,
     )
     context, weights = plain(step, rope_key)
-    before, blocks.BLOCK_TOKENS = blocks.BLOCK_TOKENS, block
-    try:
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(blocks, "block_tokens", lambda width: block)
         attended = latent_decode(step)
-    finally:
-        blocks.BLOCK_TOKENS = before
+        fused = cpu_decode(replace(step, keep_weights=False))
     assert attended.weights is not None
     assert (attended.context - context).abs().max() <= 1e-12
     assert (attended.weights - weights).abs().max() <= 1e-12
     assert (attended.mass - 1).abs().max() <= 1e-12
+    # The fused kernel's sums are float32.
+    assert (fused.context - context).abs().max() <= 1e-5
+    assert (fused.mass - 1).abs().max() <= 1e-5
 
 
 def test_a_row_that_sees_nothing_in_the_first_block_is_not_disturbed_by_it() -> None:
-    tokens = 2 * blocks.BLOCK_TOKENS
+    tokens = 2 * blocks.block_tokens(RANK)
     first, second = 5 * randn(B, 1, tokens, RANK), randn(B, 1, tokens, R)
     allowed = torch.ones(B, 1, 1, tokens, dtype=torch.bool)
-    allowed[0, ..., : blocks.BLOCK_TOKENS + 3] = False
+    allowed[0, ..., : blocks.block_tokens(RANK) + 3] = False
 
     def context(tensors: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         queries = randn(B, H, 1, RANK, seed=7), randn(B, H, 1, R, seed=8)
@@ -101,7 +115,7 @@ def test_a_row_that_sees_nothing_in_the_first_block_is_not_disturbed_by_it() -> 
 
     expected = context((first, second), allowed)
     changed = first.clone()
-    changed[0, :, : blocks.BLOCK_TOKENS] = 1e6
+    changed[0, :, : blocks.block_tokens(RANK)] = 1e6
     assert torch.equal(context((changed, second), allowed)[0], expected[0])
     assert not torch.equal(context((changed, second), allowed)[1:], expected[:1])
     assert expected[0].abs().max() > 0.1

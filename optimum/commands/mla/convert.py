@@ -6,6 +6,8 @@ from argparse import ArgumentParser, BooleanOptionalAction
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum.commands.mla.common import add_run_arguments, hub_options
+
 METHOD_OPTIONS = (
     "kv_lora_rank",
     "kv_cache_ratio",
@@ -112,17 +114,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         text.add_argument("--eval-samples", type=int, default=128, help="Windows of it to use (default 128).")
         text.add_argument("--eval-length", type=int, help="Tokens per window (default: up to 512).")
 
-        run = parser.add_argument_group("run")
-        run.add_argument("--dtype", default="auto", help="auto (default, as saved), float32, bfloat16, float16.")
-        run.add_argument("--device", help="Torch device; default: cuda where there is one, else cpu.")
-        run.add_argument("--seed", type=int, default=0, help="Default 0.")
-        run.add_argument("--overwrite", action="store_true", help="Replace OUTPUT if it holds a model.")
-        run.add_argument("--revision", help="Branch, tag or commit on the hub.")
-        run.add_argument("--cache-dir", help="Where downloads are kept.")
-        run.add_argument("--token", help="Hub token.")
-        run.add_argument(
-            "--trust-remote-code", action="store_true", help="Run code that the model's repository brings."
-        )
+        add_run_arguments(parser).add_argument("--seed", type=int, default=0, help="Default 0.")
 
     def run(self) -> None:
         """Convert, print the summary; bad input prints one line and exits with 2."""
@@ -151,12 +143,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 device=args.device,
                 seed=args.seed,
                 overwrite=args.overwrite,
-                hub={
-                    "revision": args.revision,
-                    "cache_dir": args.cache_dir,
-                    "token": args.token,
-                    "trust_remote_code": args.trust_remote_code,
-                },
+                hub=hub_options(args),
             )
             print(summary_table([report]))
             print(choices(report))

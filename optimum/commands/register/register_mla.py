@@ -1,5 +1,6 @@
 """Adds the commands of optimum-mla to `optimum-cli`. Imported at every start of it: nothing heavy here."""
 
 from optimum.commands.mla.convert import MLAConvertCommand
+from optimum.commands.mla.quantize import MLAQuantizeCommand
 
-REGISTER_COMMANDS = [MLAConvertCommand]
+REGISTER_COMMANDS = [MLAConvertCommand, MLAQuantizeCommand]

@@ -1,0 +1,116 @@
+"""`mla-quantize`: the latent cache in few bits."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum_mla.cache import CacheSettings
+from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.models.base import model_geometry
+from optimum_mla.models.checkpoint import atomic_folder, check_output
+from optimum_mla.pipeline.loading import (
+    NO_TEXTS,
+    TextOptions,
+    check_dtype,
+    load_converted_config,
+    load_model,
+    load_tokenizer,
+    read_texts,
+)
+from optimum_mla.report.memory import measured_cache_bytes, peak_memory_bytes
+from optimum_mla.report.quality import decoding_perplexity
+from optimum_mla.report.render import quantization_card
+from optimum_mla.report.schema import ConversionReport, QuantizationReport
+from optimum_mla.transforms.quantize_cache import QuantizeLatentCache
+
+LONGEST_PROBE = 4096
+"""Tokens, at most, in the caches that are weighed."""
+
+
+def quantize(
+    model: str,
+    output: str | Path,
+    cache: CacheSettings | None = None,
+    texts: TextOptions = NO_TEXTS,
+    dtype: str = "auto",
+    device: str | None = None,
+    overwrite: bool = False,
+    hub: dict[str, Any] | None = None,
+) -> QuantizationReport:
+    """Quantize a converted checkpoint and write the result with its model card and `quantization_report.json`.
+
+    Args:
+        model: A hub id or a folder; converted.
+        output: Folder to write; it appears only when whole.
+        cache: How the cache is stored; None takes `QuantizeLatentCache`'s defaults.
+        texts: Its evaluation text, if any.
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
+        device: Torch device; None takes CUDA where it is available.
+        overwrite: Replace `output` if it is a model folder.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+
+    Raises:
+        MLAError: Bad input of any kind; `output` is as it was.
+    """
+    start = time.perf_counter()
+    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    check_dtype(dtype)
+    quantize_cache = QuantizeLatentCache(**(cache.to_dict() if cache else {}))
+    folder = check_output(output, model, overwrite)
+    config = load_converted_config(model, hub)
+    quantize_cache.check(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"model: the weights of {model} are quantized. Name the unquantized model.")
+    tokenizer = load_tokenizer(model, hub, needed=texts.eval_data is not None)
+    _, evaluation, data = read_texts(tokenizer, config, texts)
+
+    loaded: Any = load_model(model, config, dtype, device, hub)
+    context = min(LONGEST_PROBE, getattr(config, "max_position_embeddings", LONGEST_PROBE))
+    probe = torch.zeros(1, context, dtype=torch.long)
+    geometry = model_geometry(loaded.spec, loaded.config)
+    kind = loaded.dtype
+
+    def measured() -> tuple[int, float | None]:
+        quality = None if evaluation is None else decoding_perplexity(loaded, evaluation, loaded.make_cache)
+        return measured_cache_bytes(loaded, probe, loaded.make_cache()), quality
+
+    before = measured()
+    quantize_cache(loaded)
+    after = measured()
+    report = QuantizationReport(
+        model=model,
+        cache=quantize_cache.settings.to_dict(),
+        context_tokens=context,
+        cache_bytes_before=before[0],
+        cache_bytes_after=after[0],
+        source_cache_bytes=geometry.source_cache_numbers * kind.itemsize * context,
+        data=data,
+        perplexity_before=before[1],
+        perplexity_after=after[1],
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=peak_memory_bytes(),
+        dtype=str(kind).removeprefix("torch."),
+    )
+    weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    with atomic_folder(folder, needed_bytes=weights) as partial:
+        loaded.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        report.write(partial)
+        card = _carried(model, partial) or f"# {folder.name}\n\n`{model}` with quantized storage.\n"
+        (partial / "README.md").write_text(card + quantization_card(report), encoding="utf-8")
+    return report
+
+
+def _carried(model: str, partial: Path) -> str | None:
+    """Take the conversion's report along where the model is a folder, and return its model card."""
+    source = Path(model)
+    if (source / ConversionReport.file_name).is_file():
+        shutil.copy(source / ConversionReport.file_name, partial)
+    card = source / "README.md"
+    return card.read_text(encoding="utf-8") if card.is_file() else None
