@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization reference-model clean
+.PHONY: setup demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization bench-decode \
+	bench-cache-quality reference-model clean
 
 setup: $(STAMP)
 
@@ -48,6 +49,14 @@ bench-quality: setup
 
 bench-factorization: setup
 	$(RUN) $(BIN)/python -m benchmarks.factorization
+
+bench-decode: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto,report]"
+	$(RUN) $(BIN)/python -m benchmarks.decode
+
+bench-cache-quality: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto]"
+	$(RUN) $(BIN)/python -m benchmarks.cache_quality
 
 # Needs a folder of text files: make reference-model CORPUS=DIR [VARIANT=multi_head]
 reference-model: setup

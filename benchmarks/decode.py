@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -269,13 +270,15 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
             rows.clear()
             for entry in runs:
                 if entry["shape"] == shape["name"] and entry["context"] == context:
-                    memory = step_memory(config, index, entry["latent"], entry["variant"], context)
+                    memory = None
+                    if context in config["memory_contexts"]:
+                        memory = step_memory(config, index, entry["latent"], entry["variant"], context)
                     entry["step_memory_mb"] = memory
                     print(
                         f"{entry['shape']:20} {context:6} {entry['latent']:16} {entry['variant']:28}"
                         f" core {entry['core_ms_per_layer']:8.2f} ms ({entry['core_speedup']:5.2f} x)"
                         f" model {entry['model_ms']:8.1f} ms ({entry['model_speedup']:5.2f} x)"
-                        f" cache {entry['cache_mb']:8.1f} MB step {memory:7.1f} MB",
+                        f" cache {entry['cache_mb']:8.1f} MB step {memory or math.nan:7.1f} MB",
                         flush=True,
                     )
     return runs
