@@ -8,8 +8,8 @@ from torch import Tensor
 
 from optimum_mla.cache.backends import Backend, parameter_dtype
 
-SMALLEST_RANGE = 1e-3
-"""A column's range counts as at least so much of its largest number, or its zero would overflow 16 bits."""
+LARGEST_ZERO = 6e4
+"""A column whose zero would be larger, in codes, counts as constant: the zero would overflow 16 bits."""
 
 
 class HQQBackend(Backend):
@@ -25,9 +25,11 @@ class HQQBackend(Backend):
 
     def encode(self, columns: Tensor) -> tuple[Tensor, ...]:
         x = columns.float()
-        span = x.amax(0, keepdim=True) - x.amin(0, keepdim=True)
-        span = torch.maximum(span, SMALLEST_RANGE * x.abs().amax(0, keepdim=True))
-        span = torch.where(span > 0, span, torch.ones_like(span))
+        lowest, highest = x.amin(0, keepdim=True), x.amax(0, keepdim=True)
+        span, size = highest - lowest, x.abs().amax(0, keepdim=True)
+        constant = span * LARGEST_ZERO <= size * (2**self.bits - 1)
+        x = torch.where(constant, (lowest + highest) / 2, x)
+        span = torch.where(constant, torch.where(size > 0, size, torch.ones_like(size)), span)
         codes, meta = Quantizer.quantize(
             x / span,
             nbits=self.bits,

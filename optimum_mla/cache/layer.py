@@ -157,8 +157,7 @@ class LatentLayer(CacheLayerMixin):
         settings = self.settings
         leaving = 0
         if recent.tokens > settings.residual_length:
-            leaving = recent.tokens - settings.residual_length + settings.flush_tokens
-            leaving = min(leaving, recent.tokens)
+            leaving = min(recent.tokens - settings.residual_length + settings.flush_tokens - 1, recent.tokens)
         start = 0
         while start < leaving:
             room = self.block_tokens - self.blocks[-1].tokens if self.blocks else 0

@@ -24,7 +24,7 @@ class QuantoBackend(Backend):
         x = columns.to(parameter_dtype(columns.dtype))
         if self.bits == 8:
             scale = AbsmaxOptimizer()(x, qint8, AXIS)
-            return quantize_weight(x, qint8, AXIS, scale)._data, scale
+            return quantize_weight(x, qint8, AXIS, scale)._data, scale.reshape(1, -1)  # of one column it is 0-dim
         kind = qint4 if self.bits == 4 else qint2
         scale, shift = MaxOptimizer()(x, kind, AXIS)
         packed = quantize_weight(x, kind, AXIS, scale, shift, optimized=False)

@@ -147,7 +147,7 @@ class QuantizedStored(Stored):
         flat = tuple(tensor.flatten(1) for tensor in self.stored)
         columns = self.backend.decode(flat, self.group, self.dtype)
         # Channel-major, and in a vector first all groups' first numbers, then their second ones, ...
-        spread = columns.view(self.group * groups, batch, tokens).transpose(0, 1)  # [B, g·G, T]
+        spread = columns.reshape(self.group * groups, batch, tokens).transpose(0, 1)  # [B, g·G, T]
         return SpreadLatents(spread, groups, self.width)
 
 
