@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.errors import InvalidValueError, OutputError, UnsupportedModelError
+from optimum_mla.models import weight_bytes
 from optimum_mla.pipeline import TextOptions, convert, quantize
 from optimum_mla.report.memory import measured_cache_bytes
 from optimum_mla.report.quality import decoding_perplexity, perplexity
@@ -66,6 +67,20 @@ def test_report_tells_what_the_saved_model_measures(converted: Path, tmp_path: P
     assert "4 bits per number of the latent (hqq, groups of 32)" in card
 
 
+@pytest.mark.parametrize("weights", ["bnb-int8", "hqq-int4"])
+def test_weights_and_cache_in_one_go(weights: str, converted: Path, tmp_path: Path) -> None:
+    report = quantize(str(converted), tmp_path / "out", weights=weights, texts=FEW_WINDOWS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert weight_bytes(model) == report.weight_bytes_after < 0.75 * report.weight_bytes_before
+    assert model.config.latent_cache["bits"] == 4
+    ids = token_windows(AutoTokenizer.from_pretrained(tmp_path / "out"), EVALUATION, 48, 4, "eval-data")
+    assert decoding_perplexity(model, ids, model.make_cache) == pytest.approx(report.perplexity_after, rel=1e-3)
+    assert report.perplexity_after == pytest.approx(report.perplexity_before, rel=0.2)
+    assert f"Weights: {weights}" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UnsupportedModelError, match="weights of .* are quantized"):
+        quantize(str(tmp_path / "out"), tmp_path / "again")
+
+
 def test_what_cannot_be_quantized_leaves_nothing_behind(converted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UnsupportedModelError, match="mla-convert"):
@@ -76,6 +91,8 @@ def test_what_cannot_be_quantized_leaves_nothing_behind(converted: Path, tmp_pat
         quantize(str(converted), out, CacheSettings(bits=3, backend="quanto"))
     with pytest.raises(InvalidValueError, match="float8"):
         quantize(str(converted), out, dtype="float8")
+    with pytest.raises(InvalidValueError, match="Did you mean hqq-int4"):
+        quantize(str(converted), out, weights="hqq-int5")
     with pytest.raises(OutputError, match="input model"):
         quantize(str(converted), converted)
     assert list(tmp_path.iterdir()) == []
@@ -83,7 +100,18 @@ def test_what_cannot_be_quantized_leaves_nothing_behind(converted: Path, tmp_pat
 
 def test_command_prints_before_and_after(converted: Path, tmp_path: Path) -> None:
     program = str(Path(sys.executable).parent / "optimum-cli")
-    options = ["--cache-bits", "8", "--cache-backend", "quanto", "--residual-length", "0", "--rope-bits", "8"]
+    options = [
+        "--cache-bits",
+        "8",
+        "--cache-backend",
+        "quanto",
+        "--residual-length",
+        "0",
+        "--rope-bits",
+        "8",
+        "--weights",
+        "quanto-int8",
+    ]
     text = ["--eval-data", EVALUATION, "--eval-samples", "2", "--eval-length", "32"]
     done = subprocess.run(
         [program, "mla-quantize", "-m", str(converted), *options, *text, str(tmp_path / "out")],
@@ -94,8 +122,10 @@ def test_command_prints_before_and_after(converted: Path, tmp_path: Path) -> Non
     lines = {line.split("  ")[0].strip(): line.split() for line in done.stdout.splitlines() if line}
     before, after = (float(cell) for cell in lines["cache of 512 tokens, MB"][-2:])
     assert 8 / 32 < after / before < 8.4 / 32
+    before, after = (float(cell) for cell in lines["weights, MB"][-2:])
+    assert after < 0.6 * before
     before, after = (float(cell) for cell in lines["perplexity, token by token"][-2:])
-    assert after == pytest.approx(before, rel=0.005)
+    assert after == pytest.approx(before, rel=0.01)
     refused = subprocess.run(
         [program, "mla-quantize", "-m", str(converted), "--cache-bits", "5", str(tmp_path / "other")],
         capture_output=True,

@@ -73,6 +73,13 @@ class LatentInitialization(PreTrainedModel):
         if isinstance(module, DecoupledLatentAttention):
             init.copy_(module.rope_pairs, default_rope_pairs(module.geometry))
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        keep_storable(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
 
 class MLAModelMixin(LatentInitialization):
     """A source family's base model whose converted layers run latent attention."""
@@ -141,11 +148,24 @@ class MLAForCausalLMMixin(LatentInitialization):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; also writes the two lines that `auto_map` points at."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            # Undoing what loading did to the names is not written for bitsandbytes, and these models need none of it.
+            kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
         prefix = self.spec.class_prefix
         shim = f"from optimum_mla.models import {prefix}MLAConfig as {prefix}MLAConfig\n"
         shim += f"from optimum_mla.models import {prefix}MLAForCausalLM as {prefix}MLAForCausalLM\n"
         (Path(save_directory) / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
+
+
+def keep_storable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU, after which they would be saved wrong.
+
+    Its 4-bit layers do so at their first call, where the CPU has bfloat16 instructions.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (no field of `nn.Module`)
 
 
 def build_attention(

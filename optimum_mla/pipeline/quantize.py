@@ -1,4 +1,4 @@
-"""`mla-quantize`: the latent cache in few bits."""
+"""`mla-quantize`: the cache, and the weights if asked for, in few bits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from optimum_mla.cache import CacheSettings
 from optimum_mla.errors import UnsupportedModelError
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.checkpoint import atomic_folder, check_output
+from optimum_mla.models.weights import check_weights, quantize_weights, weight_bytes
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
@@ -36,6 +37,7 @@ def quantize(
     model: str,
     output: str | Path,
     cache: CacheSettings | None = None,
+    weights: str = "none",
     texts: TextOptions = NO_TEXTS,
     dtype: str = "auto",
     device: str | None = None,
@@ -48,6 +50,7 @@ def quantize(
         model: A hub id or a folder; converted.
         output: Folder to write; it appears only when whole.
         cache: How the cache is stored; None takes `QuantizeLatentCache`'s defaults.
+        weights: How the linear layers' weights are stored, one of `WEIGHT_CHOICES`.
         texts: Its evaluation text, if any.
         dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
@@ -60,6 +63,7 @@ def quantize(
     start = time.perf_counter()
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     check_dtype(dtype)
+    check_weights(weights)
     quantize_cache = QuantizeLatentCache(**(cache.to_dict() if cache else {}))
     folder = check_output(output, model, overwrite)
     config = load_converted_config(model, hub)
@@ -75,29 +79,32 @@ def quantize(
     geometry = model_geometry(loaded.spec, loaded.config)
     kind = loaded.dtype
 
-    def measured() -> tuple[int, float | None]:
+    def measured() -> tuple[int, int, float | None]:
         quality = None if evaluation is None else decoding_perplexity(loaded, evaluation, loaded.make_cache)
-        return measured_cache_bytes(loaded, probe, loaded.make_cache()), quality
+        return measured_cache_bytes(loaded, probe, loaded.make_cache()), weight_bytes(loaded), quality
 
     before = measured()
     quantize_cache(loaded)
+    quantize_weights(loaded, weights)
     after = measured()
     report = QuantizationReport(
         model=model,
         cache=quantize_cache.settings.to_dict(),
+        weights=weights,
         context_tokens=context,
         cache_bytes_before=before[0],
         cache_bytes_after=after[0],
         source_cache_bytes=geometry.source_cache_numbers * kind.itemsize * context,
+        weight_bytes_before=before[1],
+        weight_bytes_after=after[1],
         data=data,
-        perplexity_before=before[1],
-        perplexity_after=after[1],
+        perplexity_before=before[2],
+        perplexity_after=after[2],
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory_bytes(),
         dtype=str(kind).removeprefix("torch."),
     )
-    weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    with atomic_folder(folder, needed_bytes=weights) as partial:
+    with atomic_folder(folder, needed_bytes=after[1]) as partial:
         loaded.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -148,16 +148,17 @@ def quantization_table(report: QuantizationReport) -> str:
             number(report.cache_bytes_after / 1e6, 3),
         ),
         ("  % of the source model's", *(number(percent, 1) for percent in of_source)),
+        ("weights, MB", number(report.weight_bytes_before / 1e6), number(report.weight_bytes_after / 1e6)),
         ("perplexity, token by token", number(report.perplexity_before, 3), number(report.perplexity_after, 3)),
     ]
     return table(("", "before", "after"), rows)
 
 
 QUANTIZATION_CARD = """
-## Quantized cache
+## Quantized
 
-It takes {bits} bits per number of the latent ({backend}, groups of {group_size}) and {rope_bits} for a rotary key
-beside it; the newest {residual_length} tokens or fewer stay as they are. `generate` uses that cache by itself;
+The cache takes {bits} bits per number of the latent ({backend}, groups of {group_size}) and {rope_bits} for a rotary key
+beside it; the newest {residual_length} tokens or fewer stay as they are. Weights: {weights}. `generate` uses that cache by itself;
 `cache_implementation` overrides it. Measured:
 
 ```
@@ -168,4 +169,4 @@ beside it; the newest {residual_length} tokens or fewer stay as they are. `gener
 
 def quantization_card(report: QuantizationReport) -> str:
     """What `mla-quantize` adds to a model card."""
-    return QUANTIZATION_CARD.format(**report.cache, table=quantization_table(report))
+    return QUANTIZATION_CARD.format(**report.cache, weights=report.weights, table=quantization_table(report))

@@ -117,10 +117,12 @@ class QuantizationReport(Report):
     Attributes:
         model: What was quantized, as the user named it.
         cache: The fields of `CacheSettings`.
+        weights: How the linear layers' weights are stored.
         context_tokens: Tokens in the caches that were weighed.
         cache_bytes_before: Measured from a live cache of so many tokens, as the model stored it so far.
         cache_bytes_after: Likewise, as it stores it now, with the window in full precision.
         source_cache_bytes: What the model before its conversion would cache for them in the same dtype, computed.
+        weight_bytes_before: Parameters and buffers in memory. weight_bytes_after: Likewise.
         data: The evaluation text: where it came from, its tokens, and the SHA-256 of its token ids; or empty.
         perplexity_before: On that text, token by token through the live cache, or None without one.
         perplexity_after: Likewise.
@@ -133,10 +135,13 @@ class QuantizationReport(Report):
 
     model: str
     cache: dict[str, Any]
+    weights: str
     context_tokens: int
     cache_bytes_before: int
     cache_bytes_after: int
     source_cache_bytes: float
+    weight_bytes_before: int
+    weight_bytes_after: int
     data: dict[str, dict[str, Any]]
     perplexity_before: float | None
     perplexity_after: float | None

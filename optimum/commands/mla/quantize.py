@@ -12,7 +12,9 @@ from optimum.commands.mla.common import add_run_arguments, hub_options
 class MLAQuantizeCommand(BaseOptimumCLICommand):
     """Arguments only; the work is `optimum_mla.pipeline.quantize`."""
 
-    COMMAND = CommandInfo(name="mla-quantize", help="Store a converted model's latent cache in few bits.")
+    COMMAND = CommandInfo(
+        name="mla-quantize", help="Store a converted model's latent cache, and its weights if asked for, in few bits."
+    )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -41,6 +43,13 @@ class MLAQuantizeCommand(BaseOptimumCLICommand):
         cache.add_argument(
             "--rope-bits", type=int, default=16, help="Bits of a rotary key beside the latent: 16 (default) or 8."
         )
+        parser.add_argument(
+            "--weights",
+            default="none",
+            help="Weights of the linear layers: none (default), bnb-nf4, bnb-int8, hqq-int4, hqq-int8, quanto-int4, "
+            "quanto-int8.",
+        )
+
         text = parser.add_argument_group("text")
         text.add_argument(
             "--eval-data",
@@ -67,6 +76,7 @@ class MLAQuantizeCommand(BaseOptimumCLICommand):
                 cache=CacheSettings(
                     args.cache_bits, args.cache_backend, args.group_size, args.residual_length, args.rope_bits
                 ),
+                weights=args.weights,
                 texts=TextOptions(
                     eval_data=args.eval_data, eval_samples=args.eval_samples, eval_length=args.eval_length
                 ),

@@ -1,0 +1,7 @@
+"""Quantized weights of converted models, by bitsandbytes, HQQ or Quanto; saved and loaded as any other model."""
+
+from optimum_mla.models.weights import quantizer as quantizer
+from optimum_mla.models.weights.choices import WEIGHT_CHOICES, check_weights, quantize_weights, unquantized_layers
+from optimum_mla.models.weights.measure import weight_bytes
+
+__all__ = ["WEIGHT_CHOICES", "check_weights", "quantize_weights", "unquantized_layers", "weight_bytes"]
