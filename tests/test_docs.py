@@ -126,6 +126,34 @@ def test_readme_shows_the_measured_quality() -> None:
                 assert shown.strip() == f"{sum(found) / len(found):.3f}"
 
 
+def test_readme_shows_the_measured_decoding() -> None:
+    runs = json.loads((RESULTS / "decode.json").read_text(encoding="utf-8"))["runs"]
+    measured = {(run["shape"], run["latent"], run["variant"], run["context"]): run for run in runs}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (Llama[^,|]+ slice), ([^|]+), ([^,|]+) \| ([\d.]+) % \| (.+) / (.+) \| (.+) / (.+) \|$", readme, re.M
+    )
+    assert len(rows) == 6
+    for shape, latent, variant, percent, *speeds in rows:
+        short, long = (measured[shape, latent, variant, context] for context in (8192, 32768))
+        source = measured[shape, "-", "source", 32768]
+        assert percent == f"{100 * long['cache_mb'] / source['cache_mb']:.1f}"
+        found = [run[field] for field in ("core_speedup", "model_speedup") for run in (short, long)]
+        assert speeds == [f"{speed:.1f}" for speed in found]
+
+
+def test_readme_shows_what_quantization_costs() -> None:
+    runs = json.loads((RESULTS / "cache_quality.json").read_text(encoding="utf-8"))["runs"]
+    shown = re.search(
+        r"costs ([+-][\d.]+) % perplexity with HQQ and ([+-][\d.]+) % with Quanto", (ROOT / "README.md").read_text()
+    )
+    assert shown is not None
+    for cost, backend in zip(shown.groups(), ("hqq", "quanto"), strict=True):
+        wanted = {"kv_cache_ratio": 0.5, "bits": 4, "backend": backend, "residual_length": 0}
+        (run,) = [run for run in runs if wanted.items() <= run.items() and "group_size" not in run]
+        assert cost == f"{run['percent_over_unquantized']:+.2f}"
+
+
 def test_pages_link_to_files_that_exist() -> None:
     for page in [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):

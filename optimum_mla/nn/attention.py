@@ -182,12 +182,11 @@ class LatentAttention(nn.Module, ABC):
         else:
             dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
         eager = self.config._attn_implementation == "eager"
-        if dense and self._absorbable() and self._absorbing_saves(length, view.tokens):
-            context, weights = self._absorbed(queries, view, frames, attention_mask, keep_weights=eager)
-            return context.transpose(1, 2), weights
-        if dense and not view.is_dense:
-            context, weights = self._expanded(queries, view, frames, attention_mask, keep_weights=eager)
-            return context.transpose(1, 2), weights
+        absorbing = self._absorbable() and self._absorbing_saves(length, view.tokens)
+        if dense and (absorbing or not view.is_dense):
+            blockwise = self._absorbed if absorbing else self._expanded
+            context, weights = blockwise(queries, view, frames, attention_mask, keep_weights=eager)
+            return context.transpose(1, 2), None if weights is None else weights.to(queries.dtype)
         key_rotation = None
         if frames is not None:
             frames = self._frames(view, rotation, attention_mask, position_ids, seen, length, relative=False)

@@ -157,9 +157,9 @@ def quantization_table(report: QuantizationReport) -> str:
 QUANTIZATION_CARD = """
 ## Quantized
 
-The cache takes {bits} bits per number of the latent ({backend}, groups of {group_size}) and {rope_bits} for a rotary key
-beside it; the newest {residual_length} tokens or fewer stay as they are. Weights: {weights}. `generate` uses that cache by itself;
-`cache_implementation` overrides it. Measured:
+The cache takes {bits} bits per number of the latent ({backend}, groups of {group_size}) and {rope_bits} for a rotary
+key beside it; the newest {residual_length} tokens or fewer stay as they are. Weights: {weights}. `generate` uses that
+cache by itself; `cache_implementation` overrides it. Measured:
 
 ```
 {table}
