@@ -31,6 +31,7 @@ STEPS = 9
 SECONDS_PER_VARIANT = 6.0
 """After so many seconds a variant is timed no more, but at least `FEWEST_STEPS` times."""
 FEWEST_STEPS = 3
+FLUSH_STEPS = 128
 SMALL_VOCABULARY = 1024
 LONGEST = 40960
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -175,6 +176,20 @@ def timed(variants: list[Variant], step: Callable[[Variant], None]) -> list[dict
     ]
 
 
+def with_flushes(variant: Variant) -> float | None:
+    """Mean milliseconds of a core step over as many as any cache here gathers before it quantizes; None if unquantized.
+
+    The median hides the steps at which tokens are quantized.
+    """
+    if variant.kind in ("source", "absorbed", "expanded"):
+        return None
+    variant.prepared()
+    start = time.perf_counter()
+    for _ in range(FLUSH_STEPS):
+        variant.core_step()
+    return 1e3 * (time.perf_counter() - start) / FLUSH_STEPS
+
+
 def cases(config: dict[str, Any], shape: dict[str, Any]) -> list[tuple[dict[str, Any] | None, str]]:
     """Source first, then every variant of every latent; Transformers' quantized cache cannot hold an empty tensor."""
     found: list[tuple[dict[str, Any] | None, str]] = [(None, "source")]
@@ -245,9 +260,11 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
                 cache_bytes = [live_cache_bytes(variant.cache) for variant in variants]
                 whole = timed(variants, Variant.step)
                 core = timed(variants, Variant.core_step)
-            rows = list(zip(variants, cache_bytes, whole, core, strict=True))
+                flushing = context in config["flush_contexts"]
+                flushed = [with_flushes(variant) if flushing else None for variant in variants]
+            rows = list(zip(variants, cache_bytes, whole, core, flushed, strict=True))
             del variants
-            for variant, weight, model_time, core_time in rows:
+            for variant, weight, model_time, core_time, mean in rows:
                 name = variant.latent["name"] if variant.latent else "-"
                 layers = shape["source"]["num_hidden_layers"]
                 runs.append(
@@ -261,6 +278,7 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
                         "model_ms_quartile_spread": model_time["ms_quartile_spread"],
                         "core_ms_per_layer": core_time["ms"] / layers,
                         "core_ms_quartile_spread": core_time["ms_quartile_spread"] / layers,
+                        "core_ms_with_flushes_per_layer": None if mean is None else mean / layers,
                         "steps": core_time["steps"],
                         "model_speedup": whole[0]["ms"] / model_time["ms"],
                         "core_speedup": core[0]["ms"] / core_time["ms"],

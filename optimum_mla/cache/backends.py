@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,25 @@ _BACKENDS: dict[str, str] = {
 }
 
 
+class Encoded(NamedTuple):
+    """Quantized columns: number = code·scale + shift.
+
+    Attributes:
+        codes: [g, N], not yet packed.
+        scale: [N], in 16 bits.
+        shift: [N], in 16 bits, or None for a symmetric code.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+
+
 class Backend(ABC):
-    """Affine or symmetric quantization of columns.
+    """Affine or symmetric quantization of columns, and how codes are packed.
 
     Every column is one group of one token, with parameters of its own, so tokens and rows of a batch never share any.
-    Codes are packed inside a column: columns can be joined, cut and picked.
+    The codes of a token are packed together, so tokens can be joined, cut and picked.
 
     Args:
         bits: Bits of a code.
@@ -32,6 +47,9 @@ class Backend(ABC):
     """What the library can do."""
     package: str
     """Name of the library on the package index, which is also the name of the extra."""
+    lanes: tuple[int, ...]
+    """Where in a packed word its codes start, in bits: n packed words hold codes 0 to n-1 in the first lane, then the
+    next n in the second, and so on."""
 
     def __init__(self, bits: int) -> None:
         if bits not in self.bits_allowed:
@@ -40,17 +58,25 @@ class Backend(ABC):
         self.bits = bits
 
     @abstractmethod
-    def encode(self, columns: Tensor) -> tuple[Tensor, ...]:
-        """Codes and parameters of columns [g, N]: tensors whose last dim is N; parameters in 16 bits."""
+    def encode(self, columns: Tensor) -> Encoded:
+        """Quantize columns [g, N]."""
 
     @abstractmethod
-    def decode(self, stored: tuple[Tensor, ...], rows: int, dtype: torch.dtype) -> Tensor:
-        """Columns [g, N] again, g = `rows`."""
+    def pack(self, codes: Tensor) -> Tensor:
+        """Pack codes [w, N] along the first dimension: [words, N]."""
 
-    def column_bits(self, rows: int) -> int:
-        """Bits that one column of `rows` numbers takes, codes and parameters."""
-        codes, *parameters = self.encode(torch.zeros(rows, 1))
-        return 8 * codes.element_size() * codes.shape[0] + 16 * len(parameters)
+    def unpack(self, packed: Tensor, out: Tensor) -> None:
+        """Write the codes of packed words [..., words] as numbers into `out` [..., w]; the last lane may be short."""
+        words, width = packed.shape[-1], out.shape[-1]
+        for lane, shift in enumerate(self.lanes):
+            start, stop = lane * words, min((lane + 1) * words, width)
+            if stop > start:
+                part = packed[..., : stop - start]
+                if shift:
+                    part = part >> shift
+                if shift < max(self.lanes):
+                    part = part & (2**self.bits - 1)
+                out[..., start:stop].copy_(part)
 
 
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,54 +6,43 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from optimum_mla.cache.backends import Backend, parameter_dtype
-
-LARGEST_ZERO = 6e4
-"""A column whose zero would be larger, in codes, counts as constant: the zero would overflow 16 bits."""
+from optimum_mla.cache.backends import Backend, Encoded, parameter_dtype
 
 
 class HQQBackend(Backend):
-    """Affine codes, (code - zero)·scale.
+    """Affine codes. 8-bit ones are stored less 128: their products with the scale are then no larger than the numbers.
 
     HQQ's half-quadratic search is off: it is slow (20 times at one block), and stops by the mean error of all columns,
-    so that a row would depend on its batch. HQQ also takes ranges under 1e-4 for zero; columns are scaled to range 1
-    first.
+    so that a row would depend on its batch. HQQ also takes ranges under 1e-4 for zero; columns are brought to range 1
+    first, and near zero, where its zero point loses nothing in 16 bits.
     """
 
     bits_allowed = (8, 4, 3, 2)
     package = "hqq"
 
-    def encode(self, columns: Tensor) -> tuple[Tensor, ...]:
-        x = columns.float()
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.centre = 128 if bits == 8 else 0
+        word = 30 if bits == 3 else 8  # ten 3-bit codes in an int32, else as many as a byte holds; highest bits first
+        self.lanes = tuple(range(word - bits, -1, -bits))
+
+    def encode(self, columns: Tensor) -> Encoded:
+        x, kind = columns.float(), parameter_dtype(columns.dtype)
         lowest, highest = x.amin(0, keepdim=True), x.amax(0, keepdim=True)
-        span, size = highest - lowest, x.abs().amax(0, keepdim=True)
-        constant = span * LARGEST_ZERO <= size * (2**self.bits - 1)
-        x = torch.where(constant, (lowest + highest) / 2, x)
-        span = torch.where(constant, torch.where(size > 0, size, torch.ones_like(size)), span)
+        span = highest - lowest
+        anchor = (lowest + highest) / 2 if self.centre else lowest
         codes, meta = Quantizer.quantize(
-            x / span,
+            (x - anchor) / torch.where(span > 0, span, torch.ones_like(span)),
             nbits=self.bits,
             group_size=x.shape[0],
             axis=0,
             optimize=False,
-            # A whole zero is exact in 16 bits, where half a step of 8-bit codes would not be.
-            round_zero=self.bits == 8,
+            bitpack=False,
             device=str(x.device),
         )
-        kind = parameter_dtype(columns.dtype)
-        return codes, (meta["scale"] * span).to(kind), meta["zero"].to(kind)
+        scale = meta["scale"] * span
+        shift = anchor - (meta["zero"] - self.centre) * scale
+        return Encoded(codes - self.centre, scale[0].to(kind), shift[0].to(kind))
 
-    def decode(self, stored: tuple[Tensor, ...], rows: int, dtype: torch.dtype) -> Tensor:
-        codes, scale, zero = stored
-        meta = {
-            "compute_dtype": dtype,
-            "packing": Quantizer.bit_to_packing[self.bits],
-            "view_as_float": False,
-            "nbits": self.bits,
-            "axis": 0,
-            "group_size": rows,
-            "scale": scale.to(dtype),
-            "zero": zero.to(dtype),
-            "shape": (rows, codes.shape[-1]),
-        }
-        return Quantizer.dequantize(codes, meta)
+    def pack(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.int8) if self.bits == 8 else Quantizer.pack[Quantizer.bit_to_packing[self.bits]](codes)

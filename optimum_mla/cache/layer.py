@@ -11,47 +11,107 @@ from transformers.cache_utils import CacheLayerMixin
 
 from optimum_mla.cache.backends import Backend, make_backend
 from optimum_mla.cache.settings import FULL_BITS, CacheSettings
-from optimum_mla.cache.stored import DenseStored, QuantizedStored, Stored
+from optimum_mla.cache.stored import DenseStored, QuantizedStored
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
-from optimum_mla.ops.blocks import Block, CacheView, block_tokens, concatenate
+from optimum_mla.ops.blocks import Block, CacheView, Latents, block_tokens, concatenate
 
 UNQUANTIZED = CacheSettings()
 
 
 class StoredBlock(NamedTuple):
-    """Some consecutive tokens: the first cached vectors, the second, and the key norms' factors."""
+    """Some consecutive tokens.
 
-    first: Stored
-    second: Stored
-    scales: Stored
+    Attributes:
+        plain: What keeps the model's dtype, side by side: first vectors, second vectors, the key norms' factors.
+        first: The first vectors, where they are quantized.
+        second: The second, likewise.
+        widths: Of first, second and factors.
+    """
+
+    plain: DenseStored
+    first: QuantizedStored | None
+    second: QuantizedStored | None
+    widths: tuple[int, int, int]
 
     @property
     def tokens(self) -> int:
         """How many tokens."""
-        return self.scales.tokens
+        return self.plain.tokens
 
-    def each(self, change: Callable[[Stored], Stored]) -> StoredBlock:
-        """With a change made to every part."""
-        return StoredBlock(change(self.first), change(self.second), change(self.scales))
+    @property
+    def batch(self) -> int:
+        """How many rows."""
+        return self.plain.batch
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is."""
+        return self.first is not None or self.second is not None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that takes memory."""
+        return [tensor for part in (self.plain, self.first, self.second) if part for tensor in part.tensors]
+
+    def _each(self, change: Callable[[Any], Any]) -> StoredBlock:
+        first, second = (part and change(part) for part in (self.first, self.second))
+        return StoredBlock(change(self.plain), first, second, self.widths)
 
     def cut(self, start: int, stop: int) -> StoredBlock:
         """The tokens from `start` to before `stop`."""
-        return self.each(lambda part: part.cut(start, stop))
+        return self._each(lambda part: part.cut(start, stop))
+
+    def rows(self, indices: Tensor) -> StoredBlock:
+        """The given rows of the batch, in that order."""
+        return self._each(lambda part: part.rows(indices))
+
+    def to(self, device: torch.device) -> StoredBlock:
+        """On another device."""
+        return self._each(lambda part: part.to(device))
 
     def joined(self, newer: StoredBlock) -> StoredBlock:
-        """With the tokens of `newer` behind its own."""
-        return StoredBlock(
-            self.first.joined(newer.first), self.second.joined(newer.second), self.scales.joined(newer.scales)
-        )
+        """With the tokens of `newer`, stored alike, behind its own."""
+        first = self.first and newer.first and self.first.joined(newer.first)
+        second = self.second and newer.second and self.second.joined(newer.second)
+        return StoredBlock(self.plain.joined(newer.plain), first, second, self.widths)
 
-    def open(self) -> Block:
-        """Ready to compute with."""
-        return Block(self.first.open(), self.second.open(), self.scales.open().dense())
+    def encoded(self, backends: tuple[Backend | None, Backend | None], group_size: int) -> StoredBlock:
+        """With first and second vectors, which are plain still, quantized by these backends."""
+        *vectors, scales = self.plain.vectors.split(self.widths, dim=-1)
+        kept: list[Tensor] = []
+        coded: list[QuantizedStored | None] = []
+        for part, backend in zip(vectors, backends, strict=True):
+            if backend is None or not part.shape[-1]:
+                kept.append(part)
+                coded.append(None)
+            else:
+                coded.append(QuantizedStored.quantize(part, backend, group_size))
+        return StoredBlock(DenseStored(torch.cat([*kept, scales], dim=-1)), coded[0], coded[1], self.widths)
+
+    def open(self, memory: Tensor | None = None) -> Block:
+        """Ready to compute with.
+
+        Args:
+            memory: Where to decode to if its shape is right; else new memory is taken.
+        """
+        coded = (self.first, self.second)
+        kept = [0 if part else width for part, width in zip(coded, self.widths, strict=False)]
+        *plain, scales = self.plain.vectors.split([*kept, self.widths[2]], dim=-1)
+        if not self.quantized:
+            return Block(Latents(plain[0]), Latents(plain[1]), scales, self.plain.vectors[..., : sum(kept)])
+        widths = [part.opened_width if part else width for part, width in zip(coded, kept, strict=True)]
+        size = (self.batch, self.tokens, sum(widths))
+        joined = memory if memory is not None and memory.shape == size else self.plain.buffer.new_empty(size)
+        first, second = (
+            part.open(out) if part else Latents(out.copy_(vectors))
+            for part, vectors, out in zip(coded, plain, joined.split(widths, dim=-1), strict=True)
+        )
+        return Block(first, second, scales, joined)
 
 
 class BlockView(CacheView):
-    """The blocks of a layer; each is decoded when iteration reaches it, and dropped after it."""
+    """The blocks of a layer; each is decoded when iteration reaches it, over the one before."""
 
     def __init__(self, blocks: list[StoredBlock]) -> None:
         self.blocks = blocks
@@ -62,22 +122,30 @@ class BlockView(CacheView):
 
     @property
     def is_dense(self) -> bool:
-        return all(isinstance(part, DenseStored) for block in self.blocks for part in block)
+        return not any(block.quantized for block in self.blocks)
+
+    @property
+    def scales(self) -> int:
+        return self.blocks[0].widths[2]
 
     def __iter__(self) -> Iterator[Block]:
-        for block in self.blocks:
-            yield block.open()
+        memory: Tensor | None = None
+        for stored in self.blocks:
+            block = stored.open(memory)
+            yield block
+            # Fresh pages for every block would take longer than decoding it. Autograd needs what it saw, though.
+            memory = block.joined if stored.quantized and not torch.is_grad_enabled() else None
 
     def whole(self) -> Block:
-        return concatenate(list(self))
+        return concatenate([stored.open() for stored in self.blocks])
 
 
 class LatentLayer(CacheLayerMixin):
     """Cache of one converted layer, behind the Transformers contract.
 
-    The newest tokens stay in the model's own dtype, at most `settings.residual_length` of them. Older ones are in
-    blocks of up to `block_tokens` tokens: quantized once, on the way out of that window, and never again. A token's
-    codes depend on nothing but that token.
+    The newest tokens stay in the model's own dtype, at most `settings.residual_length` of them (without quantization,
+    as many as make a block). Older ones are in blocks of up to `block_tokens` tokens: quantized once, on the way out of
+    that window, and never again. A token's codes depend on nothing but that token.
 
     Args:
         geometry: Shape of the layer.
@@ -92,11 +160,11 @@ class LatentLayer(CacheLayerMixin):
         self.geometry, self.settings = geometry, settings
         full = geometry.attention_form == "full"
         make = lambda bits: None if bits == FULL_BITS else make_backend(settings.backend, bits)  # noqa: E731
-        self.first_backend = make(settings.bits)
-        self.second_backend = self.first_backend if full else make(settings.rope_bits)
+        first_backend = make(settings.bits)
+        self.backends = (first_backend, first_backend if full else make(settings.rope_bits))
         self.block_tokens = block_tokens(self._first_width)
         second = geometry.cache_numbers - self._first_width
-        self._second_widths = [second - geometry.scale_numbers, geometry.scale_numbers]
+        self._second_widths = (second - geometry.scale_numbers, geometry.scale_numbers)
         self._clear()
 
     def _clear(self) -> None:
@@ -144,25 +212,29 @@ class LatentLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(first, second)
-        other, scales = second[:, 0].split(self._second_widths, dim=-1)
-        new = StoredBlock(DenseStored(first[:, 0]), DenseStored(other), DenseStored(scales))
-        recent = new if self.residual is None else self.residual.joined(new)
+        batch, _, tokens, _ = first.shape
+        older = DenseStored(first.new_empty(batch, 0, sum(widths))) if self.residual is None else self.residual.plain
+        plain = older.appended(first[:, 0], second[:, 0])
+        recent = StoredBlock(plain, None, None, (self._first_width, *self._second_widths))
         view = BlockView([*self.blocks, recent])
-        self.seen += new.tokens
+        self.seen += tokens
         self._settle(recent)
         return view
 
     def _settle(self, recent: StoredBlock) -> None:
         """Keep the newest of `recent` as the window and store the rest in blocks."""
-        settings = self.settings
-        leaving = 0
-        if recent.tokens > settings.residual_length:
+        settings, leaving = self.settings, 0
+        if not settings.quantized:
+            leaving = recent.tokens - recent.tokens % self.block_tokens
+        elif recent.tokens > settings.residual_length:
             leaving = min(recent.tokens - settings.residual_length + settings.flush_tokens - 1, recent.tokens)
         start = 0
         while start < leaving:
             room = self.block_tokens - self.blocks[-1].tokens if self.blocks else 0
             stop = min(leaving, start + (room or self.block_tokens))
-            block = self._encode(recent.cut(start, stop))
+            block = recent.cut(start, stop)
+            if settings.quantized:
+                block = block.encoded(self.backends, settings.group_size)
             if room:
                 self.blocks[-1] = self.blocks[-1].joined(block)
             else:
@@ -170,21 +242,10 @@ class LatentLayer(CacheLayerMixin):
             start = stop
         if leaving == recent.tokens:
             self.residual = None
-        elif leaving or self.residual is None:
+        elif leaving:
             self.residual = recent.cut(leaving, recent.tokens)
         else:
-            self.residual = recent  # joined just now, so nobody else's memory
-
-    def _encode(self, block: StoredBlock) -> StoredBlock:
-        def stored(part: Stored, backend: Backend | None) -> Stored:
-            (vectors,) = part.tensors
-            if backend is None or not vectors.shape[-1]:
-                return part
-            return QuantizedStored.quantize(vectors, backend, self.settings.group_size)
-
-        return StoredBlock(
-            stored(block.first, self.first_backend), stored(block.second, self.second_backend), block.scales
-        )
+            self.residual = recent
 
     def get_seq_length(self) -> int:
         """Tokens in the layer."""
@@ -222,33 +283,33 @@ class LatentLayer(CacheLayerMixin):
         """Forget everything."""
         self._clear()
 
-    def _change(self, change: Callable[[Stored], Stored]) -> None:
-        self.blocks = [block.each(change) for block in self.blocks]
-        self.residual = None if self.residual is None else self.residual.each(change)
+    def _change(self, change: Callable[[StoredBlock], StoredBlock]) -> None:
+        self.blocks = [change(block) for block in self.blocks]
+        self.residual = None if self.residual is None else change(self.residual)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row of the batch the tokens of another one."""
-        self._change(lambda part: part.rows(beam_idx))
+        self._change(lambda block: block.rows(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
-        self._change(lambda part: part.rows(torch.as_tensor(indices)))
+        self._change(lambda block: block.rows(torch.as_tensor(indices)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        self._change(lambda part: part.rows(torch.arange(part.batch).repeat_interleave(repeats)))
+        self._change(lambda block: block.rows(torch.arange(block.batch).repeat_interleave(repeats)))
 
     def offload(self) -> None:
         """Move everything to the CPU."""
-        self._change(lambda part: part.to(torch.device("cpu")))
+        self._change(lambda block: block.to(torch.device("cpu")))
 
     def prefetch(self) -> None:
         """Move everything back to where it is computed with."""
         if self.is_initialized:
-            self._change(lambda part: part.to(self.device))
+            self._change(lambda block: block.to(self.device))
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that takes memory."""
         blocks = [*self.blocks, *([self.residual] if self.residual else [])]
-        return [tensor for block in blocks for part in block for tensor in part.tensors]
+        return [tensor for block in blocks for tensor in block.tensors]

@@ -7,10 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimum_mla.cache.backends import Backend
-from optimum_mla.ops.blocks import DenseLatents, Latents
+from optimum_mla.ops.blocks import Latents, ShiftedLatents
+
+SPARE_TOKENS = 16
+"""A tensor that tokens are appended to one by one gets room for so many more, not to be copied at every step."""
 
 
 class Stored(ABC):
@@ -47,51 +50,80 @@ class Stored(ABC):
     def to(self, device: torch.device) -> Stored:
         """On another device."""
 
-    @abstractmethod
-    def open(self) -> Latents:
-        """Ready to compute with."""
-
 
 class DenseStored(Stored):
-    """A plain tensor [B, T, w]."""
+    """Plain vectors.
 
-    def __init__(self, vectors: Tensor) -> None:
-        self.vectors = vectors
+    Args:
+        buffer: [B, T or more, w].
+        tokens: How many of them count; None: all.
+    """
+
+    def __init__(self, buffer: Tensor, tokens: int | None = None) -> None:
+        self.buffer = buffer
+        self._tokens = buffer.shape[1] if tokens is None else tokens
+
+    @property
+    def vectors(self) -> Tensor:
+        """[B, T, w]."""
+        return self.buffer[:, : self._tokens]
 
     @property
     def tokens(self) -> int:
-        return self.vectors.shape[1]
+        return self._tokens
 
     @property
     def batch(self) -> int:
-        return self.vectors.shape[0]
+        return self.buffer.shape[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.vectors,)
+        return (self.buffer,)
 
     def joined(self, newer: Stored) -> DenseStored:
-        return DenseStored(torch.cat([self.vectors, *newer.tensors], dim=1))
+        assert isinstance(newer, DenseStored)
+        return DenseStored(torch.cat([self.vectors, newer.vectors], dim=1))
+
+    def appended(self, *parts: Tensor) -> DenseStored:
+        """With new tokens, whose vectors [B, S, w] come in pieces to be put side by side.
+
+        They are written into the spare room where there is some. `self` does not see them, but must not be appended to
+        again.
+        """
+        count = parts[0].shape[1]
+        total = self._tokens + count
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (self.buffer, *parts)):
+            new = torch.cat(parts, dim=-1)
+            return DenseStored(torch.cat([self.vectors, new], dim=1))
+        buffer = self.buffer
+        if total > buffer.shape[1] or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
+            room = total + SPARE_TOKENS if count == 1 else total
+            buffer = parts[0].new_empty(self.batch, room, self.buffer.shape[2])
+            buffer[:, : self._tokens] = self.vectors
+        new = buffer[:, self._tokens : total]
+        torch.cat(parts, dim=-1, out=new) if len(parts) > 1 else new.copy_(parts[0])
+        return DenseStored(buffer, total)
 
     def cut(self, start: int, stop: int) -> DenseStored:
-        return DenseStored(self.vectors[:, start:stop].clone())
+        return DenseStored(self.vectors[:, start:stop].clone(memory_format=torch.contiguous_format))
 
     def rows(self, indices: Tensor) -> DenseStored:
-        return DenseStored(self.vectors.index_select(0, indices.to(self.vectors.device)))
+        return DenseStored(self.vectors.index_select(0, indices.to(self.buffer.device)))
 
     def to(self, device: torch.device) -> DenseStored:
-        return DenseStored(self.vectors.to(device, non_blocking=True))
+        return DenseStored(self.buffer.to(device, non_blocking=True), self._tokens)
 
     def open(self) -> Latents:
-        return DenseLatents(self.vectors)
+        """Ready to compute with."""
+        return Latents(self.vectors)
 
 
 class QuantizedStored(Stored):
-    """Codes and parameters of a `Backend`, each [·, G, B, T] for G groups a vector.
+    """Vectors as codes and parameters of a `Backend`.
 
     Args:
-        stored: What `Backend.encode` gave, the columns apart by group, row and token.
-        backend: Who can decode it.
+        stored: Packed codes [B, T, words], scales [B, T, G] and, for affine codes, shifts [B, T, G], of G groups.
+        backend: Who can unpack them.
         width: w. group: Numbers in a group; the last one may hold some that do not count.
         dtype: Of the vectors.
     """
@@ -102,16 +134,18 @@ class QuantizedStored(Stored):
     @classmethod
     def quantize(cls, vectors: Tensor, backend: Backend, group_size: int) -> QuantizedStored:
         """Quantize vectors [B, T, w]."""
-        width = vectors.shape[-1]
+        batch, tokens, width = vectors.shape
         group = balanced_group(width, group_size)
         groups = math.ceil(width / group)
         if padding := groups * group - width:
             # The last number again: it leaves its group's range as it is.
-            vectors = torch.cat([vectors, vectors[..., -1:].expand(*vectors.shape[:-1], padding)], dim=-1)
+            vectors = torch.cat([vectors, vectors[..., -1:].expand(-1, -1, padding)], dim=-1)
         columns = vectors.unflatten(-1, (groups, group)).permute(3, 2, 0, 1)  # [g, G, B, T]
-        stored = backend.encode(columns.flatten(1))
-        apart = tuple(tensor.unflatten(-1, columns.shape[1:]) for tensor in stored)
-        return cls(apart, backend, width, group, vectors.dtype)
+        codes, *parameters = backend.encode(columns.flatten(1))
+        by_number = codes.unflatten(-1, (groups, -1)).transpose(0, 1).flatten(0, 1)  # [G·g, B·T]
+        stored = [backend.pack(by_number), *(p.view(groups, -1) for p in parameters if p is not None)]
+        at_rest = tuple(tensor.t().contiguous().unflatten(0, (batch, tokens)) for tensor in stored)
+        return cls(at_rest, backend, width, group, vectors.dtype)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> QuantizedStored:
         stored = tuple(change(tensor) for tensor in self.stored)
@@ -119,68 +153,51 @@ class QuantizedStored(Stored):
 
     @property
     def tokens(self) -> int:
-        return self.stored[0].shape[-1]
+        return self.stored[0].shape[1]
 
     @property
     def batch(self) -> int:
-        return self.stored[0].shape[-2]
+        return self.stored[0].shape[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.stored
 
+    @property
+    def opened_width(self) -> int:
+        """Numbers of a vector as `open` gives it: the scaled codes of all groups, then their shifts."""
+        groups = self.stored[1].shape[-1]
+        return groups * (self.group + len(self.stored) - 2)
+
     def joined(self, newer: Stored) -> QuantizedStored:
         further = iter(newer.tensors)
-        return self._with(lambda tensor: torch.cat([tensor, next(further)], dim=-1))
+        return self._with(lambda tensor: torch.cat([tensor, next(further)], dim=1))
 
     def cut(self, start: int, stop: int) -> QuantizedStored:
-        return self._with(lambda tensor: tensor[..., start:stop].clone())
+        return self._with(lambda tensor: tensor[:, start:stop].clone(memory_format=torch.contiguous_format))
 
     def rows(self, indices: Tensor) -> QuantizedStored:
-        return self._with(lambda tensor: tensor.index_select(-2, indices.to(tensor.device)))
+        return self._with(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def to(self, device: torch.device) -> QuantizedStored:
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def open(self) -> Latents:
-        groups, batch, tokens = self.stored[0].shape[1:]
-        flat = tuple(tensor.flatten(1) for tensor in self.stored)
-        columns = self.backend.decode(flat, self.group, self.dtype)
-        # Channel-major, and in a vector first all groups' first numbers, then their second ones, ...
-        spread = columns.reshape(self.group * groups, batch, tokens).transpose(0, 1)  # [B, g·G, T]
-        return SpreadLatents(spread, groups, self.width)
+    def open(self, out: Tensor | None = None) -> Latents:
+        """Ready to compute with.
 
-
-class SpreadLatents(Latents):
-    """Vectors decoded to [B, g·G, T], the numbers of their G groups interleaved.
-
-    Queries and weights are brought into that order, not the cache into theirs.
-    """
-
-    def __init__(self, vectors: Tensor, groups: int, width: int) -> None:
-        self.vectors, self.groups, self.width = vectors, groups, width
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """Numbers [..., w] in the order of the vectors, zero where those are padded: [..., g·G]."""
-        x = nn.functional.pad(x, (0, self.vectors.shape[1] - self.width))
-        return x.unflatten(-1, (self.groups, -1)).transpose(-1, -2).flatten(-2)
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """The inverse of `_spread`."""
-        return x.unflatten(-1, (-1, self.groups)).transpose(-1, -2).flatten(-2)[..., : self.width]
-
-    def logits(self, queries: Tensor) -> Tensor:
-        return self._spread(queries) @ self.vectors
-
-    def context(self, weights: Tensor) -> Tensor:
-        return self._gather((self.vectors @ weights.transpose(1, 2)).transpose(1, 2))
-
-    def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        projected = (self._spread(weight) @ self.vectors).transpose(1, 2)  # [B, T, m]
-        return projected if bias is None else projected + bias
-
-    def dense(self) -> Tensor:
-        return self._gather(self.vectors.transpose(1, 2))
+        Args:
+            out: Where to write, [B, T, `opened_width`]; None takes new memory.
+        """
+        codes, scale, *shift = self.stored
+        groups = scale.shape[-1]
+        if out is None:
+            out = codes.new_empty(self.batch, self.tokens, self.opened_width, dtype=self.dtype)
+        numbers = out[..., : groups * self.group]
+        self.backend.unpack(codes, numbers)
+        numbers.unflatten(-1, (groups, self.group)).mul_(scale.unsqueeze(-1))
+        if shift:
+            out[..., groups * self.group :].copy_(shift[0])
+        return ShiftedLatents(out, groups if shift else 0, self.group, self.width)
 
 
 def balanced_group(width: int, group_size: int) -> int:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimum_mla.ops.absorb import product
 
-BLOCK_NUMBERS = 2**19
+BLOCK_NUMBERS = 2**20
 """About so many numbers are looked at together: enough for the matrix products, little beside a long cache."""
 SHORTEST_BLOCK = 256
 
@@ -25,44 +25,78 @@ def block_tokens(width: int) -> int:
     return max(SHORTEST_BLOCK, 2 ** round(math.log2(BLOCK_NUMBERS / width)))
 
 
-class Latents(ABC):
-    """Vectors [B, T, w] of some cached tokens, ready to compute with."""
+class Latents:
+    """Vectors of some cached tokens, ready to compute with.
 
-    @abstractmethod
-    def logits(self, queries: Tensor) -> Tensor:
-        """Inner products of queries [B, M, w] with every token's vector: [B, M, T]."""
-
-    @abstractmethod
-    def context(self, weights: Tensor) -> Tensor:
-        """Weighted sums of the vectors, weights [B, M, T]: [B, M, w]."""
-
-    @abstractmethod
-    def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A linear map, weight [m, w] and bias [m], of every vector: [B, T, m]."""
-
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """The vectors as they came, [B, T, w]."""
-
-
-class DenseLatents(Latents):
-    """Vectors in a plain tensor [B, T, w]."""
+    Args:
+        vectors: [B, T, w].
+    """
 
     def __init__(self, vectors: Tensor) -> None:
         self.vectors = vectors
 
+    @property
+    def layout(self) -> Hashable:
+        """Latents of the same layout lift and lower alike."""
+        return None
+
+    def lift(self, queries: Tensor) -> Tensor:
+        """Queries [..., w] as the stored vectors want them: inner products with those are the ones asked for."""
+        return queries
+
+    def lower(self, sums: Tensor) -> Tensor:
+        """Weighted sums [..., ·] of the stored vectors as sums of the vectors that they stand for, [..., w]."""
+        return sums
+
     def logits(self, queries: Tensor) -> Tensor:
-        return product(self.vectors, queries.transpose(1, 2)).transpose(1, 2)
+        """Inner products of queries [B, M, w] with every token's vector: [B, M, T]."""
+        return product(self.vectors, self.lift(queries).transpose(1, 2)).transpose(1, 2)
 
     def context(self, weights: Tensor) -> Tensor:
-        return weights @ self.vectors
+        """Weighted sums of the vectors, weights [B, M, T]: [B, M, w]."""
+        return self.lower(weights @ self.vectors)
 
     def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        projected = product(self.vectors, weight.t())
+        """A linear map, weight [m, w] and bias [m], of every vector: [B, T, m]."""
+        projected = product(self.vectors, self.lift(weight).t())
         return projected if bias is None else projected + bias
 
     def dense(self) -> Tensor:
-        return self.vectors
+        """The vectors that these stand for, [B, T, w]."""
+        return self.lower(self.vectors)
+
+
+class ShiftedLatents(Latents):
+    """Vectors in groups that share a shift, which is not added to their numbers but stands behind them.
+
+    Adding it would take as long as all the rest of decoding. Instead, a query meets it with the sum of its own group.
+
+    Args:
+        vectors: The numbers of all groups, then the groups' shifts: [B, T, G·g + shifts].
+        shifts: G, or 0 where there are none.
+        group: g.
+        width: w; groups are padded behind it.
+    """
+
+    def __init__(self, vectors: Tensor, shifts: int, group: int, width: int) -> None:
+        super().__init__(vectors)
+        self.shifts, self.group, self.width = shifts, group, width
+
+    @property
+    def layout(self) -> Hashable:
+        return self.shifts, self.group, self.width, self.vectors.shape[-1]
+
+    def lift(self, queries: Tensor) -> Tensor:
+        numbers = nn.functional.pad(queries, (0, self.vectors.shape[-1] - self.shifts - self.width))
+        if not self.shifts:
+            return numbers
+        return torch.cat([numbers, numbers.unflatten(-1, (self.shifts, self.group)).sum(-1)], dim=-1)
+
+    def lower(self, sums: Tensor) -> Tensor:
+        if self.shifts:
+            numbers, shifts = sums.split([sums.shape[-1] - self.shifts, self.shifts], dim=-1)
+            sums = (numbers.unflatten(-1, (self.shifts, self.group)) + shifts.unsqueeze(-1)).flatten(-2)
+        return sums[..., : self.width]
 
 
 class Block(NamedTuple):
@@ -72,11 +106,13 @@ class Block(NamedTuple):
         first: The first cached vectors: the joint latent, or the key latent.
         second: The second: the rotary key [B, T, K·R] or the value latent; may have no width.
         scales: The key norms' factors [B, T, G], of no width without key norms.
+        joined: The vectors of `first` and `second`, as they are stored, where they lie side by side in memory; or None.
     """
 
     first: Latents
     second: Latents
     scales: Tensor
+    joined: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -102,9 +138,14 @@ class CacheView(ABC):
     def is_dense(self) -> bool:
         """Whether all tokens lie in memory as plain tensors, so that `whole` decodes nothing."""
 
+    @property
+    @abstractmethod
+    def scales(self) -> int:
+        """G of the key norms' factors, 0 without key norms."""
+
     @abstractmethod
     def __iter__(self) -> Iterator[Block]:
-        """The blocks, in order."""
+        """The blocks, in order. What a block holds is good until the next one is asked for."""
 
     @abstractmethod
     def whole(self) -> Block:
@@ -132,6 +173,10 @@ class TensorView(CacheView):
     def is_dense(self) -> bool:
         return True
 
+    @property
+    def scales(self) -> int:
+        return self.second.shape[-1] - self.width
+
     def __iter__(self) -> Iterator[Block]:
         start = 0
         for size in self.sizes:
@@ -143,13 +188,15 @@ class TensorView(CacheView):
 
     def _slice(self, start: int, stop: int) -> Block:
         second, scales = self.second[:, start:stop].split([self.width, self.second.shape[-1] - self.width], dim=-1)
-        return Block(DenseLatents(self.first[:, start:stop]), DenseLatents(second), scales)
+        return Block(Latents(self.first[:, start:stop]), Latents(second), scales)
 
 
 def concatenate(blocks: list[Block]) -> Block:
     """One dense block from several."""
+    if len(blocks) == 1 and blocks[0].first.layout is blocks[0].second.layout is None:
+        return blocks[0]
     return Block(
-        DenseLatents(torch.cat([block.first.dense() for block in blocks], dim=1)),
-        DenseLatents(torch.cat([block.second.dense() for block in blocks], dim=1)),
+        Latents(torch.cat([block.first.dense() for block in blocks], dim=1)),
+        Latents(torch.cat([block.second.dense() for block in blocks], dim=1)),
         torch.cat([block.scales for block in blocks], dim=1),
     )

@@ -5,7 +5,7 @@ At any time one block is in memory in full precision, so a step over a quantized
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class Attended(NamedTuple):
 
     Attributes:
         context: Weighted sum, [B, H, S, w], in the queries' dtype.
-        mass: Sum of the weights, [B, H, S, 1]: 1 but for dropout.
+        mass: Sum of the weights, broadcasting to [B, H, S, 1]: 1 but for dropout.
         weights: [B, H, S, T], or None where they were not asked for.
     """
 
@@ -73,19 +73,26 @@ def attend(view: CacheView, partial: Partial, mask: Tensor | None, keep_weights:
     """
     sums: Sums | None = None
     kept: list[Tensor] = []
-    start = 0
-    for block in view:
-        span = slice(start, start + block.tokens)
-        start = span.stop
-        new = partial(block, span, None if mask is None else mask[..., span])
+    for block, span, part in masked_blocks(view, mask):
+        new = partial(block, span, part)
         if keep_weights and new.logits is not None:
             kept.append(new.logits)
         new = new._replace(logits=None)
         sums = new if sums is None else sums.merged(new)
-    if sums is None:
-        raise ValueError("attention over a cache without tokens")
+    assert sums is not None
     weights = (torch.cat(kept, dim=-1) - sums.peak).exp().div(sums.total) if keep_weights else None
     return Attended(sums.context / sums.total, sums.mass / sums.total, weights)
+
+
+def masked_blocks(view: CacheView, mask: Tensor | None) -> Iterator[tuple[Block, slice, Tensor | None]]:
+    """The blocks of `view`, which of its tokens each holds, and the mask's part for them."""
+    start = 0
+    for block in view:
+        span = slice(start, start + block.tokens)
+        start = span.stop
+        yield block, span, None if mask is None else mask[..., span]
+    if not start:
+        raise ValueError("attention over a cache without tokens")
 
 
 def softmax_sums(

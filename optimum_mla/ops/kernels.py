@@ -6,59 +6,112 @@ neither the cache nor the module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
-from optimum_mla.ops.blocks import Block, DenseLatents
-from optimum_mla.ops.blockwise import Attended, LatentDecode, Sums, attend, latent_decode
+from optimum_mla.ops.blocks import Latents
+from optimum_mla.ops.blockwise import Attended, LatentDecode, Sums, latent_decode, masked_blocks
 
 Kernel = Callable[[LatentDecode], Attended]
 
 
+ONE = torch.ones(())
+PIECE_NUMBERS = 2**17
+"""A thread of its own pays for so many numbers of the cache."""
+
+
 def cpu_decode(step: LatentDecode) -> Attended:
-    """PyTorch's flash attention for CPUs over each dense block, the reference over quantized ones.
+    """PyTorch's flash attention for CPUs over each block, in one piece of its tokens a thread.
 
-    All heads share the latents, so they are the rows of one head. The rotary logits go in as the additive mask. Where
-    more is asked for than that kernel does (weights, dropout, key norms, gradients), this is the reference.
+    All query heads share the latents, so they are the rows of one head, and the pieces are its heads: the kernel runs
+    heads in parallel, but not the tokens of one. A shared rotary key lies beside the latent, and both are one key;
+    other rotary logits go in as the additive mask. `logit_bias` is the same for all tokens and changes no softmax.
+    Where more is asked for than that kernel does (weights, dropout, key norms, gradients), this is the reference.
     """
-    if step.keep_weights or step.dropout or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        step.keep_weights
+        or step.dropout
+        or step.view.scales
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return latent_decode(step)
+    shared_rope = step.rebuild is None and step.rope_heads == 1
+    queries: dict[Hashable, Tensor] = {}
+    sums: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+    latents: dict[Hashable, Latents] = {}
+    for block, span, mask in masked_blocks(step.view, step.mask):
+        joining = shared_rope and block.joined is not None
+        layout: Hashable = (joining, block.first.layout, block.second.layout)
+        if layout not in queries:
+            lifted = block.first.lift(step.latent_queries)
+            if joining:
+                lifted = torch.cat([lifted, block.second.lift(step.rope_queries)], dim=-1)
+            queries[layout], sums[layout], latents[layout] = lifted, [], block.first
+        keys = block.joined if joining and block.joined is not None else block.first.vectors
+        added = None if joining else step.rope_logits(block, span)
+        sums[layout] += _flash(queries[layout], keys, step.scaling, _additive(added, mask, step.latent_queries))
+    merged: Sums | None = None
+    for layout, pieces in sums.items():
+        new, example = _merged(pieces), latents[layout]
+        new = new._replace(context=example.lower(new.context[..., : example.vectors.shape[-1]]))
+        merged = new if merged is None else merged.merged(new)
+    assert merged is not None
+    context = merged.context if merged.total is ONE else merged.context / merged.total
+    return Attended(context.unflatten(1, step.latent_queries.shape[1:3]), ONE, None)
 
-    def partial(block: Block, span: slice, mask: Tensor | None) -> Sums:
-        if not isinstance(block.first, DenseLatents) or block.scales.shape[-1]:
-            return step.partial(block, span, mask)
-        return _flash(step, block, span, mask)
 
-    return attend(step.view, partial, step.mask)
-
-
-def _flash(step: LatentDecode, block: Block, span: slice, mask: Tensor | None) -> Sums:
-    queries = step.latent_queries
-    batch, heads, length, rank = queries.shape
-    added = step.rope_logits(block, span)
-    if step.logit_bias is not None:
-        bias = step.logit_bias * step.scaling
-        added = bias.expand(-1, -1, -1, block.tokens) if added is None else added + bias
+def _additive(added: Tensor | None, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    """Logits to add, [B, H, S, t] or None, under a mask that broadcasts to it: [B, H·S, t] in the queries' dtype."""
     if mask is not None:
         lowest = torch.finfo(queries.dtype).min
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=queries.dtype).masked_fill_(~mask, lowest)
-        added = mask.expand(batch, heads, -1, -1) if added is None else added + mask
+        added = mask.expand(*queries.shape[:3], -1) if added is None else added + mask
         added = added.clamp(min=lowest)  # a row of -inf has no softmax
-    latents = block.first.dense().unsqueeze(1)  # [B, 1, t, r]
-    context, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        queries.reshape(batch, 1, heads * length, rank),
-        latents,
-        latents,
-        attn_mask=None if added is None else added.reshape(batch, 1, heads * length, -1).to(queries.dtype),
-        scale=step.scaling,
-    )
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    peak = log_total.reshape(batch, heads, length, 1).to(wide)
-    ones = torch.ones_like(peak)
-    return Sums(peak, ones, ones, context.reshape(batch, heads, length, rank).to(wide))
+    return None if added is None else added.flatten(1, 2).to(queries.dtype)
+
+
+def _flash(queries: Tensor, keys: Tensor, scaling: float, added: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Attention of queries [B, H, S, w] over pieces of keys [B, t, w], which are the values too.
+
+    Returns:
+        Contexts [B, pieces, H·S, w] and logarithms of the sums of weights [B, pieces, H·S].
+    """
+    tokens = keys.shape[1]
+    rows = queries.flatten(1, 2).unsqueeze(1)  # [B, 1, H·S, w]
+    pieces = 1 << (torch.get_num_threads() - 1).bit_length()
+    while pieces > max(1, keys[0].numel() // PIECE_NUMBERS):
+        pieces //= 2
+    found = []
+    length, rest = divmod(tokens, pieces)
+    for start, count, size in ((0, pieces, length), (tokens - rest, 1, rest)):
+        if not size:
+            continue
+        span = slice(start, start + count * size)
+        heads = keys[:, span].unflatten(1, (count, size))  # [B, pieces, t', w]
+        bias = None if added is None else added[..., span].unflatten(-1, (count, size)).transpose(1, 2)
+        found.append(
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows.expand(-1, count, -1, -1), heads, heads, attn_mask=bias, scale=scaling
+            )
+        )
+    return found
+
+
+def _merged(pieces: list[tuple[Tensor, Tensor]]) -> Sums:
+    """Softmax sums [B, H·S, ·] over pieces that each have their own softmax."""
+    if len(pieces) == 1 and pieces[0][1].shape[1] == 1:
+        contexts, totals = pieces[0]
+        return Sums(totals[:, 0, :, None], ONE, ONE, contexts[:, 0].to(totals.dtype))
+    contexts, totals = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+    totals = totals.unsqueeze(-1)  # [B, pieces, H·S, 1], float32 for 16-bit queries
+    peak = totals.amax(dim=1)
+    shares = (totals - peak.unsqueeze(1)).exp()
+    total = shares.sum(dim=1)
+    return Sums(peak, total, total, (contexts * shares).sum(dim=1))
 
 
 _KERNELS: dict[str, Kernel] = {"cpu": cpu_decode}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimum_mla.cache import CacheSettings, available_backends, register_backend
-from optimum_mla.cache.backends import _BACKENDS, Backend, check_settings, make_backend
+from optimum_mla.cache.backends import _BACKENDS, Backend, Encoded, check_settings, make_backend
 from optimum_mla.errors import InvalidValueError, MissingDependencyError
 
 KINDS = [("hqq", 8), ("hqq", 4), ("hqq", 3), ("hqq", 2), ("quanto", 8), ("quanto", 4), ("quanto", 2)]
@@ -28,11 +28,20 @@ def step_sizes(columns: Tensor, name: str, bits: int) -> Tensor:
     return (x.amax(0) - x.amin(0)) / (2**bits - 1)
 
 
+def decode(backend: Backend, encoded: Encoded, rows: int, dtype: torch.dtype) -> Tensor:
+    """Columns [g, N] from packed codes, as the cache computes them."""
+    out = torch.empty(encoded.codes.shape[1], rows, dtype=dtype)
+    backend.unpack(backend.pack(encoded.codes).t().contiguous(), out)
+    out.mul_(encoded.scale[:, None])
+    return out.t() if encoded.shift is None else (out + encoded.shift[:, None].to(dtype)).t()
+
+
+def parameters_of(encoded: Encoded) -> list[Tensor]:
+    return [tensor for tensor in encoded[1:] if tensor is not None]
+
+
 def round_trip(backend: Backend, columns: Tensor) -> Tensor:
-    decoded = backend.decode(backend.encode(columns), columns.shape[0], columns.dtype)
-    assert decoded.dtype == columns.dtype
-    assert decoded.shape == columns.shape
-    return decoded
+    return decode(backend, backend.encode(columns), columns.shape[0], columns.dtype)
 
 
 @every_dtype
@@ -88,24 +97,67 @@ def test_a_column_does_not_depend_on_the_others(name: str, bits: int, dtype: tor
     stored = backend.encode(columns)
     for picked in ([0, 1], [39, 7], [3, 2, 31], list(range(5, 30))):
         part = backend.encode(columns[:, picked])
-        assert len(part) == len(stored)
-        for whole_tensor, part_tensor in zip(stored, part, strict=True):
-            assert torch.equal(whole_tensor[..., picked], part_tensor)
-        decoded = backend.decode(part, 24, dtype)
-        assert torch.equal(decoded, backend.decode(stored, 24, dtype)[:, picked])
+        assert torch.equal(stored.codes[:, picked], part.codes)
+        for whole_tensor, part_tensor in zip(parameters_of(stored), parameters_of(part), strict=True):
+            assert torch.equal(whole_tensor[picked], part_tensor)
+        assert torch.equal(decode(backend, part, 24, dtype), decode(backend, stored, 24, dtype)[:, picked])
 
 
 @every_dtype
 @every_kind
 def test_parameters_take_16_bits_and_codes_their_bits(name: str, bits: int, dtype: torch.dtype) -> None:
     backend = make_backend(name, bits)
-    codes, *parameters = backend.encode(torch.randn(40, 6).to(dtype))
+    encoded = backend.encode(torch.randn(40, 6).to(dtype))
+    parameters = parameters_of(encoded)
     expected = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
     assert [p.dtype for p in parameters] == [expected] * (1 if (name, bits) == ("quanto", 8) else 2)
-    assert [p.shape for p in parameters] == [(1, 6)] * len(parameters)
+    assert [p.shape for p in parameters] == [(6,)] * len(parameters)
+    packed = backend.pack(encoded.codes)
     code_bits = 32 * 4 if bits == 3 else 40 * bits  # ten 3-bit codes a 32-bit number
-    assert 8 * codes.element_size() * codes.shape[0] == code_bits
-    assert backend.column_bits(40) == code_bits + 16 * len(parameters)
+    assert 8 * packed.element_size() * packed.shape[0] == code_bits
+    assert packed.shape[1] == 6
+
+
+@every_kind
+@pytest.mark.parametrize("rows", [8, 40, 44])
+def test_codes_survive_packing(rows: int, name: str, bits: int) -> None:
+    backend = make_backend(name, bits)
+    codes = backend.encode(torch.randn(rows, 30)).codes
+    out = torch.empty(30, rows)
+    backend.unpack(backend.pack(codes).t().contiguous(), out)
+    assert torch.equal(out.t(), codes.float())
+    assert codes.float().amax() - codes.float().amin() >= 2**bits - 2
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_hqq_itself_reads_its_codes(bits: int) -> None:
+    from hqq.core.quantize import Quantizer
+
+    columns = torch.randn(40, 30)
+    codes, scale, shift = make_backend("hqq", bits).encode(columns)
+    assert shift is not None
+    packing = Quantizer.bit_to_packing[bits]
+    offset = 128 if bits == 8 else 0
+    meta = {
+        "compute_dtype": torch.float32, "packing": packing, "view_as_float": False, "nbits": bits, "axis": 0,
+        "group_size": 40, "shape": (40, 30), "scale": scale.float(), "zero": offset - shift.float() / scale.float(),
+    }  # fmt: skip
+    theirs = Quantizer.dequantize(Quantizer.pack[packing](codes + offset), meta)
+    assert (round_trip(make_backend("hqq", bits), columns) - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_quanto_itself_reads_its_codes(bits: int) -> None:
+    from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint2, qint4, qint8, quantize_weight
+
+    columns = torch.randn(40, 30).half()
+    if bits == 8:
+        quantized = quantize_weight(columns, qint8, -1, AbsmaxOptimizer()(columns, qint8, -1))
+    else:
+        kind = qint4 if bits == 4 else qint2
+        quantized = quantize_weight(columns, kind, -1, *MaxOptimizer()(columns, kind, -1), optimized=False)
+    errors = (round_trip(make_backend("quanto", bits), columns) - quantized.dequantize()).abs()
+    assert errors.max() <= 4e-3  # roundings of float16
 
 
 @pytest.mark.parametrize(("name", "bits"), [("hqq", 5), ("hqq", 1), ("quanto", 3), ("quanto", 6), ("hqq", 16)])
@@ -185,7 +237,7 @@ def test_a_lone_column_is_encoded_as_among_others(name: str, bits: int, dtype: t
     backend = make_backend(name, bits)
     columns = torch.randn(24, 5).to(dtype)
     stored, alone = backend.encode(columns), backend.encode(columns[:, 3:4])
-    assert [tensor.shape[-1:] for tensor in alone] == [(1,)] * len(stored)
-    for whole_tensor, part_tensor in zip(stored, alone, strict=True):
-        assert torch.equal(whole_tensor[..., 3:4], part_tensor)
-    assert torch.equal(backend.decode(alone, 24, dtype), backend.decode(stored, 24, dtype)[:, 3:4])
+    assert torch.equal(alone.codes, stored.codes[:, 3:4])
+    for whole_tensor, part_tensor in zip(parameters_of(stored), parameters_of(alone), strict=True):
+        assert torch.equal(whole_tensor[3:4], part_tensor)
+    assert torch.equal(decode(backend, alone, 24, dtype), decode(backend, stored, 24, dtype)[:, 3:4])

@@ -141,7 +141,8 @@ def test_more_bits_come_closer_to_the_unquantized_logits(form: str, backend: str
     assert 0 < errors[0] < 0.02
     assert errors[0] < 0.3 * errors[1] < errors[2]
     assert errors[1] < errors[2]
-    assert logits(bits=4, backend=backend).equal(exact)  # everything is in the window
+    in_the_window = logits(bits=4, backend=backend)
+    assert (in_the_window - exact).abs().max() <= 1e-6 * exact.abs().max()  # sums of other blocks
 
 
 @pytest.mark.parametrize("settings", [ALL_QUANTIZED, {"bits": 4, "residual_length": 128}], ids=["quantized", "window"])
@@ -273,7 +274,7 @@ ids = torch.tensor([[int(i) for i in sys.argv[2].split(",")]])
 out = model.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
 layer = out.past_key_values.layers[0]
 print(type(out.past_key_values).__name__, layer.settings.bits, layer.settings.backend, layer.get_seq_length())
-print([tensor.dtype for tensor in layer.tensors][0], layer.residual)
+print([tensor.dtype for tensor in layer.tensors].count(torch.uint8), layer.residual)
 print(",".join(str(i) for i in out.sequences[0].tolist()))
 """
 
@@ -287,7 +288,7 @@ def test_a_fresh_process_takes_the_settings_of_the_saved_config(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     kind, stored, tokens = done.stdout.strip().splitlines()[-3:]
     assert kind == "LatentCache 4 hqq 21"
-    assert stored == "torch.uint8 None"
+    assert stored == "1 None"
     assert tokens == ",".join(str(i) for i in generate(model, ids).sequences[0].tolist())
 
 

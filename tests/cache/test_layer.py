@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
 from optimum_mla.cache.layer import BlockView
-from optimum_mla.cache.stored import balanced_group
+from optimum_mla.cache.stored import SPARE_TOKENS, balanced_group
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.report.memory import live_cache_bytes
@@ -221,14 +221,16 @@ def expected_bytes(layer: LatentLayer, batch: int, backend: str, bits: int, rope
         if at == 16 or not width:
             return 16 * width
         group = balanced_group(width, group_size)
-        codes = 32 * math.ceil(group / 10) if at == 3 else at * group
-        parameters = 16 if (backend, at) == ("quanto", 8) else 32
-        return math.ceil(width / group) * (codes + parameters)
+        groups = math.ceil(width / group)
+        codes = 32 * math.ceil(groups * group / 10) if at == 3 else at * groups * group
+        return codes + groups * (16 if (backend, at) == ("quanto", 8) else 32)
 
     second_bits = bits if geometry.attention_form == "full" else rope_bits
     old = token_bits(latent, bits) + token_bits(second - scales, second_bits) + 16 * scales
     exact = window(layer)
-    return batch * (exact * 16 * (latent + second) + (layer.get_seq_length() - exact) * old) // 8
+    spare = layer.residual.plain.buffer.shape[1] - exact if layer.residual else 0
+    assert spare <= SPARE_TOKENS
+    return batch * ((exact + spare) * 16 * (latent + second) + (layer.get_seq_length() - exact) * old) // 8
 
 
 @pytest.mark.parametrize(
