@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality reference-model clean
+	bench-cache-quality bench-recovery bench-recovery-2m reference-model clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,13 @@ bench-factorization: setup
 bench-decode: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto,report]"
 	$(RUN) $(BIN)/python -m benchmarks.decode
+
+# CORPUS: the folder of books that the reference model was trained on.
+bench-recovery: setup
+	$(RUN) $(BIN)/python -m benchmarks.recovery --corpus $(CORPUS)
+
+bench-recovery-2m: setup
+	$(RUN) $(BIN)/python -m benchmarks.recovery --corpus $(CORPUS) --config benchmarks/configs/recovery_2m.json
 
 bench-cache-quality: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto]"

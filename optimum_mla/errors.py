@@ -39,6 +39,10 @@ class OutputError(MLAError, OSError):
     """The output folder exists, equals the input, or cannot be written."""
 
 
+class TrainingError(MLAError, RuntimeError):
+    """A training went wrong in a way that other settings may mend."""
+
+
 class MissingDependencyError(MLAError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
 

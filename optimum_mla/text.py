@@ -15,47 +15,78 @@ from optimum_mla.errors import CalibrationDataError, MissingDependencyError
 
 FILE_SUFFIXES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".parquet")
 """A name that ends like this is meant as a file: it is not looked up as a dataset where it is missing."""
+ROWS_SUFFIX = ".jsonl"
 
 
 def read_documents(source: str | Path) -> Iterator[str]:
-    """Yield the documents of a text file, of a folder of `*.txt` files, or of a dataset.
+    """Yield the documents of a text file, of a folder of `*.txt` files, of a JSON Lines file, or of a dataset.
 
     Args:
         source: A path, or a dataset as `NAME[:CONFIG[:SPLIT]]` (split `train` unless named), read as a stream by
-            the `datasets` library; its rows need a `text` column.
+            the `datasets` library. Rows of a `.jsonl` file or of a dataset need a `text`.
 
     Raises:
         CalibrationDataError: No such file or dataset, no text in it, or not UTF-8.
         MissingDependencyError: A dataset is asked for and `datasets` is not installed.
     """
     path = Path(source)
+    if path.suffix == ROWS_SUFFIX or (path.suffix not in FILE_SUFFIXES and not path.exists()):
+        yield from (row["text"] for row in read_rows(source, {"text": str}))
+        return
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         if not files:
             raise CalibrationDataError(f"text: {source} holds no *.txt files. Give a text file or a folder of them.")
     elif path.is_file():
         files = [path]
-    elif path.suffix in FILE_SUFFIXES:
+    else:
         raise CalibrationDataError(
             f"text: no file {source}. Give a UTF-8 text file, a folder of them, or a dataset name."
         )
-    else:
-        yield from _dataset_documents(str(source))
+    yield from (_read(file) for file in files)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CalibrationDataError(f"text: no file {file}. Give a UTF-8 file or a dataset name.") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationDataError(
+            f"text: {file} is not UTF-8 (byte {error.start}). Convert it, for example with iconv."
+        ) from error
+
+
+def read_rows(source: str | Path, columns: dict[str, type]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON Lines file or of a dataset.
+
+    Args:
+        source: A `.jsonl` file (any file, if it exists), or a dataset as for `read_documents`.
+        columns: What every row must have, and of which type.
+
+    Raises:
+        CalibrationDataError: No such file or dataset, a line that is not JSON, or a row that lacks a column.
+    """
+    path = Path(source)
+    if path.suffix not in FILE_SUFFIXES and not path.is_file():
+        yield from _dataset_rows(str(source), columns)
         return
-    for file in files:
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
             raise CalibrationDataError(
-                f"text: {file} is not UTF-8 (byte {error.start}). Convert it, for example with iconv."
+                f"text: line {number} of {source} is not JSON. Give one object per line."
             ) from error
+        for column, kind in columns.items():
+            if not isinstance(row, dict) or not isinstance(row.get(column), kind):
+                raise CalibrationDataError(f"text: line {number} of {source} has no {kind.__name__} {column!r}.")
+        yield row
 
 
-def _dataset_documents(name: str) -> Iterator[str]:
-    yield from (row["text"] for row in _dataset_rows(name, "text"))
-
-
-def _dataset_rows(name: str, column: str) -> Iterator[dict[str, Any]]:
+def _dataset_rows(name: str, columns: dict[str, type]) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -64,9 +95,10 @@ def _dataset_rows(name: str, column: str) -> Iterator[dict[str, Any]]:
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         for row in rows:
-            if column not in row:
-                columns = ", ".join(row)
-                raise CalibrationDataError(f"text: dataset {name!r} has no column {column!r}, only: {columns}.")
+            for column in columns:
+                if column not in row:
+                    has = ", ".join(row)
+                    raise CalibrationDataError(f"text: dataset {name!r} has no column {column!r}, only: {has}.")
             yield row
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, CalibrationDataError):
@@ -84,21 +116,12 @@ def read_chats(source: str | Path) -> Iterator[list[dict[str, Any]]]:
     Raises:
         CalibrationDataError: No such file or dataset, no JSON, or a row without messages.
     """
-    path = Path(source)
-    if path.suffix not in FILE_SUFFIXES and not path.is_file():
-        yield from (row["messages"] for row in _dataset_rows(str(source), "messages"))
-        return
-    for number, line in enumerate("".join(read_documents(source)).splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise CalibrationDataError(
-                f"text: line {number} of {source} is not JSON. Give one object per line."
-            ) from error
-        if row is not None and (not isinstance(row, dict) or not isinstance(row.get("messages"), list)):
-            raise CalibrationDataError(f"text: line {number} of {source} has no list of 'messages'.")
-        if row is not None:
-            yield row["messages"]
+    yield from (row["messages"] for row in read_rows(source, {"messages": list}))
+
+
+def token_chunks(tokenizer: Any, source: str | Path | Iterable[int], chats: bool = False) -> Iterator[list[int]]:
+    """Token ids, document by document (or chat by chat); arguments as for `token_windows`."""
+    yield from _chat_chunks(tokenizer, source) if chats else _token_chunks(tokenizer, source)
 
 
 def token_windows(
@@ -124,7 +147,7 @@ def token_windows(
     """
     wanted = None if samples is None else samples * length
     ids: list[int] = []
-    for chunk in _chat_chunks(tokenizer, source) if chats else _token_chunks(tokenizer, source):
+    for chunk in token_chunks(tokenizer, source, chats):
         ids += chunk
         if wanted is not None and len(ids) >= wanted:
             break

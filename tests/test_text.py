@@ -98,7 +98,7 @@ def test_chats_that_cannot_be_rendered_are_named(tmp_path: Path) -> None:
         token_windows(tokenizer, good, length=3, chats=True)
     with pytest.raises(CalibrationDataError, match="token ids"):
         token_windows(tokenizer, [1, 2, 3], length=3, chats=True)
-    for text, words in (("{", "line 1 .* not JSON"), ('{"text": "a"}', "line 1 .* no list of 'messages'")):
+    for text, words in (("{", "line 1 .* not JSON"), ('{"text": "a"}', "line 1 .* no list 'messages'")):
         bad = tmp_path / "bad.jsonl"
         bad.write_text(text)
         with pytest.raises(CalibrationDataError, match=words):

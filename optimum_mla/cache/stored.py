@@ -81,8 +81,8 @@ class DenseStored(Stored):
         return (self.buffer,)
 
     def joined(self, newer: Stored) -> DenseStored:
-        assert isinstance(newer, DenseStored)
-        return DenseStored(torch.cat([self.vectors, newer.vectors], dim=1))
+        (further,) = newer.tensors
+        return DenseStored(torch.cat([self.vectors, further[:, : newer.tokens]], dim=1))
 
     def appended(self, *parts: Tensor) -> DenseStored:
         """With new tokens, whose vectors [B, S, w] come in pieces to be put side by side.

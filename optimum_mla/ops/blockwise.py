@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -71,15 +72,16 @@ def attend(view: CacheView, partial: Partial, mask: Tensor | None, keep_weights:
         mask: None, boolean (True: attend) or additive, broadcastable to [B, H, S, T].
         keep_weights: Whether to return the weights too; they take H·S·T numbers, and `partial` must give its logits.
     """
-    sums: Sums | None = None
     kept: list[Tensor] = []
-    for block, span, part in masked_blocks(view, mask):
-        new = partial(block, span, part)
-        if keep_weights and new.logits is not None:
-            kept.append(new.logits)
-        new = new._replace(logits=None)
-        sums = new if sums is None else sums.merged(new)
-    assert sums is not None
+
+    def blocks() -> Iterator[Sums]:
+        for block, span, part in masked_blocks(view, mask):
+            new = partial(block, span, part)
+            if keep_weights and new.logits is not None:
+                kept.append(new.logits)
+            yield new._replace(logits=None)
+
+    sums = reduce(Sums.merged, blocks())
     weights = (torch.cat(kept, dim=-1) - sums.peak).exp().div(sums.total) if keep_weights else None
     return Attended(sums.context / sums.total, sums.mass / sums.total, weights)
 

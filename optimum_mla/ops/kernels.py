@@ -7,6 +7,7 @@ neither the cache nor the module.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -53,12 +54,7 @@ def cpu_decode(step: LatentDecode) -> Attended:
         keys = block.joined if joining and block.joined is not None else block.first.vectors
         added = None if joining else step.rope_logits(block, span)
         sums[layout] += _flash(queries[layout], keys, step.scaling, _additive(added, mask, step.latent_queries))
-    merged: Sums | None = None
-    for layout, pieces in sums.items():
-        new, example = _merged(pieces), latents[layout]
-        new = new._replace(context=example.lower(new.context[..., : example.vectors.shape[-1]]))
-        merged = new if merged is None else merged.merged(new)
-    assert merged is not None
+    merged = reduce(Sums.merged, (_lowered(_merged(pieces), latents[layout]) for layout, pieces in sums.items()))
     context = merged.context if merged.total is ONE else merged.context / merged.total
     return Attended(context.unflatten(1, step.latent_queries.shape[1:3]), ONE, None)
 
@@ -99,6 +95,11 @@ def _flash(queries: Tensor, keys: Tensor, scaling: float, added: Tensor | None) 
             )
         )
     return found
+
+
+def _lowered(sums: Sums, latents: Latents) -> Sums:
+    """Sums of vectors as they are stored, a rotary key perhaps behind them, as sums of latents."""
+    return sums._replace(context=latents.lower(sums.context[..., : latents.vectors.shape[-1]]))
 
 
 def _merged(pieces: list[tuple[Tensor, Tensor]]) -> Sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
 from optimum_mla.models import family_of, is_converted
+from optimum_mla.report.schema import ConversionReport, RecoveryReport
 from optimum_mla.text import token_windows
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -164,6 +166,16 @@ def read_texts(
             origin = source if isinstance(source, str) else "token ids"
             data[field] = {"source": origin, "windows": len(ids), "tokens_per_window": length, "sha256": digest}
     return windows.get("calibration-data"), windows.get("eval-data"), data
+
+
+def carried_card(model: str, partial: Path) -> str | None:
+    """Take the reports along that lie in a model's folder, and return its model card."""
+    source = Path(model)
+    for name in (ConversionReport.file_name, RecoveryReport.file_name):
+        if (source / name).is_file():
+            shutil.copy(source / name, partial)
+    card = source / "README.md"
+    return card.read_text(encoding="utf-8") if card.is_file() else None
 
 
 def first_line(error: BaseException) -> str:

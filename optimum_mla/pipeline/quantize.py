@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from optimum_mla.models.weights import check_weights, quantize_weights, weight_b
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
+    carried_card,
     check_dtype,
     load_converted_config,
     load_model,
@@ -26,7 +26,7 @@ from optimum_mla.pipeline.loading import (
 from optimum_mla.report.memory import measured_cache_bytes, peak_memory_bytes
 from optimum_mla.report.quality import decoding_perplexity
 from optimum_mla.report.render import quantization_card
-from optimum_mla.report.schema import ConversionReport, QuantizationReport
+from optimum_mla.report.schema import QuantizationReport
 from optimum_mla.transforms.quantize_cache import QuantizeLatentCache
 
 LONGEST_PROBE = 4096
@@ -109,15 +109,6 @@ def quantize(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         report.write(partial)
-        card = _carried(model, partial) or f"# {folder.name}\n\n`{model}` with quantized storage.\n"
+        card = carried_card(model, partial) or f"# {folder.name}\n\n`{model}` with quantized storage.\n"
         (partial / "README.md").write_text(card + quantization_card(report), encoding="utf-8")
     return report
-
-
-def _carried(model: str, partial: Path) -> str | None:
-    """Take the conversion's report along where the model is a folder, and return its model card."""
-    source = Path(model)
-    if (source / ConversionReport.file_name).is_file():
-        shutil.copy(source / ConversionReport.file_name, partial)
-    card = source / "README.md"
-    return card.read_text(encoding="utf-8") if card.is_file() else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
-from optimum_mla.report.schema import ConversionReport, QuantizationReport
+from optimum_mla.report.schema import ConversionReport, QuantizationReport, RecoveryReport
 
 SUMMARY_HEADER = (
     "method",
@@ -170,3 +171,60 @@ cache by itself; `cache_implementation` overrides it. Measured:
 def quantization_card(report: QuantizationReport) -> str:
     """What `mla-quantize` adds to a model card."""
     return QUANTIZATION_CARD.format(**report.cache, weights=report.weights, table=quantization_table(report))
+
+
+def closed(report: RecoveryReport) -> float | None:
+    """Share of the excess log-perplexity over the source that the training took away; None where unmeasured."""
+    source, converted, recovered = report.perplexity_source, report.perplexity_converted, report.perplexity_recovered
+    if source is None or converted is None or recovered is None or converted <= source:
+        return None
+    return 1 - math.log(recovered / source) / math.log(converted / source)
+
+
+def recovery_table(report: RecoveryReport) -> str:
+    """The table that `mla-finetune` prints at its end."""
+    share = closed(report)
+    rows = [
+        ("perplexity of the source model", number(report.perplexity_source, 3)),
+        ("  converted", number(report.perplexity_converted, 3)),
+        ("  recovered", number(report.perplexity_recovered, 3)),
+        ("excess log-perplexity closed, %", "-" if share is None else number(100 * share, 1)),
+        ("tokens seen", f"{report.tokens_seen:,}"),
+        ("parameters trained", f"{report.trainable_parameters:,} ({report.trainable_percent:.1f} %)"),
+        ("seconds", number(report.seconds, 1)),
+        ("peak MB", number(report.peak_memory_bytes / 1e6, 0)),
+    ]
+    return table(("", f"{report.recipe['objective']}, {report.recipe['train']}"), rows)
+
+
+RECOVERY_CARD = """
+## Recovered
+
+Trained with the objective `{objective}`, {train}, on {tokens:,} tokens of `{source}`{teacher}. All settings, the data's
+hash and the loss curve are in `recovery_report.json`.
+
+```
+{table}
+```
+
+![loss](loss.png)
+"""
+TRAINED = {
+    "lora": "LoRA adapters on the latent projections",
+    "dora": "DoRA adapters on the latent projections",
+    "kv": "the latent projections alone",
+    "attention": "the attention, everything else frozen",
+    "full": "all parameters",
+}
+
+
+def recovery_card(report: RecoveryReport) -> str:
+    """What `mla-finetune` adds to a model card."""
+    return RECOVERY_CARD.format(
+        objective=report.recipe["objective"],
+        train=TRAINED[report.recipe["train"]],
+        tokens=report.tokens_seen,
+        source=report.data["train-data"]["source"],
+        teacher=f", taught by `{report.teacher}`" if report.teacher else "",
+        table=recovery_table(report),
+    )

@@ -18,6 +18,9 @@ REPORTED_PACKAGES = (
     "hqq",
     "optimum-quanto",
     "bitsandbytes",
+    "peft",
+    "trl",
+    "accelerate",
 )
 
 
@@ -152,6 +155,58 @@ class QuantizationReport(Report):
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
     file_name: ClassVar[str] = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class RecoveryReport(Report):
+    """One run of `mla-finetune`.
+
+    Attributes:
+        model: What was trained, as the user named it.
+        recipe: The fields of `optimum_mla.recovery.recipe.Recipe`.
+        training: What was passed to `TrainingArguments`.
+        teacher: The teacher as it was loaded, or None.
+        data: For each text used: where it came from, its tokens, and the SHA-256 of its token ids.
+        steps: Optimizer steps, both stages. tokens_seen: Tokens of training data in them.
+        trainable_parameters: Parameters that trained. total_parameters: All of the model's while it trained.
+        trainable_percent: Their share.
+        losses: What the trainer logged, one entry a log: `stage`, `step`, `loss`, `learning_rate`, ...
+        resumed_at_step: Step that an interrupted run was continued from, or None.
+        diverged_at_step: Step at which the loss diverged, or None; the result is then an older checkpoint.
+        perplexity_source: Of the model before its conversion, on the evaluation text; None where not measured.
+        perplexity_converted: Before this training. perplexity_recovered: Of the saved result.
+        seconds: Wall time of the training alone.
+        peak_memory_bytes: High-water mark of the whole process.
+        dtype: Of the result.
+        seed: Of the trainer.
+        machine: Processor architecture and operating system.
+        versions: Of Python and the packages that matter.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    training: dict[str, Any]
+    teacher: str | None
+    data: dict[str, dict[str, Any]]
+    steps: int
+    tokens_seen: int
+    trainable_parameters: int
+    total_parameters: int
+    trainable_percent: float
+    losses: list[dict[str, Any]]
+    resumed_at_step: int | None
+    diverged_at_step: int | None
+    perplexity_source: float | None
+    perplexity_converted: float | None
+    perplexity_recovered: float | None
+    seconds: float
+    peak_memory_bytes: int
+    dtype: str
+    seed: int
+    machine: str = field(default_factory=lambda: machine())
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+
+    file_name: ClassVar[str] = "recovery_report.json"
 
 
 def machine() -> str:

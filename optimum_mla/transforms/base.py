@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
 from optimum_mla.geometry import MLAGeometry
+from optimum_mla.layers import LayerChoice, parse_layers
 from optimum_mla.models import Family, SourceAttention, family_of
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
 from optimum_mla.nn import LatentAttention
@@ -28,7 +29,6 @@ from optimum_mla.transforms.apply import ModelTransformation
 from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.calibration import CalibrationWalk, LayerCalibration
 from optimum_mla.transforms.checks import check_convertible, check_tokens, config_of, converted_already
-from optimum_mla.transforms.layers import LayerChoice, parse_layers
 from optimum_mla.transforms.options import check_choice
 from optimum_mla.transforms.search import LayerSearch
 

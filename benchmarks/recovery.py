@@ -1,0 +1,226 @@
+"""Experiment: what a little training brings back, by what trains, against which loss, from which initialization.
+
+    python -m benchmarks.recovery --corpus DIR [--config ...] [--output ...]
+
+DIR holds the books (`*.txt`) that the reference model was trained on; the two held-out ones of its card are left out.
+Every run sees the same rows, drawn evenly from all books. Perplexity is on the held-out `evaluation.txt`. Memory is the
+high-water mark of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conversion import CONFIGS, RESULTS, ROOT, commit, machine_class
+
+HELD_OUT = ("evaluation", "calibration")
+
+
+def token_rows(corpus: Path, model: Path, length: int, tokens: int) -> list[int]:
+    """Token ids of evenly spaced rows of all books but the held-out ones."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from optimum_mla.recovery.data import packed_rows
+
+    held_out = [(model / f"{name}.txt").read_text(encoding="utf-8")[:200] for name in HELD_OUT]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows: list[list[int]] = []
+    for path in sorted(corpus.glob("*.txt")):
+        if not any(start in path.read_text(encoding="utf-8") for start in held_out):
+            rows += packed_rows(tokenizer, path, length)
+    picked = torch.linspace(0, len(rows) - 1, tokens // length).round().long().tolist()
+    return [token for index in picked for token in rows[index]]
+
+
+def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+    """Convert the reference model, and start its latent projections otherwise where the config says so."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from optimum_mla.pipeline import TextOptions, convert
+
+    model = ROOT / config["model"]
+    texts = TextOptions(
+        calibration_data=str(model / "calibration.txt") if spec["calibrated"] else None,
+        calibration_samples=config["calibration_windows"],
+        calibration_length=config["row_tokens"],
+    )
+    convert(str(model), folder, spec["method"], dict(spec["options"]), texts, dtype="float32")
+    start = spec.get("start")
+    if start is None:
+        return
+    from optimum_mla.recovery.parameters import latent_projections
+
+    converted = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        if start == "random":
+            for module in latent_projections(converted).values():
+                torch.nn.init.normal_(module.get_parameter("weight"), std=converted.config.initializer_range)
+        else:
+            expand_by_identity(converted, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
+    converted.save_pretrained(folder)
+
+
+def expand_by_identity(converted: Any, source: Any) -> None:
+    """Down-projections are the source's own, up-projections copy a group's head to each of its query heads."""
+    import torch
+
+    for layer, original in zip(converted.model.layers, source.model.layers, strict=True):
+        attention, old = layer.self_attn, original.self_attn
+        g = attention.geometry
+        eye = torch.eye(g.num_key_value_heads * g.head_dim).view(g.num_key_value_heads, g.head_dim, -1)
+        copies = eye.repeat_interleave(g.num_attention_heads // g.num_key_value_heads, dim=0).flatten(0, 1)
+        attention.k_a_proj.weight.copy_(old.k_proj.weight)
+        attention.v_a_proj.weight.copy_(old.v_proj.weight)
+        attention.k_b_proj.weight.copy_(copies)
+        attention.v_b_proj.weight.copy_(copies)
+
+
+def train_source(config: dict[str, Any], ids: list[int], training: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train the source model's own W_K and W_V on the same rows: what TransMLA compares with."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    from optimum_mla.recovery.data import pack
+    from optimum_mla.recovery.recipe import Recipe, training_arguments
+    from optimum_mla.report.quality import perplexity
+    from optimum_mla.text import token_windows
+
+    path = ROOT / config["model"]
+    length = config["row_tokens"]
+    rows = pack(None, ids, length)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.requires_grad_(True)
+        layer.self_attn.v_proj.requires_grad_(True)
+    windows = token_windows(AutoTokenizer.from_pretrained(path), path / "evaluation.txt", length)
+    before = perplexity(model, windows)
+    options = training_arguments(Recipe(objective="sft", train="kv"), training, folder, len(rows), length, 1)
+    options["save_strategy"] = "no"
+    trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows)
+    trainer.train()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "perplexity_source": before,
+        "perplexity_converted": before,
+        "perplexity_recovered": perplexity(model, windows),
+        "last_losses": losses[-5:],
+        "trainable_parameters": trained,
+        "trainable_percent": 100 * trained / model.num_parameters(),
+    }
+
+
+def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, Any], output: Path) -> dict[str, Any]:
+    """One run of `finetune`."""
+    from optimum_mla.pipeline import TextOptions, finetune
+    from optimum_mla.recovery.recipe import Recipe
+    from optimum_mla.report.render import closed
+
+    length = config["row_tokens"]
+    recipe = Recipe(sequence_length=length, train_tokens=case["tokens"], **case["recipe"])
+    texts = TextOptions(
+        eval_data=str(ROOT / config["model"] / "evaluation.txt"), eval_length=length, eval_samples=10**6
+    )
+    report = finetune(str(model), output, ids, recipe, case.get("training"), texts, overwrite=True)
+    if report is None:
+        raise RuntimeError("a process of its own measures nothing")
+    share = closed(report)
+    return {
+        "perplexity_source": report.perplexity_source,
+        "perplexity_converted": report.perplexity_converted,
+        "perplexity_recovered": report.perplexity_recovered,
+        "percent_of_excess_closed": None if share is None else 100 * share,
+        "last_losses": [entry["loss"] for entry in report.losses][-5:],
+        "trainable_parameters": report.trainable_parameters,
+        "trainable_percent": report.trainable_percent,
+        "seconds": report.seconds,
+        "peak_memory_mb": report.peak_memory_bytes / 1e6,
+    }
+
+
+def in_own_process(case: dict[str, Any], model: Path, data: Path, config: dict[str, Any], output: Path) -> Any:
+    """As `train`, so that the peak memory is that run's."""
+    content = {"case": case, "model": str(model), "data": str(data), "config": config, "output": str(output)}
+    command = [sys.executable, "-m", "benchmarks.recovery", "--case", json.dumps(content)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(config: dict[str, Any], corpus: Path) -> list[dict[str, Any]]:
+    """Every run of the config."""
+    runs = []
+    most = max(case["tokens"] for case in config["runs"])
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        data = place / "ids.json"
+        ids = token_rows(corpus, ROOT / config["model"], config["row_tokens"], most)
+        for case in config["runs"]:
+            # Fewer tokens are evenly spaced rows, too.
+            count, length = case["tokens"], config["row_tokens"]
+            step = most // count
+            rows = [ids[i * length : (i + 1) * length] for i in range(0, most // length, step)]
+            data.write_text(json.dumps([token for row in rows for token in row]), encoding="utf-8")
+            name = case["conversion"]
+            if name == "source":
+                found = train_source(config, json.loads(data.read_text()), case["training"], place / "source")
+            else:
+                folder = place / "".join(c for c in name if c.isalnum())
+                if not folder.exists():
+                    make_conversion(name, config["conversions"][name], config, folder)
+                found = in_own_process(case, folder, data, config, place / "out")
+            excess = math.log(found["perplexity_recovered"] / found["perplexity_source"])
+            runs.append({**case, **found, "excess_log_perplexity": excess})
+            print(
+                f"{name:22} {case['label']:34} {count:8} tokens  {found['perplexity_source']:.3f} ->"
+                f" {found['perplexity_converted']:.3f} -> {found['perplexity_recovered']:.3f}"
+                f"  closed {found.get('percent_of_excess_closed') or math.nan:.1f} %"
+                f"  trained {found['trainable_percent']:.1f} %  peak {found.get('peak_memory_mb', math.nan):.0f} MB",
+                flush=True,
+            )
+    return runs
+
+
+def main() -> None:
+    """Run the config and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", type=Path)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "recovery.json")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        content = json.loads(arguments.case)
+        ids = json.loads(Path(content["data"]).read_text(encoding="utf-8"))
+        found = train(content["case"], Path(content["model"]), ids, content["config"], Path(content["output"]))
+        print(json.dumps(found))
+        return
+    if arguments.corpus is None or not any(arguments.corpus.glob("*.txt")):
+        parser.error("--corpus: name a folder of .txt books")
+    config = json.loads(arguments.config.read_text(encoding="utf-8"))
+    from optimum_mla.report.schema import installed_versions
+
+    result = {
+        "config": config,
+        "commit": commit(),
+        "machine": machine_class(),
+        "versions": installed_versions(),
+        "runs": run(config, arguments.corpus),
+    }
+    output = arguments.output or RESULTS / arguments.config.name
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""`mla-finetune`: load, train, measure, write."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from optimum_mla.errors import InvalidValueError, OutputError, TrainingError, UnsupportedModelError
+from optimum_mla.models.checkpoint import atomic_folder, check_output
+from optimum_mla.models.weights.choices import quantized_by
+from optimum_mla.pipeline.loading import (
+    NO_TEXTS,
+    TextOptions,
+    carried_card,
+    check_dtype,
+    first_line,
+    load_config,
+    load_converted_config,
+    load_model,
+    load_tokenizer,
+    read_texts,
+)
+from optimum_mla.recovery.data import check_length, pack, preferences, stream
+from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
+from optimum_mla.recovery.dpo import dpo_trainer
+from optimum_mla.recovery.guard import DivergenceGuard
+from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
+from optimum_mla.recovery.recipe import Recipe, check_training, training_arguments
+from optimum_mla.report.memory import peak_memory_bytes
+from optimum_mla.report.plots import check_plots, loss_curve
+from optimum_mla.report.quality import perplexity
+from optimum_mla.report.render import recovery_card
+from optimum_mla.report.schema import ConversionReport, RecoveryReport
+
+DEFAULT_LENGTH = 512
+"""Tokens per row, where the model takes so many and the user says nothing."""
+TRAINED_DTYPE = "float32"
+"""Of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
+
+
+@dataclass
+class Training:
+    """What the stages of a run gather.
+
+    Attributes:
+        losses: Log entries, each with its `stage`.
+        steps: Optimizer steps so far.
+        resumed_at: Step of the checkpoint that the run went on from, or None.
+        diverged_at: Step at which the loss diverged, or None.
+        seconds: Of the trainers alone.
+    """
+
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    resumed_at: int | None = None
+    diverged_at: int | None = None
+    seconds: float = 0.0
+
+
+def finetune(
+    model: str,
+    output: str | Path,
+    train_data: str | Any,
+    recipe: Recipe | None = None,
+    training: dict[str, Any] | None = None,
+    texts: TextOptions = NO_TEXTS,
+    dtype: str = "auto",
+    device: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    hub: dict[str, Any] | None = None,
+) -> RecoveryReport | None:
+    """Train a converted checkpoint and write the result with its model card, loss curve and `recovery_report.json`.
+
+    Runs as it is under `torchrun` and `accelerate launch`; the first process then measures and writes. Checkpoints lie
+    beside the output until it is written.
+
+    Args:
+        model: A hub id or a folder; converted.
+        output: Folder to write; it appears only when whole. Adapters that are not merged are written as such.
+        train_data: Text as for `TextOptions`, or preference pairs for DPO.
+        recipe: What trains, and against what; None takes the defaults.
+        training: Fields of `transformers.TrainingArguments`; `lr_scheduler_type` may also be `mha2mla`.
+        texts: Its evaluation text, if any.
+        dtype: Of the result: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
+        device: Torch device; None takes CUDA where it is available.
+        overwrite: Replace `output` if it is a model folder, and drop the checkpoints of an interrupted run.
+        resume: Go on from the newest checkpoint of an interrupted run.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+
+    Returns:
+        The report; None in processes that write nothing.
+
+    Raises:
+        MLAError: Bad input of any kind, or a loss that diverged before the first checkpoint; `output` is as it was.
+    """
+    recipe, training = recipe or Recipe(), dict(training or {})
+    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    check_dtype(dtype)
+    check_training(training)
+    check_plots()
+    folder = check_output(output, model, overwrite)
+    config = load_converted_config(model, hub)
+    check_quantized(recipe, config)
+    teacher_name = recipe.teacher or source_of(model) if recipe.taught else None
+    source_name = source_of(model, needed=False)
+    work = working_folder(folder, {"model": model, "recipe": recipe.to_dict(), "training": training}, resume, overwrite)
+
+    tokenizer = load_tokenizer(model, hub, needed=isinstance(train_data, str) or texts.eval_data is not None)
+    _, evaluation, data = read_texts(tokenizer, config, texts)
+    longest = getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
+    length = check_length(recipe.sequence_length, longest, DEFAULT_LENGTH)
+    rows, description = training_data(tokenizer, train_data, recipe, length)
+    data["train-data"] = {"source": train_data if isinstance(train_data, str) else "token ids", **description}
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    size = None if recipe.streaming else len(rows)
+    chosen = training_arguments(recipe, training, work, size, length, world)
+    if device is not None and torch.device(device).type == "cpu":
+        chosen["use_cpu"] = True
+    arguments = make_arguments(chosen)
+    place = device if world == 1 and device is not None else str(arguments.device)
+    if arguments.fsdp:
+        place = "cpu"  # it is sharded from there
+
+    precision = "auto" if recipe.train in ADAPTERS or quantized_by(config) else TRAINED_DTYPE
+    student: Any = load_model(model, config, precision, place, hub)
+    saved_dtype = getattr(torch, dtype) if dtype != "auto" else dtype_of(config, student)
+    teacher = None if teacher_name is None else load_teacher(teacher_name, recipe, config, tokenizer, place, hub)
+    leading = arguments.process_index == 0
+    source_perplexity = before = None
+    if leading and evaluation is not None:
+        before = perplexity(student, evaluation)
+        if source_name is not None:
+            source_perplexity = perplexity_of_source(source_name, teacher_name, teacher, evaluation, place, hub)
+
+    trainee = prepare(student, recipe.train, recipe.layers, recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
+    counts = parameter_counts(trainee)
+    done = run_stages(trainee, teacher, rows, tokenizer, recipe, chosen, work)
+    del teacher
+    if not leading:
+        return None
+    final = finished(trainee, recipe, saved_dtype)
+    after = perplexity(final, evaluation) if evaluation is not None else None
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
+    report = RecoveryReport(
+        model=model,
+        recipe=recipe.to_dict(),
+        training={name: value for name, value in chosen.items() if name != "output_dir"},
+        teacher=teacher_name,
+        data=data,
+        steps=done.steps,
+        tokens_seen=done.steps * per_step * length if recipe.objective != "dpo" else 0,
+        trainable_parameters=counts[0],
+        total_parameters=counts[1],
+        trainable_percent=100 * counts[0] / counts[1],
+        losses=done.losses,
+        resumed_at_step=done.resumed_at,
+        diverged_at_step=done.diverged_at,
+        perplexity_source=source_perplexity,
+        perplexity_converted=before,
+        perplexity_recovered=after,
+        seconds=done.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        dtype=str(saved_dtype).removeprefix("torch."),
+        seed=arguments.seed,
+    )
+    weights = sum(p.numel() * p.element_size() for p in final.parameters())
+    with atomic_folder(folder, needed_bytes=weights) as partial:
+        final.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        report.write(partial)
+        loss_curve(report, partial / "loss.png")
+        card = carried_card(model, partial) or f"# {folder.name}\n\n`{model}`, trained.\n"
+        (partial / "README.md").write_text(card + recovery_card(report), encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse what cannot be done to quantized weights.
+
+    Raises:
+        InvalidValueError: Training them, or merging adapters into them.
+    """
+    method = quantized_by(config)
+    if method is None:
+        return
+    if recipe.train not in ADAPTERS:
+        raise InvalidValueError(
+            "train", recipe.train, " or ".join(ADAPTERS), f"The model's weights are quantized ({method})."
+        )
+    if recipe.merge:
+        raise InvalidValueError(
+            "merge", True, f"off, as the weights are quantized ({method})",
+            "Keep the adapters, or train the unquantized model and quantize the result.",
+        )  # fmt: skip
+
+
+def source_of(model: str, needed: bool = True) -> str | None:
+    """What a model was converted from, according to the report in its folder.
+
+    Raises:
+        InvalidValueError: That is needed and not known.
+    """
+    report = Path(model) / ConversionReport.file_name
+    if report.is_file():
+        return ConversionReport.read(Path(model)).model
+    if needed:
+        raise InvalidValueError(
+            "teacher", None, "a hub id or folder, as the model has no conversion_report.json that names its source"
+        )
+    return None
+
+
+def working_folder(folder: Path, run: dict[str, Any], resume: bool, overwrite: bool) -> Path:
+    """Where the checkpoints of a run lie: beside its output.
+
+    Raises:
+        OutputError: Those of an interrupted run are there, and neither `resume` nor `overwrite` is asked for.
+        InvalidValueError: The run to go on with had other settings.
+    """
+    work = folder.with_name(f".{folder.name}.training")
+    note = work / "run.json"
+    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    if resume and before is not None:
+        for name, value in json.loads(json.dumps(run)).items():
+            if before.get(name) != value:
+                raise InvalidValueError(
+                    name, value, f"{before.get(name)}, as in the interrupted run", "Start over with --overwrite."
+                )
+        return work
+    if work.exists() and not overwrite and int(os.environ.get("RANK", 0)) == 0:
+        raise OutputError(
+            f"output: {work} holds checkpoints of an interrupted run. "
+            "Go on with it by --resume, or start over with --overwrite."
+        )
+    if int(os.environ.get("RANK", 0)) == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        note.write_text(json.dumps(run), encoding="utf-8")
+    return work
+
+
+def training_data(tokenizer: Any, source: Any, recipe: Recipe, length: int) -> tuple[Any, dict[str, Any]]:
+    """Rows to train on, and what the report says about them."""
+    if recipe.objective == "dpo":
+        pairs = preferences(source)
+        return pairs, {"rows": len(pairs), "tokens_per_row": None, "sha256": pairs._fingerprint}
+    if recipe.streaming:
+        rows: Any = stream(tokenizer, source, length, recipe.chat_template)
+    else:
+        rows = pack(tokenizer, source, length, recipe.train_tokens, recipe.chat_template)
+    return rows, rows.describe()
+
+
+def make_arguments(chosen: dict[str, Any]) -> TrainingArguments:
+    """`TrainingArguments`, its complaints as ours.
+
+    Raises:
+        InvalidValueError: A value that it refuses.
+    """
+    try:
+        return TrainingArguments(**chosen)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise InvalidValueError("training", first_line(error), "what transformers.TrainingArguments takes") from error
+
+
+def load_teacher(
+    name: str, recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, place: str, hub: dict[str, Any]
+) -> PreTrainedModel:
+    """A teacher on the student's vocabulary.
+
+    Raises:
+        InvalidValueError: Its vocabulary or its tokenizer is another one.
+        UnsupportedModelError: It does not load.
+    """
+    teacher_config = load_config(name, hub)
+    sizes = [c.get_text_config().vocab_size for c in (teacher_config, config)]
+    if sizes[0] != sizes[1]:
+        raise InvalidValueError(
+            "teacher", name, f"models with a vocabulary of {sizes[1]} tokens, as the student has ({sizes[0]} here)"
+        )
+    theirs = load_tokenizer(name, hub, needed=False)
+    if tokenizer is not None and theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
+        raise InvalidValueError("teacher", name, "models with the student's tokenizer", "Its tokens are other words.")
+    options = dict(hub)
+    if recipe.teacher_bits != 16:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if recipe.teacher_bits == 8
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        )
+    return load_model(name, teacher_config, "auto", place, options)
+
+
+def perplexity_of_source(
+    name: str,
+    teacher_name: str | None,
+    teacher: PreTrainedModel | None,
+    windows: Tensor,
+    place: str,
+    hub: dict[str, Any],
+) -> float | None:
+    """The source model's perplexity; None where it is no longer to be found."""
+    if teacher is not None and teacher_name == name:
+        return perplexity(teacher, windows)
+    try:
+        return perplexity(load_model(name, load_config(name, hub), "auto", place, hub), windows)
+    except UnsupportedModelError:
+        return None
+
+
+def run_stages(
+    model: Any,
+    teacher: PreTrainedModel | None,
+    rows: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    chosen: dict[str, Any],
+    work: Path,
+) -> Training:
+    """Train, one or two trainers in turn; each goes on from its newest checkpoint, where there is one.
+
+    Raises:
+        TrainingError: The loss diverged before the first checkpoint.
+    """
+    done = Training()
+    stages: list[tuple[str, int]] = [(recipe.objective, chosen["max_steps"])]
+    if recipe.stage1 != "none":
+        first = max(1, round(recipe.stage1_share * chosen["max_steps"]))
+        stages = [(recipe.stage1, first), (recipe.objective, max(1, chosen["max_steps"] - first))]
+    folders = [work / name for name, _ in stages]
+    begun = max((i for i, place in enumerate(folders) if place.is_dir() and get_last_checkpoint(str(place))), default=0)
+    for (name, steps), place in list(zip(stages, folders, strict=True))[begun:]:
+        options = {**chosen, "max_steps": steps, "output_dir": str(place)}
+        if len(stages) > 1:
+            options["warmup_steps"] = min(chosen["warmup_steps"], steps)
+        trainer = make_trainer(name, model, teacher, rows, tokenizer, recipe, options)
+        train_stage(trainer, name, place, done)
+        if done.diverged_at is not None:
+            break
+    return done
+
+
+def make_trainer(
+    name: str,
+    model: Any,
+    teacher: PreTrainedModel | None,
+    rows: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    options: dict[str, Any],
+) -> Trainer:
+    """The trainer of one stage."""
+    if name == "dpo":
+        return dpo_trainer(model, rows, tokenizer, options)
+    arguments = TrainingArguments(**{**options, "remove_unused_columns": False})
+    if name == "sft":
+        return Trainer(model=model, args=arguments, train_dataset=rows)
+    if teacher is None:
+        raise InvalidValueError("teacher", None, "a hub id or folder")
+    if name == "layerwise":
+        return LayerwiseTrainer(model, teacher, args=arguments, train_dataset=rows)
+    weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight, "temperature": recipe.temperature}
+    return DistillationTrainer(model, teacher, **weights, args=arguments, train_dataset=rows)
+
+
+def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> None:
+    """Run one trainer, and go back to its newest checkpoint if its loss diverges."""
+    guard = DivergenceGuard()
+    trainer.add_callback(guard)
+    checkpoint = get_last_checkpoint(str(place)) if place.is_dir() else None
+    if checkpoint is not None:
+        done.resumed_at = done.steps + int(checkpoint.rpartition("-")[2])
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    done.seconds += time.perf_counter() - start
+    done.losses += [{"stage": name, **entry} for entry in trainer.state.log_history if "loss" in entry]
+    if guard.diverged_at is None:
+        done.steps += trainer.state.global_step
+        return
+    good = get_last_checkpoint(str(place)) if place.is_dir() else None
+    if good is None:
+        raise TrainingError(
+            f"learning_rate: the loss was {guard.value:.3g} at step {guard.diverged_at}, before the first checkpoint. "
+            f"Try a lower one than {trainer.args.learning_rate:g}."
+        )
+    trainer._load_from_checkpoint(good)
+    done.steps += int(good.rpartition("-")[2])
+    done.diverged_at = guard.diverged_at
+
+
+def finished(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The trained model as it is to be saved: adapters merged if asked for, in its dtype, in evaluation mode."""
+    if recipe.train in ADAPTERS:
+        if recipe.merge:
+            # In float32: a merged update is often below the precision of 16 bits of the weight that it goes into.
+            return model.float().merge_and_unload().to(dtype).eval()
+        return model.eval()
+    return model.to(dtype).eval()
+
+
+def dtype_of(config: PreTrainedConfig, model: PreTrainedModel) -> torch.dtype:
+    """The dtype that a checkpoint was saved in."""
+    return getattr(config, "dtype", None) or model.dtype

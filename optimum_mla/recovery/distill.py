@@ -1,0 +1,114 @@
+"""Trainers that learn from a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from optimum_mla.errors import InvalidValueError
+from optimum_mla.recovery.losses import distillation_loss, hidden_state_loss
+
+
+class TeacherTrainer(Trainer):
+    """A `Trainer` with a frozen teacher beside the model.
+
+    Args:
+        model: The student.
+        teacher: A causal language model on the same vocabulary.
+        options: As for `Trainer`.
+    """
+
+    def __init__(self, model: Any, teacher: PreTrainedModel, **options: Any) -> None:
+        super().__init__(model=model, **options)
+        # Losses here are means over a batch: the base class then averages over accumulated batches.
+        self.model_accepts_loss_kwargs = False
+        self.teacher = teacher.requires_grad_(False).eval()
+        if getattr(teacher, "hf_device_map", None) is None:
+            self.teacher.to(self.args.device)
+
+    @torch.no_grad()
+    def _taught(self, inputs: dict[str, Any], **options: Any) -> Any:
+        """The teacher's base model on a batch; no logits."""
+        batch = {name: value for name, value in inputs.items() if name != "labels"}
+        return self.teacher.base_model(**batch, use_cache=False, **options)
+
+    def _hidden_states(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The student's hidden states, the last one normed. It goes through the model's own `forward`.
+
+        Only so do wrappers (data-parallel, sharded) take part. No token is kept for the logits.
+        """
+        batch = {name: value for name, value in inputs.items() if name != "labels"}
+        nothing = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
+        return model(**batch, use_cache=False, output_hidden_states=True, logits_to_keep=nothing).hidden_states
+
+
+class DistillationTrainer(TeacherTrainer):
+    """Minimizes KL to the teacher's next-token distribution, mixed with cross-entropy.
+
+    Args:
+        kl_weight, ce_weight, temperature: As for `distillation_loss`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: PreTrainedModel,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        temperature: float = 1.0,
+        **options: Any,
+    ) -> None:
+        for field, value in (("kl_weight", kl_weight), ("ce_weight", ce_weight)):
+            if value < 0:
+                raise InvalidValueError(field, value, "numbers from 0")
+        if kl_weight == ce_weight == 0:
+            raise InvalidValueError("kl_weight", kl_weight, "numbers above 0 where ce_weight is 0")
+        if temperature <= 0:
+            raise InvalidValueError("temperature", temperature, "numbers above 0")
+        super().__init__(model, teacher, **options)
+        self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As in `Trainer`."""
+        student = self.accelerator.unwrap_model(model)
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            hidden = self._hidden_states(model, inputs)[-1]
+            found = distillation_loss(
+                hidden,
+                student.get_output_embeddings(),
+                self._taught(inputs).last_hidden_state,
+                self.teacher.get_output_embeddings(),
+                inputs["labels"],
+                **self.weights,
+            )
+        return (found.loss, {"loss": found.loss, "kl": found.kl, "ce": found.ce}) if return_outputs else found.loss
+
+
+class LayerwiseTrainer(TeacherTrainer):
+    """Brings the output of every layer close to the teacher's: a first stage that needs no logits.
+
+    The teacher has as many layers as the model, of the same width.
+    """
+
+    def __init__(self, model: Any, teacher: PreTrainedModel, **options: Any) -> None:
+        for name in ("num_hidden_layers", "hidden_size"):
+            given, wanted = getattr(teacher.config, name), getattr(model.config, name)
+            if given != wanted:
+                raise InvalidValueError(
+                    "stage1", "layerwise", f"teachers with {name} {wanted} ({given} here)", "Leave the first stage out."
+                )
+        super().__init__(model, teacher, **options)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As in `Trainer`."""
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            given = self._hidden_states(model, inputs)[1:]
+            loss = hidden_state_loss(given, self._taught(inputs, output_hidden_states=True).hidden_states[1:])
+        return (loss, {"loss": loss}) if return_outputs else loss

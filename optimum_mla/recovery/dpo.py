@@ -1,0 +1,40 @@
+"""Direct preference optimization (Rafailov et al., arXiv 2305.18290), by TRL."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from optimum_mla.errors import MissingDependencyError
+
+
+def dpo_trainer(
+    model: Any, dataset: Any, tokenizer: Any, arguments: dict[str, Any], reference: PreTrainedModel | None = None
+) -> Any:
+    """TRL's `DPOTrainer`, with the model as it is now as the reference.
+
+    Args:
+        model: From `prepare`. For adapters, the reference is the model without them.
+        dataset: From `preferences`.
+        tokenizer: The model's; it pads with the end-of-text token where it has no padding token.
+        arguments: Fields of TRL's `DPOConfig`.
+        reference: Another reference than a frozen copy of the model.
+    """
+    try:
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise MissingDependencyError("trl", "train", "train with DPO") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    adapters = hasattr(model, "disable_adapter")
+    if reference is None and not adapters:
+        reference = copy.deepcopy(model).requires_grad_(False).eval()
+    for one in (model, reference):
+        if one is not None:
+            # TRL reads remote code's origin from it, which a registered class does not have.
+            one.config.auto_map = {}
+    return DPOTrainer(
+        model=model, ref_model=reference, args=DPOConfig(**arguments), train_dataset=dataset, processing_class=tokenizer
+    )

@@ -1,0 +1,45 @@
+"""Stops a training whose loss diverges, before it overwrites what was good."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback
+
+DIVERGED_NATS = 2.0
+"""A loss so far above the first one logged does not come back."""
+
+
+class DivergenceGuard(TrainerCallback):
+    """Ends training when a logged loss is no number or far above the first one.
+
+    A checkpoint is saved only after the loss of its step was logged and found good.
+
+    Attributes:
+        diverged_at: Step of the bad loss, or None.
+        value: That loss.
+    """
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.diverged_at: int | None = None
+        self.value = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Log wherever a checkpoint is due."""
+        if control.should_save:
+            control.should_log = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Look at the loss."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return control
+        if self.first is None and math.isfinite(loss):
+            self.first = next((entry["loss"] for entry in state.log_history if "loss" in entry), loss)
+        if self.first is None or not math.isfinite(loss) or loss > self.first + DIVERGED_NATS:
+            self.diverged_at, self.value = state.global_step, loss
+            control.should_training_stop, control.should_save = True, False
+        return control

@@ -1,0 +1,174 @@
+"""Which parameters of a converted model train."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_mla.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
+from optimum_mla.layers import LayerChoice, parse_layers
+from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.models.weights.choices import quantized_by
+from optimum_mla.nn import LatentAttention
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+LATENT_PROJECTIONS = (
+    "kv_a_proj_with_mqa",
+    "kv_a_proj",
+    "k_a_proj",
+    "v_a_proj",
+    "kv_b_proj",
+    "k_b_proj",
+    "v_b_proj",
+    "k_rope_proj",
+)
+"""Linear layers into and out of the latents, in both forms."""
+TRAIN_CHOICES = ("lora", "dora", "kv", "attention", "full")
+ADAPTERS = ("lora", "dora")
+
+
+def converted_attentions(model: nn.Module, layers: LayerChoice = "all") -> dict[str, LatentAttention]:
+    """The latent attention modules of some layers, by name; layers that were not converted have none.
+
+    Raises:
+        UnsupportedModelError: The model is not converted, or none of the chosen layers is.
+        InvalidValueError: Layers that the model does not have.
+    """
+    if not isinstance(model, PreTrainedModel) or not is_converted(model.config):
+        raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
+    chosen = parse_layers(layers, model.config.num_hidden_layers)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LatentAttention) and module.layer_idx in chosen
+    }
+    if not found:
+        raise UnsupportedModelError(f"layers: none of {layers} is converted. Choose converted layers.")
+    return found
+
+
+def latent_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, nn.Module]:
+    """The linear layers into and out of the latents of converted layers, by name."""
+    return {
+        f"{path}.{name}": module
+        for path, attention in converted_attentions(model, layers).items()
+        for name, module in attention.named_children()
+        if name in LATENT_PROJECTIONS
+    }
+
+
+def kv_parameters(model: nn.Module, layers: LayerChoice = "all") -> Iterator[nn.Parameter]:
+    """The weights and biases of the latent projections: what TransMLA trains (arXiv 2502.07864v1, section 5.2).
+
+    Args:
+        model: A converted model.
+        layers: Which of its layers, as for a conversion.
+    """
+    for module in latent_projections(model, layers).values():
+        yield from module.parameters()
+
+
+def mla_lora_config(
+    model: nn.Module, rank: int = 32, alpha: float | None = None, layers: LayerChoice = "all", **options: Any
+) -> LoraConfig:
+    """A PEFT `LoraConfig` for the latent projections of converted layers, and nothing else.
+
+    Args:
+        model: A converted model.
+        rank: Of the adapters.
+        alpha: Numerator of their scale alpha/rank; None takes twice the rank.
+        layers: Which layers, as for a conversion.
+        options: Further fields of `LoraConfig`, such as `use_dora` or `lora_dropout`.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingDependencyError("peft", "train", "train adapters") from error
+    if rank < 1:
+        raise InvalidValueError("lora_rank", rank, "integers from 1")
+    targets = list(latent_projections(model, layers))
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        **options,
+    )
+
+
+def prepare(
+    model: PreTrainedModel,
+    train: str = "lora",
+    layers: LayerChoice = "all",
+    lora_rank: int = 32,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+) -> Any:
+    """Freeze all but what trains.
+
+    Args:
+        model: A converted model; changed in place.
+        train: `lora` or `dora` (adapters on the latent projections), `kv` (those projections themselves), `attention`
+            (all of the attention of the chosen layers, converted or not) or `full` (everything).
+        layers: Which layers; not for `full`.
+        lora_rank, lora_alpha, lora_dropout: Of the adapters.
+
+    Returns:
+        The model, inside a `PeftModel` for adapters.
+
+    Raises:
+        MLAError: The model is not converted, or such training cannot be.
+    """
+    if train not in TRAIN_CHOICES:
+        near = difflib.get_close_matches(train, TRAIN_CHOICES, n=1)
+        raise InvalidValueError("train", train, ", ".join(TRAIN_CHOICES), f"Did you mean {near[0]}?" if near else "")
+    converted_attentions(model, layers)  # refuses what has none
+    if train in ADAPTERS:
+        config = mla_lora_config(
+            model, lora_rank, lora_alpha, layers, lora_dropout=lora_dropout, use_dora=train == "dora"
+        )
+        from peft import get_peft_model
+
+        return get_peft_model(model, config)
+    if (method := quantized_by(model.config)) is not None:
+        raise InvalidValueError(
+            "train", train, ", ".join(ADAPTERS), f"The model's weights are quantized ({method}) and cannot train."
+        )
+    if train == "full":
+        if layers != "all":
+            raise InvalidValueError("layers", layers, "all with train full")
+        return model.requires_grad_(True)
+    model.requires_grad_(False)
+    if train == "kv":
+        for parameter in kv_parameters(model, layers):
+            parameter.requires_grad_(True)
+        return model
+    spec = family_of(model.config).spec
+    chosen = parse_layers(layers, model.config.num_hidden_layers)
+    for index, layer in enumerate(getattr(getattr(model, spec.base), spec.layers)):
+        if index in chosen:
+            getattr(layer, spec.attention).requires_grad_(True)
+    return model
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Parameters that train, and all; tied ones once, packed ones as what they stand for."""
+    trainable = total = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            numbers = parameter.numel()
+            if name in ("weight", "W_q") and hasattr(module, "in_features"):
+                numbers = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+            total += numbers
+            trainable += numbers if parameter.requires_grad else 0
+    return trainable, total

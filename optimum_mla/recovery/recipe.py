@@ -1,0 +1,168 @@
+"""What a training does, and with which arguments its trainer runs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimum_mla.errors import InvalidValueError
+from optimum_mla.recovery.parameters import ADAPTERS, TRAIN_CHOICES
+from optimum_mla.recovery.schedules import scheduler_arguments
+
+OBJECTIVES = ("distill", "sft", "dpo")
+STAGES = ("none", "layerwise")
+LEARNING_RATES = {"lora": 2e-3, "dora": 2e-3, "kv": 1e-3, "attention": 1e-3, "full": 5e-4}
+"""Where the user names none; DPO takes `DPO_SHARE` of it."""
+DPO_SHARE = 0.01
+SCHEDULE = "mha2mla"
+BATCH_SIZE = 8
+WARMUP_SHARE = 0.05
+LOGS, CHECKPOINTS = 50, 5
+"""So many over a training, unless the user says otherwise."""
+OURS = ("output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns", "resume_from_checkpoint")
+"""Fields of `TrainingArguments` that are not the user's to set."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How quality is recovered.
+
+    Attributes:
+        objective: `distill` (from a teacher's logits), `sft` (next-token cross-entropy) or `dpo` (preferences).
+        train: What trains: `lora`, `dora`, `kv`, `attention`, `full`; see `optimum_mla.recovery.prepare`.
+        layers: Which layers of the model, as for a conversion.
+        lora_rank, lora_alpha, lora_dropout: Of the adapters.
+        merge: Merge the adapters, so that the result is a plain converted model.
+        teacher: Hub id or folder; None takes the model that the conversion started from.
+        teacher_bits: 16 (as saved), 8 or 4 (bitsandbytes).
+        kl_weight, ce_weight, temperature: Of distillation.
+        stage1: `layerwise` first brings the layers' outputs close to the teacher's.
+        stage1_share: Share of the steps that this takes.
+        sequence_length: Tokens per row; None takes the shorter of 512 and the model's longest context.
+        train_tokens: Read no more training data than so many tokens; None reads all.
+        streaming: Read the data while training goes on.
+        chat_template: The data are chats, to be rendered by the tokenizer's chat template.
+    """
+
+    objective: str = "distill"
+    train: str = "lora"
+    layers: str = "all"
+    lora_rank: int = 32
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    merge: bool = False
+    teacher: str | None = None
+    teacher_bits: int = 16
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    stage1: str = "none"
+    stage1_share: float = 0.2
+    sequence_length: int | None = None
+    train_tokens: int | None = None
+    streaming: bool = False
+    chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("objective", OBJECTIVES), ("train", TRAIN_CHOICES), ("stage1", STAGES)):
+            value = getattr(self, field)
+            if value not in allowed:
+                near = difflib.get_close_matches(str(value), allowed, n=1)
+                remedy = f"Did you mean {near[0]}?" if near else ""
+                raise InvalidValueError(field, value, ", ".join(allowed), remedy)
+        if self.teacher_bits not in (16, 8, 4):
+            raise InvalidValueError("teacher_bits", self.teacher_bits, "16, 8, 4")
+        if not 0 < self.stage1_share < 1:
+            raise InvalidValueError("stage1_share", self.stage1_share, "numbers between 0 and 1")
+        if self.train_tokens is not None and self.train_tokens < 1:
+            raise InvalidValueError("train_tokens", self.train_tokens, "integers from 1")
+        if self.stage1 != "none" and self.objective == "dpo":
+            raise InvalidValueError("stage1", self.stage1, "none with objective dpo")
+        if self.merge and self.train not in ADAPTERS:
+            raise InvalidValueError("merge", True, f"only with train {' or '.join(ADAPTERS)}", "There are no adapters.")
+        if self.teacher is not None and not self.taught:
+            raise InvalidValueError("teacher", self.teacher, "none with this objective", "Use objective distill.")
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher takes part."""
+        return self.objective == "distill" or self.stage1 != "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return asdict(self)
+
+
+def check_training(training: dict[str, Any]) -> None:
+    """Refuse names that `TrainingArguments` does not have, before anything is loaded.
+
+    Raises:
+        InvalidValueError: An unknown name, or one that is not the user's to set.
+    """
+    from transformers import TrainingArguments
+
+    known = [field.name for field in fields(TrainingArguments) if field.name not in OURS]
+    for name in training:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else ""
+            raise InvalidValueError(name, training[name], "fields of transformers.TrainingArguments", remedy)
+
+
+def training_arguments(
+    recipe: Recipe, training: dict[str, Any], folder: Path, rows: int | None, row_tokens: int, world: int
+) -> dict[str, Any]:
+    """Fields of `TrainingArguments`: the user's, and what makes a good run where they say nothing.
+
+    Args:
+        recipe: The recipe.
+        training: The user's fields.
+        folder: Where checkpoints go.
+        rows: Rows of training data, or None for a stream.
+        row_tokens: Tokens in a row.
+        world: Processes that train together.
+
+    Raises:
+        InvalidValueError: A stream without an end, or a value that `TrainingArguments` refuses.
+    """
+    batch = training.get("per_device_train_batch_size", BATCH_SIZE)
+    per_step = batch * training.get("gradient_accumulation_steps", 1) * world
+    steps = training.get("max_steps", -1)
+    if steps <= 0:
+        if rows is None and recipe.train_tokens is None:
+            raise InvalidValueError("max_steps", steps, "integers from 1 where the data is streamed")
+        if rows is None:
+            steps = max(1, (recipe.train_tokens or 0) // (per_step * row_tokens))
+        else:
+            steps = math.ceil(math.ceil(rows / per_step) * training.get("num_train_epochs", 1))
+    rate = LEARNING_RATES[recipe.train] * (DPO_SHARE if recipe.objective == "dpo" else 1)
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": batch,
+        "learning_rate": rate,
+        "max_steps": steps,
+        "warmup_steps": max(1, round(WARMUP_SHARE * steps)),
+        "logging_steps": max(1, steps // LOGS),
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": max(1, steps // CHECKPOINTS),
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "ddp_find_unused_parameters": False,
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    chosen = {**defaults, **training, "max_steps": steps, "output_dir": str(folder)}
+    chosen.update(scheduler_arguments(training.get("lr_scheduler_type", SCHEDULE), steps))
+    if "lr_scheduler_kwargs" in training:
+        chosen["lr_scheduler_kwargs"] = training["lr_scheduler_kwargs"]
+    if recipe.objective == "dpo":
+        # TRL turns both on unless told otherwise; bfloat16 it refuses on some devices.
+        chosen = {"bf16": False, "gradient_checkpointing": False, **chosen}
+    return chosen
