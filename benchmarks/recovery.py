@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +88,16 @@ def expand_by_identity(converted: Any, source: Any) -> None:
         attention.v_b_proj.weight.copy_(copies)
 
 
-def train_source(config: dict[str, Any], ids: list[int], training: dict[str, Any], folder: Path) -> dict[str, Any]:
+def train_source(
+    case: dict[str, Any], folder: Path, ids: list[int], config: dict[str, Any], output: Path
+) -> dict[str, Any]:
     """Train the source model's own W_K and W_V on the same rows: what TransMLA compares with."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
     from optimum_mla.recovery.data import pack
     from optimum_mla.recovery.recipe import Recipe, training_arguments
+    from optimum_mla.report.memory import peak_memory_bytes
     from optimum_mla.report.quality import perplexity
     from optimum_mla.text import token_windows
 
@@ -104,7 +110,8 @@ def train_source(config: dict[str, Any], ids: list[int], training: dict[str, Any
         layer.self_attn.v_proj.requires_grad_(True)
     windows = token_windows(AutoTokenizer.from_pretrained(path), path / "evaluation.txt", length)
     before = perplexity(model, windows)
-    options = training_arguments(Recipe(objective="sft", train="kv"), training, folder, len(rows), length, 1)
+    training = {**config["training"], **case.get("training", {})}
+    options = training_arguments(Recipe(objective="sft", train="kv"), training, output, len(rows), length, 1)
     options["save_strategy"] = "no"
     trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows)
     trainer.train()
@@ -117,6 +124,7 @@ def train_source(config: dict[str, Any], ids: list[int], training: dict[str, Any
         "last_losses": losses[-5:],
         "trainable_parameters": trained,
         "trainable_percent": 100 * trained / model.num_parameters(),
+        "peak_memory_mb": peak_memory_bytes() / 1e6,
     }
 
 
@@ -131,7 +139,8 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
     texts = TextOptions(
         eval_data=str(ROOT / config["model"] / "evaluation.txt"), eval_length=length, eval_samples=10**6
     )
-    report = finetune(str(model), output, ids, recipe, case.get("training"), texts, overwrite=True)
+    training = {**config["training"], **case.get("training", {})}
+    report = finetune(str(model), output, ids, recipe, training, texts, overwrite=True)
     if report is None:
         raise RuntimeError("a process of its own measures nothing")
     share = closed(report)
@@ -148,48 +157,52 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
     }
 
 
-def in_own_process(case: dict[str, Any], model: Path, data: Path, config: dict[str, Any], output: Path) -> Any:
-    """As `train`, so that the peak memory is that run's."""
-    content = {"case": case, "model": str(model), "data": str(data), "config": config, "output": str(output)}
-    command = [sys.executable, "-m", "benchmarks.recovery", "--case", json.dumps(content)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run(config: dict[str, Any], corpus: Path) -> list[dict[str, Any]]:
-    """Every run of the config."""
-    runs = []
-    most = max(case["tokens"] for case in config["runs"])
+def run(config: dict[str, Any], corpus: Path, workers: int) -> list[dict[str, Any]]:
+    """Every run of the config, each in a process of its own, so that its peak memory is its own."""
+    most, length = max(case["tokens"] for case in config["runs"]), config["row_tokens"]
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        data = place / "ids.json"
-        ids = token_rows(corpus, ROOT / config["model"], config["row_tokens"], most)
-        for case in config["runs"]:
-            # Fewer tokens are evenly spaced rows, too.
-            count, length = case["tokens"], config["row_tokens"]
-            step = most // count
-            rows = [ids[i * length : (i + 1) * length] for i in range(0, most // length, step)]
+        ids = token_rows(corpus, ROOT / config["model"], length, most)
+        folders = {"source": place / "source"}
+        for name in dict.fromkeys(case["conversion"] for case in config["runs"]):
+            if name != "source":
+                folders[name] = place / f"model-{len(folders)}"
+                make_conversion(name, config["conversions"][name], config, folders[name])
+
+        def one(numbered: tuple[int, dict[str, Any]]) -> dict[str, Any]:
+            number, case = numbered
+            data = place / f"ids-{number}.json"
+            step = most // case["tokens"]  # fewer tokens are evenly spaced rows, too
+            rows = [ids[start : start + length] for start in range(0, most, step * length)]
             data.write_text(json.dumps([token for row in rows for token in row]), encoding="utf-8")
-            name = case["conversion"]
-            if name == "source":
-                found = train_source(config, json.loads(data.read_text()), case["training"], place / "source")
-            else:
-                folder = place / "".join(c for c in name if c.isalnum())
-                if not folder.exists():
-                    make_conversion(name, config["conversions"][name], config, folder)
-                found = in_own_process(case, folder, data, config, place / "out")
+            output = place / f"out-{number}"
+            content = {"case": case, "model": str(folders[case["conversion"]]), "data": str(data), "config": config}
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.recovery",
+                "--case",
+                json.dumps({**content, "output": str(output)}),
+            ]
+            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **threads})
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            found = json.loads(done.stdout.splitlines()[-1])
+            shutil.rmtree(output, ignore_errors=True)
+            closed = found.get("percent_of_excess_closed")
             excess = math.log(found["perplexity_recovered"] / found["perplexity_source"])
-            runs.append({**case, **found, "excess_log_perplexity": excess})
             print(
-                f"{name:22} {case['label']:34} {count:8} tokens  {found['perplexity_source']:.3f} ->"
-                f" {found['perplexity_converted']:.3f} -> {found['perplexity_recovered']:.3f}"
-                f"  closed {found.get('percent_of_excess_closed') or math.nan:.1f} %"
-                f"  trained {found['trainable_percent']:.1f} %  peak {found.get('peak_memory_mb', math.nan):.0f} MB",
+                f"{case['conversion']:26} {case['label']:18} {case['tokens']:8} tokens "
+                f" {found['perplexity_source']:.3f} -> {found['perplexity_converted']:.3f} ->"
+                f" {found['perplexity_recovered']:.3f}  closed {math.nan if closed is None else closed:.1f} %"
+                f"  trained {found['trainable_percent']:.1f} %  peak {found['peak_memory_mb']:.0f} MB",
                 flush=True,
             )
-    return runs
+            return {**case, **found, "excess_log_perplexity": excess}
+
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(one, enumerate(config["runs"])))
 
 
 def main() -> None:
@@ -198,12 +211,14 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--config", type=Path, default=CONFIGS / "recovery.json")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--workers", type=int, default=2, help="Runs at a time; they share the cores.")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         content = json.loads(arguments.case)
         ids = json.loads(Path(content["data"]).read_text(encoding="utf-8"))
-        found = train(content["case"], Path(content["model"]), ids, content["config"], Path(content["output"]))
+        work = train_source if content["case"]["conversion"] == "source" else train
+        found = work(content["case"], Path(content["model"]), ids, content["config"], Path(content["output"]))
         print(json.dumps(found))
         return
     if arguments.corpus is None or not any(arguments.corpus.glob("*.txt")):
@@ -216,7 +231,7 @@ def main() -> None:
         "commit": commit(),
         "machine": machine_class(),
         "versions": installed_versions(),
-        "runs": run(config, arguments.corpus),
+        "runs": run(config, arguments.corpus, arguments.workers),
     }
     output = arguments.output or RESULTS / arguments.config.name
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

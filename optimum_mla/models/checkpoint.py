@@ -10,6 +10,9 @@ from pathlib import Path
 
 from optimum_mla.errors import OutputError
 
+MODEL_FILES = ("config.json", "adapter_config.json")
+"""A folder that holds one of them is a model or an adapter."""
+
 
 def check_output(output: str | Path, source: str | Path, overwrite: bool) -> Path:
     """The output folder, if a conversion of `source` may write it.
@@ -27,7 +30,7 @@ def check_output(output: str | Path, source: str | Path, overwrite: bool) -> Pat
         occupied = any(folder.iterdir())
         if occupied and not overwrite:
             raise OutputError(f"output: {output} exists. Choose another folder, or replace it with --overwrite.")
-        if occupied and not (folder / "config.json").is_file():
+        if occupied and not any((folder / name).is_file() for name in MODEL_FILES):
             raise OutputError(f"output: {output} holds no model (no config.json), so --overwrite leaves it alone.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from optimum_mla.errors import InvalidValueError, OutputError, TrainingError, UnsupportedModelError
+from optimum_mla.errors import InvalidValueError, MLAError, OutputError, TrainingError, UnsupportedModelError
 from optimum_mla.models.checkpoint import atomic_folder, check_output
 from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.pipeline.loading import (
@@ -46,6 +47,9 @@ DEFAULT_LENGTH = 512
 """Tokens per row, where the model takes so many and the user says nothing."""
 TRAINED_DTYPE = "float32"
 """Of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
+RUN_FILE = "run.json"
+"""The settings of a run, beside its checkpoints."""
+CHECKPOINTS = "*/checkpoint-*"
 
 
 @dataclass
@@ -114,19 +118,21 @@ def finetune(
     check_quantized(recipe, config)
     teacher_name = recipe.teacher or source_of(model) if recipe.taught else None
     source_name = source_of(model, needed=False)
-    work = working_folder(folder, {"model": model, "recipe": recipe.to_dict(), "training": training}, resume, overwrite)
+    origin = train_data if isinstance(train_data, str) else "token ids"
+    run = {"model": model, "train_data": origin, **recipe.to_dict(), **training}
+    work = working_folder(folder, run, resume, overwrite)
 
     tokenizer = load_tokenizer(model, hub, needed=isinstance(train_data, str) or texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
     longest = getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
     length = check_length(recipe.sequence_length, longest, DEFAULT_LENGTH)
     rows, description = training_data(tokenizer, train_data, recipe, length)
-    data["train-data"] = {"source": train_data if isinstance(train_data, str) else "token ids", **description}
+    data["train-data"] = {"source": origin, **description}
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     size = None if recipe.streaming else len(rows)
     chosen = training_arguments(recipe, training, work, size, length, world)
-    if device is not None and torch.device(device).type == "cpu":
+    if device is not None and device.partition(":")[0] == "cpu":
         chosen["use_cpu"] = True
     arguments = make_arguments(chosen)
     place = device if world == 1 and device is not None else str(arguments.device)
@@ -144,9 +150,18 @@ def finetune(
         if source_name is not None:
             source_perplexity = perplexity_of_source(source_name, teacher_name, teacher, evaluation, place, hub)
 
+    set_seed(arguments.seed)  # adapters begin with random numbers
     trainee = prepare(student, recipe.train, recipe.layers, recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
     counts = parameter_counts(trainee)
-    done = run_stages(trainee, teacher, rows, tokenizer, recipe, chosen, work)
+    if leading:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
+    try:
+        done = run_stages(trainee, teacher, rows, tokenizer, recipe, chosen, work)
+    except MLAError:
+        if leading and not any(work.glob(CHECKPOINTS)):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     del teacher
     if not leading:
         return None
@@ -180,9 +195,10 @@ def finetune(
         final.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        # Before the report: a model that was trained before brings its own one along.
+        card = carried_card(model, partial) or f"# {folder.name}\n\n`{model}`, trained.\n"
         report.write(partial)
         loss_curve(report, partial / "loss.png")
-        card = carried_card(model, partial) or f"# {folder.name}\n\n`{model}`, trained.\n"
         (partial / "README.md").write_text(card + recovery_card(report), encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     return report
@@ -232,24 +248,26 @@ def working_folder(folder: Path, run: dict[str, Any], resume: bool, overwrite: b
         InvalidValueError: The run to go on with had other settings.
     """
     work = folder.with_name(f".{folder.name}.training")
-    note = work / "run.json"
+    note = work / RUN_FILE
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
     if resume and before is not None:
-        for name, value in json.loads(json.dumps(run)).items():
-            if before.get(name) != value:
+        run = json.loads(json.dumps(run))
+        for name in [*run, *before]:
+            if before.get(name) != run.get(name):
                 raise InvalidValueError(
-                    name, value, f"{before.get(name)}, as in the interrupted run", "Start over with --overwrite."
+                    name,
+                    run.get(name),
+                    f"{before.get(name)}, as in the interrupted run",
+                    "Start over with --overwrite.",
                 )
         return work
-    if work.exists() and not overwrite and int(os.environ.get("RANK", 0)) == 0:
+    if any(work.glob(CHECKPOINTS)) and not overwrite and int(os.environ.get("RANK", 0)) == 0:
         raise OutputError(
             f"output: {work} holds checkpoints of an interrupted run. "
             "Go on with it by --resume, or start over with --overwrite."
         )
     if int(os.environ.get("RANK", 0)) == 0:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        note.write_text(json.dumps(run), encoding="utf-8")
     return work
 
 
@@ -344,7 +362,11 @@ def run_stages(
         first = max(1, round(recipe.stage1_share * chosen["max_steps"]))
         stages = [(recipe.stage1, first), (recipe.objective, max(1, chosen["max_steps"] - first))]
     folders = [work / name for name, _ in stages]
-    begun = max((i for i, place in enumerate(folders) if place.is_dir() and get_last_checkpoint(str(place))), default=0)
+    begun = max((i for i, place in enumerate(folders) if newest_checkpoint(place)), default=0)
+    for (name, _), place in list(zip(stages, folders, strict=True))[:begun]:
+        state = TrainerState.load_from_json(str(Path(str(newest_checkpoint(place))) / TRAINER_STATE_NAME))
+        done.losses += logged(name, state)
+        done.steps += state.global_step
     for (name, steps), place in list(zip(stages, folders, strict=True))[begun:]:
         options = {**chosen, "max_steps": steps, "output_dir": str(place)}
         if len(stages) > 1:
@@ -354,6 +376,22 @@ def run_stages(
         if done.diverged_at is not None:
             break
     return done
+
+
+def newest_checkpoint(place: Path, before: float = math.inf) -> str | None:
+    """The newest whole checkpoint of a stage, of a step below `before`: a kill may have come while one was written."""
+    # The trainer writes this file last.
+    found = {
+        int(path.parent.name.rpartition("-")[2]): path.parent
+        for path in place.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
+    }
+    steps = [step for step in found if step < before]
+    return str(found[max(steps)]) if steps else None
+
+
+def logged(stage: str, state: TrainerState) -> list[dict[str, Any]]:
+    """Losses of a stage, for the report."""
+    return [{"stage": stage, **entry} for entry in state.log_history if "loss" in entry]
 
 
 def make_trainer(
@@ -383,17 +421,27 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
     """Run one trainer, and go back to its newest checkpoint if its loss diverges."""
     guard = DivergenceGuard()
     trainer.add_callback(guard)
-    checkpoint = get_last_checkpoint(str(place)) if place.is_dir() else None
+    checkpoint = newest_checkpoint(place)
     if checkpoint is not None:
-        done.resumed_at = done.steps + int(checkpoint.rpartition("-")[2])
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        done.resumed_at = done.steps + state.global_step
+        if state.global_step >= trainer.args.max_steps:
+            # The run stopped after this stage's last step; the trainer would take one more.
+            trainer._load_from_checkpoint(checkpoint)
+            done.losses += logged(name, state)
+            done.steps += state.global_step
+            return
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     done.seconds += time.perf_counter() - start
-    done.losses += [{"stage": name, **entry} for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(name, trainer.state)
+    done.losses += losses
     if guard.diverged_at is None:
         done.steps += trainer.state.global_step
         return
-    good = get_last_checkpoint(str(place)) if place.is_dir() else None
+    # A step's loss is of the weights before its update: only a later good one vouches for a checkpoint.
+    vouched = max((entry["step"] for entry in losses if entry["step"] < guard.diverged_at), default=0)
+    good = newest_checkpoint(place, before=vouched)
     if good is None:
         raise TrainingError(
             f"learning_rate: the loss was {guard.value:.3g} at step {guard.diverged_at}, before the first checkpoint. "
@@ -409,9 +457,16 @@ def finished(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     if recipe.train in ADAPTERS:
         if recipe.merge:
             # In float32: a merged update is often below the precision of 16 bits of the weight that it goes into.
-            return model.float().merge_and_unload().to(dtype).eval()
+            return cast(model.float().merge_and_unload(), dtype).eval()
         return model.eval()
-    return model.to(dtype).eval()
+    return cast(model, dtype).eval()
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A model's parameters in a dtype. Buffers stay: rotary frequencies are in float32 whatever the checkpoint."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def dtype_of(config: PreTrainedConfig, model: PreTrainedModel) -> torch.dtype:

@@ -45,6 +45,17 @@ class TeacherTrainer(Trainer):
         return model(**batch, use_cache=False, output_hidden_states=True, logits_to_keep=nothing).hidden_states
 
 
+def check_loss(kl_weight: float, ce_weight: float, temperature: float) -> None:
+    """Refuse weights that make no loss."""
+    for field, value in (("kl_weight", kl_weight), ("ce_weight", ce_weight)):
+        if value < 0:
+            raise InvalidValueError(field, value, "numbers from 0")
+    if kl_weight == ce_weight == 0:
+        raise InvalidValueError("kl_weight", kl_weight, "numbers above 0 where ce_weight is 0")
+    if temperature <= 0:
+        raise InvalidValueError("temperature", temperature, "numbers above 0")
+
+
 class DistillationTrainer(TeacherTrainer):
     """Minimizes KL to the teacher's next-token distribution, mixed with cross-entropy.
 
@@ -61,13 +72,7 @@ class DistillationTrainer(TeacherTrainer):
         temperature: float = 1.0,
         **options: Any,
     ) -> None:
-        for field, value in (("kl_weight", kl_weight), ("ce_weight", ce_weight)):
-            if value < 0:
-                raise InvalidValueError(field, value, "numbers from 0")
-        if kl_weight == ce_weight == 0:
-            raise InvalidValueError("kl_weight", kl_weight, "numbers above 0 where ce_weight is 0")
-        if temperature <= 0:
-            raise InvalidValueError("temperature", temperature, "numbers above 0")
+        check_loss(kl_weight, ce_weight, temperature)
         super().__init__(model, teacher, **options)
         self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
 

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from optimum_mla.errors import InvalidValueError
+from optimum_mla.recovery.distill import check_loss
 from optimum_mla.recovery.parameters import ADAPTERS, TRAIN_CHOICES
 from optimum_mla.recovery.schedules import scheduler_arguments
 
 OBJECTIVES = ("distill", "sft", "dpo")
 STAGES = ("none", "layerwise")
-LEARNING_RATES = {"lora": 2e-3, "dora": 2e-3, "kv": 1e-3, "attention": 1e-3, "full": 5e-4}
+LEARNING_RATES = {"lora": 1.5e-3, "dora": 1.5e-3, "kv": 5e-4, "attention": 5e-4, "full": 5e-4}
 """Where the user names none; DPO takes `DPO_SHARE` of it."""
 DPO_SHARE = 0.01
-SCHEDULE = "mha2mla"
+SCHEDULE = "cosine"
 BATCH_SIZE = 8
 WARMUP_SHARE = 0.05
 LOGS, CHECKPOINTS = 50, 5
@@ -86,6 +87,8 @@ class Recipe:
             raise InvalidValueError("stage1", self.stage1, "none with objective dpo")
         if self.merge and self.train not in ADAPTERS:
             raise InvalidValueError("merge", True, f"only with train {' or '.join(ADAPTERS)}", "There are no adapters.")
+        if self.objective == "distill":
+            check_loss(self.kl_weight, self.ce_weight, self.temperature)
         if self.teacher is not None and not self.taught:
             raise InvalidValueError("teacher", self.teacher, "none with this objective", "Use objective distill.")
 
@@ -132,6 +135,9 @@ def training_arguments(
         InvalidValueError: A stream without an end, or a value that `TrainingArguments` refuses.
     """
     batch = training.get("per_device_train_batch_size", BATCH_SIZE)
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if training.get(name, 1) < 1:
+            raise InvalidValueError(name, training[name], "integers from 1")
     per_step = batch * training.get("gradient_accumulation_steps", 1) * world
     steps = training.get("max_steps", -1)
     if steps <= 0:

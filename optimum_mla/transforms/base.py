@@ -26,6 +26,7 @@ from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.progress import progress
 from optimum_mla.transforms.allocation import ALLOCATIONS, allocate_ranks
 from optimum_mla.transforms.apply import ModelTransformation
+from optimum_mla.transforms.balance import balanced
 from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.calibration import CalibrationWalk, LayerCalibration
 from optimum_mla.transforms.checks import check_convertible, check_tokens, config_of, converted_already
@@ -244,7 +245,7 @@ class MLATransformation(ModelTransformation):
                 state_error, healed_error = healing.error_before, healing.error_after
                 if healing.weight is not None:
                     tensors["o_proj.weight"] = healing.weight
-        cast = self._cast(source, tensors)
+        cast = balanced(self._cast(source, tensors), geometry)
         attention = load_attention(family, config_of(model), layer, cast, model, geometry).eval()
         result = LayerResult(geometry, _output_error(source, attention), key_weight, state_error, healed_error)
         return attention.train(model.training), result

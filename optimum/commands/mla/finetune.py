@@ -10,8 +10,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.mla.common import add_run_arguments, hub_options
 
 TRAINING_FLAGS: dict[str, tuple[type, str]] = {
-    "learning_rate": (float, "Default: 2e-3 for adapters, 1e-3 for kv and attention, 5e-4 for full."),
-    "lr_scheduler_type": (str, "mha2mla (default: warmup, constant, 1-sqrt decay) or one of Transformers'."),
+    "learning_rate": (float, "Default: 1.5e-3 for adapters, else 5e-4; a hundredth of that for dpo."),
+    "lr_scheduler_type": (str, "One of Transformers' (default cosine), or mha2mla: warmup, constant, 1 - sqrt decay."),
     "warmup_steps": (int, "Default: a twentieth of all steps."),
     "num_train_epochs": (float, "Times over the data (default 1)."),
     "max_steps": (int, "Optimizer steps; overrides the epochs, and ends a stream."),
@@ -100,8 +100,12 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Train, print the table; bad input prints one line and exits with 2."""
+        import logging
+
         from optimum_mla.cli import exit_on_bad_input
 
+        # It warns at its import, and of every batch that goes through 8-bit weights.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         again = "OUTPUT was not written; go on from the newest checkpoint with --resume"
         with exit_on_bad_input(interrupted=again):
             from optimum_mla.errors import InvalidValueError
@@ -167,8 +171,8 @@ def read_config(args: Namespace) -> dict[str, Any]:
         if name in ("config", "training", "output", "subparsers", "func"):
             raise InvalidValueError("config", name, "options other than that")
         if not hasattr(args, name):
-            extra[name] = value
-        elif getattr(args, name) in (None, False) or (name == "dtype" and args.dtype == "auto"):
+            extra[name] = number(value)
+        elif getattr(args, name) is None or getattr(args, name) is False or (name == "dtype" and args.dtype == "auto"):
             setattr(args, name, converted(name, value))
     return extra
 
@@ -197,5 +201,16 @@ def read_fields(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise InvalidValueError("training", pair, "NAME=VALUE")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = number(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise InvalidValueError("training", pair, "NAME=VALUE with a YAML value") from error
     return found
+
+
+def number(value: Any) -> Any:
+    """A value as a number where it is one that YAML reads as text, such as 1e-4."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

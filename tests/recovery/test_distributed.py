@@ -1,0 +1,215 @@
+"""Training by several processes: as good as by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from optimum_mla.pipeline import convert
+
+REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
+SIZES: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source`, `converted` and `train.txt`."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder / "source")
+    AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / "source")
+    convert(str(folder / "source"), folder / "converted", "gqa2mla", {"kv_cache_ratio": 0.5})
+    (folder / "train.txt").write_text((REFERENCE / "calibration.txt").read_text()[:3000])
+    return folder
+
+
+def run(processes: int, *program: str) -> subprocess.CompletedProcess[str]:
+    """A Python program under torchrun, or as it is for one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *(launcher if processes > 1 else []), *program]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+
+
+def finetune(
+    models: Path, out: Path, processes: int, batch: int, *options: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any], dict[str, Tensor]]:
+    """The command, its report and what it wrote."""
+    done = run(
+        processes,
+        *("-m", "optimum.commands.optimum_cli", "mla-finetune", "-m", str(models / "converted")),
+        *("--train-data", str(models / "train.txt"), "--eval-data", str(REFERENCE / "evaluation.txt")),
+        *("--eval-samples", "2", "--eval-length", "32", "--sequence-length", "32", "--lora-rank", "4"),
+        *("--max-steps", "4", "--save-steps", "2", "--logging-steps", "1"),
+        *("--per-device-train-batch-size", str(batch), *options, str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((out / "recovery_report.json").read_text()), load_file(next(out.glob("*.safetensors")))
+
+
+def same_training(models: Path, tmp_path: Path, *options: str) -> None:
+    """Two processes with batches of 2 do what one does with batches of 4."""
+    _, one, alone = finetune(models, tmp_path / "one", 1, 4, *options)
+    done, two, together = finetune(models, tmp_path / "two", 2, 2, *options)
+    assert done.stdout.count("Saved to") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=0.0, atol=1e-5, msg=name)
+    assert [e["loss"] for e in two["losses"]] == pytest.approx([e["loss"] for e in one["losses"]], abs=1e-5)
+    assert (two["steps"], two["tokens_seen"]) == (one["steps"], one["tokens_seen"]) == (4, 4 * 4 * 32)
+    assert two["perplexity_converted"] == pytest.approx(one["perplexity_converted"], rel=1e-6)
+    assert two["perplexity_recovered"] == pytest.approx(one["perplexity_recovered"], rel=1e-5)
+    assert two["perplexity_recovered"] != pytest.approx(two["perplexity_converted"], rel=1e-4)
+
+
+def test_two_processes_train_as_one_does(models: Path, tmp_path: Path) -> None:
+    same_training(models, tmp_path, "--train", "kv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--train", "lora"),
+        ("--train", "full", "--objective", "sft"),
+        ("--train", "attention", "--stage1", "layerwise", "--stage1-share", "0.5"),
+        ("--train", "kv", "--gradient-checkpointing"),
+    ],
+)
+def test_two_processes_train_anything_as_one_does(options: tuple[str, ...], models: Path, tmp_path: Path) -> None:
+    same_training(models, tmp_path, *options)
+
+
+@pytest.mark.slow
+def test_bad_input_of_two_processes_ends_both(models: Path, tmp_path: Path) -> None:
+    done = run(
+        2,
+        *("-m", "optimum.commands.optimum_cli", "mla-finetune", "-m", str(models / "source")),
+        *("--train-data", str(models / "train.txt"), str(tmp_path / "out")),
+    )
+    assert done.returncode != 0
+    assert "is not converted" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+SHARDED = """
+    import copy, sys, tempfile
+
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM, TrainingArguments
+    from transformers.utils import logging
+
+    import optimum_mla
+    from optimum_mla.recovery import DistillationTrainer, prepare
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    folder, choice = sys.argv[1:]
+    arguments = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none", ddp_find_unused_parameters=False)
+    # The trainer's arguments have started the process group.
+    rank = arguments.process_index
+    assert dist.get_world_size() == 2
+    mesh = init_device_mesh("cpu", (2,))
+
+    teacher = AutoModelForCausalLM.from_pretrained(f"{folder}/source")
+    plain = AutoModelForCausalLM.from_pretrained(f"{folder}/converted")
+    torch.manual_seed(0)
+    plain = prepare(plain, choice, lora_rank=4)
+    if choice == "lora":
+        # B begins as zero, and A then has no gradient.
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    sharded = copy.deepcopy(plain)
+    ids = torch.randint(1, 4096, (4, 24), generator=torch.Generator().manual_seed(1))
+
+    def loss_of(model, batch):
+        trainer = DistillationTrainer(
+            model, copy.deepcopy(teacher), kl_weight=0.7, ce_weight=0.3, temperature=2.0, args=arguments
+        )
+        return trainer.compute_loss(model, {"input_ids": batch, "labels": batch})
+
+    whole = loss_of(plain, ids)
+    whole.backward()
+    wanted = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+
+    base = sharded.get_base_model() if choice == "lora" else sharded
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    optimizer = torch.optim.SGD([p for p in sharded.parameters() if p.requires_grad], lr=0.5)
+    part = loss_of(sharded, ids[2 * rank : 2 * rank + 2])
+    part.backward()
+    mean = part.detach().clone()
+    dist.all_reduce(mean, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
+    mean /= 1 if dist.get_backend() == "nccl" else 2
+    torch.testing.assert_close(mean, whole.detach(), rtol=0.0, atol=1e-5)
+    given = {name: p.grad for name, p in sharded.named_parameters() if p.requires_grad}
+    assert given.keys() == wanted.keys()
+    largest = 0.0
+    for name, gradient in given.items():
+        assert isinstance(gradient, DTensor), name
+        torch.testing.assert_close(gradient.full_tensor(), wanted[name], rtol=0.0, atol=1e-5, msg=name)
+        largest = max(largest, wanted[name].abs().max().item())
+    assert largest > 1e-3, largest
+
+    optimizer.step()
+    optimizer.zero_grad()
+    after = loss_of(sharded, ids[2 * rank : 2 * rank + 2]).detach()
+    dist.all_reduce(after)
+    assert after / 2 < mean, (after, mean)
+    if rank == 0:
+        print(f"sharded and plain agree on {len(given)} gradients, loss {mean:.4f} to {after / 2:.4f}")
+    dist.destroy_process_group()
+"""
+
+
+def check_sharded(models: Path, tmp_path: Path, choice: str) -> None:
+    """Run the program above in two processes."""
+    program = tmp_path / "sharded.py"
+    program.write_text(textwrap.dedent(SHARDED))
+    done = run(2, str(program), str(models), choice)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "sharded and plain agree on" in done.stdout
+
+
+def test_sharded_loss_and_gradients_are_the_whole_models(models: Path, tmp_path: Path) -> None:
+    check_sharded(models, tmp_path, "full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["lora", "kv"])
+def test_sharded_parts_train_too(choice: str, models: Path, tmp_path: Path) -> None:
+    check_sharded(models, tmp_path, choice)
