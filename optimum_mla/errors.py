@@ -48,3 +48,9 @@ class MissingDependencyError(MLAError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{package} is needed to {purpose}. Install it with: pip install 'optimum-mla[{extra}]'")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without its details."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

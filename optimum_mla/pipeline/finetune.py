@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
-from optimum_mla.errors import InvalidValueError, MLAError, OutputError, TrainingError, UnsupportedModelError
+from optimum_mla.errors import InvalidValueError, MLAError, OutputError, UnsupportedModelError, first_line
 from optimum_mla.models.checkpoint import atomic_folder, check_output
 from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.pipeline.loading import (
@@ -24,7 +20,6 @@ from optimum_mla.pipeline.loading import (
     TextOptions,
     carried_card,
     check_dtype,
-    first_line,
     load_config,
     load_converted_config,
     load_model,
@@ -32,43 +27,20 @@ from optimum_mla.pipeline.loading import (
     read_texts,
 )
 from optimum_mla.recovery.data import check_length, pack, preferences, stream
-from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
-from optimum_mla.recovery.dpo import dpo_trainer
-from optimum_mla.recovery.guard import DivergenceGuard
+from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
-from optimum_mla.recovery.recipe import Recipe, check_training, training_arguments
+from optimum_mla.recovery.recipe import DEFAULT_LENGTH, Recipe, check_installed, check_training, training_arguments
+from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
 from optimum_mla.report.memory import peak_memory_bytes
-from optimum_mla.report.plots import check_plots, loss_curve
+from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.render import recovery_card
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 
-DEFAULT_LENGTH = 512
-"""Tokens per row, where the model takes so many and the user says nothing."""
 TRAINED_DTYPE = "float32"
 """Of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
 RUN_FILE = "run.json"
 """The settings of a run, beside its checkpoints."""
-CHECKPOINTS = "*/checkpoint-*"
-
-
-@dataclass
-class Training:
-    """What the stages of a run gather.
-
-    Attributes:
-        losses: Log entries, each with its `stage`.
-        steps: Optimizer steps so far.
-        resumed_at: Step of the checkpoint that the run went on from, or None.
-        diverged_at: Step at which the loss diverged, or None.
-        seconds: Of the trainers alone.
-    """
-
-    losses: list[dict[str, Any]] = field(default_factory=list)
-    steps: int = 0
-    resumed_at: int | None = None
-    diverged_at: int | None = None
-    seconds: float = 0.0
 
 
 def finetune(
@@ -112,7 +84,7 @@ def finetune(
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     check_dtype(dtype)
     check_training(training)
-    check_plots()
+    check_installed(recipe)
     folder = check_output(output, model, overwrite)
     config = load_converted_config(model, hub)
     check_quantized(recipe, config)
@@ -151,7 +123,12 @@ def finetune(
             source_perplexity = perplexity_of_source(source_name, teacher_name, teacher, evaluation, place, hub)
 
     set_seed(arguments.seed)  # adapters begin with random numbers
-    trainee = prepare(student, recipe.train, recipe.layers, recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
+
+    def prepared(model: PreTrainedModel) -> Any:
+        lora = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout
+        return prepare(model, recipe.train, recipe.layers, *lora)
+
+    trainee = prepared(student)
     counts = parameter_counts(trainee)
     if leading:
         work.mkdir(parents=True, exist_ok=True)
@@ -163,8 +140,12 @@ def finetune(
             shutil.rmtree(work, ignore_errors=True)
         raise
     del teacher
+    whole = full_state(trainee)
     if not leading:
         return None
+    if whole is not None:
+        trainee = prepared(load_model(model, config, precision, "cpu", hub))
+        trainee.load_state_dict(whole)
     final = finished(trainee, recipe, saved_dtype)
     after = perplexity(final, evaluation) if evaluation is not None else None
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
@@ -175,7 +156,7 @@ def finetune(
         teacher=teacher_name,
         data=data,
         steps=done.steps,
-        tokens_seen=done.steps * per_step * length if recipe.objective != "dpo" else 0,
+        tokens_seen=done.steps * per_step * length if recipe.objective != "dpo" else done.pair_tokens,
         trainable_parameters=counts[0],
         total_parameters=counts[1],
         trainable_percent=100 * counts[0] / counts[1],
@@ -340,116 +321,6 @@ def perplexity_of_source(
         return perplexity(load_model(name, load_config(name, hub), "auto", place, hub), windows)
     except UnsupportedModelError:
         return None
-
-
-def run_stages(
-    model: Any,
-    teacher: PreTrainedModel | None,
-    rows: Any,
-    tokenizer: Any,
-    recipe: Recipe,
-    chosen: dict[str, Any],
-    work: Path,
-) -> Training:
-    """Train, one or two trainers in turn; each goes on from its newest checkpoint, where there is one.
-
-    Raises:
-        TrainingError: The loss diverged before the first checkpoint.
-    """
-    done = Training()
-    stages: list[tuple[str, int]] = [(recipe.objective, chosen["max_steps"])]
-    if recipe.stage1 != "none":
-        first = max(1, round(recipe.stage1_share * chosen["max_steps"]))
-        stages = [(recipe.stage1, first), (recipe.objective, max(1, chosen["max_steps"] - first))]
-    folders = [work / name for name, _ in stages]
-    begun = max((i for i, place in enumerate(folders) if newest_checkpoint(place)), default=0)
-    for (name, _), place in list(zip(stages, folders, strict=True))[:begun]:
-        state = TrainerState.load_from_json(str(Path(str(newest_checkpoint(place))) / TRAINER_STATE_NAME))
-        done.losses += logged(name, state)
-        done.steps += state.global_step
-    for (name, steps), place in list(zip(stages, folders, strict=True))[begun:]:
-        options = {**chosen, "max_steps": steps, "output_dir": str(place)}
-        if len(stages) > 1:
-            options["warmup_steps"] = min(chosen["warmup_steps"], steps)
-        trainer = make_trainer(name, model, teacher, rows, tokenizer, recipe, options)
-        train_stage(trainer, name, place, done)
-        if done.diverged_at is not None:
-            break
-    return done
-
-
-def newest_checkpoint(place: Path, before: float = math.inf) -> str | None:
-    """The newest whole checkpoint of a stage, of a step below `before`: a kill may have come while one was written."""
-    # The trainer writes this file last.
-    found = {
-        int(path.parent.name.rpartition("-")[2]): path.parent
-        for path in place.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
-    }
-    steps = [step for step in found if step < before]
-    return str(found[max(steps)]) if steps else None
-
-
-def logged(stage: str, state: TrainerState) -> list[dict[str, Any]]:
-    """Losses of a stage, for the report."""
-    return [{"stage": stage, **entry} for entry in state.log_history if "loss" in entry]
-
-
-def make_trainer(
-    name: str,
-    model: Any,
-    teacher: PreTrainedModel | None,
-    rows: Any,
-    tokenizer: Any,
-    recipe: Recipe,
-    options: dict[str, Any],
-) -> Trainer:
-    """The trainer of one stage."""
-    if name == "dpo":
-        return dpo_trainer(model, rows, tokenizer, options)
-    arguments = TrainingArguments(**{**options, "remove_unused_columns": False})
-    if name == "sft":
-        return Trainer(model=model, args=arguments, train_dataset=rows)
-    if teacher is None:
-        raise InvalidValueError("teacher", None, "a hub id or folder")
-    if name == "layerwise":
-        return LayerwiseTrainer(model, teacher, args=arguments, train_dataset=rows)
-    weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight, "temperature": recipe.temperature}
-    return DistillationTrainer(model, teacher, **weights, args=arguments, train_dataset=rows)
-
-
-def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> None:
-    """Run one trainer, and go back to its newest checkpoint if its loss diverges."""
-    guard = DivergenceGuard()
-    trainer.add_callback(guard)
-    checkpoint = newest_checkpoint(place)
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        done.resumed_at = done.steps + state.global_step
-        if state.global_step >= trainer.args.max_steps:
-            # The run stopped after this stage's last step; the trainer would take one more.
-            trainer._load_from_checkpoint(checkpoint)
-            done.losses += logged(name, state)
-            done.steps += state.global_step
-            return
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    done.seconds += time.perf_counter() - start
-    losses = logged(name, trainer.state)
-    done.losses += losses
-    if guard.diverged_at is None:
-        done.steps += trainer.state.global_step
-        return
-    # A step's loss is of the weights before its update: only a later good one vouches for a checkpoint.
-    vouched = max((entry["step"] for entry in losses if entry["step"] < guard.diverged_at), default=0)
-    good = newest_checkpoint(place, before=vouched)
-    if good is None:
-        raise TrainingError(
-            f"learning_rate: the loss was {guard.value:.3g} at step {guard.diverged_at}, before the first checkpoint. "
-            f"Try a lower one than {trainer.args.learning_rate:g}."
-        )
-    trainer._load_from_checkpoint(good)
-    done.steps += int(good.rpartition("-")[2])
-    done.diverged_at = guard.diverged_at
 
 
 def finished(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:

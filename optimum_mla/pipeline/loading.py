@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
+from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError, first_line
 from optimum_mla.models import family_of, is_converted
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 from optimum_mla.text import token_windows
@@ -176,9 +176,3 @@ def carried_card(model: str, partial: Path) -> str | None:
             shutil.copy(source / name, partial)
     card = source / "README.md"
     return card.read_text(encoding="utf-8") if card.is_file() else None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without its details."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

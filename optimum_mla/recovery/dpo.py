@@ -27,14 +27,23 @@ def dpo_trainer(
     except ImportError as error:
         raise MissingDependencyError("trl", "train", "train with DPO") from error
     if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     adapters = hasattr(model, "disable_adapter")
     if reference is None and not adapters:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
-    for one in (model, reference):
-        if one is not None:
-            # TRL reads remote code's origin from it, which a registered class does not have.
-            one.config.auto_map = {}
-    return DPOTrainer(
-        model=model, ref_model=reference, args=DPOConfig(**arguments), train_dataset=dataset, processing_class=tokenizer
-    )
+    configs = [one.config for one in (model, reference) if one is not None]
+    origins = [config.auto_map for config in configs]
+    try:
+        for config in configs:
+            config.auto_map = {}  # TRL reads remote code's origin from it, which a registered class does not have
+        return DPOTrainer(
+            model=model,
+            ref_model=reference,
+            args=DPOConfig(**arguments),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+    finally:
+        for config, origin in zip(configs, origins, strict=True):
+            config.auto_map = origin

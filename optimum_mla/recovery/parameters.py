@@ -31,6 +31,8 @@ LATENT_PROJECTIONS = (
 """Linear layers into and out of the latents, in both forms."""
 TRAIN_CHOICES = ("lora", "dora", "kv", "attention", "full")
 ADAPTERS = ("lora", "dora")
+PACKED = "W_q"
+"""HQQ's name for a weight, which is a buffer there."""
 
 
 def converted_attentions(model: nn.Module, layers: LayerChoice = "all") -> dict[str, LatentAttention]:
@@ -162,13 +164,14 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     seen: set[int] = set()
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+        packed = {name: tensor for name, tensor in module.named_buffers(recurse=False) if name == PACKED}
+        for name, tensor in {**dict(module.named_parameters(recurse=False)), **packed}.items():
+            if id(tensor) in seen:
                 continue
-            seen.add(id(parameter))
-            numbers = parameter.numel()
-            if name in ("weight", "W_q") and hasattr(module, "in_features"):
+            seen.add(id(tensor))
+            numbers = tensor.numel()
+            if name in ("weight", PACKED) and hasattr(module, "in_features"):
                 numbers = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
             total += numbers
-            trainable += numbers if parameter.requires_grad else 0
+            trainable += numbers if tensor.requires_grad else 0
     return trainable, total

@@ -6,12 +6,13 @@ import difflib
 import math
 import sys
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.recovery.distill import check_loss
 from optimum_mla.recovery.parameters import ADAPTERS, TRAIN_CHOICES
 from optimum_mla.recovery.schedules import scheduler_arguments
@@ -23,6 +24,8 @@ LEARNING_RATES = {"lora": 1.5e-3, "dora": 1.5e-3, "kv": 5e-4, "attention": 5e-4,
 DPO_SHARE = 0.01
 SCHEDULE = "cosine"
 BATCH_SIZE = 8
+DEFAULT_LENGTH = 512
+"""Tokens per row, where the model takes so many and the user says nothing."""
 WARMUP_SHARE = 0.05
 LOGS, CHECKPOINTS = 50, 5
 """So many over a training, unless the user says otherwise."""
@@ -79,6 +82,8 @@ class Recipe:
                 raise InvalidValueError(field, value, ", ".join(allowed), remedy)
         if self.teacher_bits not in (16, 8, 4):
             raise InvalidValueError("teacher_bits", self.teacher_bits, "16, 8, 4")
+        if not 0 <= self.lora_dropout < 1:
+            raise InvalidValueError("lora_dropout", self.lora_dropout, "numbers from 0, below 1")
         if not 0 < self.stage1_share < 1:
             raise InvalidValueError("stage1_share", self.stage1_share, "numbers between 0 and 1")
         if self.train_tokens is not None and self.train_tokens < 1:
@@ -100,6 +105,25 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
         return asdict(self)
+
+
+def check_installed(recipe: Recipe) -> None:
+    """Refuse before any work what a missing package would stop later.
+
+    Raises:
+        MissingDependencyError: A package is missing; names the extra that brings it.
+    """
+    needed = {
+        "accelerate": True,
+        "matplotlib": True,
+        "peft": recipe.train in ADAPTERS,
+        "trl": recipe.objective == "dpo",
+        "bitsandbytes": recipe.teacher_bits != 16,
+    }
+    for package, used in needed.items():
+        if used and find_spec(package) is None:
+            extra = "bitsandbytes" if package == "bitsandbytes" else "train"
+            raise MissingDependencyError(package, extra, "train so")
 
 
 def check_training(training: dict[str, Any]) -> None:
@@ -138,6 +162,9 @@ def training_arguments(
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if training.get(name, 1) < 1:
             raise InvalidValueError(name, training[name], "integers from 1")
+    for name in ("learning_rate", "num_train_epochs", "seed"):
+        if training.get(name, 0) < 0:
+            raise InvalidValueError(name, training[name], "numbers from 0")
     per_step = batch * training.get("gradient_accumulation_steps", 1) * world
     steps = training.get("max_steps", -1)
     if steps <= 0:
@@ -146,7 +173,7 @@ def training_arguments(
         if rows is None:
             steps = max(1, (recipe.train_tokens or 0) // (per_step * row_tokens))
         else:
-            steps = math.ceil(math.ceil(rows / per_step) * training.get("num_train_epochs", 1))
+            steps = max(1, math.ceil(math.ceil(rows / per_step) * training.get("num_train_epochs", 1)))
     rate = LEARNING_RATES[recipe.train] * (DPO_SHARE if recipe.objective == "dpo" else 1)
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": batch,

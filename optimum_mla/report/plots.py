@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optimum_mla.errors import MissingDependencyError
 from optimum_mla.report.schema import RecoveryReport
-
-
-def check_plots() -> None:
-    """Refuse before any work where plots cannot be drawn.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "train", "draw the loss curve") from error
 
 
 def loss_curve(report: RecoveryReport, path: Path) -> None:

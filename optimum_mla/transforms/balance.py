@@ -58,8 +58,8 @@ def _parts(tensors: dict[str, Tensor], module: str, rows: slice) -> list[Tensor]
 
 def _trade(one: list[Tensor], other: list[Tensor]) -> None:
     """Multiply all of `one` and divide all of `other`, in place, so that the first of each are of like size."""
-    sizes = [parts[0].float().square().mean().sqrt().item() for parts in (one, other)]
-    if not all(sizes):
+    sizes = [parts[0].double().square().mean().sqrt().item() for parts in (one, other)]
+    if not all(0 < size < math.inf for size in sizes):
         return
     factor = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)
     with torch.no_grad():

@@ -171,7 +171,7 @@ def read_config(args: Namespace) -> dict[str, Any]:
         if name in ("config", "training", "output", "subparsers", "func"):
             raise InvalidValueError("config", name, "options other than that")
         if not hasattr(args, name):
-            extra[name] = number(value)
+            extra[name] = plain(name, value)
         elif getattr(args, name) is None or getattr(args, name) is False or (name == "dtype" and args.dtype == "auto"):
             setattr(args, name, converted(name, value))
     return extra
@@ -202,14 +202,16 @@ def read_fields(pairs: list[str]) -> dict[str, Any]:
         if not equals:
             raise InvalidValueError("training", pair, "NAME=VALUE")
         try:
-            found[name] = number(yaml.safe_load(value))
+            found[name] = plain(name, yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise InvalidValueError("training", pair, "NAME=VALUE with a YAML value") from error
     return found
 
 
-def number(value: Any) -> Any:
-    """A value as a number where it is one that YAML reads as text, such as 1e-4."""
+def plain(name: str, value: Any) -> Any:
+    """A value as it was meant: YAML reads 1e-4 as text, and the strategy `no` as false."""
+    if value is False and name.endswith("_strategy"):
+        return "no"
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -1,0 +1,160 @@
+"""The trainers of a run, in turn, with their checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from optimum_mla.errors import InvalidValueError, MLAError, TrainingError, first_line
+from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
+from optimum_mla.recovery.dpo import dpo_trainer
+from optimum_mla.recovery.guard import DivergenceGuard
+from optimum_mla.recovery.recipe import DEFAULT_LENGTH, Recipe
+
+CHECKPOINTS = "*/checkpoint-*"
+"""Where they lie in the folder of a run."""
+
+
+@dataclass
+class Training:
+    """What the stages of a run gather.
+
+    Attributes:
+        losses: Log entries, each with its `stage`.
+        steps: Optimizer steps so far.
+        resumed_at: Step of the checkpoint that the run went on from, or None.
+        diverged_at: Step at which the loss diverged, or None.
+        seconds: Of the trainers alone.
+        pair_tokens: Tokens of preference pairs that DPO has seen.
+    """
+
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    resumed_at: int | None = None
+    diverged_at: int | None = None
+    seconds: float = 0.0
+    pair_tokens: int = 0
+
+
+def run_stages(
+    model: Any,
+    teacher: PreTrainedModel | None,
+    rows: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    chosen: dict[str, Any],
+    work: Path,
+) -> Training:
+    """Train, one or two trainers in turn; each goes on from its newest checkpoint, where there is one.
+
+    Raises:
+        TrainingError: The loss diverged before the first checkpoint.
+    """
+    done = Training()
+    stages: list[tuple[str, int]] = [(recipe.objective, chosen["max_steps"])]
+    if recipe.stage1 != "none":
+        first = max(1, round(recipe.stage1_share * chosen["max_steps"]))
+        stages = [(recipe.stage1, first), (recipe.objective, max(1, chosen["max_steps"] - first))]
+    folders = [work / name for name, _ in stages]
+    begun = max((i for i, place in enumerate(folders) if newest_checkpoint(place)), default=0)
+    for (name, _), place in list(zip(stages, folders, strict=True))[:begun]:
+        state = TrainerState.load_from_json(str(Path(str(newest_checkpoint(place))) / TRAINER_STATE_NAME))
+        done.losses += logged(name, state)
+        done.steps += state.global_step
+    for (name, steps), place in list(zip(stages, folders, strict=True))[begun:]:
+        options = {**chosen, "max_steps": steps, "output_dir": str(place)}
+        if len(stages) > 1:
+            options["warmup_steps"] = min(chosen["warmup_steps"], steps)
+        try:
+            trainer = make_trainer(name, model, teacher, rows, tokenizer, recipe, options)
+        except (MLAError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, RuntimeError, ImportError) as error:
+            # Some arguments only the trainer checks: `report_to`, `eval_strategy`, ...
+            raise InvalidValueError("training", first_line(error), "what transformers.Trainer takes") from error
+        train_stage(trainer, name, place, done)
+        if done.diverged_at is not None:
+            break
+    return done
+
+
+def newest_checkpoint(place: Path, before: float = math.inf) -> str | None:
+    """The newest whole checkpoint of a stage, of a step below `before`: a kill may have come while one was written."""
+    # The trainer writes this file last.
+    found = {
+        int(path.parent.name.rpartition("-")[2]): path.parent
+        for path in place.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
+    }
+    steps = [step for step in found if step < before]
+    return str(found[max(steps)]) if steps else None
+
+
+def logged(stage: str, state: TrainerState) -> list[dict[str, Any]]:
+    """Losses of a stage, for the report."""
+    return [{"stage": stage, **entry} for entry in state.log_history if "loss" in entry]
+
+
+def make_trainer(
+    name: str,
+    model: Any,
+    teacher: PreTrainedModel | None,
+    rows: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    options: dict[str, Any],
+) -> Trainer:
+    """The trainer of one stage."""
+    if name == "dpo":
+        return dpo_trainer(model, rows, tokenizer, {"max_length": recipe.sequence_length or DEFAULT_LENGTH, **options})
+    arguments = TrainingArguments(**{**options, "remove_unused_columns": False})
+    if name == "sft":
+        return Trainer(model=model, args=arguments, train_dataset=rows)
+    if teacher is None:
+        raise InvalidValueError("teacher", None, "a hub id or folder")
+    if name == "layerwise":
+        return LayerwiseTrainer(model, teacher, args=arguments, train_dataset=rows)
+    weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight, "temperature": recipe.temperature}
+    return DistillationTrainer(model, teacher, **weights, args=arguments, train_dataset=rows)
+
+
+def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> None:
+    """Run one trainer, and go back to its newest checkpoint if its loss diverges."""
+    guard = DivergenceGuard()
+    trainer.add_callback(guard)
+    checkpoint = newest_checkpoint(place)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        done.resumed_at = done.steps + state.global_step
+        if state.global_step >= trainer.args.max_steps:
+            # The run stopped after this stage's last step; the trainer would take one more.
+            trainer._load_from_checkpoint(checkpoint)
+            done.losses += logged(name, state)
+            done.steps += state.global_step
+            return
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    done.seconds += time.perf_counter() - start
+    losses = logged(name, trainer.state)
+    done.losses += losses
+    done.pair_tokens += max((int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history), default=0)
+    if guard.diverged_at is None:
+        done.steps += trainer.state.global_step
+        return
+    # A step's loss is of the weights before its update: only a later good one vouches for a checkpoint.
+    vouched = max((entry["step"] for entry in losses if entry["step"] < guard.diverged_at), default=0)
+    good = newest_checkpoint(place, before=vouched)
+    if good is None:
+        raise TrainingError(
+            f"learning_rate: the loss was {guard.value:.3g} at step {guard.diverged_at}, before the first checkpoint. "
+            f"Try a lower one than {trainer.args.learning_rate:g}."
+        )
+    trainer._load_from_checkpoint(good)
+    done.steps += int(good.rpartition("-")[2])
+    done.diverged_at = guard.diverged_at
