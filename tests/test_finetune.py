@@ -38,8 +38,8 @@ REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_mode
 EVALUATION = str(REFERENCE / "evaluation.txt")
 TEXTS = TextOptions(eval_data=EVALUATION, eval_samples=2, eval_length=32)
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
-# `optimum_mla.pipeline.finetune` is the function, so the module has to be asked for by name.
-MODULE = importlib.import_module("optimum_mla.pipeline.finetune")
+# Patched where they are looked up.
+MODULE = importlib.import_module("optimum_mla.pipeline.finetuning")
 STAGES = importlib.import_module("optimum_mla.recovery.stages")
 
 SMALL: dict[str, Any] = {"sequence_length": 32, "lora_rank": 4}
