@@ -1,0 +1,93 @@
+"""Training data: what is packed, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from optimum_mla.errors import CalibrationDataError, InvalidValueError
+from optimum_mla.recovery.data import check_length, pack, packed_rows, preferences, stream
+
+REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
+TOKENIZER = AutoTokenizer.from_pretrained(REFERENCE)
+
+
+@given(count=st.integers(1, 60), length=st.integers(2, 9), tokens=st.none() | st.integers(9, 80))
+def test_rows_are_the_ids_in_order_without_the_rest(count: int, length: int, tokens: int | None) -> None:
+    ids = list(range(count))
+    if count < length:
+        with pytest.raises(CalibrationDataError, match=f"fewer tokens than one row of {length}"):
+            pack(None, ids, length, tokens)
+        return
+    rows = pack(None, ids, length, tokens)
+    kept = min(count // length, count if tokens is None else tokens // length)
+    assert torch.equal(rows.ids.flatten(), torch.arange(kept * length))
+    assert len(rows) == kept
+    assert torch.equal(rows[0]["input_ids"], rows[0]["labels"])
+
+
+def test_documents_are_packed_end_to_end_with_an_end_token(tmp_path: Path) -> None:
+    texts = ["It was a bright morning.", "The old gentleman sat down.", "Nobody spoke."]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n")
+    expected = [i for text in texts for i in [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]]
+    source = str(tmp_path / "rows.jsonl")
+    assert [i for row in packed_rows(TOKENIZER, source, 4) for i in row] == expected[: len(expected) // 4 * 4]
+    streamed = stream(TOKENIZER, source, 4)
+    packed = pack(TOKENIZER, source, 4)
+    assert [row["input_ids"].tolist() for row in streamed] == packed.ids.tolist()
+    assert [row["input_ids"].tolist() for row in streamed] == packed.ids.tolist()  # it can be read again
+    assert streamed.describe() == {"rows": None, "tokens_per_row": 4, "sha256": None}
+    assert packed.describe()["rows"] == len(packed)
+
+
+def test_the_hash_is_that_of_the_tokens() -> None:
+    one, other = pack(None, range(40), 4).describe(), pack(None, [0, *range(39)], 4).describe()
+    assert one == pack(None, range(40), 4).describe()
+    assert one["sha256"] != other["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2 of .*rows.jsonl is not JSON"),
+        ('{"txt": "a"}', "line 2 of .*rows.jsonl has no str 'text'"),
+        ('{"text": 5}', "line 2"),
+        ("[]", "line 2"),
+    ],
+)
+def test_a_malformed_line_is_named(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "Nobody spoke."}) + "\n" + line + "\n")
+    with pytest.raises(CalibrationDataError, match=words):
+        pack(TOKENIZER, str(tmp_path / "rows.jsonl"), 2)
+
+
+def test_preference_pairs(tmp_path: Path) -> None:
+    rows = [{"prompt": "It was", "chosen": " bright.", "rejected": " was.", "more": 1} for _ in range(3)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    table = preferences(path)
+    assert table.column_names == ["prompt", "chosen", "rejected"]
+    assert table[2] == {"prompt": "It was", "chosen": " bright.", "rejected": " was."}
+    for column in ("prompt", "chosen", "rejected"):
+        lacking = [{name: value for name, value in row.items() if name != column} for row in rows]
+        path.write_text("\n".join(json.dumps(row) for row in [rows[0], *lacking]))
+        with pytest.raises(CalibrationDataError, match=f"line 2 of .* has no str '{column}'"):
+            preferences(path)
+    path.write_text("\n")
+    with pytest.raises(CalibrationDataError, match="no rows"):
+        preferences(path)
+
+
+def test_lengths_that_the_model_takes() -> None:
+    assert check_length(None, 2048, 512) == 512
+    assert check_length(None, 256, 512) == 256
+    assert check_length(100, 256, 512) == 100
+    for wrong in (1, 257):
+        with pytest.raises(InvalidValueError, match="2 to 256"):
+            check_length(wrong, 256, 512)
