@@ -154,6 +154,19 @@ def test_readme_shows_what_quantization_costs() -> None:
         assert cost == f"{run['percent_over_unquantized']:+.2f}"
 
 
+def test_recovery_page_shows_what_was_measured() -> None:
+    runs = json.loads((RESULTS / "recovery_2m.json").read_text(encoding="utf-8"))["runs"]
+    page = (ROOT / "docs" / "recover.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) % \| ([\d., ]+) \| ([\d.]+) % \|$", page, re.M)
+    assert len(rows) == len(runs) == 2
+    for (train, share, perplexities, closed), run in zip(rows, runs, strict=True):
+        assert train == run["recipe"]["train"]
+        assert share == f"{run['trainable_percent']:.1f}"
+        measured = [run[f"perplexity_{name}"] for name in ("source", "converted", "recovered")]
+        assert perplexities == ", ".join(f"{value:.2f}" for value in measured)
+        assert closed == f"{run['percent_of_excess_closed']:.1f}"
+
+
 def test_pages_link_to_files_that_exist() -> None:
     for page in [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
