@@ -472,6 +472,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
         "stage1": stage1,
         "stage1_share": 0.5,
         "lora_dropout": 0.2 if trained == "lora" else 0.0,
+        "optimizer": "muon" if stage1 == "layerwise" else "adamw",
     }
     steps = {"training": {"max_steps": 12}}
     call = (str(models / "converted"), tmp_path / "parts", str(models / "train.txt"))
@@ -766,6 +767,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher in 5 bits": (r"teacher_bits: got 5, allowed: 16, 8, 4", {"teacher_bits": 5}),
     "unknown objective": (r"objective: got 'distil', .*Did you mean distill\?", {"objective": "distil"}),
     "unknown choice": (r"train: got 'atention', .*Did you mean attention\?", {"train": "atention"}),
+    "unknown optimizer": (r"optimizer: got 'moun', .*Did you mean muon\?", {"optimizer": "moun"}),
     "unknown argument": (r"adam_beta3: .*Did you mean adam_beta[12]\?", {"training": "adam_beta3=0.9"}),
     "argument of ours": (r"output_dir: ", {"training": "output_dir=elsewhere"}),
     "argument without a value": (r"training: got 'adam_beta1', allowed: NAME=VALUE", {"training": "adam_beta1"}),

@@ -25,6 +25,7 @@ from optimum_mla.pipeline.loading import (
     load_model,
     load_tokenizer,
     read_texts,
+    source_of,
 )
 from optimum_mla.recovery.data import check_length, pack, preferences, stream
 from optimum_mla.recovery.distributed import full_state
@@ -35,7 +36,7 @@ from optimum_mla.report.memory import peak_memory_bytes
 from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.render import recovery_card
-from optimum_mla.report.schema import ConversionReport, RecoveryReport
+from optimum_mla.report.schema import RecoveryReport
 
 TRAINED_DTYPE = "float32"
 """Of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
@@ -107,6 +108,8 @@ def finetune(
     if device is not None and device.partition(":")[0] == "cpu":
         chosen["use_cpu"] = True
     arguments = make_arguments(chosen)
+    if arguments.fsdp and recipe.optimizer == "muon":
+        raise InvalidValueError("optimizer", "muon", "adamw for a sharded model", "Its steps need whole matrices.")
     place = device if world == 1 and device is not None else str(arguments.device)
     if arguments.fsdp:
         place = "cpu"  # it is sharded from there
@@ -203,22 +206,6 @@ def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
             "merge", True, f"off, as the weights are quantized ({method})",
             "Keep the adapters, or train the unquantized model and quantize the result.",
         )  # fmt: skip
-
-
-def source_of(model: str, needed: bool = True) -> str | None:
-    """What a model was converted from, according to the report in its folder.
-
-    Raises:
-        InvalidValueError: That is needed and not known.
-    """
-    report = Path(model) / ConversionReport.file_name
-    if report.is_file():
-        return ConversionReport.read(Path(model)).model
-    if needed:
-        raise InvalidValueError(
-            "teacher", None, "a hub id or folder, as the model has no conversion_report.json that names its source"
-        )
-    return None
 
 
 def working_folder(folder: Path, run: dict[str, Any], resume: bool, overwrite: bool) -> Path:

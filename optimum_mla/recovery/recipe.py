@@ -14,6 +14,7 @@ import torch
 
 from optimum_mla.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.recovery.distill import check_loss
+from optimum_mla.recovery.optimizers import OPTIMIZERS
 from optimum_mla.recovery.parameters import ADAPTERS, TRAIN_CHOICES
 from optimum_mla.recovery.schedules import scheduler_arguments
 
@@ -46,6 +47,7 @@ class Recipe:
         teacher: Hub id or folder; None takes the model that the conversion started from.
         teacher_bits: 16 (as saved), 8 or 4 (bitsandbytes).
         kl_weight, ce_weight, temperature: Of distillation.
+        optimizer: `adamw` (or what `TrainingArguments.optim` says), or `muon`: Muon for matrices, AdamW for the rest.
         stage1: `layerwise` first brings the layers' outputs close to the teacher's.
         stage1_share: Share of the steps that this takes.
         sequence_length: Tokens per row; None takes the shorter of 512 and the model's longest context.
@@ -66,6 +68,7 @@ class Recipe:
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: float = 1.0
+    optimizer: str = "adamw"
     stage1: str = "none"
     stage1_share: float = 0.2
     sequence_length: int | None = None
@@ -74,7 +77,12 @@ class Recipe:
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        for field, allowed in (("objective", OBJECTIVES), ("train", TRAIN_CHOICES), ("stage1", STAGES)):
+        for field, allowed in (
+            ("objective", OBJECTIVES),
+            ("train", TRAIN_CHOICES),
+            ("optimizer", OPTIMIZERS),
+            ("stage1", STAGES),
+        ):
             value = getattr(self, field)
             if value not in allowed:
                 near = difflib.get_close_matches(str(value), allowed, n=1)
@@ -90,6 +98,8 @@ class Recipe:
             raise InvalidValueError("train_tokens", self.train_tokens, "integers from 1")
         if self.stage1 != "none" and self.objective == "dpo":
             raise InvalidValueError("stage1", self.stage1, "none with objective dpo")
+        if self.optimizer != "adamw" and self.objective == "dpo":
+            raise InvalidValueError("optimizer", self.optimizer, "adamw with objective dpo")
         if self.merge and self.train not in ADAPTERS:
             raise InvalidValueError("merge", True, f"only with train {' or '.join(ADAPTERS)}", "There are no adapters.")
         if self.objective == "distill":

@@ -16,6 +16,7 @@ from optimum_mla.errors import InvalidValueError, MLAError, TrainingError, first
 from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
 from optimum_mla.recovery.dpo import dpo_trainer
 from optimum_mla.recovery.guard import DivergenceGuard
+from optimum_mla.recovery.optimizers import trainer_options
 from optimum_mla.recovery.recipe import DEFAULT_LENGTH, Recipe
 
 CHECKPOINTS = "*/checkpoint-*"
@@ -114,14 +115,15 @@ def make_trainer(
     if name == "dpo":
         return dpo_trainer(model, rows, tokenizer, {"max_length": recipe.sequence_length or DEFAULT_LENGTH, **options})
     arguments = TrainingArguments(**{**options, "remove_unused_columns": False})
+    common = {"args": arguments, "train_dataset": rows, **trainer_options(recipe.optimizer, arguments)}
     if name == "sft":
-        return Trainer(model=model, args=arguments, train_dataset=rows)
+        return Trainer(model=model, **common)
     if teacher is None:
         raise InvalidValueError("teacher", None, "a hub id or folder")
     if name == "layerwise":
-        return LayerwiseTrainer(model, teacher, args=arguments, train_dataset=rows)
+        return LayerwiseTrainer(model, teacher, **common)
     weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight, "temperature": recipe.temperature}
-    return DistillationTrainer(model, teacher, **weights, args=arguments, train_dataset=rows)
+    return DistillationTrainer(model, teacher, **weights, **common)
 
 
 def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> None:

@@ -43,6 +43,7 @@ RECIPE_FLAGS: dict[str, tuple[type, str]] = {
     "kl_weight": (float, "Weight of the KL divergence from the teacher (default 1)."),
     "ce_weight": (float, "Weight of the cross-entropy (default 0)."),
     "temperature": (float, "Of both distributions in the KL divergence (default 1)."),
+    "optimizer": (str, "adamw (default), or muon: Muon for matrices, AdamW for the rest."),
     "stage1": (str, "layerwise: first bring the layers' outputs close to the teacher's (default none)."),
     "stage1_share": (float, "Share of the steps for that (default 0.2)."),
     "sequence_length": (int, "Tokens per row (default: up to 512)."),
