@@ -50,12 +50,19 @@ class Backend(ABC):
     lanes: tuple[int, ...]
     """Where in a packed word its codes start, in bits: n packed words hold codes 0 to n-1 in the first lane, then the
     next n in the second, and so on."""
+    parameters: int = 2
+    """16-bit numbers beside the codes of a group: scale and shift, or the scale alone."""
 
     def __init__(self, bits: int) -> None:
         if bits not in self.bits_allowed:
             allowed = ", ".join(str(b) for b in self.bits_allowed)
             raise InvalidValueError("bits", bits, f"{allowed} with the backend {self.package}")
         self.bits = bits
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits that a code takes, the unused ones of its word included."""
+        return self.bits
 
     @abstractmethod
     def encode(self, columns: Tensor) -> Encoded:

@@ -26,6 +26,10 @@ class HQQBackend(Backend):
         word = 30 if bits == 3 else 8  # ten 3-bit codes in an int32, else as many as a byte holds; highest bits first
         self.lanes = tuple(range(word - bits, -1, -bits))
 
+    @property
+    def stored_bits(self) -> float:
+        return 3.2 if self.bits == 3 else self.bits
+
     def encode(self, columns: Tensor) -> Encoded:
         x, kind = columns.float(), parameter_dtype(columns.dtype)
         lowest, highest = x.amin(0, keepdim=True), x.amax(0, keepdim=True)

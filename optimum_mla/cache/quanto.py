@@ -21,6 +21,7 @@ class QuantoBackend(Backend):
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
         self.lanes = tuple(range(0, 8, bits))
+        self.parameters = 1 if bits == 8 else 2
 
     def encode(self, columns: Tensor) -> Encoded:
         x = columns.to(parameter_dtype(columns.dtype))

@@ -9,6 +9,26 @@ from optimum_mla.errors import InvalidValueError
 
 FULL_BITS = 16
 """Stands for "as the model computes": no quantization."""
+CACHE_NAMES = "default, 16bit, or BACKEND-intBITS such as hqq-int4"
+
+
+def named_cache(name: str) -> dict[str, Any]:
+    """The fields of `CacheSettings` that a short name stands for, on top of the model's own.
+
+    Args:
+        name: `default` (as the model stores it by itself), `16bit` (unquantized), or `BACKEND-intBITS`.
+
+    Raises:
+        InvalidValueError: Another name.
+    """
+    if name == "default":
+        return {}
+    if name == "16bit":
+        return {"bits": FULL_BITS, "rope_bits": FULL_BITS}
+    backend, _, bits = name.rpartition("-int")
+    if not backend or not bits.isdigit():
+        raise InvalidValueError("cache", name, CACHE_NAMES)
+    return {"bits": int(bits), "backend": backend}
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,12 @@ class CacheSettings:
     def to_dict(self) -> dict[str, Any]:
         """As it is saved in a model's config."""
         return asdict(self)
+
+    def window_tokens(self, tokens: int) -> int:
+        """Tokens that stay in full precision once a prompt of `tokens` tokens is in the cache."""
+        if not self.quantized or tokens <= self.residual_length:
+            return tokens
+        return max(0, self.residual_length - self.flush_tokens + 1)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any] | None) -> CacheSettings:

@@ -14,8 +14,17 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 """A folder that holds one of them is a model or an adapter."""
 
 
-def check_output(output: str | Path, source: str | Path, overwrite: bool) -> Path:
-    """The output folder, if a conversion of `source` may write it.
+def check_output(
+    output: str | Path, source: str | Path, overwrite: bool, files: tuple[str, ...] = MODEL_FILES, kind: str = "model"
+) -> Path:
+    """The output folder, if what is made of `source` may be written there.
+
+    Args:
+        output: As the user named it.
+        source: Input that it must not be.
+        overwrite: Whether what is there may be replaced.
+        files: Any of them shows that what is there is of the kind that may be replaced.
+        kind: What that is called.
 
     Raises:
         OutputError: It is the source itself, exists (without `overwrite`), is no model folder that may be replaced, or
@@ -30,8 +39,8 @@ def check_output(output: str | Path, source: str | Path, overwrite: bool) -> Pat
         occupied = any(folder.iterdir())
         if occupied and not overwrite:
             raise OutputError(f"output: {output} exists. Choose another folder, or replace it with --overwrite.")
-        if occupied and not any((folder / name).is_file() for name in MODEL_FILES):
-            raise OutputError(f"output: {output} holds no model (no config.json), so --overwrite leaves it alone.")
+        if occupied and not any((folder / name).is_file() for name in files):
+            raise OutputError(f"output: {output} holds no {kind} (no {files[0]}), so --overwrite leaves it alone.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent):

@@ -1,5 +1,6 @@
 """The commands' work, one file each: load, transform, measure, write."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from optimum_mla.pipeline.convert import build_transformation, convert
@@ -7,15 +8,37 @@ from optimum_mla.pipeline.loading import TextOptions, load_source_config
 from optimum_mla.pipeline.quantize import quantize
 
 if TYPE_CHECKING:
+    from optimum_mla.pipeline.benchmarking import BenchmarkOptions as BenchmarkOptions
+    from optimum_mla.pipeline.benchmarking import benchmark as benchmark
+    from optimum_mla.pipeline.benchmarking import compare as compare
     from optimum_mla.pipeline.finetuning import finetune as finetune
+    from optimum_mla.pipeline.inspecting import inspect as inspect
 
-__all__ = ["TextOptions", "build_transformation", "convert", "finetune", "load_source_config", "quantize"]
+LATER = {
+    "benchmark": "benchmarking",
+    "BenchmarkOptions": "benchmarking",
+    "compare": "benchmarking",
+    "finetune": "finetuning",
+    "inspect": "inspecting",
+}
+"""Modules of what takes seconds to import, or is seldom used: they are imported when somebody asks for it."""
+
+__all__ = [
+    "BenchmarkOptions",
+    "TextOptions",
+    "benchmark",
+    "build_transformation",
+    "compare",
+    "convert",
+    "finetune",
+    "inspect",
+    "load_source_config",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`finetune`, whose trainers take seconds to import, only when somebody asks for it."""
-    if name == "finetune":
-        from optimum_mla.pipeline.finetuning import finetune
-
-        return finetune
+    """The names of `LATER`."""
+    if name in LATER:
+        return getattr(import_module(f"{__name__}.{LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from optimum_mla.cache import LatentLayer
+
+PROCESS = Path("/proc/self")
+"""The kernel's account of this process, on Linux."""
 
 
 def cache_tensors(cache: Cache) -> list[Tensor]:
@@ -73,3 +78,53 @@ def peak_memory_bytes() -> int:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resident *= 1 if sys.platform == "darwin" else 1024
     return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+class PeakMemory:
+    """High-water mark of memory from `reset` on: the CUDA allocator's, or the process's resident memory.
+
+    Args:
+        device: Where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device if device.type == "cuda" else None
+
+    def reset(self) -> bool:
+        """Start again from what is there now. False where the system cannot do that."""
+        if self.cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self.cuda)
+            return True
+        try:
+            (PROCESS / "clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def bytes(self) -> int:
+        """The mark."""
+        if self.cuda is not None:
+            return torch.cuda.max_memory_allocated(self.cuda)
+        try:
+            lines = (PROCESS / "status").read_text().splitlines()
+        except OSError:
+            return peak_memory_bytes()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def large_tensors(model: nn.Module, cache: Cache, least_bytes: int) -> list[str]:
+    """Shapes of living tensors of `least_bytes` or more that are neither weights nor in the cache.
+
+    After a step these would be keys or values of full size that somebody keeps beside the cache.
+    """
+    gc.collect()
+    own = [*model.parameters(), *model.buffers(), *cache_tensors(cache)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    found = {}
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), Tensor) or thing.is_meta or thing.layout != torch.strided:
+            continue
+        storage = thing.untyped_storage()
+        if storage.nbytes() >= least_bytes and storage.data_ptr() not in known:
+            found[storage.data_ptr()] = f"{list(thing.shape)} {str(thing.dtype).removeprefix('torch.')}"
+    return sorted(found.values())

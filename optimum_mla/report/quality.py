@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,6 +57,82 @@ def decoding_perplexity(model: PreTrainedModel, windows: Tensor, make_cache: Cal
                 logits = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits
                 total += _loss(logits, ids[:, place + 1 : place + 2])
     return _perplexity(total, windows)
+
+
+def sliding_windows(tokens: Tensor, length: int, stride: int) -> Tensor:
+    """Windows [N, length] of consecutive tokens [T], each `stride` tokens behind the one before.
+
+    With the last `stride` tokens of each window scored, every token from place `length - stride` on is scored once,
+    with at least that many tokens of context; those before are context alone.
+    """
+    return tokens.unfold(0, length, stride)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Next-token quality of a model beside a baseline's.
+
+    Attributes:
+        perplexity: Of the model, on the scored tokens. baseline_perplexity: Likewise, or None without a baseline.
+        agreement: How often both hold the same token for the likeliest, or None.
+        kl: Mean KL divergence from the baseline's next-token distribution to the model's, in nats, or None.
+        tokens: Scored.
+    """
+
+    perplexity: float
+    baseline_perplexity: float | None
+    agreement: float | None
+    kl: float | None
+    tokens: int
+
+
+@torch.no_grad()
+def compare_decoding(
+    model: PreTrainedModel,
+    make_cache: Callable[[], Cache],
+    windows: Tensor,
+    stride: int,
+    baseline: PreTrainedModel | None = None,
+    make_baseline_cache: Callable[[], Cache] | None = None,
+) -> Comparison:
+    """Score the last `stride` tokens of each window, one token at a time through live caches.
+
+    The tokens before them go through the caches in one call, as a prompt does.
+
+    Args:
+        model: A causal language model.
+        make_cache: Gives an empty cache for it.
+        windows: Token ids [N, L].
+        stride: Tokens to score in each, below L.
+        baseline: Another one on the same vocabulary, which sees the same tokens side by side.
+        make_baseline_cache: Gives an empty cache for that.
+    """
+    pairs = [(model, make_cache)]
+    if baseline is not None and make_baseline_cache is not None:
+        pairs.append((baseline, make_baseline_cache))
+    losses, agreed, divergence = [0.0] * len(pairs), 0.0, 0.0
+    start = windows.shape[1] - stride
+    for ids in windows.split(DECODED_ROWS):
+        caches = [make() for _, make in pairs]
+        for place in progress(range(start, windows.shape[1]), "quality, token by token"):
+            fed = ids[:, :start] if place == start else ids[:, place - 1 : place]
+            logits = []
+            for (one, _), cache in zip(pairs, caches, strict=True):
+                with evaluating(one):
+                    out = one(fed.to(one.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                logits.append(out.logits[:, -1].float().to(model.device))
+            target = ids[:, place].to(model.device)
+            for index, value in enumerate(logits):
+                losses[index] += _loss(value[:, None], target[:, None])
+            if len(logits) == 2:
+                mine, theirs = (value.log_softmax(-1) for value in logits)
+                agreed += (mine.argmax(-1) == theirs.argmax(-1)).sum().item()
+                divergence += torch.nn.functional.kl_div(mine, theirs, reduction="sum", log_target=True).item()
+    count = windows.shape[0] * stride
+    values = [math.exp(loss / count) if loss / count < LARGEST_MEAN_LOSS else math.inf for loss in losses]
+    if len(pairs) == 1:
+        return Comparison(values[0], None, None, None, count)
+    return Comparison(values[0], values[1], agreed / count, divergence / count, count)
 
 
 @contextmanager

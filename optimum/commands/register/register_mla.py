@@ -1,7 +1,9 @@
 """Adds the commands of optimum-mla to `optimum-cli`. Imported at every start of it: nothing heavy here."""
 
+from optimum.commands.mla.benchmark import MLABenchmarkCommand
 from optimum.commands.mla.convert import MLAConvertCommand
 from optimum.commands.mla.finetune import MLAFinetuneCommand
+from optimum.commands.mla.inspect import MLAInspectCommand
 from optimum.commands.mla.quantize import MLAQuantizeCommand
 
-REGISTER_COMMANDS = [MLAConvertCommand, MLAFinetuneCommand, MLAQuantizeCommand]
+REGISTER_COMMANDS = [MLAConvertCommand, MLAFinetuneCommand, MLAQuantizeCommand, MLABenchmarkCommand, MLAInspectCommand]

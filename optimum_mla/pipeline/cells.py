@@ -1,0 +1,239 @@
+"""Measurements in processes of their own, so that memory is their own and a failure is only theirs.
+
+    python -m optimum_mla.pipeline.cells RESULT < REQUEST
+
+The request and the result are JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from optimum_mla.cache.settings import named_cache
+from optimum_mla.errors import MLAError, first_line
+from optimum_mla.models.registry import is_converted
+from optimum_mla.models.weights import weight_bytes
+from optimum_mla.pipeline.loading import load_config, load_model, load_tokenizer
+from optimum_mla.report.benchmark import BASELINE, MODEL
+from optimum_mla.report.memory import PeakMemory, large_tensors, live_cache_bytes
+from optimum_mla.report.quality import compare_decoding
+from optimum_mla.report.sizes import predicted_cache_bytes
+from optimum_mla.report.speed import Contender, spread, time_in_turn
+
+LARGEST_DIFFERENCE = 0.02
+"""Between live and predicted cache bytes, before a row is flagged."""
+OUT_OF_MEMORY = "out of memory"
+MODULE = "optimum_mla.pipeline.cells"
+
+
+class CellError(Exception):
+    """Why a cell has no numbers."""
+
+
+def run_cell(kind: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Run one measurement in a fresh process.
+
+    Args:
+        kind: A key of `CELLS`.
+        request: Its keyword arguments.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        CellError: It failed; the message is one line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        done = subprocess.run(
+            [sys.executable, "-m", MODULE, str(result)],
+            input=json.dumps({"kind": kind, "request": request}),
+            capture_output=True,
+            text=True,
+            env=os.environ,
+        )
+        if done.returncode == -signal.SIGKILL:
+            raise CellError(f"{OUT_OF_MEMORY}: the system ended the process")
+        if done.returncode or not result.is_file():
+            lines = done.stderr.strip().splitlines()
+            raise CellError(lines[-1] if lines else f"the process ended with code {done.returncode}")
+        found = json.loads(result.read_text(encoding="utf-8"))
+    if "problem" in found:
+        raise CellError(found["problem"])
+    return found
+
+
+def load(request: dict[str, Any], name: str) -> PreTrainedModel:
+    """A model as every cell loads it."""
+    hub = request["hub"]
+    return load_model(name, load_config(name, hub), request["dtype"], request["device"], hub)
+
+
+def cache_maker(model: PreTrainedModel, name: str) -> Callable[[], Cache]:
+    """What makes the named cache for a model; a model that is not converted has only its default one."""
+    if is_converted(model.config):
+        return lambda: model.make_cache(**named_cache(name))  # type: ignore[operator]
+    return lambda: DynamicCache(config=model.config)
+
+
+def prompt(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
+    """Random token ids [batch, tokens]: neither bytes nor times depend on them."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(size, (batch, tokens), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def memory_cell(name: str, cache: str, context: int, batch: int, **common: Any) -> dict[str, Any]:
+    """The fields of a `MemoryRow`."""
+    model = load(common, name)
+    ids, held = prompt(model, batch, context), cache_maker(model, cache)()
+    peak = PeakMemory(model.device)
+    peak.reset()
+    model(ids, past_key_values=held, use_cache=True, logits_to_keep=1)
+    prefill = peak.bytes()
+    live = live_cache_bytes(held)
+    resets = peak.reset()
+    model(ids[:, -1:], past_key_values=held, use_cache=True, logits_to_keep=1)
+    step = peak.bytes() if resets else None
+
+    predicted = predicted_cache_bytes(model.config, cache, context, model.dtype.itemsize)
+    flags = []
+    if predicted is not None:
+        expected, spare = batch * predicted[0], batch * predicted[1]
+        apart = max(expected * (1 - LARGEST_DIFFERENCE) - live, live - expected * (1 + LARGEST_DIFFERENCE) - spare)
+        if apart > 0:
+            flags.append(f"the live cache is {100 * live / expected:.0f} % of what it should be")
+    if is_converted(model.config):
+        one = min(layer.source_cache_numbers // 2 for layer in model.geometry.layers)  # type: ignore[union-attr]
+        flags += [
+            f"alive after a step: {shape}, as large as the keys of a layer"
+            for shape in large_tensors(model, held, batch * context * one * model.dtype.itemsize)
+        ]
+    return {
+        "predicted_cache_bytes": None if predicted is None else batch * predicted[0],
+        "live_cache_bytes": live,
+        "live_percent_of_predicted": None if predicted is None else 100 * live / (batch * predicted[0]),
+        "prefill_peak_bytes": prefill,
+        "decode_step_peak_bytes": step,
+        "weight_bytes": weight_bytes(model),
+        "flags": flags,
+    }
+
+
+def speed_cell(
+    name: str,
+    baseline: str | None,
+    caches: list[str],
+    context: int,
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+    **common: Any,
+) -> dict[str, Any]:
+    """`rows`: the fields of a `SpeedRow` each, the baseline first."""
+    labels, contenders = [], []
+    if baseline is not None:
+        other = load(common, baseline)
+        labels.append((BASELINE, "default"))
+        contenders.append(Contender(other, cache_maker(other, "default")))
+    model = load(common, name)
+    for cache in caches:
+        labels.append((MODEL, cache))
+        contenders.append(Contender(model, cache_maker(model, cache)))
+    time_in_turn(contenders, prompt(model, batch, context), new_tokens, repeats)
+    rows = []
+    for (role, cache), one in zip(labels, contenders, strict=True):
+        prefill, step = median(one.prefill_seconds), median(one.step_seconds)
+        against = contenders[0] if baseline is not None and role == MODEL else None
+        rows.append(
+            {
+                "role": role,
+                "cache": cache,
+                "prefill_tokens_per_second": batch * context / prefill,
+                "prefill_spread_percent": 100 * spread(one.prefill_seconds),
+                "decode_tokens_per_second": batch / step,
+                "decode_spread_percent": 100 * spread(one.step_seconds),
+                "attention_percent_of_decode": None if one.attention_share is None else 100 * one.attention_share,
+                "prefill_ratio_to_baseline": median(against.prefill_seconds) / prefill if against else None,
+                "decode_ratio_to_baseline": median(against.step_seconds) / step if against else None,
+                "repeats": len(one.prefill_seconds),
+                "steps": len(one.step_seconds),
+            }
+        )
+    return {"rows": rows}
+
+
+def quality_cell(
+    name: str, baseline: str | None, cache: str, windows: list[list[int]], stride: int, **common: Any
+) -> dict[str, Any]:
+    """What `compare_decoding` finds."""
+    model = load(common, name)
+    other = None if baseline is None else load(common, baseline)
+    found = compare_decoding(
+        model,
+        cache_maker(model, cache),
+        torch.tensor(windows),
+        stride,
+        other,
+        None if other is None else cache_maker(other, "default"),
+    )
+    return dataclasses.asdict(found)
+
+
+def tasks_cell(
+    name: str, tasks: list[str], tasks_path: str | None, batch: int, limit: int | None, **common: Any
+) -> dict[str, Any]:
+    """`rows`: task, metric, value and standard error."""
+    from optimum_mla.report.tasks import evaluate_tasks, task_manager
+
+    model = load(common, name)
+    tokenizer = load_tokenizer(name, common["hub"], needed=True)
+    return {"rows": evaluate_tasks(model, tokenizer, task_manager(tasks, tasks_path), tasks, batch, limit)}
+
+
+CELLS: dict[str, Callable[..., dict[str, Any]]] = {
+    "memory": memory_cell,
+    "speed": speed_cell,
+    "quality": quality_cell,
+    "tasks": tasks_cell,
+}
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that there is no memory left."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def main() -> None:
+    """Answer one request."""
+    # Imported for the model classes that it registers, also where this module runs as a program.
+    import optimum_mla  # noqa: F401
+    from optimum_mla.cli import quiet_libraries
+
+    quiet_libraries()
+    asked = json.loads(sys.stdin.read())
+    try:
+        found = CELLS[asked["kind"]](**asked["request"])
+    except MLAError as error:
+        found = {"problem": " ".join(str(error).split())}
+    except (RuntimeError, MemoryError, ValueError) as error:
+        found = {"problem": OUT_OF_MEMORY if ran_out_of_memory(error) else first_line(error)}
+    Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

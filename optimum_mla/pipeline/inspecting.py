@@ -1,0 +1,226 @@
+"""`mla-inspect`: what a conversion would give, from the config and the checkpoint's headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from optimum_mla.errors import MLAError, UnsupportedModelError, first_line
+from optimum_mla.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.models.base import model_geometry
+from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.models.spec import SourceAttention, sliding_window
+from optimum_mla.pipeline.loading import load_config
+from optimum_mla.report.engines import ENGINES, blockers, source_blockers
+from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
+from optimum_mla.transforms.registry import transform_class
+
+RATIOS = (0.5, 0.25, 0.125)
+METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gqa2mla", {}),
+    ("gqa2mla", {"rope_cache": "cached"}),
+    ("gqa2mla", {"positional": "full"}),
+    ("mha2mla", {}),
+    ("x-ecomla", {}),
+)
+"""Methods with the options that change what is cached; all calibrated."""
+CALIBRATION_TOKENS = 128 * 512
+"""Of a conversion with default options."""
+LIBRARIES_BYTES = 450e6
+"""Resident memory of a process that has imported torch and Transformers and does nothing."""
+FACTOR_COPIES = 6
+"""Matrices of the size of [W_K ; W_V] in float64 that live while one layer is factorized."""
+
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | None = None) -> Inspection:
+    """Say what conversions of a model would give. Reads the config and the headers of the safetensors files only.
+
+    Args:
+        model: A hub id or a folder.
+        ratios: Cache sizes to show, as for `kv_cache_ratio`.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+
+    Raises:
+        UnsupportedModelError: No such model, or one without safetensors files.
+        InvalidValueError: A ratio that no method can have.
+    """
+    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    config = load_config(model, hub)
+    tensors = headers(model, hub)
+    kinds = [kind for kind, _ in tensors.values()]
+    dtype = max(sorted(set(kinds)), key=kinds.count)
+    parameters = sum(math.prod(shape) for _, shape in tensors.values())
+    weight_bytes = sum(ITEM_BYTES.get(kind, 1) * math.prod(shape) for kind, shape in tensors.values())
+    known = Inspection(
+        model,
+        str(config.model_type),
+        "not convertible",
+        None,
+        parameters,
+        weight_bytes,
+        str(DTYPES.get(dtype, dtype)).removeprefix("torch."),
+    )
+    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else 2
+    try:
+        family = family_of(config)
+        geometry = model_geometry(family.spec, config)
+    except MLAError as error:
+        return replace(known, reason=first_line(error))
+    first = geometry.layers[0]
+    windows = any(sliding_window(config, index) is not None for index in range(config.num_hidden_layers))
+    rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+    known = replace(
+        known,
+        layers=config.num_hidden_layers,
+        hidden_size=first.hidden_size,
+        num_attention_heads=first.num_attention_heads,
+        num_key_value_heads=first.num_key_value_heads,
+        head_dim=first.head_dim,
+        features=features(config, first, windows, rope),
+        source_cache_bytes_per_token=geometry.source_cache_numbers * itemsize,
+        cache_bytes_per_token=geometry.cache_numbers * itemsize,
+    )
+    if is_converted(config):
+        engines = [EngineChoice(e.name, "as it is", None, blockers(e, geometry.layers, rope, windows)) for e in ENGINES]
+        return replace(known, state="converted", engines=engines)
+    if getattr(config, "quantization_config", None) is not None:
+        return replace(known, reason="its weights are quantized; convert the unquantized model")
+    choices = [
+        choice(config, method, options, ratio, geometry, itemsize) for method, options in METHODS for ratio in ratios
+    ]
+    return replace(
+        known,
+        state="convertible",
+        choices=choices,
+        engines=engine_choices(geometry, rope, windows),
+        conversion_memory_bytes=conversion_memory(config, geometry, weight_bytes),
+    )
+
+
+def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of every tensor of a checkpoint, without any of its data.
+
+    Raises:
+        UnsupportedModelError: There are no safetensors files, or one is broken.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import get_safetensors_metadata
+
+        try:
+            found = get_safetensors_metadata(model, revision=hub.get("revision"), token=hub.get("token"))
+        except Exception as error:  # whatever the network or the hub gives
+            raise UnsupportedModelError(f"model: the headers of {model} did not load: {first_line(error)}") from error
+        files = found.files_metadata.values()
+        return {name: (info.dtype, list(info.shape)) for file in files for name, info in file.tensors.items()}
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (no mapping)
+                    part = file.get_slice(name)
+                    tensors[name] = (part.get_dtype(), part.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UnsupportedModelError(f"model: {path} is no whole safetensors file: {first_line(error)}") from error
+    if not tensors:
+        raise UnsupportedModelError(
+            f"model: {model} holds no safetensors files. Save it with save_pretrained of a current Transformers."
+        )
+    return tensors
+
+
+def features(config: PreTrainedConfig, layer: MLAGeometry, windows: bool, rope: str) -> list[str]:
+    """What of a model bears on its conversion."""
+    having = {
+        "query biases": layer.query_bias,
+        "key and value biases": layer.key_value_bias,
+        "norms on queries and keys": layer.key_norm,
+        "sliding windows": windows,
+        f"{rope} rotary scaling": rope != "default",
+        "tied embeddings": bool(getattr(config, "tie_word_embeddings", False)),
+    }
+    return [name for name, has in having.items() if has]
+
+
+def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> ModelGeometry:
+    """Shapes that a calibrated conversion gives, without any weights."""
+    family = family_of(config)
+    transformation = transform_class(method)(calibration=torch.zeros(1, 2, dtype=torch.long), **options)
+    layers = []
+    for layer in config.per_layer_config:
+        geometry = family.spec.geometry(layer)
+        source = SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0))
+        layers.append(transformation.without_weights().plan_layer(source))
+    return ModelGeometry(tuple(layers))
+
+
+def spelled(method: str, options: dict[str, Any]) -> str:
+    """A method with its options, as typed."""
+    return " ".join([method, *(f"--{name.replace('_', '-')} {value}" for name, value in options.items())])
+
+
+def choice(
+    config: PreTrainedConfig,
+    method: str,
+    options: dict[str, Any],
+    ratio: float,
+    source: ModelGeometry,
+    itemsize: int,
+) -> Choice:
+    """One method at one size."""
+    name = spelled(method, options)
+    try:
+        geometry = planned(config, method, {**options, "kv_cache_ratio": ratio})
+    except MLAError as error:
+        return Choice(name, ratio, problem=first_line(error))
+    return Choice(
+        name,
+        ratio,
+        geometry.cache_numbers,
+        geometry.cache_numbers * itemsize,
+        100 * geometry.cache_numbers / source.cache_numbers,
+        geometry.parameters_added,
+    )
+
+
+def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[EngineChoice]:
+    """For each engine the conversion that it can run, or why there is none."""
+    first, found = source.layers[0], []
+    for engine in ENGINES:
+        why = source_blockers(engine, first, rope, windows)
+        if engine.kv_lora_ranks is None or engine.qk_rope_head_dim is None:
+            options = "any" if engine is ENGINES[0] else "gqa2mla --rope-cache cached --qk-rope-head-dim R, or x-ecomla"
+            found.append(EngineChoice(engine.name, options, None, why))
+            continue
+        wide, rotary = 2 * first.num_key_value_heads * first.head_dim, engine.qk_rope_head_dim
+        fitting = [rank for rank in engine.kv_lora_ranks if rank + rotary <= wide]
+        if not fitting and not why:
+            why = [f"its latent of {min(engine.kv_lora_ranks)} + {rotary} is larger than the source's {wide} numbers"]
+        rank = max(fitting, default=min(engine.kv_lora_ranks))
+        options = f"gqa2mla --rope-cache cached --kv-lora-rank {rank} --qk-rope-head-dim {rotary}"
+        found.append(EngineChoice(engine.name, options, 100 * (rank + rotary) / wide, why))
+    return found
+
+
+def conversion_memory(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: int) -> int:
+    """Estimate of a calibrated conversion's peak: the model, its new attention, the two streams, one layer's work."""
+    first = geometry.layers[0]
+    states = 3 * CALIBRATION_TOKENS * first.hidden_size * 4
+    keys = 2 * first.num_key_value_heads * first.head_dim * first.hidden_size * 8
+    layer = 4 * (first.source_parameters + 3 * first.hidden_size * getattr(config, "intermediate_size", 0))
+    attention = sum(one.source_parameters for one in geometry.layers)
+    share = weight_bytes * attention // max(1, attention + config.vocab_size * first.hidden_size)
+    return int(LIBRARIES_BYTES + weight_bytes + share + states + layer + FACTOR_COPIES * keys)

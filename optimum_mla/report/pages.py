@@ -1,0 +1,296 @@
+"""`report.md` and `report.html`: one or several benchmark reports as tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from optimum_mla.report.benchmark import BASELINE, BenchmarkReport, BudgetRow
+from optimum_mla.report.render import number, table
+
+FORMATS = ("json", "md", "html")
+Named = Sequence[tuple[str, BenchmarkReport]]
+"""Reports with the names that their rows carry."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with a heading and a sentence on what it shows; `flagged` are the rows that a reader must look at."""
+
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    flagged: frozenset[int] = frozenset()
+
+
+def write_pages(reports: Named, folder: Path, formats: Iterable[str]) -> None:
+    """Write the pages that `formats` names; `json` is the report's own business."""
+    if "md" in formats:
+        (folder / "report.md").write_text(markdown(reports), encoding="utf-8")
+    if "html" in formats:
+        (folder / "report.html").write_text(html(reports), encoding="utf-8")
+
+
+def size(value: float | None) -> str:
+    """Bytes as a reader takes them in: decimal units, three digits."""
+    if value is None:
+        return "-"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value / scale:,.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def label(role: str, cache: str) -> str:
+    """A model with its cache, in a table."""
+    return role if cache == "default" else f"{role}, {cache}"
+
+
+def sections(reports: Named) -> list[Section]:
+    """Every table, the summary first; those without rows are left out."""
+    made = [summary(reports), memory(reports), budget(reports), speed(reports), quality(reports), tasks(reports)]
+    return [section for section in made if section.rows]
+
+
+def _rows(reports: Named, name: str) -> list[tuple[str, BenchmarkReport, Any]]:
+    """The rows of one table of all reports, with the prefix that tells reports apart."""
+    several = len(reports) > 1
+    return [
+        (f"{title}: " if several else "", report, row) for title, report in reports for row in getattr(report, name)
+    ]
+
+
+def per_token(report: BenchmarkReport, role: str, cache: str) -> float | None:
+    """Measured cache bytes per token and row of one model with one cache, or None."""
+    found = (row for row in report.budget if (row.role, row.cache) == (role, cache))
+    row: BudgetRow | None = next(found, None)
+    return None if row is None else row.cache_bytes_per_token
+
+
+def summary(reports: Named) -> Section:
+    """What a decision needs, one line for each model and cache."""
+    lines: list[tuple[str, ...]] = []
+    flagged: set[int] = set()
+    for title, report in reports:
+        keys = [(row.role, row.cache) for rows in (report.budget, report.quality, report.speed) for row in rows]
+        own = per_token(report, BASELINE, "default")
+        for role, cache in sorted(dict.fromkeys(keys), key=lambda key: key[0] != BASELINE):
+            fits = next((row for row in report.budget if (row.role, row.cache) == (role, cache)), None)
+            scored = next((row for row in report.quality if (row.role, row.cache) == (role, cache)), None)
+            timed = [row for row in report.speed if (row.role, row.cache) == (role, cache) and row.problem is None]
+            fastest = max(timed, key=lambda row: (row.context_tokens, -row.batch_size), default=None)
+            ratio = None if fastest is None else fastest.decode_ratio_to_baseline
+            if any((row.role, row.cache) == (role, cache) and row.flags for row in report.memory):
+                flagged.add(len(lines))
+            lines.append(
+                (
+                    f"{title}: {label(role, cache)}" if len(reports) > 1 else label(role, cache),
+                    size(fits.cache_bytes_per_token) if fits else "-",
+                    number(100 * fits.cache_bytes_per_token / own, 1) if fits and own else "-",
+                    f"{fits.longest_context_tokens:,}" if fits else "-",
+                    f"{fits.largest_batch:,}" if fits else "-",
+                    number(None if scored is None else scored.perplexity, 3),
+                    number(None if scored is None else scored.agreement_percent, 1),
+                    "-" if ratio is None or fastest is None else f"{ratio:.2f} × at {fastest.context_tokens:,}",
+                )
+            )
+    budgets = ", ".join(dict.fromkeys(size(report.memory_budget_bytes) for _, report in reports))
+    note = f"Longest context (batch 1) and largest batch (8192 tokens a row) that fit {budgets} beside the weights."
+    header = (
+        "",
+        "cache/token",
+        "% of baseline",
+        "longest context",
+        "batch at 8k",
+        "perplexity",
+        "agreement %",
+        "decoding",
+    )
+    return Section("Summary", note, header, lines, frozenset(flagged))
+
+
+def memory(reports: Named) -> Section:
+    """Live bytes against predicted ones."""
+    header = (
+        "",
+        "context",
+        "batch",
+        "predicted",
+        "live",
+        "live/predicted %",
+        "prefill peak",
+        "step peak",
+        "weights",
+        "note",
+    )
+    rows: list[tuple[str, ...]] = []
+    flagged: set[int] = set()
+    for prefix, _, row in _rows(reports, "memory"):
+        if row.flags:
+            flagged.add(len(rows))
+        rows.append(
+            (
+                prefix + label(row.role, row.cache),
+                f"{row.context_tokens:,}",
+                str(row.batch_size),
+                size(row.predicted_cache_bytes),
+                size(row.live_cache_bytes),
+                number(row.live_percent_of_predicted, 1),
+                size(row.prefill_peak_bytes),
+                size(row.decode_step_peak_bytes),
+                size(row.weight_bytes),
+                row.problem or "; ".join(row.flags),
+            )
+        )
+    note = (
+        "Live: every tensor that the cache object holds after the prompt, each storage once and whole. Peaks are of "
+        "the whole process (on CUDA: of the allocator), each cell in a process of its own."
+    )
+    return Section("Memory", note, header, rows, frozenset(flagged))
+
+
+def budget(reports: Named) -> Section:
+    """What fits."""
+    header = ("", "bytes/token", "fixed", "weights", "longest context", "batch at 8k", "the model's own limit")
+    rows = [
+        (
+            prefix + label(row.role, row.cache),
+            f"{row.cache_bytes_per_token:,.0f}",
+            size(row.cache_fixed_bytes),
+            size(row.weight_bytes),
+            f"{row.longest_context_tokens:,}",
+            f"{row.largest_batch:,}",
+            f"{report.model_max_context_tokens:,}" if report.model_max_context_tokens else "-",
+        )
+        for prefix, report, row in _rows(reports, "budget")
+    ]
+    budgets = ", ".join(dict.fromkeys(size(report.memory_budget_bytes) for _, report in reports))
+    note = f"From the measured bytes, in {budgets} less the weights; activations are not counted."
+    return Section("What it buys", note, header, rows)
+
+
+def speed(reports: Named) -> Section:
+    """Tokens per second."""
+    header = ("", "context", "batch", "prefill/s", "± %", "×", "decode/s", "± %", "×", "attention %", "note")
+    rows = [
+        (
+            prefix + label(row.role, row.cache),
+            f"{row.context_tokens:,}",
+            str(row.batch_size),
+            number(row.prefill_tokens_per_second, 0),
+            number(row.prefill_spread_percent, 0),
+            number(row.prefill_ratio_to_baseline),
+            number(row.decode_tokens_per_second, 1),
+            number(row.decode_spread_percent, 0),
+            number(row.decode_ratio_to_baseline),
+            number(row.attention_percent_of_decode, 0),
+            row.problem or "",
+        )
+        for prefix, _, row in _rows(reports, "speed")
+    ]
+    note = (
+        "Tokens of all rows per second, medians; ±: distance of the quartiles; ×: times as fast as the baseline, timed "
+        "in turn with it in one process. Loading, tokenizing and sampling are not in it. Attention: its modules' share "
+        "of a decoding step, projections included."
+    )
+    return Section("Speed", note, header, rows)
+
+
+def quality(reports: Named) -> Section:
+    """Perplexity, agreement, divergence."""
+    header = ("", "perplexity", "same next token %", "KL, nats", "tokens", "note")
+    rows = [
+        (
+            prefix + label(row.role, row.cache),
+            number(row.perplexity, 3),
+            number(row.agreement_percent, 2),
+            number(row.kl_nats, 4),
+            "-" if row.scored_tokens is None else f"{row.scored_tokens:,}",
+            row.problem or "",
+        )
+        for prefix, _, row in _rows(reports, "quality")
+    ]
+    texts = [report.data["eval-data"] for _, report in reports if report.data]
+    windows = "; ".join(
+        dict.fromkeys(
+            f"windows of {text['tokens_per_window']} tokens, stride {text['stride_tokens']}" for text in texts
+        )
+    )
+    note = f"Token by token through the live cache, {windows}: only the last tokens of a window are scored."
+    return Section("Quality", note, header, rows)
+
+
+def tasks(reports: Named) -> Section:
+    """`lm_eval`."""
+    rows = [
+        (prefix + row.role, row.task, row.metric, number(row.value, 4), number(row.stderr, 4), row.problem or "")
+        for prefix, _, row in _rows(reports, "tasks")
+    ]
+    return Section(
+        "Tasks", "By lm_eval, through the model's own cache.", ("", "task", "metric", "value", "±", "note"), rows
+    )
+
+
+def facts(reports: Named) -> list[tuple[str, str]]:
+    """What was measured, on what."""
+    found = []
+    for title, report in reports:
+        prefix = f"{title}: " if len(reports) > 1 else ""
+        found += [
+            (f"{prefix}model", report.model),
+            (f"{prefix}baseline", report.baseline or "none"),
+            (f"{prefix}machine", f"{report.machine}, {report.device}, {report.threads} threads, {report.dtype}"),
+            (f"{prefix}versions", ", ".join(f"{name} {what}" for name, what in report.versions.items())),
+        ]
+        if report.interrupted:
+            found.append((f"{prefix}interrupted", "the run was stopped; what had been measured by then is here"))
+    return found
+
+
+def heading(reports: Named) -> str:
+    """Title of the page."""
+    names = [title for title, _ in reports]
+    return names[0] if len(names) == 1 else f"{len(names)} reports compared"
+
+
+def terminal(reports: Named) -> str:
+    """The summary as plain text."""
+    section = summary(reports)
+    return f"{table(section.header, section.rows)}\n{section.note}"
+
+
+def markdown(reports: Named) -> str:
+    """`report.md`."""
+    lines = [f"# {heading(reports)}", ""]
+    for section in sections(reports):
+        lines += [f"## {section.title}", "", section.note, ""]
+        lines += [_line(section.header), "|".join(["", "---", *["---:"] * (len(section.header) - 1), ""])]
+        lines += [
+            _line([f"**{row[0]}**", *row[1:]]) if i in section.flagged else _line(row)
+            for i, row in enumerate(section.rows)
+        ]
+        lines.append("")
+    lines += ["## What was measured", "", *[f"- {name}: {text}" for name, text in facts(reports)], ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def html(reports: Named) -> str:
+    """`report.html`: styles and plots inside, nothing to load."""
+    from optimum_mla.report.plots import benchmark_plots
+
+    environment = Environment(
+        loader=PackageLoader("optimum_mla.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    template = environment.get_template("report.html.jinja")
+    return template.render(
+        heading=heading(reports), sections=sections(reports), plots=benchmark_plots(reports), facts=facts(reports)
+    )

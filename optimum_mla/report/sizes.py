@@ -1,0 +1,118 @@
+"""What a cache should weigh, and what fits a memory budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from optimum_mla.cache import CacheSettings
+from optimum_mla.cache.settings import named_cache
+from optimum_mla.cache.sizes import predicted_bytes, spare_bytes
+from optimum_mla.errors import InvalidValueError
+from optimum_mla.models.base import model_geometry, quantizable_layers
+from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.models.spec import sliding_window
+from optimum_mla.report.benchmark import BudgetRow, MemoryRow
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+BATCH_CONTEXT = 8192
+"""Tokens per row for the largest batch."""
+
+
+def layer_numbers(config: Any) -> list[int] | None:
+    """Numbers that each layer caches per token; None for a kind of attention that is not known here.
+
+    Args:
+        config: Of a converted model, of one with Transformers' own latent attention, or of a plain decoder.
+    """
+    if is_converted(config):
+        return [layer.cache_numbers for layer in model_geometry(family_of(config).spec, config).layers]
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    if not layers or not heads:
+        return None
+    if getattr(config, "kv_lora_rank", None):
+        return [config.kv_lora_rank + config.qk_rope_head_dim] * layers
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return [2 * groups * head_dim] * layers
+
+
+def predicted_cache_bytes(config: Any, cache: str, tokens: int, itemsize: int) -> tuple[float, float] | None:
+    """Bytes of a whole cache for one row of `tokens` tokens, and by how much a live one may exceed them.
+
+    Args:
+        config: Of the model.
+        cache: Its name.
+        tokens: In the cache.
+        itemsize: Bytes of a number in the model's dtype.
+
+    Returns:
+        None where the model's kind is not known.
+    """
+    numbers = layer_numbers(config)
+    if numbers is None:
+        return None
+    converted = is_converted(config)
+    latent = quantizable_layers(family_of(config).spec, config) if converted else []
+    settings = CacheSettings.from_dict({**(config.latent_cache or {}), **named_cache(cache)}) if converted else None
+    total = spare = 0.0
+    for index, count in enumerate(numbers):
+        if settings is not None and index in latent:
+            geometry = model_geometry(family_of(config).spec, config).layers[index]
+            total += predicted_bytes(geometry, settings, tokens, itemsize)
+            spare += spare_bytes(geometry, itemsize)
+            continue
+        window = sliding_window(config, index)
+        total += count * itemsize * (tokens if window is None else min(tokens, window - 1))
+    return total, spare
+
+
+def parse_bytes(text: str, field: str = "memory_budget") -> int:
+    """A size such as `24GB`, `512MiB` or `1e9` in bytes.
+
+    Raises:
+        InvalidValueError: Not a size, or nothing.
+    """
+    words = text.strip().lower().removesuffix("b")
+    number = words.rstrip("kmgti")
+    unit = words[len(number) :]
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise InvalidValueError(field, text, "a size in bytes, KB, MB, GB, KiB, MiB or GiB, such as 24GB")
+    return size
+
+
+def budget_rows(rows: list[MemoryRow], budget: int) -> list[BudgetRow]:
+    """What fits `budget` bytes, for every model and cache that was measured.
+
+    Slope and offset of the cache's bytes are those between the shortest and the longest measured context.
+    """
+    found = []
+    measured = [row for row in rows if row.live_cache_bytes is not None]
+    for role, cache in dict.fromkeys((row.role, row.cache) for row in measured):
+        mine = [row for row in measured if (row.role, row.cache) == (role, cache)]
+        by_context = {row.context_tokens: (row.live_cache_bytes or 0) / row.batch_size for row in mine}
+        short, long = min(by_context), max(by_context)
+        slope = by_context[long] / long
+        if short != long:
+            slope = (by_context[long] - by_context[short]) / (long - short)
+        fixed = max(0.0, by_context[long] - slope * long)
+        weights = mine[0].weight_bytes or 0
+        free = max(0, budget - weights)
+        row_bytes = slope * BATCH_CONTEXT + fixed
+        found.append(
+            BudgetRow(
+                role=role,
+                cache=cache,
+                cache_bytes_per_token=slope,
+                cache_fixed_bytes=fixed,
+                weight_bytes=weights,
+                longest_context_tokens=max(0, math.floor((free - fixed) / slope)) if slope > 0 else 0,
+                largest_batch=math.floor(free / row_bytes) if row_bytes > 0 else 0,
+                batch_context_tokens=BATCH_CONTEXT,
+            )
+        )
+    return found
