@@ -769,6 +769,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
     "unknown choice": (r"train: got 'atention', .*Did you mean attention\?", {"train": "atention"}),
     "unknown optimizer": (r"optimizer: got 'moun', .*Did you mean muon\?", {"optimizer": "moun"}),
     "unknown argument": (r"adam_beta3: .*Did you mean adam_beta[12]\?", {"training": "adam_beta3=0.9"}),
+    "argument of another type": (r"adam_beta1: got 'x', allowed: a float", {"training": "adam_beta1=x"}),
     "argument of ours": (r"output_dir: ", {"training": "output_dir=elsewhere"}),
     "argument without a value": (r"training: got 'adam_beta1', allowed: NAME=VALUE", {"training": "adam_beta1"}),
     "argument that is no YAML": (r"training: got 'adam_beta1=\[0", {"training": "adam_beta1=[0"}),

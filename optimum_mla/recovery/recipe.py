@@ -137,19 +137,22 @@ def check_installed(recipe: Recipe) -> None:
 
 
 def check_training(training: dict[str, Any]) -> None:
-    """Refuse names that `TrainingArguments` does not have, before anything is loaded.
+    """Refuse names that `TrainingArguments` does not have, and text for numbers, before anything is loaded.
 
     Raises:
-        InvalidValueError: An unknown name, or one that is not the user's to set.
+        InvalidValueError: An unknown name, one that is not the user's to set, or a value of another type.
     """
     from transformers import TrainingArguments
 
-    known = [field.name for field in fields(TrainingArguments) if field.name not in OURS]
-    for name in training:
+    known = {field.name: field.type for field in fields(TrainingArguments) if field.name not in OURS}
+    for name, value in training.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, list(known), n=1)
             remedy = f"Did you mean {near[0]}?" if near else ""
-            raise InvalidValueError(name, training[name], "fields of transformers.TrainingArguments", remedy)
+            raise InvalidValueError(name, value, "fields of transformers.TrainingArguments", remedy)
+        kind = known[name]
+        if kind in (int, float, bool) and not isinstance(value, int | float):
+            raise InvalidValueError(name, value, f"a {kind.__name__}")  # type: ignore[union-attr]
 
 
 def training_arguments(

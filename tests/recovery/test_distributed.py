@@ -139,6 +139,7 @@ SHARDED = """
 
     import optimum_mla
     from optimum_mla.recovery import DistillationTrainer, prepare
+    from optimum_mla.recovery.distributed import full_state
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -175,6 +176,14 @@ SHARDED = """
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
+    gathered = full_state(sharded)
+    assert full_state(plain) is None
+    if rank == 0:
+        state = plain.state_dict()
+        assert gathered.keys() == state.keys()
+        assert all(torch.equal(gathered[name], value) for name, value in state.items())
+    else:
+        assert gathered == {}
     optimizer = torch.optim.SGD([p for p in sharded.parameters() if p.requires_grad], lr=0.5)
     part = loss_of(sharded, ids[2 * rank : 2 * rank + 2])
     part.backward()
