@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from optimum_mla.pipeline.benchmarking import BenchmarkOptions as BenchmarkOptions
     from optimum_mla.pipeline.benchmarking import benchmark as benchmark
     from optimum_mla.pipeline.benchmarking import compare as compare
+    from optimum_mla.pipeline.exporting import export as export
     from optimum_mla.pipeline.finetuning import finetune as finetune
     from optimum_mla.pipeline.inspecting import inspect as inspect
 
@@ -18,6 +19,7 @@ LATER = {
     "benchmark": "benchmarking",
     "BenchmarkOptions": "benchmarking",
     "compare": "benchmarking",
+    "export": "exporting",
     "finetune": "finetuning",
     "inspect": "inspecting",
 }
@@ -30,6 +32,7 @@ __all__ = [
     "build_transformation",
     "compare",
     "convert",
+    "export",
     "finetune",
     "inspect",
     "load_source_config",

@@ -12,6 +12,7 @@ from torch import Tensor
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.checkpoint import atomic_folder, check_output
+from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
@@ -23,7 +24,7 @@ from optimum_mla.pipeline.loading import (
 )
 from optimum_mla.report.memory import measured_cache_bytes_per_token, peak_memory_bytes
 from optimum_mla.report.quality import perplexity
-from optimum_mla.report.render import model_card
+from optimum_mla.report.render import export_card, model_card
 from optimum_mla.report.schema import ConversionReport, LayerReport
 from optimum_mla.transforms.base import MLATransformation
 from optimum_mla.transforms.checks import check_convertible
@@ -46,6 +47,7 @@ def convert(
     seed: int = 0,
     overwrite: bool = False,
     hub: dict[str, Any] | None = None,
+    export_format: str | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint and write the result with its model card and `conversion_report.json`.
 
@@ -60,6 +62,7 @@ def convert(
         seed: For whatever draws random numbers.
         overwrite: Replace `output` if it is a model folder.
         hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        export_format: Write the result as `mla-export` does (`deepseek_v3`); options that this needs are then added.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
@@ -70,6 +73,9 @@ def convert(
     folder = check_output(output, model, overwrite)
     config = load_source_config(model, hub)
     options = {name: value for name, value in (options or {}).items() if value is not None}
+    if export_format is not None:
+        check_format(export_format)
+        options = {**ENGINE_OPTIONS.get(method, {}), **options}
     if not options.keys() & RANK_OPTIONS:
         options["kv_cache_ratio"] = DEFAULT_CACHE_RATIO
 
@@ -112,13 +118,19 @@ def convert(
         seed=seed,
         layers=[_layer_report(layer, result) for layer, result in transformation.results.items()],
     )
+    card = model_card(report, folder.name)
+    if export_format is not None:
+        converted, export_report = exported_model(model, converted, export_format, pad=True)
+        card += export_card(export_report)
     weights = sum(p.numel() * p.element_size() for p in converted.parameters())
     with atomic_folder(folder, needed_bytes=weights) as partial:
         converted.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         report.write(partial)
-        (partial / "README.md").write_text(model_card(report, folder.name), encoding="utf-8")
+        if export_format is not None:
+            export_report.write(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from optimum_mla.report.schema import ConversionReport, QuantizationReport, RecoveryReport
+from optimum_mla.report.schema import ConversionReport, ExportReport, QuantizationReport, RecoveryReport
 
 SUMMARY_HEADER = (
     "method",
@@ -228,3 +228,33 @@ def recovery_card(report: RecoveryReport) -> str:
         teacher=f", taught by `{report.teacher}`" if report.teacher else "",
         table=recovery_table(report),
     )
+
+
+def export_table(report: ExportReport) -> str:
+    """The table that an export prints at its end."""
+    rows = [
+        ("latent, rotary dims", f"{report.kv_lora_rank} + {report.qk_rope_head_dim}"),
+        ("query latent", "-" if report.q_lora_rank is None else str(report.q_lora_rank)),
+        ("cache, numbers per token", f"{report.cache_numbers_per_token:,}"),
+        ("parameters more than converted", f"{report.parameters_added:+,}"),
+        (f"largest logit difference, {report.dtype}", f"{report.largest_logit_difference:.2g}"),
+        ("  largest logit", f"{report.largest_logit:.2g}"),
+    ]
+    return table(("", report.format), rows)
+
+
+EXPORT_CARD = """
+## Exported
+
+This folder is a plain `{format}` model: Transformers loads it by `AutoModelForCausalLM.from_pretrained` without
+optimum-mla and without remote code, and caches its latent. Measured beside the converted model:
+
+```
+{table}
+```
+"""
+
+
+def export_card(report: ExportReport) -> str:
+    """What an export adds to a model card."""
+    return EXPORT_CARD.format(format=report.format, table=export_table(report))

@@ -209,6 +209,40 @@ class RecoveryReport(Report):
     file_name: ClassVar[str] = "recovery_report.json"
 
 
+@dataclass(frozen=True)
+class ExportReport(Report):
+    """One export.
+
+    Attributes:
+        model: What was exported, as the user named it.
+        format: `deepseek_v3`.
+        kv_lora_rank: Of the export; a constant channel, where there is one, included. q_lora_rank: Likewise, or None.
+        qk_rope_head_dim: R.
+        cache_numbers_per_token: All layers.
+        parameters_added: More than the converted model has.
+        largest_logit_difference: Between the export and the converted model, on random tokens, in this dtype.
+        largest_logit: Of the converted model, to compare that with.
+        dtype: Of the weights.
+        machine: Processor architecture and operating system.
+        versions: Of Python and the packages that matter.
+    """
+
+    model: str
+    format: str
+    kv_lora_rank: int
+    q_lora_rank: int | None
+    qk_rope_head_dim: int
+    cache_numbers_per_token: int
+    parameters_added: int
+    largest_logit_difference: float
+    largest_logit: float
+    dtype: str
+    machine: str = field(default_factory=lambda: machine())
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+
+    file_name: ClassVar[str] = "export_report.json"
+
+
 def machine() -> str:
     """Processor architecture and operating system."""
     return f"{platform.machine()} {platform.system()}"

@@ -32,6 +32,7 @@ from optimum_mla.transforms.calibration import CalibrationWalk, LayerCalibration
 from optimum_mla.transforms.checks import check_convertible, check_tokens, config_of, converted_already
 from optimum_mla.transforms.options import check_choice
 from optimum_mla.transforms.search import LayerSearch
+from optimum_mla.transforms.shared_rope import SharedRope, choose_shared_rope
 
 PROBE_TOKENS = 128
 PROBE_SEED = 0
@@ -77,6 +78,8 @@ class MLATransformation(ModelTransformation):
             states; kept where it helps on held-back windows. None: with a calibrated factorization.
         rank_allocation: How calibrated layers share the budget: `uniform`, `energy` (the same share of each layer's
             weighted energy is lost), or `error` (where the measured error falls most). None: `error` where it can be.
+        shared_rope: All layers rotate as many dims at the same frequencies, which `deepseek_v3` and its engines need;
+            the ranks are then uniform unless `rank_allocation` says otherwise. For methods with one rotary key.
 
     Attributes:
         results: By layer, what the last call did.
@@ -93,6 +96,9 @@ class MLATransformation(ModelTransformation):
     factorizations: ClassVar[tuple[str, ...]] = ("own",)
     """What `factorization` may be; the first is the default without calibration tokens."""
 
+    one_rotary_key: ClassVar[bool] = False
+    """Whether layers have a single rotary key, which they can share the frequencies of."""
+
     default_budget: ClassVar[RankBudget] = RankBudget()
     """Used where the caller sets none."""
 
@@ -106,6 +112,7 @@ class MLATransformation(ModelTransformation):
         factorization: str | None = None,
         heal: bool | None = None,
         rank_allocation: str | None = None,
+        shared_rope: bool = False,
     ) -> None:
         budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy)
         self.budget = budget if budget.is_set else self.default_budget
@@ -118,8 +125,12 @@ class MLATransformation(ModelTransformation):
         self.factorization = factorization or best
         check_choice("factorization", self.factorization, self.factorizations)
         self.heal = self.factorization == "calibrated" if heal is None else heal
+        if shared_rope and not self.one_rotary_key:
+            raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
+        self.shared_rope = shared_rope
+        self.rope: SharedRope | None = None
         shared = self.factorization == "calibrated" and self.budget.energy is None
-        self.rank_allocation = rank_allocation or ("error" if shared else "uniform")
+        self.rank_allocation = rank_allocation or ("error" if shared and not shared_rope else "uniform")
         check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         for field, value, needs in (
             ("factorization", self.factorization, self.factorization == "calibrated"),
@@ -135,7 +146,8 @@ class MLATransformation(ModelTransformation):
     @property
     def options(self) -> dict[str, Any]:
         """Every option, defaults resolved, without the calibration tokens."""
-        own = {name: value for name, value in vars(self).items() if name not in ("results", "calibration", "budget")}
+        hidden = ("results", "calibration", "budget", "rope")
+        own = {name: value for name, value in vars(self).items() if name not in hidden}
         return {**own, **vars(self.budget)}
 
     @property
@@ -163,6 +175,15 @@ class MLATransformation(ModelTransformation):
         """Shapes of the same cache size for the calibration data to choose from, cheapest first."""
         return [geometry]
 
+    def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
+        """What stopping a rotation costs, [slots, D/2]: for each frequency its components, the costliest first."""
+        raise NotImplementedError
+
+    @property
+    def rope_dims(self) -> int | None:
+        """R where it is not each layer's to choose."""
+        return self.rope.dims if self.rope is not None else getattr(self, "qk_rope_head_dim", None)
+
     def problem(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
     ) -> WeightedFactorization:
@@ -184,11 +205,15 @@ class MLATransformation(ModelTransformation):
     @torch.no_grad()
     def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
         """Convert in place. Nothing is changed before every layer has been planned and converted."""
-        model = graph_module
+        model, self.rope = graph_module, None
         family, sources, plans = self.plan(model)
         source_config = config_of(model)
         walk = None
         if self.needs_calibration and self.calibration is not None:
+            if self.shared_rope:
+                half = CalibrationWalk(model, family.spec, source_config, self.calibration[::2])
+                self.rope = choose_shared_rope(self, family, half, sources, plans)
+                plans = {layer: self.plan_layer(source) for layer, source in sources.items()}
             if self.rank_allocation != "uniform":
                 # Errors are only compared here, which half of the windows do as well.
                 half = CalibrationWalk(model, family.spec, source_config, self.calibration[::2])

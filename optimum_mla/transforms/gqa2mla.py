@@ -50,6 +50,7 @@ class GQA2MLA(MLATransformation):
     """
 
     name = "gqa2mla"
+    one_rotary_key = True
     factorizations = ("split", "joint", "calibrated")
 
     def __init__(
@@ -75,6 +76,10 @@ class GQA2MLA(MLATransformation):
         if self.rope_cache is not None:
             check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))
         self.qk_rope_head_dim = qk_rope_head_dim
+        if self.shared_rope and self.rope_cache != "cached":
+            raise InvalidValueError(
+                "shared_rope", True, "False without a cached rotary key", "Take --rope-cache cached."
+            )
 
     @property
     def preserves_computation(self) -> bool:  # type: ignore[override]
@@ -112,7 +117,7 @@ class GQA2MLA(MLATransformation):
 
     def _plan_decoupled(self, g: MLAGeometry) -> MLAGeometry:
         width = g.num_key_value_heads * g.head_dim
-        rope = self.qk_rope_head_dim
+        rope = self.rope_dims
         if rope is not None and (rope % 2 or not 2 <= rope <= width - 2):
             raise InvalidValueError("qk_rope_head_dim", rope, f"even integers from 2 to {width - 2} for this model")
         # A smaller R is always possible where it is still to be chosen, so the smallest one decides what fits.
@@ -136,17 +141,21 @@ class GQA2MLA(MLATransformation):
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         """Every R that is to choose from and that the budget allows."""
-        if self.positional == "full" or self.qk_rope_head_dim is not None:
+        if self.positional == "full" or self.rope_dims is not None:
             return [geometry]
         width = geometry.num_key_value_heads * geometry.head_dim
         ropes = (max(2, int(share * geometry.head_dim) // 2 * 2) for share in ROPE_CANDIDATES)
         return fitting(lambda rope: self._with_rope(geometry, rope), [r for r in ropes if r <= width - 2]) or [geometry]
 
+    def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
+        heads = MixedHeads.of(source, calibration).damage.unflatten(0, (source.geometry.num_key_value_heads, -1))
+        return heads.sort(dim=0, descending=True).values
+
     def problem(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
     ) -> WeightedFactorization:
         if geometry.attention_form == "decoupled":
-            mixed = MixedHeads.of(source, calibration)
+            mixed = MixedHeads.of(source, calibration, self.rope)
             return mixed.problem(geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt")
         # A key norm's gain stays in the norm, between the latent and the rotation.
         gain = source.norm_gain(source.spec.key_norm).square().repeat(geometry.num_key_value_heads)[:, None, None]
@@ -163,7 +172,7 @@ class GQA2MLA(MLATransformation):
     ) -> dict[str, Tensor]:
         g = geometry
         if g.attention_form == "decoupled" and calibration is not None:
-            return MixedHeads.of(source, calibration).tensors(g)
+            return MixedHeads.of(source, calibration, self.rope).tensors(g)
         tensors = {"q_proj.weight": source.query.flatten(0, 1), **source.output()}
         if g.query_bias:
             tensors["q_proj.bias"] = source.query_bias.flatten()

@@ -13,6 +13,7 @@ from optimum_mla.ops.rope_mix import as_pairs, mixed_keys, query_aware_mix, quer
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 from optimum_mla.transforms.calibration import LayerCalibration
 from optimum_mla.transforms.decoupled import LatentFactors, latent_tensors
+from optimum_mla.transforms.shared_rope import SharedRope
 from optimum_mla.transforms.weighting import key_moments, value_moments
 
 
@@ -23,8 +24,8 @@ class MixedHeads:
     as a key of D dims: the components that do not rotate, mapped back to its key head.
     """
 
-    def __init__(self, source: SourceAttention, calibration: LayerCalibration) -> None:
-        self.source, self.calibration = source, calibration
+    def __init__(self, source: SourceAttention, calibration: LayerCalibration, shared: SharedRope | None) -> None:
+        self.source, self.calibration, self.shared = source, calibration, shared
         g, moments = source.geometry, calibration.moments
         pairs = as_pairs(source.gained_key)  # [G, D/2, d]
         seen = (pairs.flatten(0, 1) @ moments.inputs.to(pairs.dtype)).view_as(pairs)
@@ -40,10 +41,14 @@ class MixedHeads:
         self._order = self.damage.argsort(descending=True)
 
     @classmethod
-    def of(cls, source: SourceAttention, calibration: LayerCalibration) -> MixedHeads:
-        """The layer's, computed once."""
+    def of(cls, source: SourceAttention, calibration: LayerCalibration, shared: SharedRope | None = None) -> MixedHeads:
+        """The layer's, computed once.
+
+        Args:
+            shared: What rotates in all layers; None leaves it to this one.
+        """
         if "mixed heads" not in calibration.memo:
-            calibration.memo["mixed heads"] = cls(source, calibration)
+            calibration.memo["mixed heads"] = cls(source, calibration, shared)
         return calibration.memo["mixed heads"]
 
     @cached_property
@@ -53,6 +58,11 @@ class MixedHeads:
 
     def _split(self, rope_dim: int) -> tuple[Tensor, Tensor]:
         """Components that rotate and those that do not."""
+        if self.shared is not None:
+            by_head = self.damage.unflatten(0, (self.source.geometry.num_key_value_heads, -1))  # [G, D/2]
+            place = by_head.argsort(dim=0, descending=True).argsort(dim=0)
+            rotating = (place < self.shared.counts.to(place.device)).flatten()
+            return rotating.nonzero()[:, 0], (~rotating).nonzero()[:, 0]
         kept, rest = self._order.split([rope_dim // 2, len(self._order) - rope_dim // 2])
         return kept.sort().values, rest.sort().values
 

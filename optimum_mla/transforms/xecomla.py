@@ -50,6 +50,7 @@ class XEcoMLA(MLATransformation):
     name = "x-ecomla"
     default_budget = RankBudget(kv_cache_ratio=0.5)
     rope_selections = ("last", "high", "low", "uniform", "contribution", "damage")
+    one_rotary_key = True
     factorizations = ("joint", "calibrated")
 
     def __init__(
@@ -81,10 +82,10 @@ class XEcoMLA(MLATransformation):
 
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         head_dim, only_divisors = source.geometry.head_dim, self.rope_selection == "last"
-        return self._shape(source, check_rope_dim(self.qk_rope_head_dim, head_dim, head_dim // 2, only_divisors))
+        return self._shape(source, check_rope_dim(self.rope_dims, head_dim, head_dim // 2, only_divisors))
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
-        if self.qk_rope_head_dim is not None or self.rope_selection == "last":
+        if self.rope_dims is not None or self.rope_selection == "last":
             return [geometry]
         return fitting(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
 
@@ -115,6 +116,13 @@ class XEcoMLA(MLATransformation):
             raise InvalidValueError("q_lora_rank", self.q_lora_rank, f"1 to {largest} for this model")
         return self.q_lora_rank
 
+    def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
+        scores = pair_scores(self.rope_selection, source, calibration)
+        if scores is None:  # chosen by place, alike in all layers
+            return torch.ones(1, source.geometry.head_dim // 2, dtype=torch.float64)
+        total = scores.sum(dim=0, keepdim=True)
+        return total if self.rope_selection == "damage" else total / total.sum()
+
     def problem(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
     ) -> WeightedFactorization:
@@ -139,6 +147,8 @@ class XEcoMLA(MLATransformation):
     def _split(self, source: SourceAttention, g: MLAGeometry, calibration: LayerCalibration | None) -> RopeSplit:
         if self.rope_selection == "last":
             return split_last_columns(g.head_dim, g.qk_rope_head_dim)
+        if self.rope is not None and self.rope_selection in SCORED_SELECTIONS:
+            return split_by_pairs(self.rope.counts.nonzero()[:, 0][None], g.head_dim)
         # The rotary key is shared: one selection for all key heads, by their scores together.
         scores = pair_scores(self.rope_selection, source, calibration)
         total = None if scores is None else scores.sum(dim=0, keepdim=True)

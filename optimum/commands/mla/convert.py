@@ -22,6 +22,7 @@ METHOD_OPTIONS = (
     "heal",
     "rank_allocation",
     "latent_norm",
+    "shared_rope",
     "layers",
 )
 """Arguments that go to the method as they are, where they are given."""
@@ -93,6 +94,15 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--rank-allocation", help="How layers share the cache: uniform (default), energy, or error."
         )
         method.add_argument(
+            "--shared-rope",
+            action="store_true",
+            default=None,
+            help="Rotate as many dims at the same frequencies in all layers, as deepseek_v3 needs it.",
+        )
+        method.add_argument(
+            "--export-format", help="Write the result as mla-export does: deepseek_v3, for plain Transformers."
+        )
+        method.add_argument(
             "--latent-norm", action="store_true", default=None, help="Put an RMSNorm on the latents (x-ecomla)."
         )
         method.add_argument(
@@ -144,6 +154,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 seed=args.seed,
                 overwrite=args.overwrite,
                 hub=hub_options(args),
+                export_format=args.export_format,
             )
             print(summary_table([report]))
             print(choices(report))

@@ -2,8 +2,16 @@
 
 from optimum.commands.mla.benchmark import MLABenchmarkCommand
 from optimum.commands.mla.convert import MLAConvertCommand
+from optimum.commands.mla.export import MLAExportCommand
 from optimum.commands.mla.finetune import MLAFinetuneCommand
 from optimum.commands.mla.inspect import MLAInspectCommand
 from optimum.commands.mla.quantize import MLAQuantizeCommand
 
-REGISTER_COMMANDS = [MLAConvertCommand, MLAFinetuneCommand, MLAQuantizeCommand, MLABenchmarkCommand, MLAInspectCommand]
+REGISTER_COMMANDS = [
+    MLAConvertCommand,
+    MLAFinetuneCommand,
+    MLAQuantizeCommand,
+    MLABenchmarkCommand,
+    MLAInspectCommand,
+    MLAExportCommand,
+]
