@@ -129,6 +129,7 @@ class Shape:
         rank: r, the constant channel included. query_rank: r_q likewise, or None.
         normed: The model norms its latents itself: there is no constant channel.
         biased: Down-projections have biases.
+        interleaved: Rotary dims lie in pairs side by side, as engines expect them; else half-split.
         pairs: [R/2], source pair of each rotary pair.
     """
 
@@ -136,6 +137,7 @@ class Shape:
     query_rank: int | None
     normed: bool
     biased: bool
+    interleaved: bool
     pairs: Tensor
 
 
@@ -162,6 +164,7 @@ def export_shape(model: PreTrainedModel) -> Shape:
         query_rank=None if query_rank is None else query_rank + constant,
         normed=normed,
         biased=biased,
+        interleaved=normed,
         pairs=orders[0],
     )
 
@@ -179,12 +182,14 @@ def rope_parameters(model: PreTrainedModel, pairs: Tensor) -> dict[str, Any]:
     frequencies = rotary.inv_freq.detach().double().cpu()[pairs.cpu()]  # type: ignore[operator, union-attr]
     theta = float(config.rope_parameters["rope_theta"])
     plain = theta ** -(torch.arange(len(pairs), dtype=torch.float64) / len(pairs))
-    factors = (plain / frequencies).tolist()
+    factors = plain / frequencies
+    if (factors - 1).abs().max() < 1e-6:  # below the precision of the source's table
+        return {"rope_type": "default", "rope_theta": theta}
     return {
         "rope_type": "longrope",
         "rope_theta": theta,
-        "short_factor": factors,
-        "long_factor": factors,
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
         "factor": 1.0,
         "attention_factor": 1.0,
         "original_max_position_embeddings": config.max_position_embeddings,
@@ -205,7 +210,7 @@ def deepseek_config(model: PreTrainedModel, shape: Shape) -> DeepseekV3Config:
         qk_rope_head_dim=g.qk_rope_head_dim,
         v_head_dim=g.v_head_dim,
         rope_parameters=rope_parameters(model, shape.pairs),
-        rope_interleave=False,
+        rope_interleave=shape.interleaved,
         attention_bias=shape.biased,
         dtype=model.dtype,
     )
@@ -263,6 +268,8 @@ def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scal
     n, half, r = g.qk_nope_head_dim, g.qk_rope_head_dim // 2, g.kv_lora_rank
     order = attention.rope_pairs[0].argsort(stable=True)
     rope_order = torch.cat([order, order + half])
+    if shape.interleaved:
+        rope_order = rope_order.view(2, half).T.flatten()
     longest = input_gain * math.sqrt(g.hidden_size)  # of an RMS-normed state, after its gain
 
     # Queries: DeepSeek's order of rotary pairs, the difference in scale, and the table's factor for both sides.

@@ -14,6 +14,9 @@ from optimum_mla.ops.blockwise import LatentDecode, RotaryRebuild
 from optimum_mla.ops.kernels import kernel_for
 from optimum_mla.ops.rotary import RotaryFrames, Rotation, gather_rotation, rotate
 
+LATENT_NORM_EPS = 1e-6
+"""Of the norms on latents: DeepSeek's, whatever the model's other norms have."""
+
 
 class DecoupledLatentAttention(LatentAttention):
     """One joint latent for keys and values and a decoupled rotary key (DeepSeek-V2, arXiv 2405.04434, section 2.1).
@@ -36,11 +39,11 @@ class DecoupledLatentAttention(LatentAttention):
             self.q_proj = nn.Linear(d, query, bias=g.query_bias)
         else:
             self.q_a_proj = nn.Linear(d, g.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(g.q_lora_rank, eps=eps) if g.latent_norm else nn.Identity()
+            self.q_a_layernorm = nn.RMSNorm(g.q_lora_rank, eps=LATENT_NORM_EPS) if g.latent_norm else nn.Identity()
             self.q_b_proj = nn.Linear(g.q_lora_rank, query, bias=g.query_bias)
         cached_rope = rope if g.rope_cache == "cached" else 0
         self.kv_a_proj_with_mqa = nn.Linear(d, r + cached_rope, bias=g.key_value_bias)
-        self.kv_a_layernorm = nn.RMSNorm(r, eps=eps) if g.latent_norm else nn.Identity()
+        self.kv_a_layernorm = nn.RMSNorm(r, eps=LATENT_NORM_EPS) if g.latent_norm else nn.Identity()
         self.kv_b_proj = nn.Linear(r, g.num_up_heads * (g.qk_nope_head_dim + g.v_head_dim), bias=g.up_bias)
         if g.rope_cache == "rebuilt":
             self.k_rope_proj = nn.Linear(r, rope, bias=g.up_bias)

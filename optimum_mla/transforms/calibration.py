@@ -58,6 +58,11 @@ class LayerMoments:
     queries: Tensor
     key_scale: Tensor
 
+    @property
+    def raw_inputs(self) -> Tensor:
+        """Second moment [d, d] about zero."""
+        return self.inputs + torch.outer(self.input_mean, self.input_mean)
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -187,16 +192,22 @@ class LayerCalibration:
         self._fitted = ~held if (~held).any() else held
         self._deciding = self._held.nonzero().flatten()[:: -(-int(self._held.sum()) // DECIDING_WINDOWS)]
 
-    def factorization(self, key: Any, rows: Callable[[], list[WeightedRows]]) -> WeightedFactorization:
+    def factorization(
+        self, key: Any, rows: Callable[[], list[WeightedRows]], centered: bool = True
+    ) -> WeightedFactorization:
         """The factorization of `rows` under the layer's inputs; the last one is kept, for another rank of the same.
 
         Args:
             key: Tells the rows apart; `key_weight` is added to it.
             rows: Makes them.
+            centered: The inputs' mean goes through biases behind the latent; else the latent holds it too.
         """
-        key = (key, self.key_weight)
+        key = (key, self.key_weight, centered)
         if self.memo.get("factorization", (None, None))[0] != key:
-            self.memo["factorization"] = (key, WeightedFactorization(rows(), self.moments.inputs))
+            self.memo["factorization"] = (
+                key,
+                WeightedFactorization(rows(), self.moments.inputs if centered else self.moments.raw_inputs),
+            )
         return self.memo["factorization"][1]
 
     @cached_property

@@ -67,7 +67,7 @@ def joint_factors(source: SourceAttention, split: RopeSplit, rank: int) -> Laten
 
 
 def calibrated_problem(
-    source: SourceAttention, split: RopeSplit, calibration: LayerCalibration
+    source: SourceAttention, split: RopeSplit, calibration: LayerCalibration, centered: bool = True
 ) -> WeightedFactorization:
     """[W_K,nope ; W_V], weighted by the queries, by W_O and by the inputs."""
 
@@ -76,14 +76,14 @@ def calibrated_problem(
         readers = gather_dims(gather_dims(key_moments(source, calibration), split.nope).mT, split.nope)
         return [WeightedRows(key.flatten(0, 1), readers), WeightedRows(value.flatten(0, 1), value_moments(source))]
 
-    return calibration.factorization(split.rope.tolist(), rows)
+    return calibration.factorization(split.rope.tolist(), rows, centered)
 
 
 def calibrated_factors(
-    source: SourceAttention, split: RopeSplit, rank: int, calibration: LayerCalibration
+    source: SourceAttention, split: RopeSplit, rank: int, calibration: LayerCalibration, centered: bool = True
 ) -> LatentFactors:
     """Best factors of `calibrated_problem`."""
-    factors = calibrated_problem(source, split, calibration).factors(rank)
+    factors = calibrated_problem(source, split, calibration, centered).factors(rank)
     key, value = _latent_rows(source, split)
     up = torch.cat(factors.ups)
     return LatentFactors(factors.down, *_by_heads(up, key, value), calibration.moments.input_mean)
@@ -97,6 +97,12 @@ def _latent_rows(source: SourceAttention, split: RopeSplit) -> tuple[Tensor, Ten
 def _by_heads(up: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     key_up, value_up = up.split([key.shape[0] * key.shape[1], value.shape[0] * value.shape[1]])
     return key_up.unflatten(0, key.shape[:2]), value_up.unflatten(0, value.shape[:2])
+
+
+def latent_size(down: Tensor, calibration: LayerCalibration) -> Tensor:
+    """Root mean square of the calibration data's latents, as the gain [r] of a norm that then changes them least."""
+    square = torch.einsum("rd,de,re->r", down, calibration.moments.raw_inputs.to(down.dtype), down)
+    return square.mean().sqrt().repeat(len(down))
 
 
 def latent_tensors(

@@ -45,6 +45,8 @@ class GQA2MLA(MLATransformation):
         positional: `full` or `decoupled`.
         rope_cache: `cached` or `rebuilt`, for `decoupled`. With `cached`, `rank_allocation` is `uniform` unless given.
         qk_rope_head_dim: R, for `decoupled`; None chooses it in each layer by the measured error.
+        latent_norm: Put an RMSNorm on the latent, as DeepSeek has, with its gain such that it changes the calibration
+            data's latents as little as it can, and no biases behind it; for `cached`.
         factorization: `split` (`kv_lora_rank` counts both latents, half each), `joint`, or `calibrated`.
         **options: Of `MLATransformation`.
     """
@@ -58,6 +60,7 @@ class GQA2MLA(MLATransformation):
         positional: str | None = None,
         rope_cache: str | None = None,
         qk_rope_head_dim: int | None = None,
+        latent_norm: bool = False,
         **options: Any,
     ) -> None:
         if rope_cache == "cached" and options.get("rank_allocation") is None:
@@ -75,7 +78,11 @@ class GQA2MLA(MLATransformation):
         self.rope_cache = (rope_cache or "rebuilt") if self.positional == "decoupled" else None
         if self.rope_cache is not None:
             check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))
-        self.qk_rope_head_dim = qk_rope_head_dim
+        self.qk_rope_head_dim, self.latent_norm = qk_rope_head_dim, latent_norm
+        if latent_norm and self.rope_cache != "cached":
+            raise InvalidValueError(
+                "latent_norm", True, "False without a cached rotary key", "Take --rope-cache cached."
+            )
         if self.shared_rope and self.rope_cache != "cached":
             raise InvalidValueError(
                 "shared_rope", True, "False without a cached rotary key", "Take --rope-cache cached."
@@ -90,7 +97,8 @@ class GQA2MLA(MLATransformation):
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         g = source.geometry
         width = g.num_key_value_heads * g.head_dim
-        common = replace(g, v_head_dim=g.head_dim, latent_bias=self.factorization == "calibrated")
+        biased = self.factorization == "calibrated" and not self.latent_norm
+        common = replace(g, v_head_dim=g.head_dim, latent_bias=biased, latent_norm=self.latent_norm)
         if self.positional == "decoupled":
             return self._plan_decoupled(common)
         if self.factorization == "split":
@@ -156,7 +164,7 @@ class GQA2MLA(MLATransformation):
     ) -> WeightedFactorization:
         if geometry.attention_form == "decoupled":
             mixed = MixedHeads.of(source, calibration, self.rope)
-            return mixed.problem(geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt")
+            return mixed.problem(geometry)
         # A key norm's gain stays in the norm, between the latent and the rotation.
         gain = source.norm_gain(source.spec.key_norm).square().repeat(geometry.num_key_value_heads)[:, None, None]
         return calibration.factorization(

@@ -12,7 +12,7 @@ from optimum_mla.models import SourceAttention
 from optimum_mla.ops.rope_mix import as_pairs, mixed_keys, query_aware_mix, query_map
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 from optimum_mla.transforms.calibration import LayerCalibration
-from optimum_mla.transforms.decoupled import LatentFactors, latent_tensors
+from optimum_mla.transforms.decoupled import LatentFactors, latent_size, latent_tensors
 from optimum_mla.transforms.shared_rope import SharedRope
 from optimum_mla.transforms.weighting import key_moments, value_moments
 
@@ -66,9 +66,12 @@ class MixedHeads:
         kept, rest = self._order.split([rope_dim // 2, len(self._order) - rope_dim // 2])
         return kept.sort().values, rest.sort().values
 
-    def problem(self, rope_dim: int, rebuilt: bool) -> WeightedFactorization:
+    def problem(self, geometry: MLAGeometry) -> WeightedFactorization:
         """The rows that the latent holds: rotating components (if rebuilt), position-free ones, values."""
-        return self.calibration.factorization((rope_dim, rebuilt), lambda: self._rows(rope_dim, rebuilt))
+        rope_dim, rebuilt = geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt"
+        return self.calibration.factorization(
+            (rope_dim, rebuilt), lambda: self._rows(rope_dim, rebuilt), geometry.latent_bias
+        )
 
     def _rows(self, rope_dim: int, rebuilt: bool) -> list[WeightedRows]:
         g = self.source.geometry
@@ -96,7 +99,7 @@ class MixedHeads:
         rebuilt, rope_dim = g.rope_cache == "rebuilt", g.qk_rope_head_dim
         kept, rest = self._split(rope_dim)
         weight, bias = self._keys
-        factors = self.problem(rope_dim, rebuilt).factors(g.kv_lora_rank)
+        factors = self.problem(g).factors(g.kv_lora_rank)
         *rope_up, nope_up, value_up = factors.ups
 
         share = g.num_attention_heads // g.num_key_value_heads
@@ -115,6 +118,8 @@ class MixedHeads:
             rope_bias=rope_bias[None, :0] if rebuilt else rope_bias[None],
             pairs=pairs,
         )
+        if g.latent_norm:
+            tensors["kv_a_layernorm.weight"] = latent_size(factors.down, self.calibration)
         if rebuilt:
             tensors["k_rope_proj.weight"] = rope_up[0]
             tensors["k_rope_proj.bias"] = rope_bias + rope_key @ center - rope_up[0] @ (factors.down @ center)

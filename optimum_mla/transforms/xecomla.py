@@ -24,6 +24,7 @@ from optimum_mla.transforms.decoupled import (
     calibrated_problem,
     decoupled_tensors,
     gather_dims,
+    latent_size,
     reorder_query,
 )
 from optimum_mla.transforms.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
@@ -105,7 +106,7 @@ class XEcoMLA(MLATransformation):
             v_head_dim=g.head_dim,
             num_up_heads=g.num_attention_heads,
             latent_norm=self.latent_norm,
-            latent_bias=self.factorization == "calibrated",
+            latent_bias=self.factorization == "calibrated" and not self.latent_norm,
         )
 
     def _query_rank(self, source: SourceAttention) -> int | None:
@@ -126,7 +127,8 @@ class XEcoMLA(MLATransformation):
     def problem(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
     ) -> WeightedFactorization:
-        return calibrated_problem(source, self._split(source, geometry, calibration), calibration)
+        split = self._split(source, geometry, calibration)
+        return calibrated_problem(source, split, calibration, geometry.latent_bias)
 
     def convert_layer(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
@@ -134,14 +136,18 @@ class XEcoMLA(MLATransformation):
         g = geometry
         split = self._split(source, g, calibration)
         if self.factorization == "calibrated" and calibration is not None:
-            factors = calibrated_factors(source, split, g.kv_lora_rank, calibration)
+            factors = calibrated_factors(source, split, g.kv_lora_rank, calibration, g.latent_bias)
         else:
             down, up = low_rank_factors(_stack(source), g.kv_lora_rank)
             key_up, value_up = up.view(2, g.num_key_value_heads, g.head_dim, -1)  # each [G, D, r]
             factors = LatentFactors(down, gather_dims(key_up, split.nope), value_up)
         tensors = decoupled_tensors(source, g, split, factors)
         if g.latent_norm:
-            tensors |= _norm_on_latent(source, "kv_a_layernorm", tensors["kv_a_proj_with_mqa.weight"][: g.kv_lora_rank])
+            down = tensors["kv_a_proj_with_mqa.weight"][: g.kv_lora_rank]
+            if calibration is None:
+                tensors |= _norm_on_latent(source, "kv_a_layernorm", down)
+            else:
+                tensors["kv_a_layernorm.weight"] = latent_size(down, calibration)
         return tensors | self._query_tensors(source, g, split)
 
     def _split(self, source: SourceAttention, g: MLAGeometry, calibration: LayerCalibration | None) -> RopeSplit:

@@ -103,7 +103,11 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--export-format", help="Write the result as mla-export does: deepseek_v3, for plain Transformers."
         )
         method.add_argument(
-            "--latent-norm", action="store_true", default=None, help="Put an RMSNorm on the latents (x-ecomla)."
+            "--latent-norm",
+            nargs="?",
+            const="calibrated",
+            help="Put an RMSNorm on the latents, its gain calibrated, and no biases behind them, for engines that load "
+            "none (x-ecomla, gqa2mla with a cached rotary key).",
         )
         method.add_argument(
             "--layers", help="all (default), a list such as 0-7 or 1,3,5, or a preset (x-ecomla-hybrid)."
@@ -131,10 +135,14 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         from optimum_mla.cli import exit_on_bad_input
 
         with exit_on_bad_input():
+            from optimum_mla.errors import InvalidValueError
             from optimum_mla.pipeline import TextOptions, convert
             from optimum_mla.report.render import choices, summary_table
 
             args = self.args
+            if args.latent_norm not in (None, "calibrated"):
+                raise InvalidValueError("latent_norm", args.latent_norm, "calibrated")
+            args.latent_norm = None if args.latent_norm is None else True
             report = convert(
                 args.model,
                 args.output,
