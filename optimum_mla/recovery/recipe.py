@@ -20,7 +20,7 @@ from optimum_mla.recovery.schedules import scheduler_arguments
 
 OBJECTIVES = ("distill", "sft", "dpo")
 STAGES = ("none", "layerwise")
-LEARNING_RATES = {"lora": 1.5e-3, "dora": 1.5e-3, "kv": 5e-4, "attention": 5e-4, "full": 5e-4}
+LEARNING_RATES = {"lora": 1.5e-3, "dora": 1.5e-3, "kv": 5e-4, "attention": 5e-4, "full": 3e-4}
 """Where the user names none; DPO takes `DPO_SHARE` of it."""
 DPO_SHARE = 0.01
 SCHEDULE = "cosine"
