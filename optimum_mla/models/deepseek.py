@@ -358,14 +358,16 @@ def constant_norm(
     bound = torch.linalg.matrix_norm(down, 2).item() * longest_input + down_bias.norm().item()
     factor = 2.0 ** math.floor(math.log2(LARGEST_LATENT / bound)) if bound > 0 else 1.0
     width = rank + 1
-    # What the norm makes of the constant channel and of the others, with the roundings of the dtype.
+    # What the norm makes of the channels, with the roundings of the dtype. The constant one leaves it as about 1, if it
+    # is needed at all, so that it spoils no neighbour where a cache is quantized.
     root = torch.tensor(CONSTANT / math.sqrt(width), dtype=torch.float64)
     gain = root.to(dtype).double()
-    constant = ((CONSTANT / root).to(dtype) * gain.to(dtype)).double()
+    small = torch.tensor(0.0 if up_bias is None else 1 / math.sqrt(width), dtype=torch.float64).to(dtype)
+    constant = ((CONSTANT / root).to(dtype) * small).double()
     made = {
         f"{down_name}_proj.weight": torch.zeros(width, down.shape[1], dtype=torch.float64),
         f"{down_name}_proj.bias": torch.zeros(width, dtype=torch.float64),
-        f"{down_name}_layernorm.weight": gain.repeat(width),
+        f"{down_name}_layernorm.weight": torch.cat([gain.repeat(rank), small.double()[None]]),
         f"{up_name}.weight": torch.zeros(len(up), width, dtype=torch.float64),
     }
     made[f"{down_name}_proj.weight"][: len(down)] = down * factor

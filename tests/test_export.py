@@ -1,0 +1,179 @@
+"""`mla-export` and `mla-convert --export-format` as a user runs them; results where this package cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_mla.errors import InvalidValueError, OutputError, UnsupportedModelError
+from optimum_mla.pipeline import TextOptions, convert, export
+from optimum_mla.text import token_windows
+
+REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
+PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+TEXTS = TextOptions(calibration_data=str(REFERENCE / "calibration.txt"), calibration_samples=4, calibration_length=64)
+
+ELSEWHERE = """
+    import sys
+    sys.modules["optimum_mla"] = None  # importing it fails from here on
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, again, result = sys.argv[1:4]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == "DeepseekV3ForCausalLM"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("It was a bright morning", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=16, do_sample=False)
+    model.save_pretrained(again)
+    with torch.no_grad():
+        reloaded = AutoModelForCausalLM.from_pretrained(again)(ids).logits
+    save_file({"logits": logits, "reloaded": reloaded, "tokens": tokens, "ids": ids}, result)
+"""
+
+
+def elsewhere(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    """What a process without this package makes of an export."""
+    program = "\n".join(line[4:] for line in ELSEWHERE.splitlines())
+    arguments = [str(folder), str(scratch / "again"), str(scratch / "result.safetensors")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment, cwd=scratch
+    )
+    assert done.returncode == 0, done.stderr
+    return load_file(scratch / "result.safetensors")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference model in a form that can be exported."""
+    folder = tmp_path_factory.mktemp("models") / "converted"
+    options = {"kv_cache_ratio": 0.5, "rope_cache": "cached", "shared_rope": True, "qk_rope_head_dim": 16}
+    convert(str(REFERENCE), folder, "gqa2mla", options, TEXTS, dtype="float32")
+    return folder
+
+
+def test_an_export_runs_where_this_package_is_not(converted: Path, tmp_path: Path) -> None:
+    report = export(str(converted), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
+    assert {"export_report.json", "conversion_report.json"} <= names
+    assert "modeling_mla.py" not in names
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in config
+    assert config["model_type"] == "deepseek_v3"
+    assert config["first_k_dense_replace"] == config["num_hidden_layers"] == 6
+    assert not any(isinstance(value, int) and value > 10**6 for value in config.values())
+    assert "## Exported" in (tmp_path / "out" / "README.md").read_text()
+    saved = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert saved["largest_logit_difference"] == report.largest_logit_difference < 1e-4
+    assert report.kv_lora_rank == 64 - 16 + 1
+
+    found = elsewhere(tmp_path / "out", tmp_path)
+    native = AutoModelForCausalLM.from_pretrained(converted)
+    with torch.no_grad():
+        wanted = native(found["ids"]).logits
+    assert (found["logits"] - wanted).abs().max() < 1e-4
+    assert torch.equal(found["reloaded"], found["logits"])
+    assert torch.equal(found["tokens"], native.generate(found["ids"], max_new_tokens=16, do_sample=False))
+
+
+def test_convert_writes_the_export_itself(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(
+                PROGRAM,
+                "mla-convert",
+                "-m",
+                str(REFERENCE),
+                "--export-format",
+                "deepseek_v3",
+                "--kv-cache-ratio",
+                "0.5",
+            ),
+            *("--calibration-data", str(REFERENCE / "calibration.txt"), "--calibration-samples", "4"),
+            *("--calibration-length", "64", "--qk-rope-head-dim", "16", str(tmp_path / "out")),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = elsewhere(tmp_path / "out", tmp_path)
+    assert found["logits"].dtype is torch.bfloat16
+    assert found["tokens"].shape[1] > found["ids"].shape[1]
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert report["largest_logit_difference"] < 0.05 * report["largest_logit"]
+    ids = token_windows(AutoTokenizer.from_pretrained(tmp_path / "out"), str(REFERENCE / "evaluation.txt"), 64, 8)
+    source = AutoModelForCausalLM.from_pretrained(REFERENCE)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        losses = [model(ids, labels=ids).loss.item() for model in (source, exported)]
+    assert losses[1] == pytest.approx(losses[0], abs=0.3)
+
+
+def test_the_command_prints_what_came_out(converted: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            PROGRAM,
+            "mla-export",
+            "-m",
+            str(converted),
+            "--format",
+            "deepseek_v3",
+            "--dtype",
+            "bfloat16",
+            str(tmp_path / "o"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "49 + 16" in done.stdout
+    assert "largest logit difference, bfloat16" in done.stdout
+    assert next(iter(load_file(tmp_path / "o" / "model.safetensors").values())).dtype is torch.bfloat16
+
+
+BAD_INPUT: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "another format": (InvalidValueError, r"format: got 'gguf', allowed: deepseek_v3", {"format": "gguf"}),
+    "a source model": (
+        UnsupportedModelError,
+        r"is not converted\. Run optimum-cli mla-convert",
+        {"model": str(REFERENCE)},
+    ),
+    "no model": (UnsupportedModelError, "nowhere did not load", {"model": "nowhere"}),
+    "a dtype that is none": (InvalidValueError, "dtype: got 'int3'", {"dtype": "int3"}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_leaves_nothing(case: str, converted: Path, tmp_path: Path) -> None:
+    kind, message, changes = BAD_INPUT[case]
+    with pytest.raises(kind, match=message):
+        export(**{"model": str(converted), "output": tmp_path / "out", **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_left_alone(converted: Path) -> None:
+    with pytest.raises(OutputError, match="input model"):
+        export(str(converted), converted)
+
+
+def test_a_form_that_cannot_be_exported_is_refused_before_any_work(tmp_path: Path) -> None:
+    convert(str(REFERENCE), tmp_path / "rebuilt", "gqa2mla", {"kv_cache_ratio": 0.5}, TEXTS)
+    with pytest.raises(UnsupportedModelError, match=r"rebuilt from the latent\. Convert with .*--shared-rope"):
+        export(str(tmp_path / "rebuilt"), tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match=r"2 rotary keys"):
+        convert(str(REFERENCE), tmp_path / "out", "mha2mla", {"kv_cache_ratio": 0.5}, export_format="deepseek_v3")
+    assert [path.name for path in tmp_path.iterdir()] == ["rebuilt"]
