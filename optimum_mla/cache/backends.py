@@ -59,10 +59,9 @@ class Backend(ABC):
             raise InvalidValueError("bits", bits, f"{allowed} with the backend {self.package}")
         self.bits = bits
 
-    @property
-    def stored_bits(self) -> float:
-        """Bits that a code takes, the unused ones of its word included."""
-        return self.bits
+    def packed_bits(self, numbers: int) -> int:
+        """Bits that so many codes take, the unused ones of their words included."""
+        return self.bits * numbers
 
     @abstractmethod
     def encode(self, columns: Tensor) -> Encoded:

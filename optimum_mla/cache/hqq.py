@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
@@ -26,9 +28,8 @@ class HQQBackend(Backend):
         word = 30 if bits == 3 else 8  # ten 3-bit codes in an int32, else as many as a byte holds; highest bits first
         self.lanes = tuple(range(word - bits, -1, -bits))
 
-    @property
-    def stored_bits(self) -> float:
-        return 3.2 if self.bits == 3 else self.bits
+    def packed_bits(self, numbers: int) -> int:
+        return 32 * math.ceil(numbers / 10) if self.bits == 3 else super().packed_bits(numbers)
 
     def encode(self, columns: Tensor) -> Encoded:
         x, kind = columns.float(), parameter_dtype(columns.dtype)

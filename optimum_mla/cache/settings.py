@@ -71,11 +71,16 @@ class CacheSettings:
         """As it is saved in a model's config."""
         return asdict(self)
 
-    def window_tokens(self, tokens: int) -> int:
-        """Tokens that stay in full precision once a prompt of `tokens` tokens is in the cache."""
-        if not self.quantized or tokens <= self.residual_length:
-            return tokens
-        return max(0, self.residual_length - self.flush_tokens + 1)
+    def window_tokens(self, prompt: int, steps: int = 0) -> int:
+        """Tokens in full precision behind a prompt of so many tokens and so many steps of one token."""
+        if not self.quantized:
+            return prompt + steps
+        window = 0
+        for arriving in (prompt, *[1] * steps):
+            window += arriving
+            if window > self.residual_length:
+                window = max(0, self.residual_length - self.flush_tokens + 1)
+        return window
 
     @classmethod
     def from_dict(cls, content: dict[str, Any] | None) -> CacheSettings:

@@ -13,18 +13,21 @@ PARAMETER_BITS = 16
 """Of a group's scale and shift."""
 
 
-def predicted_bytes(geometry: MLAGeometry, settings: CacheSettings, tokens: int, itemsize: int) -> float:
-    """Bytes of one converted layer's cache, for one row, after a prompt of `tokens` tokens.
+def predicted_bytes(
+    geometry: MLAGeometry, settings: CacheSettings, tokens: int, itemsize: int, steps: int = 0
+) -> float:
+    """Bytes of one converted layer's cache for one row.
 
-    A later step may add room for up to `SPARE_TOKENS` further tokens (`spare_bytes`).
+    Steps may add room for up to `SPARE_TOKENS` further tokens (`spare_bytes`).
 
     Args:
         geometry: Shape of the layer.
         settings: How its tokens are stored.
         tokens: In the cache.
         itemsize: Bytes of a number in the model's dtype.
+        steps: How many of them came one by one, behind the prompt.
     """
-    window = settings.window_tokens(tokens)
+    window = settings.window_tokens(tokens - steps, steps)
     first = geometry.kv_lora_rank or geometry.k_lora_rank
     plain = geometry.scale_numbers
     second = geometry.cache_numbers - first - plain
@@ -46,4 +49,4 @@ def _vector_bits(width: int, bits: int, settings: CacheSettings, itemsize: int) 
     backend = make_backend(settings.backend, bits)
     group = balanced_group(width, settings.group_size)
     groups = math.ceil(width / group)
-    return groups * (group * backend.stored_bits + backend.parameters * PARAMETER_BITS)
+    return backend.packed_bits(groups * group) + groups * backend.parameters * PARAMETER_BITS

@@ -98,19 +98,21 @@ def prompt(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
 
 @torch.no_grad()
 def memory_cell(name: str, cache: str, context: int, batch: int, **common: Any) -> dict[str, Any]:
-    """The fields of a `MemoryRow`."""
+    """The fields of a `MemoryRow`. The last token comes as a step of its own, as while a model generates."""
     model = load(common, name)
     ids, held = prompt(model, batch, context), cache_maker(model, cache)()
+    steps = min(1, context - 1)
     peak = PeakMemory(model.device)
     peak.reset()
-    model(ids, past_key_values=held, use_cache=True, logits_to_keep=1)
+    model(ids[:, : context - steps], past_key_values=held, use_cache=True, logits_to_keep=1)
     prefill = peak.bytes()
-    live = live_cache_bytes(held)
     resets = peak.reset()
-    model(ids[:, -1:], past_key_values=held, use_cache=True, logits_to_keep=1)
+    if steps:
+        model(ids[:, -steps:], past_key_values=held, use_cache=True, logits_to_keep=1)
     step = peak.bytes() if resets else None
+    live = live_cache_bytes(held)
 
-    predicted = predicted_cache_bytes(model.config, cache, context, model.dtype.itemsize)
+    predicted = predicted_cache_bytes(model.config, cache, context, model.dtype.itemsize, steps)
     flags = []
     if predicted is not None:
         expected, spare = batch * predicted[0], batch * predicted[1]

@@ -21,9 +21,9 @@ class MemoryRow:
     Attributes:
         role: `model` or `baseline`.
         cache: Name of the cache; see `optimum_mla.cache.settings.named_cache`.
-        context_tokens: Prompt tokens in each row of the batch. batch_size: Rows.
+        context_tokens: Tokens in each row's cache, the last of them from a step of its own. batch_size: Rows.
         predicted_cache_bytes: From shapes and settings alone; None where the model's kind is unknown.
-        live_cache_bytes: Of every tensor that the cache object holds after the prompt, each storage once and whole.
+        live_cache_bytes: Of every tensor that the cache object holds after that, each storage once and whole.
         live_percent_of_predicted: Their ratio.
         prefill_peak_bytes: High-water mark of the process (on CUDA: of the allocator) over the prompt, with weights.
         decode_step_peak_bytes: Likewise over one further token; None where the system cannot reset the mark.

@@ -148,7 +148,7 @@ def memory(reports: Named) -> Section:
             )
         )
     note = (
-        "Live: every tensor that the cache object holds after the prompt, each storage once and whole. Peaks are of "
+        "Live: every tensor that the cache object holds after a step, each storage once and whole. Peaks are of "
         "the whole process (on CUDA: of the allocator), each cell in a process of its own."
     )
     return Section("Memory", note, header, rows, frozenset(flagged))

@@ -37,7 +37,9 @@ def layer_numbers(config: Any) -> list[int] | None:
     return [2 * groups * head_dim] * layers
 
 
-def predicted_cache_bytes(config: Any, cache: str, tokens: int, itemsize: int) -> tuple[float, float] | None:
+def predicted_cache_bytes(
+    config: Any, cache: str, tokens: int, itemsize: int, steps: int = 0
+) -> tuple[float, float] | None:
     """Bytes of a whole cache for one row of `tokens` tokens, and by how much a live one may exceed them.
 
     Args:
@@ -45,6 +47,7 @@ def predicted_cache_bytes(config: Any, cache: str, tokens: int, itemsize: int) -
         cache: Its name.
         tokens: In the cache.
         itemsize: Bytes of a number in the model's dtype.
+        steps: How many of them came one by one, behind the prompt.
 
     Returns:
         None where the model's kind is not known.
@@ -59,11 +62,12 @@ def predicted_cache_bytes(config: Any, cache: str, tokens: int, itemsize: int) -
     for index, count in enumerate(numbers):
         if settings is not None and index in latent:
             geometry = model_geometry(family_of(config).spec, config).layers[index]
-            total += predicted_bytes(geometry, settings, tokens, itemsize)
+            total += predicted_bytes(geometry, settings, tokens, itemsize, steps)
             spare += spare_bytes(geometry, itemsize)
             continue
         window = sliding_window(config, index)
-        total += count * itemsize * (tokens if window is None else min(tokens, window - 1))
+        # A windowed layer keeps a view of one token less than it has memory for.
+        total += count * itemsize * (tokens if window is None else min(tokens, window))
     return total, spare
 
 

@@ -1,0 +1,73 @@
+"""Predicted cache bytes against live ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
+from optimum_mla.cache.settings import named_cache
+from optimum_mla.errors import InvalidValueError
+from optimum_mla.report.memory import live_cache_bytes
+from optimum_mla.report.sizes import predicted_cache_bytes
+from tests.cases import METHODS, source_model, token_ids
+
+TOKENS = 100
+
+
+def live(model: Any, cache: str, tokens: int, batch: int = 1, **settings: Any) -> int:
+    held, ids = model.make_cache(**named_cache(cache), **settings), token_ids(batch, tokens)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=held, use_cache=True)
+        model(ids[:, -1:], past_key_values=held, use_cache=True)
+    return live_cache_bytes(held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral with a window", "qwen3"])
+@pytest.mark.parametrize("method", ["gqa2mla half", "mha2mla joint", "x-ecomla", "x-ecomla hybrid", "gqa2mla rebuilt"])
+def test_unquantized_caches_take_what_is_predicted(method: str, family: str, dtype: torch.dtype) -> None:
+    model = METHODS[method](token_ids(4, 24))(source_model(family, dtype))
+    predicted = predicted_cache_bytes(model.config, "16bit", TOKENS, dtype.itemsize, steps=1)
+    assert predicted is not None
+    assert 2 * predicted[0] <= live(model, "16bit", TOKENS, batch=2) <= 2 * sum(predicted)
+
+
+@pytest.mark.parametrize("cache", ["hqq-int8", "hqq-int4", "hqq-int3", "hqq-int2", "quanto-int8", "quanto-int4"])
+@pytest.mark.parametrize("settings", [{"residual_length": 0}, {"residual_length": 24, "group_size": 8}])
+@pytest.mark.parametrize("method", [XEcoMLA, MHA2MLA, GQA2MLA])
+def test_quantized_caches_take_what_is_predicted(method: Any, settings: dict[str, int], cache: str) -> None:
+    model = method(kv_cache_ratio=0.75)(source_model("llama", torch.bfloat16))
+    for rope_bits in (16, 8):
+        model.config.latent_cache = {**settings, "rope_bits": rope_bits}
+        predicted = predicted_cache_bytes(model.config, cache, TOKENS, 2, steps=1)
+        assert predicted is not None
+        found = live(model, cache, TOKENS, **settings, rope_bits=rope_bits)
+        assert predicted[0] <= found <= sum(predicted)
+        if settings["residual_length"] == 0:
+            assert found == predicted[0]
+
+
+def test_a_growing_cache_stays_within_the_spare_room() -> None:
+    model = XEcoMLA(kv_cache_ratio=0.5)(source_model("llama"))
+    held = model.make_cache()
+    with torch.no_grad():
+        for step in range(1, 41):
+            model(token_ids(1, 1), past_key_values=held, use_cache=True)
+            predicted = predicted_cache_bytes(model.config, "default", step, 4, steps=step - 1)
+            assert predicted is not None
+            assert predicted[0] <= live_cache_bytes(held) <= sum(predicted)
+
+
+def test_the_sources_cache_is_that_of_its_heads() -> None:
+    assert predicted_cache_bytes(source_model("llama").config, "default", 10, 2) == (10 * 3 * 2 * 2 * 16 * 2, 0)
+    windowed = source_model("mistral with a window").config
+    assert predicted_cache_bytes(windowed, "default", 100, 2) == (8 * 3 * 2 * 2 * 16 * 2, 0)
+
+
+@pytest.mark.parametrize("name", ["", "int4", "hqq", "hqq-int", "hqq-intfour", "8bit"])
+def test_names_that_mean_nothing_are_refused(name: str) -> None:
+    with pytest.raises(InvalidValueError, match=r"cache: got .*default, 16bit"):
+        named_cache(name)
