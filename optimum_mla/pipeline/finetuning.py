@@ -32,7 +32,7 @@ from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
 from optimum_mla.recovery.recipe import DEFAULT_LENGTH, Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
-from optimum_mla.report.memory import peak_memory_bytes
+from optimum_mla.report.memory import PeakMemory
 from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.render import recovery_card
@@ -136,12 +136,15 @@ def finetune(
     if leading:
         work.mkdir(parents=True, exist_ok=True)
         (work / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
+    peak = PeakMemory(student.device)
+    peak.reset()
     try:
         done = run_stages(trainee, teacher, rows, tokenizer, recipe, chosen, work)
     except MLAError:
         if leading and not any(work.glob(CHECKPOINTS)):
             shutil.rmtree(work, ignore_errors=True)
         raise
+    peak_bytes = peak.bytes()
     del teacher
     whole = full_state(trainee)
     if not leading:
@@ -170,7 +173,7 @@ def finetune(
         perplexity_converted=before,
         perplexity_recovered=after,
         seconds=done.seconds,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_bytes,
         dtype=str(saved_dtype).removeprefix("torch."),
         seed=arguments.seed,
     )

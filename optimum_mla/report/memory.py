@@ -73,11 +73,19 @@ def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float
 
 def peak_memory_bytes() -> int:
     """High-water mark of this process so far: resident memory, plus the CUDA allocator's where it was used."""
-    import resource  # Unix only
+    return resident_peak_bytes() + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    resident *= 1 if sys.platform == "darwin" else 1024
-    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+def resident_peak_bytes() -> int:
+    """High-water mark of this process's resident memory."""
+    try:
+        lines = (PROCESS / "status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):
+        import resource  # its mark begins with that of the process which started this one
+
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident * (1 if sys.platform == "darwin" else 1024)
 
 
 class PeakMemory:
@@ -105,11 +113,7 @@ class PeakMemory:
         """The mark."""
         if self.cuda is not None:
             return torch.cuda.max_memory_allocated(self.cuda)
-        try:
-            lines = (PROCESS / "status").read_text().splitlines()
-        except OSError:
-            return peak_memory_bytes()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        return resident_peak_bytes()
 
 
 def large_tensors(model: nn.Module, cache: Cache, least_bytes: int) -> list[str]:

@@ -176,7 +176,7 @@ class RecoveryReport(Report):
         perplexity_source: Of the model before its conversion, on the evaluation text; None where not measured.
         perplexity_converted: Before this training. perplexity_recovered: Of the saved result.
         seconds: Wall time of the training alone.
-        peak_memory_bytes: High-water mark of the whole process.
+        peak_memory_bytes: High-water mark of the process (on CUDA: of the allocator) over the training, with models.
         dtype: Of the result.
         seed: Of the trainer.
         machine: Processor architecture and operating system.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -45,10 +45,8 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
         )
 
         load = parser.add_argument_group("memory and speed")
-        load.add_argument(
-            "--context-lengths", type=int, nargs="+", help="Prompt tokens (default 1024 4096 8192 32768)."
-        )
-        load.add_argument("--batch-sizes", type=int, nargs="+", help="Rows (default 1 8).")
+        load.add_argument("--context-lengths", nargs="+", help="Prompt tokens (default 1024 4096 8192 32768).")
+        load.add_argument("--batch-sizes", nargs="+", help="Rows (default 1 8).")
         load.add_argument(
             "--cache",
             default="default",
@@ -89,12 +87,14 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
                 compare(args.compare, output, formats, args.overwrite)
                 print(f"Saved to {output}")
                 return
+            for field in ("context_lengths", "batch_sizes"):
+                setattr(args, field, integers(args, field))
             for field in ("model", "output"):
                 if getattr(args, field) is None:
                     raise InvalidValueError(field, None, "a value, unless --compare")
             named = {
-                "context_lengths": args.context_lengths and tuple(args.context_lengths),
-                "batch_sizes": args.batch_sizes and tuple(args.batch_sizes),
+                "context_lengths": args.context_lengths,
+                "batch_sizes": args.batch_sizes,
                 "parts": args.parts and tuple(args.parts),
                 "tasks": args.tasks and tuple(args.tasks.split(",")),
             }
@@ -124,3 +124,16 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
             )
             print(terminal([(args.model, report)]))
             print(f"\nSaved to {args.output}")
+
+
+def integers(args: Namespace, field: str) -> tuple[int, ...] | None:
+    """The numbers of an option that takes several; a word behind them is the output, which the parser gave to them."""
+    words = list(getattr(args, field) or [])
+    if args.output is None and words and not words[-1].lstrip("-").isdigit():
+        args.output = words.pop()
+    from optimum_mla.errors import InvalidValueError
+
+    try:
+        return tuple(int(word) for word in words) or None
+    except ValueError as error:
+        raise InvalidValueError(field, words, "integers from 1") from error

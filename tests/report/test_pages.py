@@ -1,0 +1,160 @@
+"""Pages made of a report, the HTML one also in a browser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimum_mla.report.benchmark import BenchmarkReport, MemoryRow, QualityRow, SpeedRow, TaskRow
+from optimum_mla.report.pages import html, markdown, size, terminal, write_pages
+from optimum_mla.report.sizes import budget_rows
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+def report(name: str = "model <b>bold</b>", flagged: bool = True) -> BenchmarkReport:
+    """A report with every kind of row."""
+    memory = [
+        MemoryRow(role, cache, context, 1, live * context, live * context, 100.0, 10**9, 10**9, 10**8)
+        for role, cache, live in (("baseline", "default", 1000), ("model", "default", 250), ("model", "hqq-int4", 80))
+        for context in (1024, 8192)
+    ]
+    memory[3] = MemoryRow(
+        "model", "default", 8192, 1, 1.0, 2, 200.0, 1, 1, 10**8, ["alive | after a step"] if flagged else []
+    )
+    memory.append(MemoryRow("model", "default", 10**6, 1, problem="out of memory"))
+    speed = [
+        SpeedRow("baseline", "default", 1024, 1, 1000.0, 2.0, 50.0, 3.0, 40.0, None, None, 5, 10),
+        SpeedRow("model", "default", 1024, 1, 900.0, 2.0, 75.0, 3.0, 30.0, 0.9, 1.5, 5, 10),
+        SpeedRow("model", "default", 8192, 1, problem="out of memory"),
+    ]
+    quality = [
+        QualityRow("baseline", "default", 10.0, scored_tokens=100),
+        QualityRow("model", "default", 10.5, 95.25, 0.0123, 100),
+        QualityRow("model", "hqq-int4", 10.625, 94.0, 0.015, 100),
+    ]
+    text = {"source": "book", "windows": 2, "tokens_per_window": 64, "stride_tokens": 50, "sha256": "0"}
+    return BenchmarkReport(
+        name, "source", {"batch_sizes": [1]}, {"eval-data": text}, "bfloat16", "cpu", 64.0, 256.0, 4096, 10**9,
+        memory, budget_rows(memory, 10**9), speed, quality, [TaskRow("model", "count", "acc", 0.5, 0.1)], threads=2,
+    )  # fmt: skip
+
+
+def test_sizes_are_short() -> None:
+    assert [size(v) for v in (None, 7, 999.4, 1536, 10_600_000, 25_300_000_000, 2.5e13)] == [
+        *("-", "7 B", "999 B", "1.54 kB", "10.6 MB", "25.3 GB", "25,000 GB")
+    ]
+
+
+def test_markdown_holds_every_table() -> None:
+    text = markdown([("run", report())])
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# run",
+        *(
+            f"## {name}"
+            for name in ("Summary", "Memory", "What it buys", "Speed", "Quality", "Tasks", "What was measured")
+        ),
+    ]
+    assert "| baseline | 1.00 kB | 100.0 | 900,000 | 109 | 10.000 | - | - |" in text.replace("1 kB", "1.00 kB")
+    assert "| 10.500 | 95.2 | 1.50 × at 1,024 |" in text or "| 10.500 | 95.3 | 1.50 × at 1,024 |" in text
+    assert "alive \\| after a step" in text
+    assert "| **model** |" in text  # flagged
+    assert "out of memory" in text
+    assert "windows of 64 tokens, stride 50" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.replace("\\|", "").count("|") > 2 for line in tables)
+
+
+def test_only_what_was_measured_is_shown() -> None:
+    empty = BenchmarkReport("m", None, {"batch_sizes": [1]}, {}, "float32", "cpu", None, None, None, 1)
+    text = markdown([("run", empty)])
+    assert "## Memory" not in text
+    assert "## What was measured" in text
+    assert "<svg" not in html([("run", empty)])
+
+
+def test_the_terminal_shows_the_summary() -> None:
+    lines = terminal([("run", report())]).splitlines()
+    header = "cache/token % of baseline longest context batch at 8k perplexity agreement % decoding"
+    assert " ".join(lines[0].split()) == header
+    assert len(lines) == 6
+
+
+def test_formats_are_as_asked(tmp_path: Path) -> None:
+    write_pages([("run", report())], tmp_path, ("json",))
+    assert list(tmp_path.iterdir()) == []
+    write_pages([("run", report())], tmp_path, ("md", "html"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+
+
+def test_pages_are_the_same_every_time() -> None:
+    assert html([("run", report())]) == html([("run", report())])
+
+
+def test_text_of_a_report_is_no_markup() -> None:
+    assert "<b>bold</b>" not in html([("<b>bold</b>", report())])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine")
+    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    with sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield instance
+        instance.close()
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 375, 1200])
+def test_the_page_in_a_browser(browser: Any, width: int, scheme: str, several: bool, tmp_path: Path) -> None:
+    reports = [("one", report()), ("two", report("another", flagged=False))][: 2 if several else 1]
+    write_pages(reports, tmp_path, ("html",))
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    complaints: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert complaints == []
+    assert requests == [(tmp_path / "report.html").as_uri()]
+    assert page.locator("h1").inner_text() == ("2 reports compared" if several else "one")
+    assert page.locator("main > section").first.locator("h2").inner_text() == "Summary"
+    assert page.locator("table").count() == 6
+    assert page.locator("figure svg").count() == 3
+    assert page.locator("tr.flagged").count() == 2
+    # Wide tables scroll inside their frames; the page does not.
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 200)")
+
+    def channel(property_: str, selector: str) -> float:
+        value = page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{property_}")
+        return sum(float(part) for part in value.strip("rgba()").split(",")[:3]) / 3
+
+    background, text = channel("backgroundColor", "body"), channel("color", "body")
+    assert (background > 200) == (scheme == "light")
+    assert abs(background - text) > 150
+    label = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+    ink = sum(float(part) for part in label.strip("rgba()").split(",")[:3]) / 3
+    assert abs(background - ink) > 150
+    shot = page.screenshot(full_page=True)
+    assert len(shot) > 10_000
+    page.close()
+
+
+def test_every_plot_has_its_own_names(browser: Any, tmp_path: Path) -> None:
+    write_pages([("one", report())], tmp_path, ("html",))
+    page = browser.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    clips = page.evaluate("[...document.querySelectorAll('clipPath')].map(e => e.id)")
+    assert len(clips) == len(set(clips)) == 3
+    page.close()

@@ -1,0 +1,358 @@
+"""`mla-benchmark` on a small model and its source: what it measures, flags, skips and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from optimum_mla import XEcoMLA
+from optimum_mla.errors import InvalidValueError, MLAError, OutputError
+from optimum_mla.pipeline import BenchmarkOptions, benchmark, cells, compare
+from optimum_mla.pipeline.cells import CellError, memory_cell, quality_cell, run_cell, speed_cell
+from optimum_mla.report.benchmark import BenchmarkReport
+
+REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
+EVALUATION = str(REFERENCE / "evaluation.txt")
+PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+COMMON: dict[str, Any] = {"dtype": "auto", "device": "cpu", "hub": {}}
+SIZES: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source`, `converted` from it, and `small`: a model of another vocabulary."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    for name, size in (("source", 4096), ("small", 512)):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": size}))
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    model = XEcoMLA(kv_cache_ratio=0.5)(LlamaForCausalLM.from_pretrained(folder / "source"))
+    model.save_pretrained(folder / "converted")
+    tokenizer.save_pretrained(folder / "converted")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(models: Path) -> BenchmarkReport:
+    """One run with a little of everything; also in the folder `report`."""
+    options = BenchmarkOptions(
+        context_lengths=(1024, 4096),
+        batch_sizes=(2,),
+        caches=("default", "hqq-int4"),
+        new_tokens=2,
+        repeats=2,
+        eval_data=EVALUATION,
+        eval_samples=3,
+        eval_length=32,
+        stride=8,
+        memory_budget=10**9,
+    )
+    return benchmark(str(models / "converted"), models / "report", str(models / "source"), options)
+
+
+def test_memory_is_what_the_shapes_say(report: BenchmarkReport) -> None:
+    rows = {(row.role, row.cache, row.context_tokens): row for row in report.memory}
+    assert len(rows) == 6
+    source, converted, quantized = (
+        rows[key] for key in (("baseline", "default", 1024), ("model", "default", 1024), ("model", "hqq-int4", 1024))
+    )
+    assert source.live_cache_bytes == source.predicted_cache_bytes == 2 * 1024 * 2 * (2 * 2 * 16) * 4
+    assert converted.predicted_cache_bytes == source.live_cache_bytes / 2
+    assert 0 < converted.live_cache_bytes - converted.predicted_cache_bytes <= 2 * 2 * 16 * 32 * 4
+    assert quantized.live_cache_bytes < 0.8 * converted.live_cache_bytes
+    for row in (source, converted, quantized):
+        assert row.flags == []
+        assert row.problem is None
+        assert 100 <= row.live_percent_of_predicted < (105 if row is quantized else 102)
+        assert row.prefill_peak_bytes > row.weight_bytes > 0
+        assert row.decode_step_peak_bytes is None or row.decode_step_peak_bytes > row.weight_bytes
+    for key, row in rows.items():
+        assert (row.problem is not None) == (key[2] == 4096)
+    assert rows["model", "default", 4096].problem == "skipped: the model's context ends at 2048 tokens"
+
+
+def test_the_budget_counts_measured_bytes(report: BenchmarkReport) -> None:
+    rows = {(row.role, row.cache): row for row in report.budget}
+    assert report.memory_budget_bytes == 10**9
+    source = rows["baseline", "default"]
+    assert source.cache_bytes_per_token == 2 * (2 * 2 * 16) * 4
+    assert source.longest_context_tokens == (10**9 - source.weight_bytes) // 512
+    assert rows["model", "default"].longest_context_tokens == pytest.approx(2 * source.longest_context_tokens, rel=0.02)
+    assert rows["model", "hqq-int4"].largest_batch > rows["model", "default"].largest_batch > source.largest_batch
+
+
+def test_speed_is_measured_beside_the_baseline(report: BenchmarkReport) -> None:
+    rows = {(row.role, row.cache, row.context_tokens): row for row in report.speed}
+    for key, row in rows.items():
+        assert (row.problem is None) == (key[2] == 1024)
+        if row.problem is None:
+            assert (row.repeats, row.steps) == (2, 4)
+            assert row.prefill_tokens_per_second > row.decode_tokens_per_second > 0
+            assert 0 < row.attention_percent_of_decode < 100
+            assert (row.decode_ratio_to_baseline is None) == (key[0] == "baseline")
+    source, converted = rows["baseline", "default", 1024], rows["model", "default", 1024]
+    ratio = converted.decode_tokens_per_second / source.decode_tokens_per_second
+    assert converted.decode_ratio_to_baseline == pytest.approx(ratio)
+
+
+def test_quality_is_that_of_the_live_cache(report: BenchmarkReport) -> None:
+    source, converted, quantized = report.quality
+    assert [(row.role, row.cache) for row in report.quality] == [
+        *(("baseline", "default"), ("model", "default"), ("model", "hqq-int4"))
+    ]
+    assert report.data["eval-data"]["windows"] == 3
+    assert {row.scored_tokens for row in report.quality} == {24}
+    assert source.perplexity > 1
+    assert converted.kl_nats > 0
+    assert 0 <= converted.agreement_percent <= 100
+    # No window is longer than what stays unquantized.
+    assert quantized.perplexity == pytest.approx(converted.perplexity, rel=1e-5)
+
+
+def test_the_report_is_read_as_it_was_written(report: BenchmarkReport, models: Path) -> None:
+    assert sorted(path.name for path in (models / "report").iterdir()) == ["report.html", "report.json", "report.md"]
+    again = BenchmarkReport.read(models / "report")
+    assert json.loads(json.dumps(asdict(again))) == json.loads(json.dumps(asdict(report)))
+    assert not again.interrupted
+    assert again.cache_numbers_per_token == 64
+    assert again.baseline_cache_numbers_per_token == 128
+
+
+def test_a_cache_of_full_keys_and_values_is_flagged(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the published converters do: the expanded heads are what the cache holds."""
+
+    class FullCache(DynamicCache):
+        def update(self, first: Any, second: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
+            dense = super().update(first, second, layer, *args, **kwargs)
+            self.layers[layer].expanded = torch.zeros(1, 4, dense[0].shape[2], 32)
+            return dense
+
+    monkeypatch.setattr(cells, "cache_maker", lambda model, name: lambda: FullCache(config=model.config))
+    row = memory_cell(str(models / "converted"), "default", 256, 1, **COMMON)
+    assert row["live_percent_of_predicted"] > 200
+    assert any("of what it should be" in flag for flag in row["flags"])
+
+
+def test_full_keys_kept_beside_the_cache_are_flagged(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = cells.load
+
+    def loaded(*arguments: Any) -> Any:
+        model = load(*arguments)
+        model.leak = torch.zeros(1, 2, 256, 16)
+        return model
+
+    monkeypatch.setattr(cells, "load", loaded)
+    row = memory_cell(str(models / "converted"), "default", 256, 1, **COMMON)
+    assert row["flags"] == ["alive after a step: [1, 2, 256, 16] float32, as large as the keys of a layer"]
+
+
+def test_one_token_of_context_is_no_step(models: Path) -> None:
+    row = memory_cell(str(models / "source"), "default", 1, 3, **COMMON)
+    assert row["live_cache_bytes"] == row["predicted_cache_bytes"] == 3 * 2 * (2 * 2 * 16) * 4
+
+
+def test_cells_without_a_baseline(models: Path) -> None:
+    rows = speed_cell(str(models / "converted"), None, ["16bit"], 8, 1, 1, 1, **COMMON)["rows"]
+    assert [(row["role"], row["decode_ratio_to_baseline"]) for row in rows] == [("model", None)]
+    windows = torch.randint(4096, (2, 16)).tolist()
+    found = quality_cell(str(models / "converted"), None, "quanto-int8", windows, 4, **COMMON)
+    assert found["baseline_perplexity"] is None
+    assert found["tokens"] == 8
+
+
+def test_a_cell_without_memory_says_so_and_the_run_goes_on(models: Path, tmp_path: Path) -> None:
+    options = BenchmarkOptions(
+        context_lengths=(64,), batch_sizes=(1, 10**9), parts=("memory", "speed"), repeats=1, new_tokens=1
+    )
+    report = benchmark(str(models / "converted"), tmp_path / "out", "none", options, formats=("json",))
+    assert [row.problem for row in report.memory] == [None, "out of memory"]
+    assert [row.problem for row in report.speed] == [None, "out of memory, as in the memory table"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+    assert report.baseline is None
+    assert report.baseline_cache_numbers_per_token == 128
+
+
+def test_a_killed_cell_counts_as_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.run
+
+    def killed(command: list[str], **options: Any) -> Any:
+        return real([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **options)
+
+    monkeypatch.setattr(subprocess, "run", killed)
+    with pytest.raises(CellError, match="out of memory: the system ended the process"):
+        run_cell("memory", {})
+
+
+def test_another_vocabulary_refuses_quality_alone(models: Path, tmp_path: Path) -> None:
+    options = BenchmarkOptions(
+        context_lengths=(16,),
+        batch_sizes=(1,),
+        eval_data=EVALUATION,
+        eval_samples=1,
+        eval_length=16,
+        parts=("memory", "quality"),
+    )
+    report = benchmark(str(models / "converted"), tmp_path / "out", str(models / "small"), options, formats=("md",))
+    assert [row.problem for row in report.memory] == [None, None]
+    theirs, ours = report.quality
+    assert theirs.problem == "refused: the baseline has a vocabulary of 512 tokens, the model of 4096"
+    assert theirs.perplexity is None
+    assert ours.perplexity > 1
+    assert ours.kl_nats is None
+    assert "refused: the baseline" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_reports_are_compared(report: BenchmarkReport, models: Path, tmp_path: Path) -> None:
+    other = replace(report, model="another", interrupted=True)
+    (tmp_path / "other").mkdir()
+    other.write(tmp_path / "other")
+    done = subprocess.run(
+        [PROGRAM, "mla-benchmark", "--compare", str(models / "report"), str(tmp_path / "other")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "mla_comparison" / "report.md").read_text()
+    assert text.startswith("# 2 reports compared")
+    assert "| report: model, hqq-int4 |" in text
+    assert "| other: model, hqq-int4 |" in text
+    assert "other: interrupted: the run was stopped" in text
+    assert (tmp_path / "mla_comparison" / "report.html").is_file()
+    with pytest.raises(OutputError, match="exists"):
+        compare([models / "report", tmp_path / "other"], tmp_path / "mla_comparison")
+    compare([models / "report", tmp_path / "other"], tmp_path / "mla_comparison", ("md",), overwrite=True)
+    assert [path.name for path in (tmp_path / "mla_comparison").iterdir()] == ["report.md"]
+
+
+def test_ctrl_c_keeps_what_was_measured(models: Path, tmp_path: Path) -> None:
+    command = [
+        *(PROGRAM, "mla-benchmark", "-m", str(models / "converted"), "--baseline", "none", "--parts", "memory"),
+        *("--context-lengths", *map(str, range(8, 400, 8)), "--batch-sizes", "1", str(tmp_path / "out")),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    cells_seen: set[int] = set()
+    while len(cells_seen) < 3:  # the third begins when two are done
+        cells_seen |= {child.pid for child in psutil.Process(process.pid).children()}
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted: what was measured by then is in OUTPUT" in stderr
+    report = BenchmarkReport.read(tmp_path / "out")
+    assert report.interrupted
+    assert 2 <= len(report.memory) < 49
+    assert [row.context_tokens for row in report.memory] == [8 * (i + 1) for i in range(len(report.memory))]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+BAD_INPUT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "no such cache": (r"cache: got 'int4'", {"caches": ("int4",)}, {}),
+    "bits that a backend has not": (
+        r"bits: got 3, allowed: 8, 4, 2 with the backend quanto",
+        {"caches": ("quanto-int3",)},
+        {},
+    ),
+    "no context": (r"context_lengths: got \[0\]", {"context_lengths": (0,)}, {}),
+    "no rows": (r"batch_sizes: got \[\]", {"batch_sizes": ()}, {}),
+    "no steps": (r"new_tokens: got 0", {"new_tokens": 0}, {}),
+    "unknown part": (r"parts: got 'taste'", {"parts": ("taste",)}, {}),
+    "unknown format": (r"format: got 'pdf', allowed: json, md, html", {}, {"formats": ("pdf",)}),
+    "no such model": (r"nowhere did not load", {}, {"model": "nowhere"}),
+    "no such baseline": (r"nowhere did not load", {}, {"baseline": "nowhere"}),
+    "a window beyond the model": (r"eval_length: got 4096", {"eval_data": EVALUATION, "eval_length": 4096}, {}),
+    "a stride as long as the window": (
+        r"stride: got 32",
+        {"eval_data": EVALUATION, "eval_length": 32, "stride": 32},
+        {},
+    ),
+    "no such text": (r"no file nowhere.txt", {"eval_data": "nowhere.txt"}, {}),
+    "no such device": (r"dtype: got 'int3'", {}, {"dtype": "int3"}),
+    "no such task": (r"tasks: got 'no_such_task'", {"tasks": ("no_such_task",)}, {}),
+    "no such folder of tasks": (r"tasks_path: got 'nowhere'", {"tasks": ("one",), "tasks_path": "nowhere"}, {}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_refused_before_any_work(case: str, models: Path, tmp_path: Path) -> None:
+    message, options, arguments = BAD_INPUT[case]
+    with pytest.raises(MLAError, match=message):
+        benchmark(
+            **{
+                "model": str(models / "converted"),
+                "output": tmp_path / "out",
+                "options": BenchmarkOptions(**options),
+                **arguments,
+            }
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_cache_of_a_source_model_is_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"cache: got 'hqq-int4', .*not converted"):
+        benchmark(str(models / "source"), tmp_path / "out", options=BenchmarkOptions(caches=("hqq-int4",)))
+
+
+def test_comparisons_need_reports(report: BenchmarkReport, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"compare: .*two folders or more"):
+        compare([models / "report"], tmp_path / "out")
+    with pytest.raises(OutputError, match=r"compare: .*converted holds no report\.json"):
+        compare([models / "report", models / "converted"], tmp_path / "out")
+    (tmp_path / "report.json").write_text('{"model": 1}')
+    with pytest.raises(OutputError, match="is not a report of mla-benchmark"):
+        compare([models / "report", tmp_path], tmp_path / "out")
+
+
+def test_the_command_names_what_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run([PROGRAM, "mla-benchmark", str(tmp_path / "out")], capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if "optimum.quanto.subpackage" not in line]
+    assert (done.returncode, len(lines)) == (2, 1)
+    assert lines[0].startswith("error: model: got None")
+
+
+def test_tasks_run_through_the_models_own_cache(models: Path, tmp_path: Path) -> None:
+    rows = [{"question": "one two", "answer": " three"}, {"question": "four five", "answer": " six"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        "task: count_on\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        'doc_to_text: "{{question}}"\n'
+        'doc_to_choice: ["{{answer}}", " nothing"]\n'
+        "doc_to_target: 0\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    options = BenchmarkOptions(parts=(), tasks=("count_on",), tasks_path=str(tmp_path))
+    report = benchmark(str(models / "converted"), tmp_path / "out", "none", options, formats=("md",))
+    (row,) = [row for row in report.tasks if row.metric == "acc"]
+    assert row.problem is None
+    assert row.value in (0.0, 0.5, 1.0)
+    assert "count_on" in (tmp_path / "out" / "report.md").read_text()
