@@ -136,7 +136,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="holds no safetensors files"):
         inspect(str(tmp_path / "empty"))
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00")
-    with pytest.raises(UnsupportedModelError, match="is no whole safetensors file"):
+    with pytest.raises(UnsupportedModelError, match="holds a broken safetensors file"):
         inspect(str(tmp_path / "empty"))
 
 

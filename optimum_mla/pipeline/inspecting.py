@@ -114,27 +114,25 @@ def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]
     Raises:
         UnsupportedModelError: There are no safetensors files, or one is broken.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
+    from huggingface_hub.errors import SafetensorsParsingError
 
+    folder = Path(model)
+    if folder.is_dir():
+        paths = sorted(folder.glob("*.safetensors"))
+        try:
+            files = [parse_local_safetensors_file_metadata(path) for path in paths]
+        except (SafetensorsParsingError, OSError) as error:
+            raise UnsupportedModelError(
+                f"model: {folder} holds a broken safetensors file: {first_line(error)}"
+            ) from error
+    else:
         try:
             found = get_safetensors_metadata(model, revision=hub.get("revision"), token=hub.get("token"))
         except Exception as error:  # whatever the network or the hub gives
             raise UnsupportedModelError(f"model: the headers of {model} did not load: {first_line(error)}") from error
-        files = found.files_metadata.values()
-        return {name: (info.dtype, list(info.shape)) for file in files for name, info in file.tensors.items()}
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, tuple[str, list[int]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (no mapping)
-                    part = file.get_slice(name)
-                    tensors[name] = (part.get_dtype(), part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise UnsupportedModelError(f"model: {path} is no whole safetensors file: {first_line(error)}") from error
+        files = list(found.files_metadata.values())
+    tensors = {name: (str(info.dtype), list(info.shape)) for file in files for name, info in file.tensors.items()}
     if not tensors:
         raise UnsupportedModelError(
             f"model: {model} holds no safetensors files. Save it with save_pretrained of a current Transformers."
