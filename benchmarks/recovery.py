@@ -2,9 +2,12 @@
 
     python -m benchmarks.recovery --corpus DIR [--config ...] [--output ...]
 
+    python -m benchmarks.recovery --config benchmarks/configs/recovery_memory.json
+
 DIR holds the books (`*.txt`) that the reference model was trained on; the two held-out ones of its card are left out.
 Every run sees the same rows, drawn evenly from all books. Perplexity is on the held-out `evaluation.txt`. Memory is the
-high-water mark of a process of its own.
+high-water mark of the training, in a process of its own. A config with a `random_model` asks for memory alone: its
+model is made on the spot, and no corpus is needed.
 """
 
 from __future__ import annotations
@@ -41,6 +44,15 @@ def token_rows(corpus: Path, model: Path, length: int, tokens: int) -> list[int]
             rows += packed_rows(tokenizer, path, length)
     picked = torch.linspace(0, len(rows) - 1, tokens // length).round().long().tolist()
     return [token for index in picked for token in rows[index]]
+
+
+def random_model(fields: dict[str, Any], folder: Path) -> None:
+    """A Llama model with random weights in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(folder)
 
 
 def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
@@ -97,7 +109,7 @@ def train_source(
 
     from optimum_mla.recovery.data import pack
     from optimum_mla.recovery.recipe import Recipe, training_arguments
-    from optimum_mla.report.memory import peak_memory_bytes
+    from optimum_mla.report.memory import PeakMemory
     from optimum_mla.report.quality import perplexity
     from optimum_mla.text import token_windows
 
@@ -114,7 +126,10 @@ def train_source(
     options = training_arguments(Recipe(objective="sft", train="kv"), training, output, len(rows), length, 1)
     options["save_strategy"] = "no"
     trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows)
+    peak = PeakMemory(model.device)
+    peak.reset()
     trainer.train()
+    peak_bytes = peak.bytes()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -124,7 +139,7 @@ def train_source(
         "last_losses": losses[-5:],
         "trainable_parameters": trained,
         "trainable_percent": 100 * trained / model.num_parameters(),
-        "peak_memory_mb": peak_memory_bytes() / 1e6,
+        "peak_memory_mb": peak_bytes / 1e6,
     }
 
 
@@ -136,9 +151,8 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
 
     length = config["row_tokens"]
     recipe = Recipe(sequence_length=length, train_tokens=case["tokens"], **case["recipe"])
-    texts = TextOptions(
-        eval_data=str(ROOT / config["model"] / "evaluation.txt"), eval_length=length, eval_samples=10**6
-    )
+    evaluation = None if "random_model" in config else str(ROOT / config["model"] / "evaluation.txt")
+    texts = TextOptions(eval_data=evaluation, eval_length=length, eval_samples=10**6)
     training = {**config["training"], **case.get("training", {})}
     report = finetune(str(model), output, ids, recipe, training, texts, overwrite=True)
     if report is None:
@@ -157,12 +171,17 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
     }
 
 
-def run(config: dict[str, Any], corpus: Path, workers: int) -> list[dict[str, Any]]:
+def run(config: dict[str, Any], corpus: Path | None, workers: int) -> list[dict[str, Any]]:
     """Every run of the config, each in a process of its own, so that its peak memory is its own."""
     most, length = max(case["tokens"] for case in config["runs"]), config["row_tokens"]
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        ids = token_rows(corpus, ROOT / config["model"], length, most)
+        if corpus is None:
+            random_model(config["random_model"], place / "random")
+            config = {**config, "model": str(place / "random")}
+            ids = [token % config["random_model"]["vocab_size"] for token in range(most)]
+        else:
+            ids = token_rows(corpus, ROOT / config["model"], length, most)
         folders = {"source": place / "source"}
         for name in dict.fromkeys(case["conversion"] for case in config["runs"]):
             if name != "source":
@@ -191,11 +210,13 @@ def run(config: dict[str, Any], corpus: Path, workers: int) -> list[dict[str, An
             found = json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(output, ignore_errors=True)
             closed = found.get("percent_of_excess_closed")
-            excess = math.log(found["perplexity_recovered"] / found["perplexity_source"])
+            source, converted, recovered = (
+                found[f"perplexity_{name}"] or math.nan for name in ("source", "converted", "recovered")
+            )
+            excess = None if corpus is None else math.log(recovered / source)
             print(
                 f"{case['conversion']:26} {case['label']:18} {case['tokens']:8} tokens "
-                f" {found['perplexity_source']:.3f} -> {found['perplexity_converted']:.3f} ->"
-                f" {found['perplexity_recovered']:.3f}  closed {math.nan if closed is None else closed:.1f} %"
+                f" {source:.3f} -> {converted:.3f} -> {recovered:.3f}  closed {closed or math.nan:.1f} %"
                 f"  trained {found['trainable_percent']:.1f} %  peak {found['peak_memory_mb']:.0f} MB",
                 flush=True,
             )
@@ -221,9 +242,9 @@ def main() -> None:
         found = work(content["case"], Path(content["model"]), ids, content["config"], Path(content["output"]))
         print(json.dumps(found))
         return
-    if arguments.corpus is None or not any(arguments.corpus.glob("*.txt")):
-        parser.error("--corpus: name a folder of .txt books")
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
+    if "random_model" not in config and (arguments.corpus is None or not any(arguments.corpus.glob("*.txt"))):
+        parser.error("--corpus: name a folder of .txt books")
     from optimum_mla.report.schema import installed_versions
 
     result = {
