@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-recovery bench-recovery-2m reference-model clean
+	bench-cache-quality bench-memory bench-recovery bench-recovery-2m bench-recovery-memory reference-model clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,13 @@ bench-recovery: setup
 
 bench-recovery-2m: setup
 	$(RUN) $(BIN)/python -m benchmarks.recovery --corpus $(CORPUS) --config benchmarks/configs/recovery_2m.json
+
+bench-recovery-memory: setup
+	$(RUN) $(BIN)/python -m benchmarks.recovery --config benchmarks/configs/recovery_memory.json --workers 1
+
+bench-memory: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto]"
+	$(RUN) $(BIN)/python -m benchmarks.memory
 
 bench-cache-quality: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto]"

@@ -1,0 +1,69 @@
+"""Experiment: what the forms that plain engines run cost in quality, and how far the export is from the converted model.
+
+    python -m benchmarks.export [--config ...] [--output ...]
+
+Perplexity is on the held-out evaluation text, whole. Logits are compared on random tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conversion import CONFIGS, RESULTS, ROOT, commit, machine_class
+
+
+def run(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every form in every dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from optimum_mla.pipeline import build_transformation
+    from optimum_mla.pipeline.exporting import exported_model
+    from optimum_mla.report.quality import perplexity
+    from optimum_mla.text import token_windows
+
+    path, length = ROOT / config["model"], config["row_tokens"]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    calibration = token_windows(tokenizer, path / "calibration.txt", length, config["calibration_windows"])
+    evaluation = token_windows(tokenizer, path / "evaluation.txt", length)
+    runs = []
+    for dtype in config["dtypes"]:
+        for case in config["runs"]:
+            source: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            found = {**case, "dtype": dtype, "perplexity_source": perplexity(source, evaluation)}
+            converted = build_transformation(case["method"], dict(case["options"]), calibration)(source)
+            found["perplexity_converted"] = perplexity(converted, evaluation)  # type: ignore[arg-type]
+            if case["options"].get("shared_rope"):
+                exported, report = exported_model(config["model"], converted, "deepseek_v3", pad=False)  # type: ignore[arg-type]
+                found["perplexity_exported"] = perplexity(exported, evaluation)
+                found["largest_logit_difference"] = report.largest_logit_difference
+                found["largest_logit"] = report.largest_logit
+            print({name: value for name, value in found.items() if name != "options"}, flush=True)
+            runs.append(found)
+    return runs
+
+
+def main() -> None:
+    """Run the config and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, default=CONFIGS / "export.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "export.json")
+    arguments = parser.parse_args()
+    config = json.loads(arguments.config.read_text(encoding="utf-8"))
+    from optimum_mla.report.schema import installed_versions
+
+    result = {
+        "config": config,
+        "commit": commit(),
+        "machine": machine_class(),
+        "versions": installed_versions(),
+        "runs": run(config),
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
