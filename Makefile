@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-memory bench-recovery bench-recovery-2m bench-recovery-memory reference-model clean
+	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model clean
 
 setup: $(STAMP)
 
@@ -63,6 +63,9 @@ bench-recovery-2m: setup
 
 bench-recovery-memory: setup
 	$(RUN) $(BIN)/python -m benchmarks.recovery --config benchmarks/configs/recovery_memory.json --workers 1
+
+bench-export: setup
+	$(RUN) $(BIN)/python -m benchmarks.export
 
 bench-memory: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto]"

@@ -1,4 +1,4 @@
-"""Experiment: what the forms that plain engines run cost in quality, and how far the export is from the converted model.
+"""Experiment: what the forms that plain engines run cost in quality, and how far an export is from the converted model.
 
     python -m benchmarks.export [--config ...] [--output ...]
 

@@ -52,6 +52,15 @@ def test_commands_and_python_run_as_written(page: str, working_folder: Path) -> 
         assert done.stdout.strip()
 
 
+@pytest.mark.parametrize("page", ["docs/recover.md", "docs/benchmark.md"])
+def test_python_runs_as_written(page: str, working_folder: Path) -> None:
+    for script in blocks(page, "python"):
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=working_folder, env=reader_environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", ["docs/add_a_method.md", "docs/add_a_family.md"])
 def test_extension_examples_convert_a_model(page: str, working_folder: Path) -> None:
     (example,) = blocks(page, "python")
@@ -165,6 +174,14 @@ def test_recovery_page_shows_what_was_measured() -> None:
         measured = [run[f"perplexity_{name}"] for name in ("source", "converted", "recovered")]
         assert perplexities == ", ".join(f"{value:.2f}" for value in measured)
         assert closed == f"{run['percent_of_excess_closed']:.1f}"
+
+
+def test_readme_shows_what_training_brings_back() -> None:
+    full = {run["recipe"]["train"]: run for run in json.loads((RESULTS / "recovery_2m.json").read_text())["runs"]}
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for train, words in (("full", "{:.1f} % of its excess"), ("lora", "and {:.1f} % where only adapters")):
+        assert words.format(full[train]["percent_of_excess_closed"]) in readme
+    assert f"{full['lora']['trainable_percent']:.1f} % of the parameters" in readme
 
 
 def test_pages_link_to_files_that_exist() -> None:
