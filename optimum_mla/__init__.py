@@ -3,6 +3,8 @@
 Importing the package registers the converted models' classes with the Transformers Auto classes.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from optimum_mla import models as models
 from optimum_mla.cache import LatentCache
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
@@ -15,6 +17,9 @@ from optimum_mla.transforms.quantize_cache import QuantizeLatentCache
 from optimum_mla.transforms.registry import available_transforms, register_transform
 from optimum_mla.transforms.tracing import trace
 from optimum_mla.transforms.xecomla import XEcoMLA
+
+if TYPE_CHECKING:
+    from optimum_mla.pipeline import benchmark as benchmark
 
 __version__ = "0.1.0"
 
@@ -29,9 +34,19 @@ __all__ = [
     "QuantizeLatentCache",
     "XEcoMLA",
     "available_transforms",
+    "benchmark",
     "compose",
     "register_family",
     "register_transform",
     "supported_model_types",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`benchmark`, whose libraries only those need who measure."""
+    if name == "benchmark":
+        from optimum_mla.pipeline import benchmark
+
+        return benchmark
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

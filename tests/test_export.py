@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum_mla import XEcoMLA
 from optimum_mla.errors import InvalidValueError, OutputError, UnsupportedModelError
-from optimum_mla.pipeline import TextOptions, convert, export
+from optimum_mla.models.deepseek import export_deepseek
+from optimum_mla.pipeline import TextOptions, convert, export, finetune
+from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.text import token_windows
+from tests.cases import source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
@@ -44,13 +48,36 @@ ELSEWHERE = """
 """
 
 
+LOGITS_ELSEWHERE = """
+    import sys
+    sys.modules["optimum_mla"] = None
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for folder in sys.argv[1:]:
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(folder)(load_file(f"{folder}/ids.st")["ids"]).logits
+        save_file({"logits": logits}, f"{folder}/logits.st")
+"""
+
+
+def program(text: str) -> str:
+    """Without its indentation."""
+    return "\n".join(line[4:] for line in text.splitlines())
+
+
 def elsewhere(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
     """What a process without this package makes of an export."""
-    program = "\n".join(line[4:] for line in ELSEWHERE.splitlines())
     arguments = [str(folder), str(scratch / "again"), str(scratch / "result.safetensors")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment, cwd=scratch
+        [sys.executable, "-c", program(ELSEWHERE), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=scratch,
     )
     assert done.returncode == 0, done.stderr
     return load_file(scratch / "result.safetensors")
@@ -88,6 +115,54 @@ def test_an_export_runs_where_this_package_is_not(converted: Path, tmp_path: Pat
     assert (found["logits"] - wanted).abs().max() < 1e-4
     assert torch.equal(found["reloaded"], found["logits"])
     assert torch.equal(found["tokens"], native.generate(found["ids"], max_new_tokens=16, do_sample=False))
+
+
+def test_every_family_runs_where_this_package_is_not(tmp_path: Path) -> None:
+    ids, natives = token_ids(), {}
+    for family in ("llama", "llama with scaled rope", "mistral", "qwen2"):
+        for dtype in (torch.float32, torch.bfloat16):
+            folder = tmp_path / f"{family} {dtype}"
+            native = XEcoMLA(kv_cache_ratio=0.5)(source_model(family, dtype))
+            export_deepseek(native).save_pretrained(folder)
+            save_file({"ids": ids}, folder / "ids.st")
+            natives[folder] = native
+    done = subprocess.run(
+        [sys.executable, "-c", program(LOGITS_ELSEWHERE), *map(str, natives)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for folder, native in natives.items():
+        with torch.no_grad():
+            wanted = native(ids).logits
+        given = load_file(folder / "logits.st")["logits"]
+        assert given.dtype is native.dtype
+        largest = (given.float() - wanted.float()).abs().max()
+        assert largest < (1e-4 if native.dtype is torch.float32 else 0.03 * wanted.float().abs().max())
+
+
+def test_a_latent_norm_is_trained_through_and_exported(tmp_path: Path) -> None:
+    options = {"kv_cache_ratio": 0.5, "rope_cache": "cached", "shared_rope": True, "latent_norm": True}
+    convert(str(REFERENCE), tmp_path / "normed", "gqa2mla", {**options, "qk_rope_head_dim": 16}, TEXTS, dtype="float32")
+    recipe = Recipe(train="attention", sequence_length=32, train_tokens=128)
+    finetune(
+        str(tmp_path / "normed"),
+        tmp_path / "trained",
+        str(REFERENCE / "calibration.txt"),
+        recipe,
+        {"max_steps": 2, "per_device_train_batch_size": 2},
+    )
+    gains = [
+        load_file(tmp_path / name / "model.safetensors")["model.layers.0.self_attn.kv_a_layernorm.weight"]
+        for name in ("normed", "trained")
+    ]
+    assert not torch.equal(*gains)
+    report = export(str(tmp_path / "trained"), tmp_path / "out")
+    assert report.largest_logit_difference < 1e-4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["attention_bias"] is False
+    assert not any(name.endswith("bias") for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
 def test_convert_writes_the_export_itself(tmp_path: Path) -> None:
