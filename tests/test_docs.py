@@ -176,6 +176,23 @@ def test_recovery_page_shows_what_was_measured() -> None:
         assert closed == f"{run['percent_of_excess_closed']:.1f}"
 
 
+def test_serving_page_shows_what_was_measured() -> None:
+    runs = json.loads((RESULTS / "export.json").read_text(encoding="utf-8"))["runs"]
+    page = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
+    by_layer, shared, normed, _, in_16_bits, _ = runs
+    for words, value in (
+        ("(perplexity {} before)", by_layer["perplexity_source"]),
+        ("it is {} where each layer", by_layer["perplexity_converted"]),
+        ("{} with `--shared-rope`", shared["perplexity_converted"]),
+        ("and {} with `--latent-norm`", normed["perplexity_converted"]),
+        ("scores {} in float32", shared["perplexity_exported"]),
+        ("in bfloat16 {} before", in_16_bits["perplexity_converted"]),
+        ("and {} after", in_16_bits["perplexity_exported"]),
+    ):
+        assert words.format(f"{value:.2f}") in page
+    assert f"difference is {shared['largest_logit_difference']:.1e}" in page
+
+
 def test_readme_shows_what_training_brings_back() -> None:
     full = {run["recipe"]["train"]: run for run in json.loads((RESULTS / "recovery_2m.json").read_text())["runs"]}
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
