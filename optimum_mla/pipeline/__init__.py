@@ -8,7 +8,7 @@ from optimum_mla.pipeline.loading import TextOptions, load_source_config
 from optimum_mla.pipeline.quantize import quantize
 
 if TYPE_CHECKING:
-    from optimum_mla.pipeline.benchmarking import BenchmarkOptions as BenchmarkOptions
+    from optimum_mla.pipeline.benchmark_run import BenchmarkOptions as BenchmarkOptions
     from optimum_mla.pipeline.benchmarking import benchmark as benchmark
     from optimum_mla.pipeline.benchmarking import compare as compare
     from optimum_mla.pipeline.exporting import export as export
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LATER = {
     "benchmark": "benchmarking",
-    "BenchmarkOptions": "benchmarking",
+    "BenchmarkOptions": "benchmark_run",
     "compare": "benchmarking",
     "export": "exporting",
     "finetune": "finetuning",

@@ -76,7 +76,7 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
 
         with exit_on_bad_input("what was measured by then is in OUTPUT"):
             from optimum_mla.errors import InvalidValueError
-            from optimum_mla.pipeline.benchmarking import BenchmarkOptions, benchmark, compare
+            from optimum_mla.pipeline import BenchmarkOptions, benchmark, compare
             from optimum_mla.report.pages import FORMATS, terminal
             from optimum_mla.report.sizes import parse_bytes
 

@@ -1,0 +1,353 @@
+"""One run of `mla-benchmark`: every measurement in a process of its own, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from optimum_mla.cache import CacheSettings
+from optimum_mla.cache.backends import check_settings
+from optimum_mla.cache.settings import named_cache
+from optimum_mla.errors import InvalidValueError
+from optimum_mla.models.base import model_geometry
+from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.pipeline.cells import OUT_OF_MEMORY, CellError, run_cell
+from optimum_mla.pipeline.loading import load_config, load_tokenizer
+from optimum_mla.progress import progress
+from optimum_mla.report.benchmark import (
+    BASELINE,
+    MODEL,
+    BenchmarkReport,
+    MemoryRow,
+    QualityRow,
+    SpeedRow,
+    TaskRow,
+)
+from optimum_mla.report.quality import sliding_windows
+from optimum_mla.report.sizes import budget_rows, layer_numbers
+from optimum_mla.text import token_windows
+
+PARTS = ("memory", "speed", "quality")
+CONTEXTS = (1024, 4096, 8192, 32768)
+BATCHES = (1, 8)
+LONGEST_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to measure.
+
+    Attributes:
+        context_lengths: Prompt tokens. batch_sizes: Rows.
+        caches: Names of caches; see `optimum_mla.cache.settings.named_cache`.
+        new_tokens: Decoding steps after each timed prefill.
+        repeats: Timed prefills.
+        eval_data: Text for the quality, or None.
+        eval_samples: At most so many windows of it.
+        eval_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
+        stride: Tokens at the end of each window that are scored; None takes half of the window.
+        tasks: `lm_eval` tasks. tasks_path: A folder with further ones. tasks_limit: Documents of each, at most.
+        memory_budget: Bytes to fit things into; None takes this machine's memory.
+        parts: Which of `memory`, `speed`, `quality` to measure.
+    """
+
+    context_lengths: tuple[int, ...] = CONTEXTS
+    batch_sizes: tuple[int, ...] = BATCHES
+    caches: tuple[str, ...] = ("default",)
+    new_tokens: int = 32
+    repeats: int = 5
+    eval_data: str | None = None
+    eval_samples: int = 128
+    eval_length: int | None = None
+    stride: int | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_path: str | None = None
+    tasks_limit: int | None = None
+    memory_budget: int | None = None
+    parts: tuple[str, ...] = PARTS
+
+    def __post_init__(self) -> None:
+        for field in ("context_lengths", "batch_sizes"):
+            values = getattr(self, field)
+            if not values or any(value < 1 for value in values):
+                raise InvalidValueError(field, list(values), "integers from 1")
+        for field in ("new_tokens", "repeats", "eval_samples"):
+            if getattr(self, field) < 1:
+                raise InvalidValueError(field, getattr(self, field), "integers from 1")
+        for part in self.parts:
+            if part not in PARTS:
+                raise InvalidValueError("parts", part, ", ".join(PARTS))
+        for name in self.caches:
+            check_settings(CacheSettings(**named_cache(name)))
+
+
+class Benchmark:
+    """One run: its cells, one after the other, and what they found so far.
+
+    Args:
+        model: A hub id or a folder. baseline: Likewise, or None.
+        options: What to measure.
+        dtype: `auto` (each checkpoint's own), `float32`, `bfloat16` or `float16`.
+        device: Torch device; None takes CUDA where it is available.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        baseline: str | None,
+        options: BenchmarkOptions,
+        dtype: str,
+        device: str | None,
+        hub: dict[str, Any],
+    ) -> None:
+        self.model, self.baseline, self.options = model, baseline, options
+        self.common: dict[str, Any] = {"dtype": dtype, "device": device, "hub": hub}
+        self.config = load_config(model, hub)
+        self.baseline_config = None if baseline is None else load_config(baseline, hub)
+        self._check_caches()
+        self.windows, self.data, self.refusal = self._texts(hub)
+        if options.tasks:
+            from optimum_mla.report.tasks import task_manager
+
+            task_manager(list(options.tasks), options.tasks_path)
+            load_tokenizer(model, hub, needed=True)
+        self.memory: list[MemoryRow] = []
+        self.speed: list[SpeedRow] = []
+        self.quality: list[QualityRow] = []
+        self.tasks: list[TaskRow] = []
+
+    def _check_caches(self) -> None:
+        """Refuse what the model cannot cache, before any work."""
+        if is_converted(self.config):
+            return
+        for name in self.options.caches:
+            if name != "default":
+                remedy = "Convert it with optimum-cli mla-convert first."
+                raise InvalidValueError("cache", name, "default, as the model is not converted", remedy)
+
+    def _texts(self, hub: dict[str, Any]) -> tuple[Tensor | None, dict[str, dict[str, Any]], str | None]:
+        """Windows to score, where they came from, and why the baseline takes no part in that, or None."""
+        options = self.options
+        if options.eval_data is None or "quality" not in options.parts:
+            return None, {}, None
+        longest = context_limit(self.config) or LONGEST_WINDOW
+        length = options.eval_length or min(LONGEST_WINDOW, longest)
+        if not 2 <= length <= longest:
+            raise InvalidValueError("eval_length", length, f"2 to {longest} for this model")
+        stride = options.stride or max(1, length // 2)
+        if not 1 <= stride < length:
+            raise InvalidValueError("stride", stride, f"1 to {length - 1}, below the window of {length} tokens")
+        tokenizer = load_tokenizer(self.model, hub, needed=True)
+        # Windows that overlap, from one run of tokens.
+        tokens = length + stride * (options.eval_samples - 1)
+        chunk = token_windows(tokenizer, options.eval_data, 1, tokens, "eval-data").flatten()
+        if len(chunk) < length:
+            token_windows(tokenizer, options.eval_data, length, 1, "eval-data")  # says what is wrong
+        windows = sliding_windows(chunk, length, stride)
+        data = {
+            "eval-data": {
+                "source": options.eval_data,
+                "windows": len(windows),
+                "tokens_per_window": length,
+                "stride_tokens": stride,
+                "sha256": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+            }
+        }
+        return windows, data, self._tokens_differ(tokenizer, hub)
+
+    def _tokens_differ(self, tokenizer: Any, hub: dict[str, Any]) -> str | None:
+        """Why the baseline's quality cannot be compared, or None."""
+        if self.baseline is None or self.baseline_config is None:
+            return None
+        sizes = [config.get_text_config().vocab_size for config in (self.config, self.baseline_config)]
+        if sizes[0] != sizes[1]:
+            return f"refused: the baseline has a vocabulary of {sizes[1]} tokens, the model of {sizes[0]}"
+        theirs = load_tokenizer(self.baseline, hub, needed=False)
+        if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
+            return "refused: the baseline has another tokenizer"
+        return None
+
+    def run(self) -> None:
+        """Measure everything; whatever stops it leaves what was found so far."""
+        steps = [*self._memory_steps(), *self._speed_steps(), *self._quality_steps()]
+        steps += [(self._tasks_step, (role,)) for role in self._roles() if self.options.tasks]
+        for step, arguments in progress(steps, "benchmark"):
+            step(*arguments)
+
+    def _roles(self) -> list[str]:
+        return [MODEL] if self.baseline is None else [BASELINE, MODEL]
+
+    def _name(self, role: str) -> str:
+        return self.model if role == MODEL else str(self.baseline)
+
+    def _caches(self, role: str) -> Iterable[str]:
+        return self.options.caches if role == MODEL else ("default",)
+
+    def _sizes(self) -> Iterable[tuple[int, int]]:
+        return itertools.product(self.options.context_lengths, self.options.batch_sizes)
+
+    def _too_long(self, role: str, tokens: int) -> str | None:
+        config = self.config if role == MODEL else self.baseline_config
+        limit = context_limit(config)
+        return None if limit is None or tokens <= limit else f"skipped: the {role}'s context ends at {limit} tokens"
+
+    def _memory_steps(self) -> list[Any]:
+        if "memory" not in self.options.parts:
+            return []
+        cells = [
+            (role, cache, *size) for role in self._roles() for cache in self._caches(role) for size in self._sizes()
+        ]
+        return [(self._memory_step, cell) for cell in cells]
+
+    def _memory_step(self, role: str, cache: str, context: int, batch: int) -> None:
+        row = MemoryRow(role, cache, context, batch)
+        problem = self._too_long(role, context)
+        if problem is None:
+            request = {"name": self._name(role), "cache": cache, "context": context, "batch": batch, **self.common}
+            try:
+                row = replace(row, **run_cell("memory", request))
+            except CellError as error:
+                problem = str(error)
+        self.memory.append(replace(row, problem=problem))
+
+    def _speed_steps(self) -> list[Any]:
+        return [(self._speed_step, size) for size in self._sizes()] if "speed" in self.options.parts else []
+
+    def _speed_step(self, context: int, batch: int) -> None:
+        options = self.options
+        everyone = [(role, cache) for role in self._roles() for cache in self._caches(role)]
+        problems = {role: self._too_long(role, context) for role in self._roles()}
+        able = [role for role, problem in problems.items() if problem is None]
+        out = [row for row in self.memory if (row.problem or "").startswith(OUT_OF_MEMORY)]
+        for failed in out:
+            if failed.context_tokens <= context and failed.batch_size <= batch:
+                problems[failed.role] = f"{OUT_OF_MEMORY}, as in the memory table"
+                able = [role for role in able if role != failed.role]
+        rows: list[dict[str, Any]] = []
+        if MODEL in able:
+            request = {
+                "name": self.model,
+                "baseline": self.baseline if BASELINE in able else None,
+                "caches": list(options.caches),
+                "context": context,
+                "batch": batch,
+                "new_tokens": options.new_tokens,
+                "repeats": options.repeats,
+                **self.common,
+            }
+            try:
+                rows = run_cell("speed", request)["rows"]
+            except CellError as error:
+                problems = dict.fromkeys(problems, str(error))
+        elif BASELINE in able:
+            problems[BASELINE] = "skipped: there is no model row to compare with"
+        found = {(row.pop("role"), row.pop("cache")): row for row in rows}
+        for role, cache in everyone:
+            row = SpeedRow(role, cache, context, batch)
+            values = found.get((role, cache), {"problem": problems[role]})
+            self.speed.append(replace(row, **values))
+
+    def _quality_steps(self) -> list[Any]:
+        return [] if self.windows is None else [(self._quality_step, (cache,)) for cache in self.options.caches]
+
+    def _quality_step(self, cache: str) -> None:
+        row = QualityRow(MODEL, cache)
+        windows = [] if self.windows is None else self.windows.tolist()
+        baseline = self.baseline if self.refusal is None else None
+        request = {
+            "name": self.model,
+            "baseline": baseline,
+            "cache": cache,
+            "windows": windows,
+            "stride": self.data["eval-data"]["stride_tokens"],
+            **self.common,
+        }
+        try:
+            found = run_cell("quality", request)
+        except CellError as error:
+            self.quality.append(replace(row, problem=str(error)))
+            return
+        if self.baseline is not None and not self.quality:
+            theirs = QualityRow(BASELINE, "default", found["baseline_perplexity"], problem=self.refusal)
+            self.quality.append(replace(theirs, scored_tokens=found["tokens"] if baseline else None))
+        self.quality.append(
+            replace(
+                row,
+                perplexity=found["perplexity"],
+                agreement_percent=None if found["agreement"] is None else 100 * found["agreement"],
+                kl_nats=found["kl"],
+                scored_tokens=found["tokens"],
+            )
+        )
+
+    def _tasks_step(self, role: str) -> None:
+        options = self.options
+        request = {
+            "name": self._name(role),
+            "tasks": list(options.tasks),
+            "tasks_path": options.tasks_path,
+            "batch": min(options.batch_sizes),
+            "limit": options.tasks_limit,
+            **self.common,
+        }
+        try:
+            rows = run_cell("tasks", request)["rows"]
+        except CellError as error:
+            self.tasks += [TaskRow(role, task, "-", problem=str(error)) for task in options.tasks]
+            return
+        self.tasks += [TaskRow(role, *row) for row in rows]
+
+    def report(self, interrupted: bool) -> BenchmarkReport:
+        """What was found so far."""
+        options, budget = self.options, self.options.memory_budget
+        budget = machine_memory(self.common["device"]) if budget is None else budget
+        source = None
+        if self.baseline_config is not None:
+            source = layer_numbers(self.baseline_config)
+        elif is_converted(self.config):
+            source = [g.source_cache_numbers for g in model_geometry(family_of(self.config).spec, self.config).layers]
+        own = layer_numbers(self.config)
+        dtype = self.common["dtype"]
+        if dtype == "auto":
+            dtype = str(getattr(self.config, "dtype", None) or torch.float32).removeprefix("torch.")
+        return BenchmarkReport(
+            model=self.model,
+            baseline=self.baseline,
+            options={name: value for name, value in vars(options).items() if name != "memory_budget"},
+            data=self.data,
+            dtype=dtype,
+            device=self.common["device"] or ("cuda" if torch.cuda.is_available() else "cpu"),
+            cache_numbers_per_token=None if own is None else sum(own),
+            baseline_cache_numbers_per_token=None if source is None else sum(source),
+            model_max_context_tokens=context_limit(self.config),
+            memory_budget_bytes=budget,
+            memory=self.memory,
+            budget=budget_rows(self.memory, budget),
+            speed=self.speed,
+            quality=self.quality,
+            tasks=self.tasks,
+            interrupted=interrupted,
+            threads=torch.get_num_threads(),
+        )
+
+
+def context_limit(config: PreTrainedConfig | None) -> int | None:
+    """Tokens that a model's config allows, or None where it says nothing."""
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def machine_memory(device: str | None) -> int:
+    """Bytes of memory of the device."""
+    if torch.cuda.is_available() and not str(device or "cuda").startswith("cpu"):
+        return torch.cuda.get_device_properties(torch.device(device or "cuda")).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total
