@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion import CONFIGS, RESULTS, ROOT, commit, machine_class
+from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
 def run(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,16 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "cache_quality.json")
     arguments = parser.parse_args()
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
-    from optimum_mla.report.schema import installed_versions
-
-    result = {
-        "config": config,
-        "commit": commit(),
-        "machine": machine_class(),
-        "versions": installed_versions(),
-        "runs": run(config),
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save_result(arguments.output, config, runs=run(config))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS, RESULTS = ROOT / "benchmarks" / "configs", ROOT / "benchmarks" / "results"
+from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
+
 NOT_RECORDED = ("data", "layers", "versions", "machine", "model")
 """Fields of a conversion report that a result does not repeat for each run."""
 
@@ -41,22 +40,6 @@ def run_conversion(model: str, output: Path, options: dict[str, Any]) -> Path:
     return output
 
 
-def machine_class() -> str:
-    """Processor, cores and system, without any name of the machine."""
-    import torch
-
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {accelerator}, {platform.system()}"
-
-
-def commit() -> str:
-    """The project's commit, or `unknown` outside a clone."""
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Run every conversion of the config, print the table, write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -76,15 +59,8 @@ def main() -> None:
             folder = run_conversion(config["model"], Path(scratch) / "converted", {**config["common"], **run})
             reports.append(ConversionReport.read(folder))
     print(summary_table(reports))
-    result = {
-        "config": config,
-        "commit": commit(),
-        "machine": machine_class(),
-        "versions": reports[0].versions,
-        "runs": [{k: v for k, v in asdict(report).items() if k not in NOT_RECORDED} for report in reports],
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    runs = [{k: v for k, v in asdict(report).items() if k not in NOT_RECORDED} for report in reports]
+    save_result(arguments.output, config, runs=runs)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.conversion import CONFIGS, RESULTS, ROOT, commit, machine_class
+from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 STEPS = 9
 SECONDS_PER_VARIANT = 6.0
@@ -353,17 +353,8 @@ def main() -> None:
         print(measure_memory(json.loads(arguments.memory_case)))
         return
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
-    from optimum_mla.report.schema import installed_versions
-
     runs = run(config)
-    result = {
-        "config": config,
-        "commit": commit(),
-        "machine": machine_class(),
-        "versions": installed_versions(),
-        "runs": runs,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save_result(arguments.output, config, runs=runs)
     plot(runs, arguments.plot)
 
 

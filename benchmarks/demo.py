@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmarks.conversion import ROOT, run_conversion
+from benchmarks.conversion import run_conversion
+from benchmarks.result import ROOT
 
 REFERENCE = Path("benchmarks/reference_model")
 OUTPUT = Path("demo_output")

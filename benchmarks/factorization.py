@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion import CONFIGS, RESULTS, commit, machine_class
+from benchmarks.result import CONFIGS, RESULTS, save_result
 
 
 def measure(layer: dict[str, Any], ratio: float) -> dict[str, Any]:
@@ -55,8 +55,7 @@ def main() -> None:
     for layer in layers:
         runs.append(measure(layer, config["kv_cache_ratio"]))
         print(f"{layer['name']}: {runs[-1]['seconds']:.1f} s, {runs[-1]['peak_memory_mb']:.0f} MB at most")
-    result = {"config": config, "commit": commit(), "machine": machine_class(), "runs": runs}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save_result(arguments.output, config, runs=runs)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion import CONFIGS, RESULTS, commit, machine_class
+from benchmarks.result import CONFIGS, RESULTS, save_result
 
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
         report = benchmark(str(converted), Path(scratch) / "report", str(source), BenchmarkOptions(**options))
     print(terminal([("slice", report)]))
     content = asdict(report)
-    return {name: content[name] for name in ("memory", "budget", "versions")}
+    return {name: content[name] for name in ("memory", "budget")}
 
 
 def main() -> None:
@@ -46,8 +46,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "memory.json")
     arguments = parser.parse_args()
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
-    result = {"config": config, "commit": commit(), "machine": machine_class(), **run(config)}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save_result(arguments.output, config, **run(config))
 
 
 if __name__ == "__main__":

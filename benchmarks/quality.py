@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion import CONFIGS, RESULTS, ROOT, commit, machine_class
+from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
 def expand(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -183,16 +183,8 @@ def main() -> None:
             runs.append(row)
             shown = f"{row['excess_log_perplexity']:.4f}" if "impossible" not in row else "impossible"
             print(f"{len(runs)}/{len(specs)} {row['model']} {row['label']} {row['ratio']} seed {row['seed']}: {shown}")
-    from optimum_mla.report.schema import installed_versions
-
-    result = {
-        "config": config,
-        "commit": commit(),
-        "machine": f"{machine_class()}; {arguments.workers} runs at a time, one thread each",
-        "versions": installed_versions(),
-        "runs": runs,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    remark = f"{arguments.workers} runs at a time, one thread each"
+    result = save_result(arguments.output, config, remark, runs=runs)
     print(summary(result))
     plot(result, arguments.plot)
 

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion import CONFIGS, RESULTS, ROOT, commit, machine_class
+from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 HELD_OUT = ("evaluation", "calibration")
 
@@ -245,17 +245,8 @@ def main() -> None:
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
     if "random_model" not in config and (arguments.corpus is None or not any(arguments.corpus.glob("*.txt"))):
         parser.error("--corpus: name a folder of .txt books")
-    from optimum_mla.report.schema import installed_versions
-
-    result = {
-        "config": config,
-        "commit": commit(),
-        "machine": machine_class(),
-        "versions": installed_versions(),
-        "runs": run(config, arguments.corpus, arguments.workers),
-    }
-    output = arguments.output or RESULTS / arguments.config.name
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    runs = run(config, arguments.corpus, arguments.workers)
+    save_result(arguments.output or RESULTS / arguments.config.name, config, runs=runs)
 
 
 if __name__ == "__main__":

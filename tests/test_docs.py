@@ -176,6 +176,40 @@ def test_recovery_page_shows_what_was_measured() -> None:
         assert closed == f"{run['percent_of_excess_closed']:.1f}"
 
 
+def test_recovery_page_shows_the_grid() -> None:
+    runs = {(r["conversion"], r["label"]): r for r in json.loads((RESULTS / "recovery.json").read_text())["runs"]}
+    page = (ROOT / "docs" / "recover.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) % \| ([-\d.]+) \| ([-\d.]+) \| ([-\d.]+) \| ([-\d.]+) \|$", page, re.M)
+    assert [row[0] for row in rows] == ["lora", "kv", "attention", "full"]
+    for train, share, *cells in rows:
+        measured = [
+            runs[cache, f"{objective}, {train}"]["percent_of_excess_closed"]
+            for cache in ("25 %", "12.5 %")
+            for objective in ("distill", "sft")
+        ]
+        assert cells == [f"{value:.1f}" for value in measured]
+        assert share == f"{runs['25 %', f'distill, {train}']['trainable_percent']:.1f}"
+    for start in ("random", "SVD", "calibrated"):
+        both = [runs[f"X-EcoMLA 25 %, {start}", f"{how}, full"]["perplexity_recovered"] for how in ("distill", "sft")]
+        assert f"{both[0]:.1f} / {both[1]:.1f}" in page
+    losses = [
+        sum(runs[key]["last_losses"]) / 5
+        for key in (("100 %, SVD", "sft, kv"), ("source", "sft, W_K and W_V"), ("100 %, identity", "sft, kv"))
+    ]
+    assert f"no: {losses[0]:.3f} against {losses[1]:.3f}" in page
+    assert f"visibly: {losses[0]:.4f} against {losses[2]:.4f}" in page
+
+
+def test_recovery_page_shows_the_memory_of_a_teacher() -> None:
+    runs = {
+        r["label"]: r["peak_memory_mb"] / 1e3
+        for r in json.loads((RESULTS / "recovery_memory.json").read_text())["runs"]
+    }
+    page = " ".join((ROOT / "docs" / "recover.md").read_text(encoding="utf-8").split())
+    assert f"peaked at {runs['distill, full']:.2f} GB where plain fine-tuning did at {runs['sft, full']:.2f} GB" in page
+    assert f"adapters at {runs['distill, lora']:.2f} GB against {runs['sft, lora']:.2f} GB" in page
+
+
 def test_serving_page_shows_what_was_measured() -> None:
     runs = json.loads((RESULTS / "export.json").read_text(encoding="utf-8"))["runs"]
     page = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())

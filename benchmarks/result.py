@@ -1,0 +1,46 @@
+"""What every experiment has in common: where things lie, and what a result records."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS, RESULTS = ROOT / "benchmarks" / "configs", ROOT / "benchmarks" / "results"
+
+
+def machine_class() -> str:
+    """Processor, cores and system, without any name of the machine."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {accelerator}, {platform.system()}"
+
+
+def commit() -> str:
+    """The project's commit, or `unknown` outside a clone."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or "unknown"
+
+
+def save_result(path: Path, config: dict[str, Any], remark: str = "", **content: Any) -> dict[str, Any]:
+    """Write what an experiment found, with its config, commit, machine class and versions.
+
+    Args:
+        path: A JSON file.
+        config: Of the experiment.
+        remark: On the machine, such as how many runs shared it.
+        content: What was found.
+    """
+    from optimum_mla.report.schema import installed_versions
+
+    machine = machine_class() + (f"; {remark}" if remark else "")
+    result = {"config": config, "commit": commit(), "machine": machine, "versions": installed_versions(), **content}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
