@@ -210,6 +210,23 @@ def test_recovery_page_shows_the_memory_of_a_teacher() -> None:
     assert f"adapters at {runs['distill, lora']:.2f} GB against {runs['sft, lora']:.2f} GB" in page
 
 
+def test_benchmark_page_shows_what_caches_weigh() -> None:
+    result = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w -]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == len(result["budget"]) == 5
+    whole = result["budget"][0]["cache_bytes_per_token"]
+    for (_, per_token, share, live, ratio), fits in zip(rows, result["budget"], strict=True):
+        key = (fits["role"], fits["cache"], 16384)
+        cell = next(row for row in result["memory"] if (row["role"], row["cache"], row["context_tokens"]) == key)
+        assert cell["flags"] == []
+        assert [per_token, share] == [
+            f"{fits['cache_bytes_per_token']:.0f}",
+            f"{100 * fits['cache_bytes_per_token'] / whole:.1f}",
+        ]
+        assert [live, ratio] == [f"{cell['live_cache_bytes'] / 1e6:.2f}", f"{cell['live_percent_of_predicted']:.1f}"]
+
+
 def test_serving_page_shows_what_was_measured() -> None:
     runs = json.loads((RESULTS / "export.json").read_text(encoding="utf-8"))["runs"]
     page = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
