@@ -14,7 +14,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.errors import UnsupportedModelError
-from optimum_mla.pipeline import inspect
+from optimum_mla.pipeline import TextOptions, convert, inspect
 from optimum_mla.report.inspection import inspection_text
 from optimum_mla.report.memory import resident_peak_bytes
 from tests.cases import FAMILIES, source_model, token_ids
@@ -98,6 +98,19 @@ def test_a_converted_model_says_who_runs_it(method: Any, blocked: list[str], tmp
     engines = {engine.engine: engine.blockers for engine in found.engines}
     assert engines["plain Transformers (deepseek_v3)"] == blocked
     assert engines["FlashMLA kernels"] == (blocked or ["rank 24, it takes 512", "8 rotary dims, it takes 64"])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_frequencies_chosen_by_layer_block_engines(shared: bool, tmp_path: Path) -> None:
+    options = {"kv_cache_ratio": 0.5, "rope_cache": "cached", "qk_rope_head_dim": 16, "shared_rope": shared}
+    texts = TextOptions(
+        calibration_data=str(REFERENCE / "calibration.txt"), calibration_samples=4, calibration_length=32
+    )
+    convert(str(REFERENCE), tmp_path / "out", "gqa2mla", options, texts)
+    engines = {engine.engine: engine.blockers for engine in inspect(str(tmp_path / "out")).engines}
+    assert engines["Transformers with optimum-mla"] == []
+    assert bool(engines["plain Transformers (deepseek_v3)"]) == (not shared)
+    assert shared or "--shared-rope" in engines["llama.cpp (deepseek2)"][0]
 
 
 def test_a_checkpoint_larger_than_memory_is_no_matter(tmp_path: Path) -> None:

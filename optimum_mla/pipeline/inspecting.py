@@ -17,9 +17,11 @@ from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.models.spec import SourceAttention, sliding_window
+from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.pipeline.loading import load_config
-from optimum_mla.report.engines import ENGINES, blockers, source_blockers
+from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers
 from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
+from optimum_mla.report.schema import ConversionReport
 from optimum_mla.transforms.registry import transform_class
 
 RATIOS = (0.5, 0.25, 0.125)
@@ -92,7 +94,13 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         cache_bytes_per_token=geometry.cache_numbers * itemsize,
     )
     if is_converted(config):
-        engines = [EngineChoice(e.name, "as it is", None, blockers(e, geometry.layers, rope, windows)) for e in ENGINES]
+        apart = frequencies_may_differ(model)
+        engines = []
+        for engine in ENGINES:
+            why = blockers(engine, geometry.layers, rope, windows)
+            if apart and not why and engine is not OWN:
+                why = ["rotary frequencies chosen layer by layer; convert with --shared-rope"]
+            engines.append(EngineChoice(engine.name, "as it is" if engine is OWN else "mla-export", None, why))
         return replace(known, state="converted", engines=engines)
     if getattr(config, "quantization_config", None) is not None:
         return replace(known, reason="its weights are quantized; convert the unquantized model")
@@ -138,6 +146,16 @@ def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]
             f"model: {model} holds no safetensors files. Save it with save_pretrained of a current Transformers."
         )
     return tensors
+
+
+def frequencies_may_differ(model: str) -> bool:
+    """Whether a conversion let each layer choose which frequencies rotate; False where no report says how it was."""
+    path = Path(model) / ConversionReport.file_name
+    if not path.is_file():
+        return False
+    report = ConversionReport.read(path.parent)
+    chosen = report.method == "gqa2mla" or report.options.get("rope_selection") in SCORED_SELECTIONS
+    return chosen and not report.options.get("shared_rope")
 
 
 def features(config: PreTrainedConfig, layer: MLAGeometry, windows: bool, rope: str) -> list[str]:
@@ -200,7 +218,9 @@ def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[Engi
     for engine in ENGINES:
         why = source_blockers(engine, first, rope, windows)
         if engine.kv_lora_ranks is None or engine.qk_rope_head_dim is None:
-            options = "any" if engine is ENGINES[0] else "gqa2mla --rope-cache cached --qk-rope-head-dim R, or x-ecomla"
+            options = "any" if engine is OWN else "gqa2mla or x-ecomla --export-format deepseek_v3"
+            if engine.plain_keys:
+                options += " --latent-norm"
             found.append(EngineChoice(engine.name, options, None, why))
             continue
         wide, rotary = 2 * first.num_key_value_heads * first.head_dim, engine.qk_rope_head_dim
@@ -208,7 +228,8 @@ def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[Engi
         if not fitting and not why:
             why = [f"its latent of {min(engine.kv_lora_ranks)} + {rotary} is larger than the source's {wide} numbers"]
         rank = max(fitting, default=min(engine.kv_lora_ranks))
-        options = f"gqa2mla --rope-cache cached --kv-lora-rank {rank} --qk-rope-head-dim {rotary}"
+        options = "gqa2mla --export-format deepseek_v3 --latent-norm"
+        options += f" --kv-lora-rank {rank} --qk-rope-head-dim {rotary}"
         found.append(EngineChoice(engine.name, options, 100 * (rank + rotary) / wide, why))
     return found
 
