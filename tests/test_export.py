@@ -249,6 +249,18 @@ def test_a_form_that_cannot_be_exported_is_refused_before_any_work(tmp_path: Pat
     convert(str(REFERENCE), tmp_path / "rebuilt", "gqa2mla", {"kv_cache_ratio": 0.5}, TEXTS)
     with pytest.raises(UnsupportedModelError, match=r"rebuilt from the latent\. Convert with .*--shared-rope"):
         export(str(tmp_path / "rebuilt"), tmp_path / "out")
-    with pytest.raises(UnsupportedModelError, match=r"2 rotary keys"):
-        convert(str(REFERENCE), tmp_path / "out", "mha2mla", {"kv_cache_ratio": 0.5}, export_format="deepseek_v3")
-    assert [path.name for path in tmp_path.iterdir()] == ["rebuilt"]
+    with pytest.raises(InvalidValueError, match=r"export_format: .*Give calibration data, or take --method x-ecomla"):
+        convert(str(REFERENCE), tmp_path / "out", export_format="deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "message"),
+    [("reference_model", "mha2mla", "2 rotary keys"), ("qwen3_model", "x-ecomla", "norms its queries and keys")],
+)
+def test_what_will_not_export_is_not_converted(
+    model: str, method: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["optimum_mla.pipeline.convert"], "load_model", None)
+    with pytest.raises(UnsupportedModelError, match=message):
+        convert(str(REFERENCE.parent / model), tmp_path / "out", method, export_format="deepseek_v3")
+    assert list(tmp_path.iterdir()) == []

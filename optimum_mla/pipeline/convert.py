@@ -12,6 +12,7 @@ from torch import Tensor
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.checkpoint import atomic_folder, check_output
+from optimum_mla.models.deepseek import check_exportable
 from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
@@ -75,6 +76,9 @@ def convert(
     options = {name: value for name, value in (options or {}).items() if value is not None}
     if export_format is not None:
         check_format(export_format)
+        if method == "gqa2mla" and texts.calibration_data is None:
+            remedy = "Give calibration data, or take --method x-ecomla."
+            raise InvalidValueError("export_format", export_format, "None for gqa2mla without calibration data", remedy)
         options = {**ENGINE_OPTIONS.get(method, {}), **options}
     if not options.keys() & RANK_OPTIONS:
         options["kv_cache_ratio"] = DEFAULT_CACHE_RATIO
@@ -84,7 +88,9 @@ def convert(
     )
     calibration, evaluation, data = read_texts(tokenizer, config, texts)
     transformation = build_transformation(method, options, calibration)
-    transformation.check(config)
+    planned = transformation.check(config)
+    if export_format is not None:
+        check_exportable(planned, pad=True)
 
     source = load_model(model, config, dtype, device, hub)
     check_convertible(source)

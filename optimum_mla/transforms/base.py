@@ -303,14 +303,20 @@ class MLATransformation(ModelTransformation):
             check_tokens(self.calibration, config_of(model).vocab_size)
         return family, sources, {layer: self.plan_layer(source) for layer, source in sources.items()}
 
-    def check(self, config: PreTrainedConfig) -> None:
-        """Raise what converting a model of this config would raise for its options, without its weights."""
-        family, weightless = family_of(config), self.without_weights()
+    def check(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config that a model of this config would get, without its weights: ranks may differ where they decide.
+
+        Raises:
+            MLAError: What converting it would raise for its options.
+        """
+        family, weightless, geometries = family_of(config), self.without_weights(), {}
         for layer in parse_layers(self.layers, config.num_hidden_layers):
             geometry = family.spec.geometry(config.per_layer_config[layer])
             if geometry.attention_form != "source":
                 raise converted_already(layer)
-            weightless.plan_layer(SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0)))
+            source = SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0))
+            geometries[layer] = weightless.plan_layer(source)
+        return converted_config(family, config, geometries, self.name)
 
     def _sources(self, family: Family, model: nn.Module) -> dict[int, SourceAttention]:
         """The attention of every layer to convert. Raises where one is converted already or is not finite."""
