@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 from optimum_mla import XEcoMLA
 from optimum_mla.errors import InvalidValueError, MLAError, OutputError
-from optimum_mla.pipeline import BenchmarkOptions, benchmark, cells, compare
-from optimum_mla.pipeline.cells import CellError, memory_cell, quality_cell, run_cell, speed_cell
+from optimum_mla.pipeline import BenchmarkOptions, benchmark, cells, compare, quantize
+from optimum_mla.pipeline.cells import CellError, memory_cell, quality_cell, ran_out_of_memory, run_cell, speed_cell
 from optimum_mla.report.benchmark import BenchmarkReport
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
@@ -162,12 +162,23 @@ def test_full_keys_kept_beside_the_cache_are_flagged(models: Path, monkeypatch: 
 
     def loaded(*arguments: Any) -> Any:
         model = load(*arguments)
-        model.leak = torch.zeros(1, 2, 256, 16)
+        keep = lambda *_: setattr(model, "leak", torch.zeros(1, 2, 256, 16))  # noqa: E731
+        model.register_forward_hook(keep)
         return model
 
     monkeypatch.setattr(cells, "load", loaded)
     row = memory_cell(str(models / "converted"), "default", 256, 1, **COMMON)
     assert row["flags"] == ["alive after a step: [1, 2, 256, 16] float32, as large as the keys of a layer"]
+
+
+@pytest.mark.parametrize("weights", ["quanto-int8", "hqq-int4"])
+def test_quantized_weights_are_nothing_kept_beside_the_cache(weights: str, models: Path, tmp_path: Path) -> None:
+    """Their libraries keep scales and zeros where no other model has tensors."""
+    quantize(str(models / "converted"), tmp_path / "out", weights=weights)
+    row = memory_cell(str(tmp_path / "out"), "default", 1, 1, **COMMON)
+    assert row["flags"] == []
+    source = memory_cell(str(models / "converted"), "default", 1, 1, **COMMON)
+    assert row["weight_bytes"] < source["weight_bytes"]
 
 
 def test_one_token_of_context_is_no_step(models: Path) -> None:
@@ -205,6 +216,17 @@ def test_a_killed_cell_counts_as_out_of_memory(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(subprocess, "run", killed)
     with pytest.raises(CellError, match="out of memory: the system ended the process"):
         run_cell("memory", {})
+
+
+def test_a_lack_of_memory_is_known_by_what_it_says(models: Path) -> None:
+    with pytest.raises(RuntimeError) as torchs:
+        torch.empty(2**60)
+    wrapped = MLAError("model: the weights did not load")
+    wrapped.__cause__ = torchs.value
+    for error in (torchs.value, wrapped, MemoryError(), OSError(12, os.strerror(12)), torch.OutOfMemoryError()):
+        assert ran_out_of_memory(error)
+    for error in (RuntimeError("shapes do not match"), MLAError("no such file")):
+        assert not ran_out_of_memory(error)
 
 
 def test_another_vocabulary_refuses_quality_alone(models: Path, tmp_path: Path) -> None:

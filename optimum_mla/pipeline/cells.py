@@ -28,7 +28,7 @@ from optimum_mla.models.registry import is_converted
 from optimum_mla.models.weights import weight_bytes
 from optimum_mla.pipeline.loading import load_config, load_model, load_tokenizer
 from optimum_mla.report.benchmark import BASELINE, MODEL
-from optimum_mla.report.memory import PeakMemory, large_tensors, live_cache_bytes
+from optimum_mla.report.memory import PeakMemory, large_tensors, live_cache_bytes, living_storages
 from optimum_mla.report.quality import compare_decoding
 from optimum_mla.report.sizes import predicted_cache_bytes
 from optimum_mla.report.speed import Contender, spread, time_in_turn
@@ -36,6 +36,8 @@ from optimum_mla.report.speed import Contender, spread, time_in_turn
 LARGEST_DIFFERENCE = 0.02
 """Between live and predicted cache bytes, before a row is flagged."""
 OUT_OF_MEMORY = "out of memory"
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
+"""What torch, its libraries and the system say then."""
 MODULE = "optimum_mla.pipeline.cells"
 
 
@@ -68,8 +70,8 @@ def run_cell(kind: str, request: dict[str, Any]) -> dict[str, Any]:
         if done.returncode == -signal.SIGKILL:
             raise CellError(f"{OUT_OF_MEMORY}: the system ended the process")
         if done.returncode or not result.is_file():
-            lines = done.stderr.strip().splitlines()
-            raise CellError(lines[-1] if lines else f"the process ended with code {done.returncode}")
+            lines = done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"]
+            raise CellError(OUT_OF_MEMORY if ran_out_of_memory(CellError(lines[-1])) else lines[-1].strip())
         found = json.loads(result.read_text(encoding="utf-8"))
     if "problem" in found:
         raise CellError(found["problem"])
@@ -102,6 +104,7 @@ def memory_cell(name: str, cache: str, context: int, batch: int, **common: Any) 
     model = load(common, name)
     ids, held = prompt(model, batch, context), cache_maker(model, cache)()
     steps = min(1, context - 1)
+    before = living_storages()
     peak = PeakMemory(model.device)
     peak.reset()
     model(ids[:, : context - steps], past_key_values=held, use_cache=True, logits_to_keep=1)
@@ -123,7 +126,7 @@ def memory_cell(name: str, cache: str, context: int, batch: int, **common: Any) 
         one = min(layer.source_cache_numbers // 2 for layer in model.geometry.layers)  # type: ignore[union-attr]
         flags += [
             f"alive after a step: {shape}, as large as the keys of a layer"
-            for shape in large_tensors(model, held, batch * context * one * model.dtype.itemsize)
+            for shape in large_tensors(before, held, batch * context * one * model.dtype.itemsize)
         ]
     return {
         "predicted_cache_bytes": None if predicted is None else batch * predicted[0],
@@ -215,9 +218,14 @@ CELLS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that there is no memory left."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, means that there is no memory left."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
 
 
 def main() -> None:
@@ -230,10 +238,9 @@ def main() -> None:
     asked = json.loads(sys.stdin.read())
     try:
         found = CELLS[asked["kind"]](**asked["request"])
-    except MLAError as error:
-        found = {"problem": " ".join(str(error).split())}
-    except (RuntimeError, MemoryError, ValueError) as error:
-        found = {"problem": OUT_OF_MEMORY if ran_out_of_memory(error) else first_line(error)}
+    except (MLAError, RuntimeError, MemoryError, ValueError, OSError) as error:
+        problem = " ".join(str(error).split()) if isinstance(error, MLAError) else first_line(error)
+        found = {"problem": OUT_OF_MEMORY if ran_out_of_memory(error) else problem}
     Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from optimum_mla.cache import LatentLayer
@@ -116,19 +116,39 @@ class PeakMemory:
         return resident_peak_bytes()
 
 
-def large_tensors(model: nn.Module, cache: Cache, least_bytes: int) -> list[str]:
-    """Shapes of living tensors of `least_bytes` or more that are neither weights nor in the cache.
+def _living() -> list[tuple[Tensor, torch.UntypedStorage]]:
+    """Every living tensor that has memory of its own; wrappers around others (quantized weights) have none."""
+    gc.collect()
+    return [
+        (thing, thing.untyped_storage())
+        for thing in gc.get_objects()
+        if issubclass(type(thing), Tensor)
+        and not hasattr(thing, "__tensor_flatten__")
+        and not thing.is_meta
+        and thing.layout == torch.strided
+    ]
+
+
+def living_storages() -> list[torch.UntypedStorage]:
+    """The memory of every living tensor. It stays taken for as long as the list is kept."""
+    return [storage for _, storage in _living()]
+
+
+def large_tensors(before: list[torch.UntypedStorage], cache: Cache, least_bytes: int) -> list[str]:
+    """Shapes of living tensors of `least_bytes` or more that came since `before` and are not in the cache.
 
     After a step these would be keys or values of full size that somebody keeps beside the cache.
+
+    Args:
+        before: `living_storages` of a loaded model, wherever its quantizer keeps scales and zeros.
+        cache: What may be there.
+        least_bytes: As above.
     """
-    gc.collect()
-    own = [*model.parameters(), *model.buffers(), *cache_tensors(cache)]
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
-    found = {}
-    for thing in gc.get_objects():
-        if not issubclass(type(thing), Tensor) or thing.is_meta or thing.layout != torch.strided:
-            continue
-        storage = thing.untyped_storage()
-        if storage.nbytes() >= least_bytes and storage.data_ptr() not in known:
-            found[storage.data_ptr()] = f"{list(thing.shape)} {str(thing.dtype).removeprefix('torch.')}"
+    known = {storage.data_ptr() for storage in before}
+    known |= {tensor.untyped_storage().data_ptr() for tensor in cache_tensors(cache)}
+    found = {
+        storage.data_ptr(): f"{list(thing.shape)} {str(thing.dtype).removeprefix('torch.')}"
+        for thing, storage in _living()
+        if storage.nbytes() >= least_bytes and storage.data_ptr() not in known
+    }
     return sorted(found.values())

@@ -140,8 +140,10 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode for a while."""
     was_training = model.training
     model.eval()
-    yield
-    model.train(was_training)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:

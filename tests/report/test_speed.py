@@ -10,8 +10,8 @@ import torch
 from transformers import Cache, DynamicCache
 
 from optimum_mla import XEcoMLA
-from optimum_mla.report.memory import PeakMemory, large_tensors
-from optimum_mla.report.quality import compare_decoding, sliding_windows
+from optimum_mla.report.memory import PeakMemory, large_tensors, living_storages
+from optimum_mla.report.quality import compare_decoding, evaluating, sliding_windows
 from optimum_mla.report.speed import Contender, spread, time_in_turn
 from tests.cases import source_model, token_ids
 
@@ -74,6 +74,13 @@ def test_a_model_agrees_with_itself() -> None:
     assert alone.perplexity == found.perplexity
 
 
+def test_a_failing_measurement_leaves_the_mode_as_it_was() -> None:
+    model = source_model("llama").train()
+    with pytest.raises(IndexError), evaluating(model):
+        model(torch.tensor([[10**6]]))
+    assert model.training
+
+
 def test_windows_score_every_token_once() -> None:
     tokens = torch.arange(20)
     windows = sliding_windows(tokens, 8, 3)
@@ -83,13 +90,19 @@ def test_windows_score_every_token_once() -> None:
 def test_something_of_full_size_beside_the_cache_is_found() -> None:
     model = XEcoMLA(kv_cache_ratio=0.5)(source_model("llama"))
     cache, ids = model.make_cache(), token_ids(1, 100)
+    model.loaded_with_it = torch.zeros(1, 2, 100, 16)
+    before = living_storages()
     with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True)
     full = 100 * 2 * 16 * 4
-    assert large_tensors(model, cache, full) == []
+    assert large_tensors(before, cache, full) == []
     model.kept = torch.zeros(1, 2, 100, 16)
-    assert large_tensors(model, cache, full) == ["[1, 2, 100, 16] float32"]
-    assert large_tensors(model, cache, full + 1) == []
+    assert large_tensors(before, cache, full) == ["[1, 2, 100, 16] float32"]
+    assert large_tensors(before, cache, full + 1) == []
+    model.kept = model.kept[:, :, :1]  # a view keeps all of it
+    assert large_tensors(before, cache, full) == ["[1, 2, 1, 16] float32"]
+    del model.kept
+    assert large_tensors(before, cache, full) == []
 
 
 def test_peak_memory_rises_with_what_is_allocated() -> None:
