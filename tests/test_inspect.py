@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from optimum.commands.optimum_cli import main
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.errors import UnsupportedModelError
 from optimum_mla.pipeline import TextOptions, convert, inspect
+from optimum_mla.pipeline.inspecting import METHODS, spelled
 from optimum_mla.report.inspection import inspection_text
 from optimum_mla.report.memory import resident_peak_bytes
+from optimum_mla.transforms.registry import transform_class
 from tests.cases import FAMILIES, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
@@ -32,22 +39,19 @@ def test_choices_are_what_conversions_give(family: str, tmp_path: Path) -> None:
     assert found.parameters == source.num_parameters()
     assert found.weight_bytes == 2 * source.num_parameters()
     assert found.source_cache_bytes_per_token == found.cache_bytes_per_token
-    choices = {choice.method: choice for choice in found.choices}
-    made = {
-        "gqa2mla --positional full": GQA2MLA(kv_cache_ratio=0.5, positional="full", calibration=token_ids(4, 24)),
-        "mha2mla": MHA2MLA(kv_cache_ratio=0.5, calibration=token_ids(4, 24), qk_rope_head_dim=4),
-        "x-ecomla": XEcoMLA(kv_cache_ratio=0.5, calibration=token_ids(4, 24), qk_rope_head_dim=8),
-    }
-    for name, method in made.items():
+    assert [(choice.method, choice.problem) for choice in found.choices] == [(spelled(*m), None) for m in METHODS]
+    turn = list(FAMILIES).index(family)
+    for choice, (name, options) in [*zip(found.choices, METHODS, strict=True)][turn % 2 :: 2]:
+        method = transform_class(name)(kv_cache_ratio=0.5, calibration=token_ids(4, 24), **options)
         converted = method(source_model(family, torch.bfloat16))
-        choice = choices[name]
-        assert choice.problem is None
-        # Ranks may move between layers of one total; where layers choose R, parameters are those of the planned one.
+        # Ranks may move between layers of one total; how many dims rotate is chosen by measuring.
         assert choice.cache_numbers_per_token == pytest.approx(converted.geometry.cache_numbers, abs=3)
         assert choice.cache_bytes_per_token == 2 * choice.cache_numbers_per_token
         assert choice.cache_percent_of_source == pytest.approx(100 * converted.geometry.cache_ratio, abs=1)
-        if name == "gqa2mla --positional full":
-            assert choice.parameters_added == converted.num_parameters() - source.num_parameters()
+        added = converted.num_parameters() - source.num_parameters()
+        assert choice.parameters_added <= added <= choice.parameters_added_most
+        if options == {"positional": "full"}:
+            assert choice.parameters_added == choice.parameters_added_most
 
 
 def test_features_and_blockers_are_named(tmp_path: Path) -> None:
@@ -161,15 +165,122 @@ def test_a_ratio_that_a_method_cannot_have_is_a_note() -> None:
     assert "gqa2mla, 1 " in text
 
 
-def test_the_command_prints_text_or_json() -> None:
+def test_the_command_prints_text_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run([PROGRAM, "mla-inspect", str(REFERENCE)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "convertible" in done.stdout
     assert "the source caches 1,536 bytes per token" in done.stdout
-    done = subprocess.run(
-        [PROGRAM, "mla-inspect", str(REFERENCE), "--json", "--kv-cache-ratios", "0.25"], capture_output=True, text=True
-    )
-    content = json.loads(done.stdout)
+    arguments = ["mla-inspect", str(REFERENCE), "--json", "--kv-cache-ratios", "0.25"]
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", *arguments])
+    main()
+    content = json.loads(capsys.readouterr().out)
     assert {choice["kv_cache_ratio"] for choice in content["choices"]} == {0.25}
     assert content["choices"][0]["cache_percent_of_source"] == 25.0
     assert content["conversion_memory_bytes"] > content["weight_bytes"]
+
+
+def test_only_the_weights_that_transformers_loads_count(tmp_path: Path) -> None:
+    source = source_model("llama")
+    source.save_pretrained(tmp_path / "whole")
+    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    (tmp_path / "whole" / "consolidated.safetensors").write_bytes(weights)
+    (tmp_path / "whole" / "adapter_model.safetensors").write_bytes(b"no weights")
+    assert inspect(str(tmp_path / "whole")).parameters == source.num_parameters()
+    source.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert inspect(str(tmp_path / "sharded")).parameters == source.num_parameters()
+    shards[1].unlink()
+    with pytest.raises(UnsupportedModelError, match=shards[1].name):
+        inspect(str(tmp_path / "sharded"))
+    for broken in ("", "[]", '{"weight_map": 1}', "{}"):
+        (tmp_path / "sharded" / "model.safetensors.index.json").write_text(broken)
+        with pytest.raises(UnsupportedModelError, match="holds a broken safetensors file"):
+            inspect(str(tmp_path / "sharded"))
+
+
+def test_headers_are_all_that_is_read(tmp_path: Path) -> None:
+    source = source_model("qwen3", torch.bfloat16)
+    source.save_pretrained(tmp_path)
+    whole = inspect(str(tmp_path))
+    path = tmp_path / "model.safetensors"
+    weights = path.read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")
+    path.write_bytes(weights[:header])
+    assert inspect(str(tmp_path)) == whole
+    for end in (0, 7, 8, header - 1):
+        path.write_bytes(weights[:end])
+        with pytest.raises(UnsupportedModelError, match="holds a broken safetensors file"):
+            inspect(str(tmp_path))
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """What `/OWNER/NAME/resolve/REVISION/FILE` of the hub answers; notes the bytes of each file that it sends."""
+
+    sent: dict[str, int]
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = Path(self.directory) / self.path.rpartition("/")[2]
+        content = path.read_bytes() if "/resolve/" in self.path and path.is_file() else None
+        self.send_response(404 if content is None else 206 if "range" in self.headers else 200)
+        if content is not None and "range" in self.headers:
+            first, last = self.headers["range"].removeprefix("bytes=").split("-")
+            content = content[int(first) : int(last) + 1]
+        for name, value in (("ETag", '"1"'), ("X-Repo-Commit", 40 * "0"), ("Content-Length", len(content or b""))):
+            self.send_header(name, str(value))
+        self.end_headers()
+        if content is not None and self.command == "GET":
+            self.sent[path.name] = self.sent.get(path.name, 0) + len(content)
+            self.wfile.write(content)
+
+
+def test_of_a_hub_id_only_config_and_headers_are_read(tmp_path: Path) -> None:
+    source = source_model("llama", vocab_size=20_000)
+    source.save_pretrained(tmp_path / "model")
+    Hub.sent = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tmp_path / "model")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [PROGRAM, "mla-inspect", "owner/model", "--json", "--cache-dir", str(tmp_path / "downloads")],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in environment.items() if "proxy" not in name.lower()},
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"] == source.num_parameters()
+    assert Hub.sent["model.safetensors"] <= 100_001 < (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert not list((tmp_path / "downloads").rglob("*.safetensors"))
+
+
+def test_a_downloaded_model_is_inspected_offline(tmp_path: Path) -> None:
+    place = tmp_path / "models--owner--model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(40 * "0")
+    source = source_model("llama")
+    source.save_pretrained(place / "snapshots" / (40 * "0"))
+    found = inspect("owner/model", hub={"cache_dir": str(tmp_path)})
+    assert (found.state, found.parameters) == ("convertible", source.num_parameters())
+    (place / "snapshots" / (40 * "0") / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModelError, match="the headers of owner/model did not load"):
+        inspect("owner/model", hub={"cache_dir": str(tmp_path)})
+
+
+def test_bad_input_of_the_command_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "mla-inspect", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    printed = capsys.readouterr()
+    assert (exit_.value.code, printed.out) == (2, "")
+    (line,) = [line for line in printed.err.splitlines() if "optimum.quanto.subpackage" not in line]
+    assert line.startswith("error: model: ")

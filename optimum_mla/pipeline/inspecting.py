@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -125,21 +126,25 @@ def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]
     from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
     from huggingface_hub.errors import SafetensorsParsingError
 
-    folder = Path(model)
-    if folder.is_dir():
-        paths = sorted(folder.glob("*.safetensors"))
-        try:
-            files = [parse_local_safetensors_file_metadata(path) for path in paths]
-        except (SafetensorsParsingError, OSError) as error:
-            raise UnsupportedModelError(
-                f"model: {folder} holds a broken safetensors file: {first_line(error)}"
-            ) from error
-    else:
+    problem: Exception | None = None
+    folder, files = Path(model) if Path(model).is_dir() else None, []
+    if folder is None:
         try:
             found = get_safetensors_metadata(model, revision=hub.get("revision"), token=hub.get("token"))
+            files = list(found.files_metadata.values())
         except Exception as error:  # whatever the network or the hub gives
-            raise UnsupportedModelError(f"model: the headers of {model} did not load: {first_line(error)}") from error
-        files = list(found.files_metadata.values())
+            problem, folder = error, downloaded(model, hub)
+            if folder is None:
+                raise UnsupportedModelError(
+                    f"model: the headers of {model} did not load: {first_line(error)}"
+                ) from error
+    if folder is not None:
+        try:
+            files = [parse_local_safetensors_file_metadata(path) for path in weight_files(folder)]
+        except (SafetensorsParsingError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnsupportedModelError(
+                f"model: {folder} holds a broken safetensors file or index: {first_line(error)}"
+            ) from (problem or error)
     tensors = {name: (str(info.dtype), list(info.shape)) for file in files for name, info in file.tensors.items()}
     if not tensors:
         raise UnsupportedModelError(
@@ -158,6 +163,26 @@ def frequencies_may_differ(model: str) -> bool:
     return chosen and not report.options.get("shared_rope")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that Transformers would load; others in the folder (adapters, the same weights again) are not."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
+
+
+def downloaded(model: str, hub: dict[str, Any]) -> Path | None:
+    """Where a hub id's weights lie on this machine, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        found = try_to_load_from_cache(model, name, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
 def features(config: PreTrainedConfig, layer: MLAGeometry, windows: bool, rope: str) -> list[str]:
     """What of a model bears on its conversion."""
     having = {
@@ -171,16 +196,17 @@ def features(config: PreTrainedConfig, layer: MLAGeometry, windows: bool, rope: 
     return [name for name, has in having.items() if has]
 
 
-def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> ModelGeometry:
-    """Shapes that a calibrated conversion gives, without any weights."""
+def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> list[ModelGeometry]:
+    """Shapes among which a calibrated conversion chooses (each layer by itself), without any weights."""
     family = family_of(config)
     transformation = transform_class(method)(calibration=torch.zeros(1, 2, dtype=torch.long), **options)
     layers = []
     for layer in config.per_layer_config:
         geometry = family.spec.geometry(layer)
         source = SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0))
-        layers.append(transformation.without_weights().plan_layer(source))
-    return ModelGeometry(tuple(layers))
+        weightless = transformation.without_weights()
+        layers.append(weightless.candidates(source, weightless.plan_layer(source)))
+    return [ModelGeometry(shapes) for shapes in zip(*layers, strict=True)]
 
 
 def spelled(method: str, options: dict[str, Any]) -> str:
@@ -199,16 +225,13 @@ def choice(
     """One method at one size."""
     name = spelled(method, options)
     try:
-        geometry = planned(config, method, {**options, "kv_cache_ratio": ratio})
+        shapes = planned(config, method, {**options, "kv_cache_ratio": ratio})
     except MLAError as error:
         return Choice(name, ratio, problem=first_line(error))
+    numbers = max(shape.cache_numbers for shape in shapes)
+    added = [shape.parameters_added for shape in shapes]
     return Choice(
-        name,
-        ratio,
-        geometry.cache_numbers,
-        geometry.cache_numbers * itemsize,
-        100 * geometry.cache_numbers / source.cache_numbers,
-        geometry.parameters_added,
+        name, ratio, numbers, numbers * itemsize, 100 * numbers / source.cache_numbers, min(added), max(added)
     )
 
 

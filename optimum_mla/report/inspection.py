@@ -16,9 +16,10 @@ class Choice:
     Attributes:
         method: With its options, as typed.
         kv_cache_ratio: Asked for.
-        cache_numbers_per_token: All layers. cache_bytes_per_token: In the checkpoint's dtype.
+        cache_numbers_per_token: All layers, at most. cache_bytes_per_token: In the checkpoint's dtype.
         cache_percent_of_source: What results.
-        parameters_added: More than the source has (negative: fewer).
+        parameters_added: More than the source has (negative: fewer), at least. parameters_added_most: Likewise, at
+            most: calibration chooses how many of the dims keep their rotation.
         problem: Why it cannot be, or None.
     """
 
@@ -28,6 +29,7 @@ class Choice:
     cache_bytes_per_token: float | None = None
     cache_percent_of_source: float | None = None
     parameters_added: int | None = None
+    parameters_added_most: int | None = None
     problem: str | None = None
 
 
@@ -112,7 +114,8 @@ def inspection_text(found: Inspection) -> str:
                 f"{row.cache_numbers_per_token:,}",
                 f"{row.cache_bytes_per_token:,.0f}",
                 number(row.cache_percent_of_source, 1),
-                f"{row.parameters_added:+,}",
+                f"{row.parameters_added:+,}"
+                + (f" to {row.parameters_added_most:+,}" if row.parameters_added_most != row.parameters_added else ""),
             )
             for row in found.choices
             if row.problem is None
