@@ -87,6 +87,8 @@ def compare(
     formats = check_formats(formats)
     if len(places) < 2:
         raise InvalidValueError("compare", [str(p) for p in places], "two folders or more")
+    if len({place.resolve() for place in places}) < len(places):
+        raise InvalidValueError("compare", [str(p) for p in places], "folders that differ")
     reports = [BenchmarkReport.read(place) for place in places]
     names = [place.resolve().name for place in places]
     if len(set(names)) < len(names):

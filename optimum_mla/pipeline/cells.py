@@ -228,20 +228,24 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def answer(kind: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What a cell found, or its `problem` in one line."""
+    try:
+        return CELLS[kind](**request)
+    except (MLAError, RuntimeError, MemoryError, ValueError, OSError) as error:
+        problem = " ".join(str(error).split()) if isinstance(error, MLAError) else first_line(error)
+        return {"problem": OUT_OF_MEMORY if ran_out_of_memory(error) else problem}
+
+
 def main() -> None:
-    """Answer one request."""
+    """Answer the request on standard input."""
     # Imported for the model classes that it registers, also where this module runs as a program.
     import optimum_mla  # noqa: F401
     from optimum_mla.cli import quiet_libraries
 
     quiet_libraries()
     asked = json.loads(sys.stdin.read())
-    try:
-        found = CELLS[asked["kind"]](**asked["request"])
-    except (MLAError, RuntimeError, MemoryError, ValueError, OSError) as error:
-        problem = " ".join(str(error).split()) if isinstance(error, MLAError) else first_line(error)
-        found = {"problem": OUT_OF_MEMORY if ran_out_of_memory(error) else problem}
-    Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
+    Path(sys.argv[1]).write_text(json.dumps(answer(asked["kind"], asked["request"])), encoding="utf-8")
 
 
 if __name__ == "__main__":

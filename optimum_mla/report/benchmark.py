@@ -125,7 +125,7 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One metric of one `lm_eval` task, generated through the model's own cache.
+    """One metric of one `lm_eval` task; what it generates comes through the model's own cache.
 
     Attributes:
         role: As in `MemoryRow`.

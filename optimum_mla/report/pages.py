@@ -231,9 +231,11 @@ def tasks(reports: Named) -> Section:
         (prefix + row.role, row.task, row.metric, number(row.value, 4), number(row.stderr, 4), row.problem or "")
         for prefix, _, row in _rows(reports, "tasks")
     ]
-    return Section(
-        "Tasks", "By lm_eval, through the model's own cache.", ("", "task", "metric", "value", "±", "note"), rows
+    note = (
+        "By lm_eval. What a task generates comes through the model's own cache; given answers are scored in one pass "
+        "with their question, in which nothing quantized is read yet."
     )
+    return Section("Tasks", note, ("", "task", "metric", "value", "±", "note"), rows)
 
 
 def facts(reports: Named) -> list[tuple[str, str]]:

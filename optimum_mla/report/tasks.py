@@ -1,4 +1,8 @@
-"""`lm_eval` tasks, generated and scored through a model's own cache."""
+"""`lm_eval` tasks, generated through a model's own cache.
+
+Answers that are only scored go through the model in one pass with their question. A quantized cache stores tokens as
+they pass and is read by later calls, so it makes no difference to them.
+"""
 
 from __future__ import annotations
 

@@ -74,13 +74,15 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
         """Measure or compare, print the summary; bad input prints one line and exits with 2."""
         from optimum_mla.cli import exit_on_bad_input
 
-        with exit_on_bad_input("what was measured by then is in OUTPUT"):
+        with exit_on_bad_input("what was measured by then, if anything, is in OUTPUT"):
             from optimum_mla.errors import InvalidValueError
             from optimum_mla.pipeline import BenchmarkOptions, benchmark, compare
             from optimum_mla.report.pages import FORMATS, terminal
             from optimum_mla.report.sizes import parse_bytes
 
             args = self.args
+            for field in ("parts", "format"):
+                give_back(args, field)
             formats = tuple(args.format or FORMATS)
             if args.compare is not None:
                 output = args.output or COMPARISON
@@ -96,11 +98,11 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
                 "context_lengths": args.context_lengths,
                 "batch_sizes": args.batch_sizes,
                 "parts": args.parts and tuple(args.parts),
-                "tasks": args.tasks and tuple(args.tasks.split(",")),
+                "tasks": args.tasks and listed(args.tasks),
             }
             options = BenchmarkOptions(
                 **{name: value for name, value in named.items() if value is not None},
-                caches=tuple(args.cache.split(",")),
+                caches=listed(args.cache),
                 new_tokens=args.new_tokens,
                 repeats=args.repeats,
                 eval_data=args.eval_data,
@@ -124,6 +126,18 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
             )
             print(terminal([(args.model, report)]))
             print(f"\nSaved to {args.output}")
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The words between the commas, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def give_back(args: Namespace, field: str) -> None:
+    """Take the output from the end of an option that takes several words, which the parser gave it to."""
+    words = getattr(args, field) or []
+    if args.compare is None and args.output is None and len(words) > 1:
+        args.output = words.pop()
 
 
 def integers(args: Namespace, field: str) -> tuple[int, ...] | None:
