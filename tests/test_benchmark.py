@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from optimum.commands.optimum_cli import main
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from optimum_mla import XEcoMLA
+from optimum_mla.cache import CacheSettings
 from optimum_mla.errors import InvalidValueError, MLAError, OutputError
-from optimum_mla.pipeline import BenchmarkOptions, benchmark, cells, compare, quantize
+from optimum_mla.pipeline import BenchmarkOptions, benchmark, benchmark_run, cells, compare, quantize
 from optimum_mla.pipeline.cells import CellError, memory_cell, quality_cell, ran_out_of_memory, run_cell, speed_cell
 from optimum_mla.report.benchmark import BenchmarkReport
 
@@ -56,9 +60,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def answered_here(kind: str, request: dict[str, Any]) -> dict[str, Any]:
+    """As `run_cell`, without a process of its own, whose start takes seconds; what goes in and out is text as there."""
+    found = json.loads(json.dumps(cells.answer(kind, json.loads(json.dumps(request)))))
+    if "problem" in found:
+        raise CellError(found["problem"])
+    return found
+
+
 @pytest.fixture(scope="module")
-def report(models: Path) -> BenchmarkReport:
-    """One run with a little of everything; also in the folder `report`."""
+def report(models: Path) -> Iterator[BenchmarkReport]:
+    """One run with a little of everything; also in the folder `report`. Of each kind one cell is a real process."""
+    kinds: set[str] = set()
+
+    def run(kind: str, request: dict[str, Any]) -> dict[str, Any]:
+        answer = answered_here if kind in kinds else run_cell
+        kinds.add(kind)
+        return answer(kind, request)
+
     options = BenchmarkOptions(
         context_lengths=(1024, 4096),
         batch_sizes=(2,),
@@ -71,7 +90,9 @@ def report(models: Path) -> BenchmarkReport:
         stride=8,
         memory_budget=10**9,
     )
-    return benchmark(str(models / "converted"), models / "report", str(models / "source"), options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark_run, "run_cell", run)
+        yield benchmark(str(models / "converted"), models / "report", str(models / "source"), options)
 
 
 def test_memory_is_what_the_shapes_say(report: BenchmarkReport) -> None:
@@ -195,16 +216,25 @@ def test_cells_without_a_baseline(models: Path) -> None:
     assert found["tokens"] == 8
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells answer in this process."""
+    monkeypatch.setattr(benchmark_run, "run_cell", answered_here)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_cell_without_memory_says_so_and_the_run_goes_on(models: Path, tmp_path: Path) -> None:
     options = BenchmarkOptions(
-        context_lengths=(64,), batch_sizes=(1, 10**9), parts=("memory", "speed"), repeats=1, new_tokens=1
+        context_lengths=(64,), batch_sizes=(10**9, 1), parts=("memory", "speed"), repeats=1, new_tokens=1
     )
     report = benchmark(str(models / "converted"), tmp_path / "out", "none", options, formats=("json",))
-    assert [row.problem for row in report.memory] == [None, "out of memory"]
-    assert [row.problem for row in report.speed] == [None, "out of memory, as in the memory table"]
+    assert [row.problem for row in report.memory] == ["out of memory", None]
+    assert [row.problem for row in report.speed] == ["out of memory, as in the memory table", None]
+    assert [row.batch_size for row in report.speed] == [10**9, 1]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
     assert report.baseline is None
     assert report.baseline_cache_numbers_per_token == 128
+    assert [row.largest_batch > 0 for row in report.budget] == [True]
 
 
 def test_a_killed_cell_counts_as_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +259,7 @@ def test_a_lack_of_memory_is_known_by_what_it_says(models: Path) -> None:
         assert not ran_out_of_memory(error)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_another_vocabulary_refuses_quality_alone(models: Path, tmp_path: Path) -> None:
     options = BenchmarkOptions(
         context_lengths=(16,),
@@ -248,17 +279,16 @@ def test_another_vocabulary_refuses_quality_alone(models: Path, tmp_path: Path) 
     assert "refused: the baseline" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_reports_are_compared(report: BenchmarkReport, models: Path, tmp_path: Path) -> None:
+def test_reports_are_compared(
+    report: BenchmarkReport, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = replace(report, model="another", interrupted=True)
     (tmp_path / "other").mkdir()
     other.write(tmp_path / "other")
-    done = subprocess.run(
-        [PROGRAM, "mla-benchmark", "--compare", str(models / "report"), str(tmp_path / "other")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    arguments = ["mla-benchmark", "--compare", str(models / "report"), str(tmp_path / "other")]
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", *arguments])
+    main()
     text = (tmp_path / "mla_comparison" / "report.md").read_text()
     assert text.startswith("# 2 reports compared")
     assert "| report: model, hqq-int4 |" in text
@@ -351,30 +381,125 @@ def test_comparisons_need_reports(report: BenchmarkReport, models: Path, tmp_pat
         compare([models / "report", tmp_path], tmp_path / "out")
 
 
-def test_the_command_names_what_is_missing(tmp_path: Path) -> None:
-    done = subprocess.run([PROGRAM, "mla-benchmark", str(tmp_path / "out")], capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if "optimum.quanto.subpackage" not in line]
-    assert (done.returncode, len(lines)) == (2, 1)
-    assert lines[0].startswith("error: model: got None")
-
-
-def test_tasks_run_through_the_models_own_cache(models: Path, tmp_path: Path) -> None:
-    rows = [{"question": "one two", "answer": " three"}, {"question": "four five", "answer": " six"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "task.yaml").write_text(
-        "task: count_on\n"
-        "dataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
-        "test_split: test\n"
-        "output_type: multiple_choice\n"
-        'doc_to_text: "{{question}}"\n'
-        'doc_to_choice: ["{{answer}}", " nothing"]\n'
-        "doc_to_target: 0\n"
-        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+@pytest.mark.usefixtures("in_process")
+def test_another_tokenizer_refuses_quality_alone(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "source", tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    one, two, *_ = [word for word, number in content["model"]["vocab"].items() if number > 2000]
+    vocabulary = content["model"]["vocab"]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    path.write_text(json.dumps(content))
+    options = BenchmarkOptions(
+        (16,), (1,), eval_data=EVALUATION, eval_samples=1, eval_length=16, parts=("memory", "quality")
     )
-    options = BenchmarkOptions(parts=(), tasks=("count_on",), tasks_path=str(tmp_path))
-    report = benchmark(str(models / "converted"), tmp_path / "out", "none", options, formats=("md",))
-    (row,) = [row for row in report.tasks if row.metric == "acc"]
-    assert row.problem is None
-    assert row.value in (0.0, 0.5, 1.0)
-    assert "count_on" in (tmp_path / "out" / "report.md").read_text()
+    report = benchmark(str(models / "converted"), tmp_path / "out", str(tmp_path / "other"), options, formats=())
+    assert [row.problem for row in report.memory] == [None, None]
+    theirs, ours = report.quality
+    assert theirs.problem == "refused: the baseline has another tokenizer"
+    assert ours.problem is None
+    assert ours.agreement_percent is None
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_quantized_model_is_measured_as_it_stores(models: Path, tmp_path: Path) -> None:
+    """The settings in its config are its default cache, with room for tokens that come later."""
+    settings = CacheSettings(bits=4, rope_bits=8, residual_length=0, group_size=16)
+    quantize(str(models / "converted"), tmp_path / "quantized", settings)
+    options = BenchmarkOptions(
+        *((96,), (1, 3), ("default", "16bit", "hqq-int3", "quanto-int8", "quanto-int4")),
+        eval_data=EVALUATION,
+        eval_samples=2,
+        eval_length=16,
+        stride=8,
+        parts=("memory", "quality"),
+    )
+    report = benchmark(str(tmp_path / "quantized"), tmp_path / "out", str(models / "source"), options, formats=())
+    for row in report.memory:
+        assert (row.problem, row.flags) == (None, [])
+        if row.cache != "16bit":
+            assert row.live_cache_bytes == row.predicted_cache_bytes
+    single = {row.cache: row.live_cache_bytes for row in report.memory if row.role == "model" and row.batch_size == 1}
+    # Two layers, 24 numbers of latent in two groups and a rotary key of 8: codes, scales, and shifts (quanto has
+    # none for 8 bits).
+    assert single["16bit"] >= 96 * 2 * 32 * 4
+    assert single["default"] == 96 * 2 * (24 * 4 + 2 * 32 + 8 * 8 + 32) / 8
+    assert single["quanto-int4"] == 96 * 2 * (24 * 4 + 2 * 32 + 8 * 8 + 16) / 8
+    assert single["quanto-int8"] == 96 * 2 * (24 * 8 + 2 * 16 + 8 * 8 + 16) / 8
+    # Ten numbers of 3 bits share a word: these 24 need three words, as they do with 4 bits.
+    assert single["hqq-int3"] == single["default"]
+    quality = {row.cache: row for row in report.quality if row.role == "model"}
+    assert quality["16bit"].kl_nats < quality["default"].kl_nats != quality["quanto-int8"].kl_nats
+
+
+def test_interrupted_before_anything_was_measured_nothing_is_written(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(kind: str, request: dict[str, Any]) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(benchmark_run, "run_cell", stop)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(str(models / "converted"), tmp_path / "out", "none", BenchmarkOptions((8,), (1,)))
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
+    "no model": (["OUT"], "error: model: got None"),
+    "no output": (["-m", "MODEL"], "error: output: got None"),
+    "no numbers": (["-m", "MODEL", "OUT", "--context-lengths", "8k", "16"], "error: context_lengths: got ['8k', '16']"),
+    "no context": (["-m", "MODEL", "OUT", "--context-lengths", "0"], "error: context_lengths: got [0]"),
+    "no such cache": (["-m", "MODEL", "OUT", "--cache", "default,int4"], "error: cache: got 'int4'"),
+    "no such bits": (["-m", "MODEL", "OUT", "--cache", "quanto-int3"], "error: bits: got 3"),
+    "a cache of the source": (["-m", "SOURCE", "OUT", "--cache", "16bit"], "error: cache: got '16bit'"),
+    "no such part": (["-m", "MODEL", "--parts", "taste", "memory", "OUT"], "error: parts: got 'taste'"),
+    "no such format": (["-m", "MODEL", "--format", "md", "pdf", "OUT"], "error: format: got 'pdf'"),
+    "no size": (["-m", "MODEL", "OUT", "--memory-budget", "much"], "error: memory_budget: got 'much'"),
+    "an output that exists": (["-m", "MODEL", "SOURCE"], "error: output: "),
+    "one report": (["--compare", "REPORT"], "error: compare: "),
+    "a report twice": (["--compare", "REPORT", "REPORT"], "error: compare: "),
+    "no report": (["--compare", "REPORT", "MODEL"], "error: compare: "),
+    "a comparison over its report": (["REPORT", "--overwrite", "--compare", "REPORT", "OTHER"], "error: output: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line(
+    case: str,
+    report: BenchmarkReport,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (models / "other").mkdir(exist_ok=True)
+    report.write(models / "other")
+    named = {name.upper(): str(models / name) for name in ("source", "report", "other")}
+    named |= {"MODEL": str(models / "converted"), "OUT": str(tmp_path / "out")}
+    words, message = BAD_ARGUMENTS[case]
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "mla-benchmark", *(named.get(word, word) for word in words)])
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    printed = capsys.readouterr()
+    assert (exit_.value.code, printed.out) == (2, "")
+    (line,) = [line for line in printed.err.splitlines() if "optimum.quanto.subpackage" not in line]
+    assert line.startswith(message)
+    assert list(tmp_path.iterdir()) == []
+    assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_output_may_stand_behind_an_option_of_several_words(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["optimum-cli", "mla-benchmark", "-m", str(models / "converted"), "--baseline", "none"]
+    start += ["--context-lengths", "8", "--batch-sizes", "1", "--cache", "default, 16bit,default"]
+    for name, end in (("a", ["--format", "md", "--parts", "memory"]), ("b", ["--parts", "memory", "--format", "md"])):
+        monkeypatch.setattr(sys, "argv", [*start, *end, str(tmp_path / name)])
+        main()
+        assert [row.cache for row in BenchmarkReport.read(tmp_path / name).memory] == ["default", "16bit"]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["report.json", "report.md"]
+        assert f"Saved to {tmp_path / name}" in capsys.readouterr().out

@@ -77,12 +77,13 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
         with exit_on_bad_input("what was measured by then, if anything, is in OUTPUT"):
             from optimum_mla.errors import InvalidValueError
             from optimum_mla.pipeline import BenchmarkOptions, benchmark, compare
+            from optimum_mla.pipeline.benchmark_run import PARTS
             from optimum_mla.report.pages import FORMATS, terminal
             from optimum_mla.report.sizes import parse_bytes
 
             args = self.args
-            for field in ("parts", "format"):
-                give_back(args, field)
+            give_back(args, "parts", PARTS)
+            give_back(args, "format", FORMATS)
             formats = tuple(args.format or FORMATS)
             if args.compare is not None:
                 output = args.output or COMPARISON
@@ -133,10 +134,10 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
 
 
-def give_back(args: Namespace, field: str) -> None:
+def give_back(args: Namespace, field: str, known: tuple[str, ...]) -> None:
     """Take the output from the end of an option that takes several words, which the parser gave it to."""
     words = getattr(args, field) or []
-    if args.compare is None and args.output is None and len(words) > 1:
+    if args.compare is None and args.output is None and len(words) > 1 and words[-1] not in known:
         args.output = words.pop()
 
 
