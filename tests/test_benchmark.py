@@ -429,7 +429,8 @@ def test_a_quantized_model_is_measured_as_it_stores(models: Path, tmp_path: Path
     # Ten numbers of 3 bits share a word: these 24 need three words, as they do with 4 bits.
     assert single["hqq-int3"] == single["default"]
     quality = {row.cache: row for row in report.quality if row.role == "model"}
-    assert quality["16bit"].kl_nats < quality["default"].kl_nats != quality["quanto-int8"].kl_nats
+    # Random weights are not made worse by rounding, but every cache rounds in its own way.
+    assert len({row.kl_nats for row in quality.values()}) == len(quality) == 5
 
 
 def test_interrupted_before_anything_was_measured_nothing_is_written(

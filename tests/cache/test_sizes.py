@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, PreTrainedConfig
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.cache.settings import named_cache
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.report.memory import live_cache_bytes
 from optimum_mla.report.sizes import predicted_cache_bytes
-from tests.cases import METHODS, source_model, token_ids
+from tests.cases import FAMILIES, METHODS, source_model, token_ids
 
 TOKENS = 100
+EVERY_CACHE = ("default", "16bit", "hqq-int4", "hqq-int3", "quanto-int8", "quanto-int4")
 
 
 def live(model: Any, cache: str, tokens: int, batch: int = 1, **settings: Any) -> int:
@@ -48,6 +50,37 @@ def test_quantized_caches_take_what_is_predicted(method: Any, settings: dict[str
         assert predicted[0] <= found <= sum(predicted)
         if settings["residual_length"] == 0:
             assert found == predicted[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_predicted_with_every_kind_of_cache(method: str) -> None:
+    """Three rows, a family each, windows and layers that stay as they were among them."""
+    family = list(FAMILIES)[list(METHODS).index(method) % len(FAMILIES)]
+    for number, (name, cache) in enumerate((n, c) for n in (family, "mistral with a window") for c in EVERY_CACHE):
+        dtype = (torch.float32, torch.bfloat16)[number % 2]
+        model = METHODS[method](token_ids(4, 24))(source_model(name, dtype))
+        model.config.latent_cache = {"residual_length": 8, "group_size": 8, "rope_bits": 8}
+        predicted = predicted_cache_bytes(model.config, cache, TOKENS, dtype.itemsize, steps=1)
+        assert predicted is not None
+        found = live(model, cache, TOKENS, batch=3)
+        assert 0.98 * 3 * predicted[0] <= found <= 1.02 * 3 * predicted[0] + 3 * predicted[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_source_is_predicted(family: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = source_model(family, dtype)
+        held = DynamicCache(config=model.config)
+        ids = token_ids(3, TOKENS)
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=held, use_cache=True)
+            model(ids[:, -1:], past_key_values=held, use_cache=True)
+        predicted = predicted_cache_bytes(model.config, "default", TOKENS, dtype.itemsize, steps=1)
+        assert predicted == (live_cache_bytes(held) / 3, 0)
+
+
+def test_kinds_that_are_not_known_are_not_predicted() -> None:
+    assert predicted_cache_bytes(PreTrainedConfig(), "default", 10, 2) is None
 
 
 def test_a_growing_cache_stays_within_the_spare_room() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from optimum_mla.report.benchmark import BenchmarkReport, MemoryRow, QualityRow, SpeedRow, TaskRow
 from optimum_mla.report.pages import html, markdown, size, terminal, write_pages
+from optimum_mla.report.plots import COLOURS
 from optimum_mla.report.sizes import budget_rows
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -96,6 +101,14 @@ def test_pages_are_the_same_every_time() -> None:
     assert html([("run", report())]) == html([("run", report())])
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_diverged_model_has_its_pages(value: float, tmp_path: Path) -> None:
+    broken = replace(report(), quality=[QualityRow("model", "default", value, 0.0, value, 10)], interrupted=True)
+    write_pages([("run", broken)], tmp_path, ("md", "html"))
+    assert str(value) in (tmp_path / "report.md").read_text()
+    assert "interrupted" in (tmp_path / "report.html").read_text()
+
+
 def test_text_of_a_report_is_no_markup() -> None:
     assert "<b>bold</b>" not in html([("<b>bold</b>", report())])
 
@@ -146,8 +159,13 @@ def test_the_page_in_a_browser(browser: Any, width: int, scheme: str, several: b
     label = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
     ink = sum(float(part) for part in label.strip("rgba()").split(",")[:3]) / 3
     assert abs(background - ink) > 150
-    shot = page.screenshot(full_page=True)
-    assert len(shot) > 10_000
+    with Image.open(io.BytesIO(page.screenshot(full_page=True))) as shot:
+        assert shot.width == width
+        page_colour, *others = sorted(shot.convert("RGB").getcolors(2**24) or [], reverse=True)
+    # Mostly page, but with ink, and the colours of the plots' lines.
+    assert page_colour[0] < 0.98 * sum(count for count, _ in [page_colour, *others])
+    wanted = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in COLOURS[:2]]
+    assert {colour for _, colour in others}.issuperset(wanted)
     page.close()
 
 
