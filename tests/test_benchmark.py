@@ -346,6 +346,10 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "no such text": (r"no file nowhere.txt", {"eval_data": "nowhere.txt"}, {}),
     "no such device": (r"dtype: got 'int3'", {}, {"dtype": "int3"}),
+    "a stride of nothing": (r"stride: got 0", {"eval_data": EVALUATION, "stride": 0}, {}),
+    "windows of nothing": (r"eval_length: got 0", {"eval_data": EVALUATION, "eval_length": 0}, {}),
+    "no documents": (r"tasks_limit: got 0", {"tasks_limit": 0}, {}),
+    "no caches": (r"cache: got \[\]", {"caches": ()}, {}),
     "no such task": (r"tasks: got 'no_such_task'", {"tasks": ("no_such_task",)}, {}),
     "no such folder of tasks": (r"tasks_path: got 'nowhere'", {"tasks": ("one",), "tasks_path": "nowhere"}, {}),
 }

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.cache.backends import check_settings
-from optimum_mla.cache.settings import named_cache
+from optimum_mla.cache.settings import CACHE_NAMES, named_cache
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
@@ -81,9 +81,13 @@ class BenchmarkOptions:
         for field in ("new_tokens", "repeats", "eval_samples"):
             if getattr(self, field) < 1:
                 raise InvalidValueError(field, getattr(self, field), "integers from 1")
+        if self.tasks_limit is not None and self.tasks_limit < 1:
+            raise InvalidValueError("tasks_limit", self.tasks_limit, "integers from 1")
         for part in self.parts:
             if part not in PARTS:
                 raise InvalidValueError("parts", part, ", ".join(PARTS))
+        if not self.caches:
+            raise InvalidValueError("cache", [], CACHE_NAMES)
         for name in self.caches:
             check_settings(CacheSettings(**named_cache(name)))
 
@@ -139,10 +143,10 @@ class Benchmark:
         if options.eval_data is None or "quality" not in options.parts:
             return None, {}, None
         longest = context_limit(self.config) or LONGEST_WINDOW
-        length = options.eval_length or min(LONGEST_WINDOW, longest)
+        length = min(LONGEST_WINDOW, longest) if options.eval_length is None else options.eval_length
         if not 2 <= length <= longest:
             raise InvalidValueError("eval_length", length, f"2 to {longest} for this model")
-        stride = options.stride or max(1, length // 2)
+        stride = max(1, length // 2) if options.stride is None else options.stride
         if not 1 <= stride < length:
             raise InvalidValueError("stride", stride, f"1 to {length - 1}, below the window of {length} tokens")
         tokenizer = load_tokenizer(self.model, hub, needed=True)
@@ -246,7 +250,7 @@ class Benchmark:
             try:
                 rows = run_cell("speed", request)["rows"]
             except CellError as error:
-                problems = dict.fromkeys(problems, str(error))
+                problems |= dict.fromkeys(able, str(error))
         elif BASELINE in able:
             problems[BASELINE] = "skipped: there is no model row to compare with"
         found = {(row.pop("role"), row.pop("cache")): row for row in rows}
