@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_mla.errors import InvalidValueError, MissingDependencyError, OutputError
-from optimum_mla.models.checkpoint import atomic_folder, check_output
+from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.pipeline.benchmark_run import Benchmark, BenchmarkOptions
 from optimum_mla.pipeline.loading import check_dtype, source_of
 from optimum_mla.report.benchmark import BenchmarkReport

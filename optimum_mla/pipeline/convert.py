@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from optimum_mla.errors import InvalidValueError
+from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.models.base import model_geometry
-from optimum_mla.models.checkpoint import atomic_folder, check_output
 from optimum_mla.models.deepseek import check_exportable
 from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model
 from optimum_mla.pipeline.loading import (

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_mla.errors import InvalidValueError, UnsupportedModelError
-from optimum_mla.models.checkpoint import atomic_folder, check_output
+from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.models.deepseek import check_exportable, export_deepseek
 from optimum_mla.models.registry import is_converted
 from optimum_mla.pipeline.loading import (

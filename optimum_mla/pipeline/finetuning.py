@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from optimum_mla.errors import InvalidValueError, MLAError, OutputError, UnsupportedModelError, first_line
-from optimum_mla.models.checkpoint import atomic_folder, check_output
+from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,

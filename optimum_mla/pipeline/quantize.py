@@ -10,8 +10,8 @@ import torch
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.models.base import model_geometry
-from optimum_mla.models.checkpoint import atomic_folder, check_output
 from optimum_mla.models.weights import check_weights, quantize_weights, weight_bytes
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optimum_mla.errors import OutputError
-from optimum_mla.models.checkpoint import atomic_folder
+from optimum_mla.io.folder import atomic_folder
 
 
 def test_the_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
