@@ -116,8 +116,10 @@ class Variant:
                 self.cache.update(*self._new(context), layer)
 
     def step(self) -> None:
-        """One token through the whole model."""
-        self.model(self.token, past_key_values=self.cache, use_cache=True)
+        """Run one token through the whole model."""
+        from optimum_mla.stack import cache_argument
+
+        self.model(self.token, **cache_argument(self.model, self.cache), use_cache=True)
 
     def core_step(self) -> None:
         """What lies between the projections, for every layer."""

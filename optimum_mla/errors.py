@@ -27,6 +27,14 @@ class UnsupportedModelError(MLAError, ValueError):
     """The model cannot be converted: unknown family, already converted, quantized weights, or not a decoder LM."""
 
 
+class UnsupportedStackError(MLAError, RuntimeError):
+    """The installed release of Transformers names or builds things in a way that this package cannot read."""
+
+
+class UnknownKeywordError(MLAError, TypeError):
+    """A model or an attention was given a keyword argument that it would not use."""
+
+
 class CorruptWeightsError(MLAError, ValueError):
     """The checkpoint's weights are unusable (NaN or infinite values, missing tensors)."""
 

@@ -36,7 +36,7 @@ class LatentCache(Cache):
         """
         if layer_idx >= len(self.layers) or not isinstance(self.layers[layer_idx], LatentLayer):
             raise InvalidValueError(
-                "past_key_values",
+                "cache",
                 f"a cache without a latent layer {layer_idx}",
                 "one from this model's make_cache()",
             )

@@ -208,7 +208,7 @@ class LatentLayer(CacheLayerMixin):
         widths = [self._first_width, sum(self._second_widths)]
         if [first.shape[-1], second.shape[-1]] != widths:
             raise InvalidValueError(
-                "past_key_values", [first.shape[-1], second.shape[-1]], f"widths {widths} of the model it was made for"
+                "cache", [first.shape[-1], second.shape[-1]], f"widths {widths} of the model it was made for"
             )
         if not self.is_initialized:
             self.lazy_initialization(first, second)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,14 @@ from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.models.spec import AttentionSpec, sliding_window
 from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
 from optimum_mla.nn.decoupled import default_rope_pairs
+from optimum_mla.stack import (
+    CACHE_ARGUMENT,
+    cache_name,
+    cache_position,
+    check_keywords,
+    forward_keywords,
+    renamed_cache,
+)
 
 MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
     "attention_form": (str, "source"),
@@ -34,8 +44,6 @@ MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
 }
 """Type and default of every field that a converted config adds; all but `mla_method` are `MLAGeometry`'s fields."""
 
-PAST_ARGUMENT = 4
-"""Place of `past_key_values` among the positional arguments of a base model's `forward`, counted from 1."""
 SHIM_NAME = "modeling_mla"
 
 
@@ -89,14 +97,6 @@ class MLAModelMixin(LatentInitialization):
         """What `output_attentions` and `output_hidden_states` record: attentions of both kinds, in layer order."""
         return {**source, "attentions": [LatentAttention, source_attention]}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the source family, but a cache that nobody made is a `LatentCache`."""
-        use_cache = kwargs.get("use_cache")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and not self.training and len(args) < PAST_ARGUMENT and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = latent_cache(self.spec, self.config)
-        return super().forward(*args, **kwargs)
-
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         spec, rotary = self.spec, getattr(self, self.spec.rotary)
@@ -106,6 +106,34 @@ class MLAModelMixin(LatentInitialization):
                 attention = build_attention(spec, config, index, rotary)
                 setattr(layer, spec.attention, attention)
         self.post_init()
+
+
+def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
+    """Return the `forward` of a converted base model, with the signature of the source's.
+
+    It makes a `LatentCache` where a cache is wanted and none was given, takes the cache by every known name, and
+    refuses keywords that nothing would use.
+
+    Args:
+        source_base: The base model class of the source family.
+    """
+    source_forward = source_base.forward
+    name, position = cache_name(source_forward), cache_position(source_forward) - 1  # `self` is not among `args`
+    known = forward_keywords(source_forward)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = renamed_cache(kwargs, name, f"{type(self).__name__}.forward")
+        check_keywords(kwargs, known, type(self).__name__, self.config._attn_implementation)
+        use_cache = kwargs.get("use_cache")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and not self.training and len(args) <= position and kwargs.get(name) is None:
+            kwargs[name] = latent_cache(self.spec, self.config)
+        return source_forward(self, *args, **kwargs)
+
+    forward.__doc__ = source_forward.__doc__
+    # Tools read the main input's name, and which columns a dataset may have, from the signature.
+    forward.__signature__ = inspect.signature(source_forward)  # type: ignore[attr-defined]
+    return forward
 
 
 class MLAForCausalLMMixin(LatentInitialization):
@@ -137,12 +165,12 @@ class MLAForCausalLMMixin(LatentInitialization):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """As in Transformers, but where the user chose nothing the cache is a `LatentCache`."""
+        """Prepare the cache as Transformers does, but make a `LatentCache` where the user chose nothing."""
         chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
-        if chosen or model_kwargs.get("past_key_values") is not None:
+        if chosen or model_kwargs.get(CACHE_ARGUMENT) is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
-        model_kwargs["past_key_values"] = cache = self.make_cache()
+        model_kwargs[CACHE_ARGUMENT] = cache = self.make_cache()
         if generation_config.is_assistant:
             cache.activate_past_recording()
 

@@ -16,7 +16,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.errors import UnsupportedModelError
-from optimum_mla.models.base import MLA_CONFIG_FIELDS, MLAConfigMixin, MLAForCausalLMMixin, MLAModelMixin
+from optimum_mla.models.base import (
+    MLA_CONFIG_FIELDS,
+    MLAConfigMixin,
+    MLAForCausalLMMixin,
+    MLAModelMixin,
+    base_forward,
+)
 from optimum_mla.models.spec import AttentionSpec
 
 BUILT_IN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -86,6 +92,7 @@ def register_family(spec: AttentionSpec) -> Family:
             **shared,
             "__doc__": f"{prefix}Model with latent attention in its converted layers.",
             "config_class": config,
+            "forward": base_forward(source_base),
             "_can_record_outputs": MLAModelMixin.recorders(source_base._can_record_outputs, source_attention),
         },
     )

@@ -3,8 +3,8 @@
 The letters are those of `optimum_mla.geometry`; B, S, T are batch, query tokens and cached tokens. Parameter names and
 the order of dims in a head (position-free first) are DeepSeek's (`DeepseekV3Attention` in Transformers).
 
-A layer caches two single-head 4-D tensors through the ordinary `past_key_values.update`, so every Transformers cache
-class works; expanded keys and values live only for the length of one forward pass. A cache that has `update_blocks`
+A layer caches two single-head 4-D tensors through the ordinary `Cache.update`, so every Transformers cache class works;
+expanded keys and values live only for the length of one forward pass. A cache that has `update_blocks`
 (`optimum_mla.cache.LatentCache`) hands its tokens over in blocks, which need not be dense.
 """
 
@@ -24,6 +24,7 @@ from optimum_mla.ops.blocks import Block, CacheView, TensorView
 from optimum_mla.ops.blockwise import Sums, attend, masked_softmax, softmax_sums
 from optimum_mla.ops.positions import cached_positions
 from optimum_mla.ops.rotary import AbsoluteFrames, RelativeFrames, RotaryFrames, Rotation
+from optimum_mla.stack import changes_attention, check_keywords, forward_keywords, takes_cache
 
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length."""
@@ -45,6 +46,8 @@ class LatentAttention(nn.Module, ABC):
     """
 
     is_causal = True
+    known_keywords = forward_keywords() | {"use_cache"}
+    """Keywords that `forward` may be given beside its own arguments."""
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     def __init__(
@@ -110,30 +113,36 @@ class LatentAttention(nn.Module, ABC):
     def _absorbing_saves(self, queries: int, tokens: int) -> bool:
         """Whether `_absorbed` takes fewer multiply-adds than `_expand` and ordinary attention."""
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The signature and result of the attention that this module replaces.
+        """Compute latent attention; arguments and results are those of the attention that this module replaces.
 
         Args:
             hidden_states: [B, S, d].
             position_embeddings: cos and sin of the new tokens, [B, S, D] each.
-            attention_mask: As the attention implementation makes it (None, boolean, additive, 2-D, block mask).
-            past_key_values: A Transformers cache or None.
-            position_ids: [1 or B, S], the new tokens' positions.
+            attention_mask: A mask as the attention implementation makes it (None, boolean, additive, 2-D, block mask).
+            cache: A Transformers cache or None. `past_key_values` is another name for it.
+            position_ids: The new tokens' positions, [1 or B, S].
+            **kwargs: Keywords that Transformers' attention functions take.
 
         Returns:
             The attention output [B, S, d] and, under `eager`, the attention weights [B, H, S, T].
+
+        Raises:
+            UnknownKeywordError: A keyword that nothing here would use.
         """
+        check_keywords(kwargs, self.known_keywords, type(self).__name__, self.config._attn_implementation)
         rotation = self._rotation(position_embeddings)
         queries, new = self._queries(hidden_states), self._latents(hidden_states, rotation)
-        context, weights = self.attend(queries, new, rotation, attention_mask, past_key_values, position_ids, **kwargs)
+        context, weights = self.attend(queries, new, rotation, attention_mask, cache, position_ids, **kwargs)
         return self.o_proj(context.flatten(2)), weights
 
     def attend(
@@ -142,17 +151,18 @@ class LatentAttention(nn.Module, ABC):
         new: tuple[Tensor, Tensor],
         rotation: Rotation,
         attention_mask: Any = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What lies between the projections: the update of the cache, the logits and the weighted sum.
+        """Compute what lies between the projections: the update of the cache, the logits and the weighted sum.
 
         Args:
             queries: [B, H, S, n + R], not yet rotated.
             new: The two tensors to cache for the new tokens, [B, 1, S, ·].
             rotation: The new tokens' frequencies.
-            attention_mask, past_key_values, position_ids: As in `forward`.
+            attention_mask, cache, position_ids: The arguments of `forward`.
+            **kwargs: Keywords for the attention function.
 
         Returns:
             Context [B, S, H, v] and, under `eager`, the attention weights [B, H, S, T].
@@ -160,14 +170,14 @@ class LatentAttention(nn.Module, ABC):
         length = queries.shape[2]
         first, second = new
         seen: int | Tensor = 0
-        if past_key_values is not None:
+        if cache is not None:
             # Static caches count in a tensor that update() changes in place: take a copy.
-            seen = past_key_values.get_seq_length(self.layer_idx) + 0
-        if self.sliding_window is None and hasattr(past_key_values, "update_blocks"):
-            view = past_key_values.update_blocks(first, second, self.layer_idx)
+            seen = cache.get_seq_length(self.layer_idx) + 0
+        if self.sliding_window is None and hasattr(cache, "update_blocks"):
+            view = cache.update_blocks(first, second, self.layer_idx)
         else:
-            if past_key_values is not None:
-                first, second = past_key_values.update(first, second, self.layer_idx)
+            if cache is not None:
+                first, second = cache.update(first, second, self.layer_idx)
             view = TensorView(first, second, self.geometry.scale_numbers)
 
         frames = None
@@ -181,6 +191,8 @@ class LatentAttention(nn.Module, ABC):
             dense = length == 1
         else:
             dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+        if changes_attention(kwargs):
+            dense = False  # only the attention function knows what to do with them
         eager = self.config._attn_implementation == "eager"
         absorbing = self._absorbable() and self._absorbing_saves(length, view.tokens)
         if dense and (absorbing or not view.is_dense):

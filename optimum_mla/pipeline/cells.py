@@ -32,6 +32,7 @@ from optimum_mla.report.memory import PeakMemory, large_tensors, live_cache_byte
 from optimum_mla.report.quality import compare_decoding
 from optimum_mla.report.sizes import predicted_cache_bytes
 from optimum_mla.report.speed import Contender, spread, time_in_turn
+from optimum_mla.stack import cache_argument
 
 LARGEST_DIFFERENCE = 0.02
 """Between live and predicted cache bytes, before a row is flagged."""
@@ -107,11 +108,11 @@ def memory_cell(name: str, cache: str, context: int, batch: int, **common: Any) 
     before = living_storages()
     peak = PeakMemory(model.device)
     peak.reset()
-    model(ids[:, : context - steps], past_key_values=held, use_cache=True, logits_to_keep=1)
+    model(ids[:, : context - steps], **cache_argument(model, held), use_cache=True, logits_to_keep=1)
     prefill = peak.bytes()
     resets = peak.reset()
     if steps:
-        model(ids[:, -steps:], past_key_values=held, use_cache=True, logits_to_keep=1)
+        model(ids[:, -steps:], **cache_argument(model, held), use_cache=True, logits_to_keep=1)
     step = peak.bytes() if resets else None
     live = live_cache_bytes(held)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from optimum_mla.cache import LatentLayer
+from optimum_mla.stack import cache_argument
 
 PROCESS = Path("/proc/self")
 """The kernel's account of this process, on Linux."""
@@ -61,7 +62,7 @@ def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | Non
     cache = DynamicCache(config=model.config) if cache is None else cache
     was_training = model.training
     model.eval()
-    model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids.to(model.device), **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     model.train(was_training)
     return live_cache_bytes(cache)
 

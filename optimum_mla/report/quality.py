@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from optimum_mla.progress import progress
+from optimum_mla.stack import cache_argument
 
 LARGEST_MEAN_LOSS = 700.0
 """exp of more overflows a float."""
@@ -54,7 +55,7 @@ def decoding_perplexity(model: PreTrainedModel, windows: Tensor, make_cache: Cal
         for ids in windows.split(DECODED_ROWS):
             ids, cache = ids.to(model.device), make_cache()
             for place in progress(range(ids.shape[1] - 1), "perplexity, token by token"):
-                logits = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits
+                logits = model(ids[:, place : place + 1], **cache_argument(model, cache), use_cache=True).logits
                 total += _loss(logits, ids[:, place + 1 : place + 2])
     return _perplexity(total, windows)
 
@@ -119,7 +120,7 @@ def compare_decoding(
             logits = []
             for (one, _), cache in zip(pairs, caches, strict=True):
                 with evaluating(one):
-                    out = one(fed.to(one.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    out = one(fed.to(one.device), **cache_argument(one, cache), use_cache=True, logits_to_keep=1)
                 logits.append(out.logits[:, -1].float().to(model.device))
             target = ids[:, place].to(model.device)
             for index, value in enumerate(logits):

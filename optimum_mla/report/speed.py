@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from optimum_mla.report.quality import evaluating
+from optimum_mla.stack import cache_argument
 
 WARM_UPS = 1
 """Rounds that are not counted."""
@@ -68,7 +69,7 @@ def time_in_turn(contenders: list[Contender], ids: Tensor, new_tokens: int, repe
 def _timed(contender: Contender, ids: Tensor, cache: Cache) -> float:
     _synchronize(ids)
     start = time.perf_counter()
-    contender.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    contender.model(ids, **cache_argument(contender.model, cache), use_cache=True, logits_to_keep=1)
     _synchronize(ids)
     return time.perf_counter() - start
 

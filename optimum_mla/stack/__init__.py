@@ -1,0 +1,29 @@
+"""The one room that knows how the installed Transformers names things.
+
+Releases rename arguments: 5.24 calls the cache `cache`, earlier releases call it `past_key_values`. Everything here is
+read from the signatures of Transformers' own classes, not from version numbers, so a third name works too.
+"""
+
+from optimum_mla.stack.cache_argument import (
+    CACHE_ARGUMENT,
+    cache_argument,
+    cache_name,
+    cache_of,
+    cache_position,
+    renamed_cache,
+    takes_cache,
+)
+from optimum_mla.stack.keywords import changes_attention, check_keywords, forward_keywords
+
+__all__ = [
+    "CACHE_ARGUMENT",
+    "cache_argument",
+    "cache_name",
+    "cache_of",
+    "cache_position",
+    "changes_attention",
+    "check_keywords",
+    "forward_keywords",
+    "renamed_cache",
+    "takes_cache",
+]
