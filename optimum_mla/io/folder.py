@@ -2,85 +2,234 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from optimum_mla.errors import OutputError
+from safetensors import SafetensorError
+
+from optimum_mla.errors import MLAError, OutputError
+from optimum_mla.io.inputs import check_inputs_stay
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 """A folder that holds one of them is a model or an adapter."""
 
 
 def check_output(
-    output: str | Path, source: str | Path, overwrite: bool, files: tuple[str, ...] = MODEL_FILES, kind: str = "model"
+    output: str | Path,
+    inputs: Mapping[str, object],
+    overwrite: bool,
+    files: tuple[str, ...] = MODEL_FILES,
+    kind: str = "model",
+    leading: bool = True,
 ) -> Path:
-    """The output folder, if what is made of `source` may be written there.
+    """Return the output folder, if the result of a command may and can be put there.
+
+    The renames that `atomic_folder` makes at the end are tried and undone at once, so that what the file system does
+    not allow is known before any work.
 
     Args:
-        output: As the user named it.
-        source: Input that it must not be.
+        output: The folder as the user named it. Links are followed: what a link points at is written.
+        inputs: All that the command reads, by the name of the option. See `check_inputs_stay`.
         overwrite: Whether what is there may be replaced.
-        files: Any of them shows that what is there is of the kind that may be replaced.
-        kind: What that is called.
+        files: A folder that holds any of these files is of the kind that may be replaced.
+        kind: The word for that kind in an error.
+        leading: Whether this process writes. In the other processes of a distributed run nothing is checked.
 
     Raises:
-        OutputError: It is the source itself, exists (without `overwrite`), is no model folder that may be replaced, or
-            its parent cannot be written.
+        OutputError: It is or holds an input, it exists (without `overwrite`), it does not hold what may be replaced, or
+            the file system does not allow to put a folder there.
     """
-    folder = Path(output).expanduser()
-    if Path(source).exists() and folder.resolve() == Path(source).resolve():
-        raise OutputError(f"output: {output} is the input model. Choose another folder.")
-    if folder.exists():
-        if not folder.is_dir():
-            raise OutputError(f"output: {output} is a file. Choose another folder.")
-        occupied = any(folder.iterdir())
-        if occupied and not overwrite:
-            raise OutputError(f"output: {output} exists. Choose another folder, or replace it with --overwrite.")
-        if occupied and not any((folder / name).is_file() for name in files):
-            raise OutputError(f"output: {output} holds no {kind} (no {files[0]}), so --overwrite leaves it alone.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent):
-            pass  # only whether it can be made matters
-    except OSError as error:
-        raise OutputError(f"output: {folder.parent} cannot be written: {error.strerror}.") from error
+    with told(output):
+        folder = located(output)
+        if not leading:
+            return folder
+        check_inputs_stay(folder, inputs)
+        if folder.exists():
+            check_replaceable(folder, overwrite, files, kind)
+        try_renames(folder)
     return folder
 
 
-@contextmanager
-def atomic_folder(output: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name when the block ends well, and vanishes when it does not.
-
-    Args:
-        output: From `check_output`. What it held before is deleted after the new folder stands.
-        needed_bytes: Space that the block will need.
+def check_replaceable(folder: Path, overwrite: bool, files: tuple[str, ...], kind: str) -> None:
+    """Refuse an existing output that must not be replaced, or cannot be deleted afterwards.
 
     Raises:
-        OutputError: Too little space, before or while writing.
+        OutputError: The message says why.
     """
-    free = shutil.disk_usage(output.parent).free
-    if needed_bytes > free:
+    if not folder.is_dir():
+        raise OutputError(f"output: {folder} is a file. Choose another folder.")
+    if os.path.ismount(folder):
         raise OutputError(
-            f"output: {output.parent} has {free / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB. "
-            "Free space or choose another disk."
+            f"output: {folder} is a mount point, which cannot be renamed. Name a folder in it, such as {folder / kind}."
         )
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"output: {folder} exists. Choose another folder, or replace it with --overwrite.")
+    if not any((folder / name).is_file() for name in files):
+        raise OutputError(f"output: {folder} holds no {kind} (no {files[0]}), so --overwrite leaves it alone.")
+    for place, _, _ in os.walk(folder):
+        if os.path.ismount(place):
+            raise OutputError(f"output: {folder} holds a mount point ({place}), so it cannot be replaced.")
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise OutputError(f"output: {place} is read-only, so {folder} cannot be replaced. Choose another folder.")
+
+
+def try_renames(folder: Path) -> None:
+    """Make the renames of `atomic_folder` and undo them at once.
+
+    Raises:
+        OSError: The file system does not allow one of them. Everything is as it was.
+    """
+    with parents(folder):
+        trial = beside(folder)
+        try:
+            if folder.exists():
+                retired = trial.with_suffix(".old")
+                try:
+                    folder.rename(retired)
+                finally:
+                    bring_back(retired, folder)
+            else:
+                trial = trial.rename(folder)
+        finally:
+            trial.rmdir()
+
+
+@contextmanager
+def atomic_folder(output: Path, needed_bytes: int = 0, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that takes the name of `output` when the block ends well, and vanishes when it does not.
+
+    Args:
+        output: What `check_output` returned.
+        needed_bytes: Space that the block will need.
+        overwrite: Whether to replace what `output` holds. Its old content is deleted after the new folder stands.
+
+    Raises:
+        OutputError: There is too little space, before or while writing; then `output` is as it was. Or the finished
+            folder could not take its name; then it is kept, and the message says where.
+    """
+    with told(output), parents(output):
+        free = shutil.disk_usage(output.parent).free
+        if needed_bytes > free:
+            raise OutputError(
+                f"output: {output.parent} has {free / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB. "
+                "Free space or choose another disk."
+            )
+        partial = beside(output)
+        try:
+            yield partial
+            partial.chmod(0o755)  # mkdtemp makes it private
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        put(partial, output, overwrite)
+
+
+def put(partial: Path, output: Path, overwrite: bool) -> None:
+    """Rename a finished folder to its final name. An old folder of that name goes aside first and is then deleted.
+
+    Raises:
+        OutputError: A rename failed. The old folder has its name again; if even that failed, the message says where it
+            is. The finished folder is kept where the message says.
+    """
+    retired = partial.with_suffix(".old")
     try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if output.exists():
-            retired = partial.with_suffix(".old")
+        if overwrite and output.exists():
             output.rename(retired)
-            partial.rename(output)
+        # Without `overwrite` this fails where another program has put something there in the meantime.
+        partial.rename(output)
+    except BaseException as error:
+        bring_back(retired, output, f"The result is complete, in {partial}.")
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(
+            f"output: the result could not be renamed to {output}: {reason(error)}. It is complete, in {partial}."
+        ) from error
+    if retired.exists():
+        try:
             shutil.rmtree(retired)
-        else:
-            partial.rename(output)
+        except OSError as error:
+            logger.warning(
+                "output: %s is written. What it held before could not be deleted (%s); the rest of it is in %s.",
+                output,
+                reason(error),
+                retired,
+            )
+
+
+def bring_back(retired: Path, output: Path, also: str = "") -> None:
+    """Give an old output its name again, if it went aside.
+
+    Raises:
+        OutputError: That failed. The message says where the old output is, and whatever `also` says.
+    """
+    if not retired.exists():
+        return
+    try:
+        retired.rename(output)
     except OSError as error:
         raise OutputError(
-            f"output: writing {output} failed: {error.strerror or error}. Nothing was left there."
+            f"output: what {output} held is in {retired} and could not be renamed back: {reason(error)}. "
+            f"Rename it yourself. {also}".strip()
         ) from error
+
+
+@contextmanager
+def told(output: str | Path) -> Iterator[None]:
+    """Turn an error of the file system into one line about `output`."""
+    try:
+        yield
+    except MLAError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"output: {output} cannot be written: {reason(error)}. Nothing was changed there. Choose another folder."
+        ) from error
+
+
+def located(output: str | Path) -> Path:
+    """Return the absolute path of an output, links followed.
+
+    Raises:
+        OutputError: The name means nothing here (an unknown home directory, links in a circle, a null byte).
+    """
+    try:
+        return Path(output).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(f"output: {output!s} is no path here: {error}. Choose another folder.") from error
+
+
+@contextmanager
+def parents(folder: Path) -> Iterator[None]:
+    """Make the missing folders above `folder`. Those that are still empty when the block ends are deleted again."""
+    missing = [place for place in folder.parents if not place.exists()]  # the innermost first
+    nearest = folder.parents[len(missing)]
+    if not nearest.is_dir():
+        raise OutputError(f"output: {nearest} is a file, so {folder} cannot lie in it. Choose another folder.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def beside(output: Path) -> Path:
+    """Make a temporary folder on the file system of `output`, named after it."""
+    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+
+
+def reason(error: Exception) -> str:
+    """Return what the system says about an error, and about which file where that is known."""
+    said = getattr(error, "strerror", None) or str(error)
+    name = getattr(error, "filename", None)
+    return f"{said} ({name})" if name else said

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum_mla.errors import InvalidValueError, MissingDependencyError, OutputError
+from optimum_mla.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.pipeline.benchmark_run import Benchmark, BenchmarkOptions
 from optimum_mla.pipeline.loading import check_dtype, source_of
@@ -50,12 +50,14 @@ def benchmark(
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     check_dtype(dtype)
     formats = check_formats(formats)
-    folder = check_report_folder(output, model, overwrite)
+    options = options or BenchmarkOptions()
     chosen = None if baseline == NO_BASELINE else baseline
     if baseline is None:
         source = source_of(model, needed=False)
         chosen = source if source is not None and Path(source).is_dir() else None
-    run = Benchmark(model, chosen, options or BenchmarkOptions(), dtype, device, hub)
+    inputs = {"model": model, "baseline": chosen, "eval-data": options.eval_data, "tasks-path": options.tasks_path}
+    folder = check_report_folder(output, inputs, overwrite)
+    run = Benchmark(model, chosen, options, dtype, device, hub)
     interrupted = True
     try:
         run.run()
@@ -63,7 +65,7 @@ def benchmark(
     finally:
         report = run.report(interrupted)
         if not interrupted or any((run.memory, run.speed, run.quality, run.tasks)):
-            with atomic_folder(folder) as partial:
+            with atomic_folder(folder, overwrite=overwrite) as partial:
                 report.write(partial)
                 write_pages([(folder.name, report)], partial, formats)
     return report
@@ -93,10 +95,8 @@ def compare(
     names = [place.resolve().name for place in places]
     if len(set(names)) < len(names):
         names = [str(place) for place in places]
-    folder = check_report_folder(output, "", overwrite)
-    if folder.resolve() in [place.resolve() for place in places]:
-        raise OutputError(f"output: {output} is one of the reports to compare. Choose another folder.")
-    with atomic_folder(folder) as partial:
+    folder = check_report_folder(output, {f"report {place}": place for place in places}, overwrite)
+    with atomic_folder(folder, overwrite=overwrite) as partial:
         write_pages(list(zip(names, reports, strict=True)), partial, formats)
 
 
@@ -114,7 +114,7 @@ def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def check_report_folder(output: str | Path, model: str, overwrite: bool) -> Path:
-    """As `check_output`, for a folder of reports."""
+def check_report_folder(output: str | Path, inputs: Mapping[str, object], overwrite: bool) -> Path:
+    """Do what `check_output` does, for a folder of reports."""
     files = ("report.json", "report.html", "report.md")
-    return check_output(output, model, overwrite, files, "report")
+    return check_output(output, inputs, overwrite, files, "report")

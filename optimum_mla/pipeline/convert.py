@@ -71,7 +71,8 @@ def convert(
     torch.manual_seed(seed)
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     check_dtype(dtype)
-    folder = check_output(output, model, overwrite)
+    inputs = {"model": model, "calibration-data": texts.calibration_data, "eval-data": texts.eval_data}
+    folder = check_output(output, inputs, overwrite)
     config = load_source_config(model, hub)
     options = {name: value for name, value in (options or {}).items() if value is not None}
     if export_format is not None:
@@ -129,7 +130,7 @@ def convert(
         converted, export_report = exported_model(model, converted, export_format, pad=True)
         card += export_card(export_report)
     weights = sum(p.numel() * p.element_size() for p in converted.parameters())
-    with atomic_folder(folder, needed_bytes=weights) as partial:
+    with atomic_folder(folder, weights, overwrite) as partial:
         converted.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -65,7 +65,7 @@ def export(
     check_format(format)
     check_dtype(dtype)
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
-    folder = check_output(output, model, overwrite)
+    folder = check_output(output, {"model": model}, overwrite)
     config = load_config(model, hub)
     if not is_converted(config):
         raise UnsupportedModelError(f"model: {model} is not converted. Run optimum-cli mla-convert on it first.")
@@ -74,7 +74,7 @@ def export(
     native = load_model(model, config, dtype, device, hub)
     exported, report = exported_model(model, native, format, pad)
     weights = sum(p.numel() * p.element_size() for p in exported.parameters())
-    with atomic_folder(folder, needed_bytes=weights) as partial:
+    with atomic_folder(folder, weights, overwrite) as partial:
         exported.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, s
 
 from optimum_mla.errors import InvalidValueError, MLAError, OutputError, UnsupportedModelError, first_line
 from optimum_mla.io.folder import atomic_folder, check_output
+from optimum_mla.io.inputs import check_inputs_stay
 from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
@@ -86,14 +88,21 @@ def finetune(
     check_dtype(dtype)
     check_training(training)
     check_installed(recipe)
-    folder = check_output(output, model, overwrite)
+    source_name = source_of(model, needed=False)
+    inputs = {
+        "model": model,
+        "train-data": train_data,
+        "eval-data": texts.eval_data,
+        "teacher": recipe.teacher,
+        "model's source": source_name,
+    }
+    folder = check_output(output, inputs, overwrite, leading=int(os.environ.get("RANK", 0)) == 0)
     config = load_converted_config(model, hub)
     check_quantized(recipe, config)
     teacher_name = recipe.teacher or source_of(model) if recipe.taught else None
-    source_name = source_of(model, needed=False)
     origin = train_data if isinstance(train_data, str) else "token ids"
     run = {"model": model, "train_data": origin, **recipe.to_dict(), **training}
-    work = working_folder(folder, run, resume, overwrite)
+    work = working_folder(folder, run, resume, overwrite, inputs)
 
     tokenizer = load_tokenizer(model, hub, needed=isinstance(train_data, str) or texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
@@ -178,7 +187,7 @@ def finetune(
         seed=arguments.seed,
     )
     weights = sum(p.numel() * p.element_size() for p in final.parameters())
-    with atomic_folder(folder, needed_bytes=weights) as partial:
+    with atomic_folder(folder, weights, overwrite) as partial:
         final.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -211,14 +220,18 @@ def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
         )  # fmt: skip
 
 
-def working_folder(folder: Path, run: dict[str, Any], resume: bool, overwrite: bool) -> Path:
-    """Where the checkpoints of a run lie: beside its output.
+def working_folder(
+    folder: Path, run: dict[str, Any], resume: bool, overwrite: bool, inputs: Mapping[str, object]
+) -> Path:
+    """Return the folder of the checkpoints of a run, beside its output.
 
     Raises:
-        OutputError: Those of an interrupted run are there, and neither `resume` nor `overwrite` is asked for.
+        OutputError: It holds one of the run's inputs, or it holds the checkpoints of an interrupted run and neither
+            `resume` nor `overwrite` is asked for.
         InvalidValueError: The run to go on with had other settings.
     """
     work = folder.with_name(f".{folder.name}.training")
+    check_inputs_stay(work, inputs)
     note = work / RUN_FILE
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
     if resume and before is not None:

@@ -65,7 +65,7 @@ def quantize(
     check_dtype(dtype)
     check_weights(weights)
     quantize_cache = QuantizeLatentCache(**(cache.to_dict() if cache else {}))
-    folder = check_output(output, model, overwrite)
+    folder = check_output(output, {"model": model, "eval-data": texts.eval_data}, overwrite)
     config = load_converted_config(model, hub)
     quantize_cache.check(config)
     if getattr(config, "quantization_config", None) is not None:
@@ -104,7 +104,7 @@ def quantize(
         peak_memory_bytes=peak_memory_bytes(),
         dtype=str(kind).removeprefix("torch."),
     )
-    with atomic_folder(folder, needed_bytes=after[1]) as partial:
+    with atomic_folder(folder, after[1], overwrite) as partial:
         loaded.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

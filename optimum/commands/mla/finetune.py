@@ -110,12 +110,15 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
         again = "OUTPUT was not written; go on from the newest checkpoint with --resume"
         with exit_on_bad_input(interrupted=again):
             from optimum_mla.errors import InvalidValueError
+            from optimum_mla.io.folder import located
+            from optimum_mla.io.inputs import check_inputs_stay
             from optimum_mla.pipeline import TextOptions, finetune
             from optimum_mla.recovery.recipe import Recipe
             from optimum_mla.report.render import recovery_table
 
             args = self.args
             extra = read_config(args) | read_fields(args.training or [])
+            check_inputs_stay(located(args.output), {"config": args.config})
             for name in ("model", "train_data"):
                 if getattr(args, name) is None:
                     raise InvalidValueError(name, None, "a value", f"Give --{name.replace('_', '-')}.")

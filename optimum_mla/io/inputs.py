@@ -1,0 +1,85 @@
+"""No input of a command lies where its output will replace something."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from optimum_mla.errors import OutputError
+
+
+def check_inputs_stay(folder: Path, inputs: Mapping[str, object]) -> None:
+    """Refuse to replace a folder if an input would be deleted with it.
+
+    Folders are compared as the file system knows them, so that links, `..` and letter case make no difference.
+
+    Args:
+        folder: What is going to be replaced or deleted. It need not exist.
+        inputs: The name of each option and its value. Values that name nothing on this machine (hub ids, names of
+            datasets, token ids, None) are passed over.
+
+    Raises:
+        OutputError: `folder` is an input or holds one, or it holds files and lies in a folder that is an input.
+    """
+    for name, value in inputs.items():
+        for place in places(value):
+            if folder.exists() and folder.samefile(place):
+                raise OutputError(f"output: {folder} is the input {name}. Choose another folder.")
+            if lies_in(place, folder):
+                raise OutputError(
+                    f"output: {folder} holds the input {name} ({place}), which would be deleted with it. "
+                    "Choose another folder."
+                )
+            if place.is_dir() and lies_in(folder, place) and folder.is_dir() and any(folder.iterdir()):
+                raise OutputError(
+                    f"output: {folder} is not empty and lies in the input {name} ({place}), a part of which would be "
+                    "deleted with it. Choose another folder, or delete it yourself first."
+                )
+
+
+def places(value: object) -> Iterator[Path]:
+    """Yield the files and folders of this machine that an input reads.
+
+    These are the path itself, the targets of the links that lie in a folder (as in a download from the hub), and the
+    base model of a folder of adapters.
+    """
+    path = local_path(value)
+    if path is None:
+        return
+    yield path
+    if path.is_dir():
+        yield from (entry for entry in path.iterdir() if entry.is_symlink() and entry.exists())
+        base = local_path(adapter_base(path))
+        if base is not None:
+            yield base
+
+
+def local_path(value: object) -> Path | None:
+    """Return the path that an option names on this machine, or None where it names something else."""
+    if not isinstance(value, str | os.PathLike):
+        return None
+    # A local dataset may be followed by its config and its split: `FOLDER:CONFIG:SPLIT`.
+    for text in (str(value), str(value).partition(":")[0]):
+        if text and os.path.exists(text):
+            return Path(text)
+    return None
+
+
+def adapter_base(folder: Path) -> object:
+    """Return the name of the model that the adapters in a folder belong to, or None if there are no readable ones."""
+    try:
+        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("base_model_name_or_path") if isinstance(content, dict) else None
+
+
+def lies_in(place: Path, folder: Path) -> bool:
+    """Return whether a path is an existing folder or lies in it, either as it is spelled or after all links."""
+    if not folder.exists():
+        return False
+    ways = (place.absolute(), place.resolve())
+    above = dict.fromkeys(up for way in ways for up in (way, *way.parents))
+    return any(up.exists() and up.samefile(folder) for up in above)
