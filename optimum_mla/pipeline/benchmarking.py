@@ -91,11 +91,11 @@ def compare(
         raise InvalidValueError("compare", [str(p) for p in places], "two folders or more")
     if len({place.resolve() for place in places}) < len(places):
         raise InvalidValueError("compare", [str(p) for p in places], "folders that differ")
+    folder = check_report_folder(output, {f"report {place}": place for place in places}, overwrite)
     reports = [BenchmarkReport.read(place) for place in places]
     names = [place.resolve().name for place in places]
     if len(set(names)) < len(names):
         names = [str(place) for place in places]
-    folder = check_report_folder(output, {f"report {place}": place for place in places}, overwrite)
     with atomic_folder(folder, overwrite=overwrite) as partial:
         write_pages(list(zip(names, reports, strict=True)), partial, formats)
 
