@@ -4,6 +4,7 @@ Importing this package registers `<Family>MLAConfig` and `<Family>MLAForCausalLM
 and the quantization methods of `optimum_mla.models.weights` with its quantizers.
 """
 
+from optimum_mla.families.spec import AttentionSpec, SourceAttention
 from optimum_mla.models.registry import (
     Family,
     family_of,
@@ -11,7 +12,6 @@ from optimum_mla.models.registry import (
     register_family,
     supported_model_types,
 )
-from optimum_mla.models.spec import AttentionSpec, SourceAttention
 from optimum_mla.models.weights import WEIGHT_CHOICES, quantize_weights, unquantized_layers, weight_bytes
 
 __all__ = [

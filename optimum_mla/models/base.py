@@ -13,8 +13,8 @@ from transformers import initialization as init
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
+from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
-from optimum_mla.models.spec import AttentionSpec, sliding_window
 from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
 from optimum_mla.nn.decoupled import default_rope_pairs
 from optimum_mla.stack import (

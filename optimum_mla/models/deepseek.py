@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
-from optimum_mla.models.spec import AttentionSpec, sliding_window
 
 CONSTANT = 2.0**14
 """M: exact in every dtype."""

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.base import (
     MLA_CONFIG_FIELDS,
     MLAConfigMixin,
@@ -23,10 +24,9 @@ from optimum_mla.models.base import (
     MLAModelMixin,
     base_forward,
 )
-from optimum_mla.models.spec import AttentionSpec
 
 BUILT_IN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Modules of this package that hold a `SPEC`."""
+"""Modules of `optimum_mla.families` that hold a `SPEC`."""
 
 
 @dataclass(frozen=True)
@@ -144,4 +144,4 @@ def is_converted(config: Any) -> bool:
 
 
 for _name in BUILT_IN_FAMILIES:
-    register_family(import_module(f"{__package__}.{_name}").SPEC)
+    register_family(import_module(f"optimum_mla.families.{_name}").SPEC)

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from optimum_mla.errors import MLAError, UnsupportedModelError, first_line
+from optimum_mla.families.spec import SourceAttention, sliding_window
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
-from optimum_mla.models.spec import SourceAttention, sliding_window
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.pipeline.loading import load_config
 from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers

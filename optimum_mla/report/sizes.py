@@ -9,9 +9,9 @@ from optimum_mla.cache import CacheSettings
 from optimum_mla.cache.settings import named_cache
 from optimum_mla.cache.sizes import predicted_bytes, spare_bytes
 from optimum_mla.errors import InvalidValueError
+from optimum_mla.families.spec import sliding_window
 from optimum_mla.models.base import model_geometry, quantizable_layers
 from optimum_mla.models.registry import family_of, is_converted
-from optimum_mla.models.spec import sliding_window
 from optimum_mla.report.benchmark import BudgetRow, MemoryRow
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

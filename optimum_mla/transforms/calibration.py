@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.models.spec import AttentionSpec, SourceAttention, sliding_window
+from optimum_mla.families.spec import AttentionSpec, SourceAttention, sliding_window
 from optimum_mla.ops.ridge import Healing, Regression, heal
 from optimum_mla.ops.rope_mix import RopeMix, as_pairs, mixed_keys
 from optimum_mla.ops.rotary import Rotation, rotate

@@ -1,6 +1,6 @@
 """Qwen3: an RMSNorm on every query and key head, before the rotation."""
 
-from optimum_mla.models.spec import AttentionSpec
+from optimum_mla.families.spec import AttentionSpec
 
 SPEC = AttentionSpec(
     model_type="qwen3",

@@ -1,6 +1,6 @@
 """Llama (also SmolLM, TinyLlama and every other checkpoint of `model_type: llama`)."""
 
-from optimum_mla.models.spec import AttentionSpec
+from optimum_mla.families.spec import AttentionSpec
 
 SPEC = AttentionSpec(
     model_type="llama",

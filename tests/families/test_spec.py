@@ -21,8 +21,8 @@ from optimum_mla import (
     trace,
 )
 from optimum_mla.errors import InvalidValueError
+from optimum_mla.families.spec import sliding_window
 from optimum_mla.models import SourceAttention, family_of
-from optimum_mla.models.spec import sliding_window
 from optimum_mla.transforms.calibration import LayerCalibration
 from optimum_mla.transforms.registry import transform_class
 from tests.cases import FAMILIES, SIZES, source_model, token_ids
