@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_mla.errors import UnsupportedModelError
 from optimum_mla.geometry import MLAGeometry
 
 
@@ -66,6 +67,28 @@ class AttentionSpec:
     def rotary_path(self) -> str:
         """Dotted name of the rotary embedding in the model."""
         return f"{self.base}.{self.rotary}"
+
+    def part(self, owner: nn.Module, name: str, layer: int) -> Any:
+        """Return a module or a parameter that this spec names.
+
+        Args:
+            owner: What it is looked up in: the model, or a decoder layer.
+            name: Its dotted name there.
+            layer: The decoder layer that it belongs to, for the message.
+
+        Raises:
+            UnsupportedModelError: There is none of that name.
+        """
+        found: Any = owner
+        try:
+            for attribute in name.split("."):
+                found = getattr(found, attribute)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"model: layer {layer} of this {self.model_type} model has no {name!r}, which its AttentionSpec names. "
+                "Give the spec the family's own names (docs/add_a_family.md)."
+            ) from error
+        return found
 
     def features(self, config: Any) -> dict[str, bool]:
         """The fields of `MLAGeometry` that this family's config does not spell out: biases and norms."""
@@ -181,3 +204,28 @@ class SourceAttention:
     def output(self) -> dict[str, Tensor]:
         """The output projection, as it stands in the checkpoint: `o_proj.weight` and, if any, `o_proj.bias`."""
         return {f"o_proj.{name}": value.detach() for name, value in self._linear(self.spec.output).named_parameters()}
+
+
+def source_attention(spec: AttentionSpec, model: nn.Module, config: Any, layer: int) -> SourceAttention:
+    """Return the source attention of one layer of a model.
+
+    Args:
+        spec: The model's family.
+        model: A model or a traced one.
+        config: The model's config.
+        layer: The layer's index.
+
+    Raises:
+        UnsupportedModelError: A projection is no plain linear layer, or the spec names what the model does not have.
+    """
+    module = spec.part(model, spec.attention_path(layer), layer)
+    for name in (spec.query, spec.key, spec.value, spec.output):
+        kind = type(spec.part(module, name, layer))
+        if kind is not nn.Linear:
+            raise UnsupportedModelError(
+                f"model: {spec.attention_path(layer)}.{name} is no plain linear layer but {kind.__name__}. "
+                "Merge adapters and undo quantization first."
+            )
+    gain = spec.part(model, f"{spec.layer_path(layer)}.{spec.input_norm}.weight", layer).detach()
+    scaling = getattr(spec.part(model, spec.rotary_path, layer), "attention_scaling", 1.0)
+    return SourceAttention(spec, module, spec.geometry(config.per_layer_config[layer]), scaling, gain)

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.errors import UnsupportedModelError, first_line
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.base import (
     MLA_CONFIG_FIELDS,
@@ -52,15 +52,15 @@ def register_family(spec: AttentionSpec) -> Family:
 
     Returns:
         The family with its classes, which are also attributes of `optimum_mla.models`.
+
+    Raises:
+        UnsupportedModelError: Transformers has no such classes, or their `forward` takes no cache.
     """
     known = _FAMILIES.get(spec.model_type)
     if known is not None and known.spec == spec:
         return known
     prefix, home = spec.class_prefix, f"{__package__}.registry"
-    modeling = import_module(f"transformers.models.{spec.model_type}.modeling_{spec.model_type}")
-    source_config = getattr(transformers, f"{prefix}Config")
-    source_base, source_model = getattr(modeling, f"{prefix}Model"), getattr(modeling, f"{prefix}ForCausalLM")
-    source_attention = getattr(modeling, f"{prefix}Attention")
+    source_config, source_base, source_model, source_attention = _source_classes(spec)
 
     shared: dict[str, Any] = {"__module__": home, "spec": spec}
     defaults = {name: default for name, (_, default) in MLA_CONFIG_FIELDS.items()}
@@ -115,6 +115,24 @@ def register_family(spec: AttentionSpec) -> Family:
     AutoModel.register(config, base, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     return family
+
+
+def _source_classes(spec: AttentionSpec) -> tuple[Any, Any, Any, Any]:
+    """Return the family's config, base model, causal LM and attention classes in Transformers.
+
+    Raises:
+        UnsupportedModelError: There is no such family, or no such class in it.
+    """
+    prefix, home = spec.class_prefix, f"transformers.models.{spec.model_type}.modeling_{spec.model_type}"
+    try:
+        modeling = import_module(home)
+        classes = [getattr(modeling, f"{prefix}{kind}") for kind in ("Model", "ForCausalLM", "Attention")]
+        return getattr(transformers, f"{prefix}Config"), *classes
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"class_prefix: got {prefix!r} for the model_type {spec.model_type!r}, but Transformers has no such "
+            f"classes ({first_line(error)}). See docs/add_a_family.md."
+        ) from error
 
 
 def supported_model_types() -> tuple[str, ...]:

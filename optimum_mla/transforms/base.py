@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
+from optimum_mla.errors import CorruptWeightsError, InvalidValueError
+from optimum_mla.families.spec import source_attention
+from optimum_mla.families.verify import verify_family
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.layers import LayerChoice, parse_layers
 from optimum_mla.models import Family, SourceAttention, family_of
@@ -207,6 +209,8 @@ class MLATransformation(ModelTransformation):
         """Convert in place. Nothing is changed before every layer has been planned and converted."""
         model, self.rope = graph_module, None
         family, sources, plans = self.plan(model)
+        if isinstance(model, PreTrainedModel):  # `trace` has checked what it traced
+            verify_family(model, family.spec, sources)
         source_config = config_of(model)
         walk = None
         if self.needs_calibration and self.calibration is not None:
@@ -321,22 +325,11 @@ class MLATransformation(ModelTransformation):
     def _sources(self, family: Family, model: nn.Module) -> dict[int, SourceAttention]:
         """The attention of every layer to convert. Raises where one is converted already or is not finite."""
         spec, config = family.spec, config_of(model)
-        rotary = model.get_submodule(spec.rotary_path)
         sources = {}
         for layer in parse_layers(self.layers, config.num_hidden_layers):
-            module = model.get_submodule(spec.attention_path(layer))
-            if not isinstance(module, family.source_attention):
+            if not isinstance(spec.part(model, spec.attention_path(layer), layer), family.source_attention):
                 raise converted_already(layer)
-            for name in (spec.query, spec.key, spec.value, spec.output):
-                if type(module.get_submodule(name)) is not nn.Linear:
-                    raise UnsupportedModelError(
-                        f"model: {spec.attention_path(layer)}.{name} is no plain linear layer but "
-                        f"{type(module.get_submodule(name)).__name__}. Merge adapters and undo quantization first."
-                    )
-            geometry = spec.geometry(config.per_layer_config[layer])
-            gain = model.get_parameter(f"{spec.layer_path(layer)}.{spec.input_norm}.weight").detach()
-            scaling = getattr(rotary, "attention_scaling", 1.0)
-            sources[layer] = SourceAttention(spec, module, geometry, scaling, gain)
+            sources[layer] = source_attention(spec, model, config, layer)
         return sources
 
     def _cast(self, source: SourceAttention, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

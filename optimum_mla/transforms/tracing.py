@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Tracer
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from optimum_mla.families.verify import verify_family
 from optimum_mla.models import family_of
 
 
@@ -93,8 +94,15 @@ def trace(model: PreTrainedModel) -> GraphModule:
         A module `(input_ids [B, S], attention_mask=None, position_ids=None) -> logits [B, S, vocabulary]`, without a
         cache, with the model's submodule names and, in `meta["config"]`, its config. Transformations apply to it as to
         the model.
+
+    Raises:
+        UnsupportedModelError: The family is unknown, or the model computes something else than its spec says.
     """
-    spec = family_of(model.config).spec
+    family = family_of(model.config)
+    spec = family.spec
+    kept = range(model.config.num_hidden_layers)
+    attentions = {layer: model.get_submodule(spec.attention_path(layer)) for layer in kept}
+    verify_family(model, spec, [n for n, module in attentions.items() if isinstance(module, family.source_attention)])
     root = _Decoder(model)
     layers = model.get_submodule(f"{spec.base}.{spec.layers}")
     graph = _DecoderTracer(type(layers[0])).trace(root)  # type: ignore[index]
