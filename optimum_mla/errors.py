@@ -35,6 +35,18 @@ class UnknownKeywordError(MLAError, TypeError):
     """A model or an attention was given a keyword argument that it would not use."""
 
 
+class UnreadableModelError(UnsupportedModelError):
+    """A file of the model is missing or broken, or a library does not take what is in it."""
+
+
+class ReportError(MLAError, ValueError):
+    """A report file is missing, or it is not a report that this version can read."""
+
+
+class VerificationError(MLAError, RuntimeError):
+    """A model that was about to be written does not do what it must; see `optimum_mla.verify`."""
+
+
 class CorruptWeightsError(MLAError, ValueError):
     """The checkpoint's weights are unusable (NaN or infinite values, missing tensors)."""
 

@@ -153,7 +153,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="holds no safetensors files"):
         inspect(str(tmp_path / "empty"))
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00")
-    with pytest.raises(UnsupportedModelError, match="holds a broken safetensors file"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.safetensors is not a whole safetensors file"):
         inspect(str(tmp_path / "empty"))
 
 
@@ -197,7 +197,7 @@ def test_only_the_weights_that_transformers_loads_count(tmp_path: Path) -> None:
         inspect(str(tmp_path / "sharded"))
     for broken in ("", "[]", '{"weight_map": 1}', "{}"):
         (tmp_path / "sharded" / "model.safetensors.index.json").write_text(broken)
-        with pytest.raises(UnsupportedModelError, match="holds a broken safetensors file"):
+        with pytest.raises(UnsupportedModelError, match=r"model\.safetensors\.index\.json"):
             inspect(str(tmp_path / "sharded"))
 
 
@@ -212,7 +212,7 @@ def test_headers_are_all_that_is_read(tmp_path: Path) -> None:
     assert inspect(str(tmp_path)) == whole
     for end in (0, 7, 8, header - 1):
         path.write_bytes(weights[:end])
-        with pytest.raises(UnsupportedModelError, match="holds a broken safetensors file"):
+        with pytest.raises(UnsupportedModelError, match=r"model\.safetensors is (not a whole safetensors file|empty)"):
             inspect(str(tmp_path))
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from optimum_mla.errors import MLAError, UnsupportedModelError, first_line
+from optimum_mla.errors import MLAError, UnreadableModelError, UnsupportedModelError, first_line
 from optimum_mla.families.spec import SourceAttention, sliding_window
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.io.reading import reading
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
-from optimum_mla.pipeline.loading import load_config
+from optimum_mla.pipeline.loading import check_buildable, load_config
 from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers
 from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
 from optimum_mla.report.schema import ConversionReport
@@ -77,7 +78,10 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
     itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else 2
     try:
         family = family_of(config)
+        check_buildable(model, config, hub)
         geometry = model_geometry(family.spec, config)
+    except UnreadableModelError:
+        raise
     except MLAError as error:
         return replace(known, reason=first_line(error))
     first = geometry.layers[0]
@@ -121,30 +125,25 @@ def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]
     """Dtype and shape of every tensor of a checkpoint, without any of its data.
 
     Raises:
-        UnsupportedModelError: There are no safetensors files, or one is broken.
+        UnsupportedModelError: There are no safetensors files.
+        UnreadableModelError: One is broken.
     """
     from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
-    from huggingface_hub.errors import SafetensorsParsingError
 
-    problem: Exception | None = None
     folder, files = Path(model) if Path(model).is_dir() else None, []
     if folder is None:
         try:
             found = get_safetensors_metadata(model, revision=hub.get("revision"), token=hub.get("token"))
             files = list(found.files_metadata.values())
         except Exception as error:  # whatever the network or the hub gives
-            problem, folder = error, downloaded(model, hub)
+            folder = downloaded(model, hub)
             if folder is None:
                 raise UnsupportedModelError(
                     f"model: the headers of {model} did not load: {first_line(error)}"
                 ) from error
     if folder is not None:
-        try:
+        with reading("weights", str(folder)):
             files = [parse_local_safetensors_file_metadata(path) for path in weight_files(folder)]
-        except (SafetensorsParsingError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnsupportedModelError(
-                f"model: {folder} holds a broken safetensors file or index: {first_line(error)}"
-            ) from (problem or error)
     tensors = {name: (str(info.dtype), list(info.shape)) for file in files for name, info in file.tensors.items()}
     if not tensors:
         raise UnsupportedModelError(

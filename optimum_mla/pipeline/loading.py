@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,12 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError, first_line
+from optimum_mla.errors import (
+    CorruptWeightsError,
+    InvalidValueError,
+    UnreadableModelError,
+    UnsupportedModelError,
+    first_line,
+)
+from optimum_mla.io.faults import TOKENIZER_FILES
+from optimum_mla.io.reading import local_folder, reading
 from optimum_mla.models import family_of, is_converted
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 from optimum_mla.text import token_windows
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST_DEFAULT_WINDOW = 512
@@ -50,21 +68,13 @@ NO_TEXTS = TextOptions()
 
 
 def load_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
-    """The config of any model.
+    """Return the config of any model.
 
     Raises:
-        UnsupportedModelError: Not found, or not a model that Transformers knows.
+        UnreadableModelError: It is not found, does not load, or is not of a model that Transformers knows.
     """
-    try:
+    with reading("config", model, hub):
         return AutoConfig.from_pretrained(model, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-            reason = "the folder holds no config.json"
-        elif Path(model).is_dir():
-            reason = first_line(error)
-        else:
-            reason = f"no such folder, and the hub gave: {first_line(error)}"
-        raise UnsupportedModelError(f"model: {model} did not load: {reason}") from error
 
 
 def load_source_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
@@ -97,12 +107,12 @@ def load_converted_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
 def load_model(
     model: str, config: PreTrainedConfig, dtype: str, device: str | None, hub: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model in evaluation mode.
+    """Return the model in evaluation mode, on its device.
 
     Raises:
-        InvalidValueError: No such dtype or device here.
-        UnsupportedModelError: Its weights do not load.
-        CorruptWeightsError: Some are missing.
+        InvalidValueError: There is no such dtype or device here.
+        UnreadableModelError: Its weights or its generation config do not load.
+        CorruptWeightsError: Weights are missing, or their shapes are not those of the config.
     """
     check_dtype(dtype)
     try:
@@ -110,18 +120,43 @@ def load_model(
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InvalidValueError("device", device, "a torch device of this machine", first_line(error)) from error
+    if (Path(model) / "generation_config.json").exists():
+        # Transformers passes over one that is no JSON, without a word.
+        with reading("generation config", model, hub):
+            GenerationConfig.from_pretrained(model)
     try:
-        loaded, notes = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=dtype, output_loading_info=True, **hub
+        with reading("weights", model, hub):
+            # Weights of other shapes are refused below, where their names are known.
+            loaded, notes = AutoModelForCausalLM.from_pretrained(
+                model, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+            )
+            loaded = loaded.to(place).eval()
+    except UnreadableModelError as error:
+        if not isinstance(error.__cause__, OSError):
+            check_buildable(model, config, hub)
+        raise
+    if others := sorted(notes["mismatched_keys"]):
+        name, found, wanted = others[0]
+        raise CorruptWeightsError(
+            f"model: {len(others)} weights of {model} have other shapes than its config.json says, such as {name}: "
+            f"{tuple(found)} in the checkpoint, {tuple(wanted)} by the config. Take both from the same model."
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UnsupportedModelError(f"model: the weights of {model} did not load: {first_line(error)}") from error
     if missing := sorted(notes["missing_keys"]):
         # Transformers fills them with random numbers.
         raise CorruptWeightsError(
             f"model: the checkpoint of {model} lacks {len(missing)} weights of its config, such as {missing[0]}."
         )
-    return loaded.to(place).eval()
+    return loaded
+
+
+def check_buildable(model: str, config: PreTrainedConfig, hub: dict[str, Any]) -> None:
+    """Refuse a config that no model can be made of (sizes of zero, unknown names); it takes no memory for weights.
+
+    Raises:
+        UnreadableModelError: What the model's class says about the config.
+    """
+    with reading("config", model, hub), torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=hub.get("trust_remote_code"))
 
 
 def check_dtype(dtype: str) -> None:
@@ -131,15 +166,37 @@ def check_dtype(dtype: str) -> None:
 
 
 def load_tokenizer(model: str, hub: dict[str, Any], needed: bool) -> Any:
-    """The tokenizer, or None where there is none and nothing needs it."""
-    try:
-        return AutoTokenizer.from_pretrained(model, **hub)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    """Return the tokenizer of a model, or None where nothing needs it and there is none that loads.
+
+    A tokenizer that is there and does not load is told in one line on standard error.
+
+    Raises:
+        UnsupportedModelError: It is needed, and there is none or it does not load.
+    """
+    folder = Path(model)
+    if folder.is_dir() and not has_tokenizer(folder):
+        # Transformers makes an empty one for some families.
         if not needed:
             return None
         raise UnsupportedModelError(
-            f"model: {model} has no tokenizer that loads, which text needs: {first_line(error)}"
-        ) from error
+            f"model: {model} has no tokenizer, which text needs. Put the files of its tokenizer (such as "
+            "tokenizer.json and tokenizer_config.json) into the folder."
+        )
+    try:
+        with reading("tokenizer", model, hub):
+            return AutoTokenizer.from_pretrained(model, **hub)
+    except UnreadableModelError as error:
+        if needed:
+            raise
+        downloaded = local_folder(model, hub)
+        if downloaded is None or has_tokenizer(downloaded):
+            logger.warning("warning: %s The run goes on without a tokenizer.", error)
+        return None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds any file of a tokenizer."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def read_texts(
@@ -169,10 +226,11 @@ def read_texts(
 
 
 def source_of(model: str, needed: bool = True) -> str | None:
-    """What a model was converted from, according to the report in its folder.
+    """Return what a model was converted from, by the report in its folder; None where there is no report.
 
     Raises:
-        InvalidValueError: That is needed and not known.
+        InvalidValueError: It is needed and not known.
+        ReportError: The report cannot be read.
     """
     report = Path(model) / ConversionReport.file_name
     if report.is_file():
@@ -191,4 +249,12 @@ def carried_card(model: str, partial: Path) -> str | None:
         if (source / name).is_file():
             shutil.copy(source / name, partial)
     card = source / "README.md"
-    return card.read_text(encoding="utf-8") if card.is_file() else None
+    if not card.is_file():
+        return None
+    try:
+        return card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        logger.warning(
+            "warning: %s is not UTF-8 (byte %d); the copy marks what cannot be read.", card, error.start
+        )
+        return card.read_text(encoding="utf-8", errors="replace")
