@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization bench-decode \
+.PHONY: setup transformers-tests demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization bench-decode \
 	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model clean
 
 setup: $(STAMP)
@@ -22,10 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(RUN) $(BIN)/python -m benchmarks.demo
 
-test: setup
+# The tests of Transformers come with its source distribution, not with the installed package: they are fetched once.
+transformers-tests: setup
+	$(BIN)/python -m tests.transformers_suite.fetch
+
+test: setup transformers-tests
 	$(RUN) $(BIN)/python -m pytest
 
-test-slow: setup
+test-slow: setup transformers-tests
 	$(RUN) $(BIN)/python -m pytest -m slow
 
 style: setup
