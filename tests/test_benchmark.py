@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 from optimum_mla import XEcoMLA
 from optimum_mla.cache import CacheSettings
-from optimum_mla.errors import InvalidValueError, MLAError, OutputError
+from optimum_mla.errors import InvalidValueError, MLAError, OutputError, ReportError
 from optimum_mla.pipeline import BenchmarkOptions, benchmark, benchmark_run, cells, compare, quantize
 from optimum_mla.pipeline.cells import CellError, memory_cell, quality_cell, ran_out_of_memory, run_cell, speed_cell
 from optimum_mla.report.benchmark import BenchmarkReport
@@ -378,10 +378,10 @@ def test_a_quantized_cache_of_a_source_model_is_refused(models: Path, tmp_path: 
 def test_comparisons_need_reports(report: BenchmarkReport, models: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match=r"compare: .*two folders or more"):
         compare([models / "report"], tmp_path / "out")
-    with pytest.raises(OutputError, match=r"compare: .*converted holds no report\.json"):
+    with pytest.raises(ReportError, match=r"report: .*converted holds no report\.json.*mla-benchmark wrote"):
         compare([models / "report", models / "converted"], tmp_path / "out")
     (tmp_path / "report.json").write_text('{"model": 1}')
-    with pytest.raises(OutputError, match="is not a report of mla-benchmark"):
+    with pytest.raises(ReportError, match=r"report\.json is no report of mla-benchmark .*: the field model is a int"):
         compare([models / "report", tmp_path], tmp_path / "out")
 
 
@@ -464,7 +464,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "an output that exists": (["-m", "MODEL", "SOURCE"], "error: output: "),
     "one report": (["--compare", "REPORT"], "error: compare: "),
     "a report twice": (["--compare", "REPORT", "REPORT"], "error: compare: "),
-    "no report": (["--compare", "REPORT", "MODEL"], "error: compare: "),
+    "no report": (["--compare", "REPORT", "MODEL"], "error: report: "),
     "a comparison over its report": (["REPORT", "--overwrite", "--compare", "REPORT", "OTHER"], "error: output: "),
 }
 

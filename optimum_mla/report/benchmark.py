@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-from optimum_mla.errors import OutputError
 from optimum_mla.report.schema import Report, installed_versions, machine
 
 MODEL, BASELINE = "model", "baseline"
@@ -182,39 +179,8 @@ class BenchmarkReport(Report):
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
     file_name: ClassVar[str] = "report.json"
-
-    @classmethod
-    def read(cls, folder: Path) -> BenchmarkReport:
-        """Load what `write` saved.
-
-        Raises:
-            OutputError: No such file, or not one of these reports.
-        """
-        path = folder / cls.file_name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            for name, kind in ROWS.items():
-                content[name] = [kind(**row) for row in content[name]]
-            return cls(**content)
-        except FileNotFoundError as error:
-            raise OutputError(
-                f"compare: {folder} holds no {cls.file_name}. Name folders that mla-benchmark wrote."
-            ) from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise OutputError(
-                f"compare: {path} is not a report of mla-benchmark, or of another version of it."
-            ) from error
+    command: ClassVar[str] = "mla-benchmark"
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is saved."""
+        """Return its fields as they are saved."""
         return asdict(self)
-
-
-ROWS: dict[str, Any] = {
-    "memory": MemoryRow,
-    "budget": BudgetRow,
-    "speed": SpeedRow,
-    "quality": QualityRow,
-    "tasks": TaskRow,
-}
-"""Type of the rows of each table."""

@@ -9,6 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
+from typing_extensions import Self
+
+from optimum_mla.report.reading import read_report
+
 REPORTED_PACKAGES = (
     "optimum-mla",
     "torch",
@@ -51,6 +55,17 @@ class Report:
     """A dataclass that is one JSON file."""
 
     file_name: ClassVar[str]
+    command: ClassVar[str]
+    """The command that writes it."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Return what `write` saved in a folder, by this version or another one.
+
+        Raises:
+            ReportError: There is no such file, or it is not a report that this version can read.
+        """
+        return read_report(cls, Path(folder) / cls.file_name, cls.command)
 
     def write(self, folder: Path) -> None:
         """Save as `file_name` in `folder`."""
@@ -104,13 +119,7 @@ class ConversionReport(Report):
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
     file_name: ClassVar[str] = "conversion_report.json"
-
-    @classmethod
-    def read(cls, folder: Path) -> ConversionReport:
-        """Load what `write` saved."""
-        content = json.loads((folder / cls.file_name).read_text(encoding="utf-8"))
-        content["layers"] = [LayerReport(**layer) for layer in content["layers"]]
-        return cls(**content)
+    command: ClassVar[str] = "mla-convert"
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,7 @@ class QuantizationReport(Report):
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
     file_name: ClassVar[str] = "quantization_report.json"
+    command: ClassVar[str] = "mla-quantize"
 
 
 @dataclass(frozen=True)
@@ -207,6 +217,7 @@ class RecoveryReport(Report):
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
     file_name: ClassVar[str] = "recovery_report.json"
+    command: ClassVar[str] = "mla-finetune"
 
 
 @dataclass(frozen=True)
@@ -241,6 +252,7 @@ class ExportReport(Report):
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
     file_name: ClassVar[str] = "export_report.json"
+    command: ClassVar[str] = "mla-export"
 
 
 def machine() -> str:
