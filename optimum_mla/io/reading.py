@@ -47,6 +47,8 @@ def explained(part: str, model: str, hub: Mapping[str, Any], error: Exception) -
     folder = local_folder(model, hub)
     if folder is None:
         return f"no such folder, and the hub gave: {said(error)}"
+    if part == "config" and not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        return "the folder holds adapters without their model. Merge them (mla-finetune --merge) and name the result."
     if part == "config" and not (folder / "config.json").exists():
         return "the folder holds no config.json. Name the folder of a model that save_pretrained wrote."
     found = first_fault(folder, part)

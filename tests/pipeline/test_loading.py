@@ -84,6 +84,10 @@ CONFIGS: dict[str, tuple[str, Break]] = {
     "config that Git LFS keeps": (r"config\.json is a Git LFS pointer.*git lfs pull", text("config.json", LFS)),
     "config that is a folder": (r"config\.json is a folder", folder_for("config.json")),
     "no config": (r"broken did not load: the folder holds no config\.json", lambda f: (f / "config.json").unlink()),
+    "adapters alone": (
+        r"holds adapters without their model\. Merge them",
+        lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+    ),
     "no model type": (r"model_type.*config\.json", text("config.json", "{}")),
     "a word for a size": (r"hidden_size.*got str.*config\.json", changed("config.json", hidden_size="x")),
     "half a head": (r"hidden_size.*got float.*config\.json", changed("config.json", hidden_size=64.5)),
