@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
+from optimum_mla.models import family_of
+from optimum_mla.models.base import model_geometry
 from optimum_mla.stack import cache_argument, cache_of
 from tests.transformers_suite.families import SIZES, model_class, tiny_config
 
@@ -224,6 +226,54 @@ def selected(model: PreTrainedModel) -> Tensor:
     return last[[1, 0], -1]
 
 
+@torch.no_grad()
+def selected_by_a_mask(model: PreTrainedModel) -> Tensor:
+    """Return the logits of one row after the cache's other row was dropped by a boolean mask."""
+    held = default_cache(model)
+    model(prompts()[:, :-1], use_cache=True, **cache_argument(model, held))
+    held.batch_select_indices(torch.tensor([False, True]))
+    logits: Tensor = model(prompts()[1:, -1:], use_cache=True, **cache_argument(model, held)).logits[:, -1]
+    return logits
+
+
+@torch.no_grad()
+def numbers_by_iteration(model: PreTrainedModel) -> Tensor:
+    """Return how many numbers a cache holds after a prompt, counted by iterating over its layers."""
+    held = default_cache(model)
+    model(prompts(), use_cache=True, **cache_argument(model, held))
+    return torch.tensor(sum(keys.numel() + values.numel() for keys, values, *_ in held))
+
+
+def numbers_by_shape(model: PreTrainedModel) -> Tensor:
+    """Return how many numbers a cache holds after a prompt, counted from the config."""
+    window = getattr(model.config, "sliding_window", None)
+    tokens = PROMPT if window is None else min(PROMPT, window - 1)
+    return torch.tensor(2 * tokens * model_geometry(family_of(model.config).spec, model.config).cache_numbers)
+
+
+def steps(model: PreTrainedModel, cache: Any, gradients: bool) -> Tensor:
+    """Return the logits of a prompt and three steps after it.
+
+    Args:
+        gradients: Leave gradients enabled, as a plain call of a model does.
+    """
+    bounds = [0, PROMPT - 3, PROMPT - 2, PROMPT - 1, PROMPT]
+    with torch.set_grad_enabled(gradients):
+        pieces = [
+            model(prompts()[:, start:end], use_cache=True, **cache_argument(model, cache)).logits
+            for start, end in pairwise(bounds)
+        ]
+    return torch.cat(pieces, dim=1).detach()
+
+
+def quantized_cache(model: PreTrainedModel) -> Any:
+    """Return a cache of 4 bits: ours with settings, or Transformers' for a source model."""
+    make = getattr(model, "make_cache", None)
+    if make is None:
+        return QuantizedCache("hqq", model.config, **QUANTIZED)
+    return make(bits=4, residual_length=QUANTIZED["residual_length"])
+
+
 def default_cache(model: PreTrainedModel) -> Any:
     """Return the cache that a plain call of the model makes: ours, or a `DynamicCache` for a source model."""
     make = getattr(model, "make_cache", None)
@@ -363,6 +413,17 @@ MODES: dict[str, Mode] = {
     "prompt in pieces, static cache": Mode(lambda model: chunked(model, static_cache), whole, CLOSE),
     "cache cropped": Mode(cropped, whole, CLOSE),
     "rows of a cache repeated, reordered, selected": Mode(selected, lambda model: whole(model)[:, -1], CLOSE),
+    "rows of a cache selected by a mask": Mode(selected_by_a_mask, lambda model: whole(model)[1:, -1], CLOSE),
+    "a cache iterated": Mode(numbers_by_iteration, numbers_by_shape, exact=False),
+    "steps with gradients enabled": Mode(
+        lambda model: steps(model, default_cache(model), True), whole, CLOSE, exact=False
+    ),
+    "steps with gradients enabled, quantized cache": Mode(
+        lambda model: steps(model, quantized_cache(model), True),
+        lambda model: steps(model, quantized_cache(model), False),
+        CLOSE,
+        exact=False,
+    ),
     # What a quantized cache gives is close to nothing exact; its first token comes from the prompt's own numbers.
     "quantized cache, hqq": Mode(
         lambda model: generate(model, cache_implementation="quantized", cache_config={"backend": "hqq", **QUANTIZED})[
