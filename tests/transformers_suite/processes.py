@@ -65,7 +65,10 @@ def _serve(rank: int, connection: Connection) -> None:
     import optimum_mla  # noqa: F401  (registers the classes that configs name)
 
     while True:
-        target, args = connection.recv()
+        try:
+            target, args = connection.recv()
+        except EOFError:  # the process that sends the work has ended
+            return
         try:
             _unpack(target)(rank, *_unpack(args))
             connection.send(None)
@@ -131,6 +134,7 @@ class Ranks:
                 del self.kept[count]
         for process in self.processes:
             process.kill()
+            process.join()
 
 
 def start_rank_processes(target: Target, args: tuple[Any, ...], nprocs: int) -> None:
