@@ -23,6 +23,10 @@ class InvalidValueError(MLAError, ValueError):
         super().__init__(f"{message} {remedy}" if remedy else message)
 
 
+class OptionError(MLAError, ValueError):
+    """An option that is needed is missing, or the command or method does not have the option that was given."""
+
+
 class UnsupportedModelError(MLAError, ValueError):
     """The model cannot be converted: unknown family, already converted, quantized weights, or not a decoder LM."""
 
@@ -71,6 +75,6 @@ class MissingDependencyError(MLAError, ImportError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without its details."""
+    """Return the first line of an error's message, or the name of its class where it has no message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.errors import InvalidValueError, OptionError
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.deepseek import check_exportable
@@ -142,19 +144,35 @@ def convert(
 
 
 def build_transformation(method: str, options: dict[str, Any], calibration: Tensor | None) -> MLATransformation:
-    """The method's transformation.
+    """Return the transformation of a method.
 
     Raises:
-        InvalidValueError: No such method, or an option that it does not have.
+        InvalidValueError: There is no such method, or the method refuses the value of an option.
+        OptionError: The method does not have one of the options.
     """
     cls = transform_class(method)
-    try:
-        return cls(calibration=calibration, **options)
-    except TypeError as error:
-        unknown = str(error).rpartition("argument ")[2].strip("'\"")
-        raise InvalidValueError(
-            unknown, options.get(unknown), f"no such option of {method}", "Leave it out."
-        ) from error
+    known = option_names(cls)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f" Did you mean {near[0]}?" if near else ""
+            raise OptionError(
+                f"{method} has no --{name.replace('_', '-')} option.{remedy} "
+                f"Its options, as they are named in Python, are: {', '.join(known)}."
+            )
+    return cls(calibration=calibration, **options)
+
+
+def option_names(method: type[MLATransformation]) -> list[str]:
+    """Return the keyword arguments of a method's class, with those that it passes on to its base classes."""
+    names: dict[str, None] = {}
+    for base in method.__mro__:
+        parameters = inspect.signature(base).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names |= dict.fromkeys(one.name for one in parameters if one.kind in named)
+        if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):
+            break
+    return [name for name in names if name != "calibration"]
 
 
 def _layer_report(layer: int, result: Any) -> LayerReport:

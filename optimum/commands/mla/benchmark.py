@@ -6,76 +6,131 @@ from argparse import ArgumentParser, Namespace
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum.commands.mla.common import add_run_arguments, hub_options
+from optimum.commands.mla.common import (
+    LENGTH_HELP,
+    OUTPUT_HELP,
+    TEXT_HELP,
+    add_run_arguments,
+    describe,
+    hub_options,
+)
 
 COMPARISON = "mla_comparison"
-"""Where a comparison goes if no output is named."""
+"""Folder that a comparison is written to if the user names none."""
 
 
 class MLABenchmarkCommand(BaseOptimumCLICommand):
-    """Arguments only; the work is `optimum_mla.pipeline.benchmark` and `compare`."""
+    """Parses the arguments of `mla-benchmark`; `optimum_mla.pipeline.benchmark` and `compare` do the work."""
 
     COMMAND = CommandInfo(
-        name="mla-benchmark", help="Measure a model's cache, speed and quality beside the model it was made from."
+        name="mla-benchmark", help="Measure the memory, speed and quality of a model beside those of its source model."
     )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Declare the arguments."""
-        parser.description = (
-            "Measure memory, speed and quality, each in a process of its own, and write report.json, .md and .html.\n"
-            "Example: optimum-cli mla-benchmark -m CONVERTED --cache default,hqq-int4 --eval-data text.txt OUT\n"
-            "Compare: optimum-cli mla-benchmark --compare OUT OUT_2"
+        """Add the arguments of the command to a parser."""
+        describe(
+            parser,
+            "Measure the memory, speed and quality of a model, each in a process of its\n"
+            "own, beside a baseline, and write report.json, report.md and report.html.",
+            "optimum-cli mla-benchmark -m CONVERTED --cache default,hqq-int4 \\\n      --eval-data text.txt OUTPUT",
+            "optimum-cli mla-benchmark --compare OUTPUT_1 OUTPUT_2",
         )
-        parser.add_argument("-m", "--model", help="Hub id or folder; needed unless --compare.")
+        parser.add_argument("-m", "--model", help="Hub id or folder of the model. Needed unless --compare is given.")
         parser.add_argument(
-            "output", nargs="?", help=f"Folder to write; it appears only when whole. With --compare: {COMPARISON}."
+            "output",
+            nargs="?",
+            metavar="OUTPUT",
+            help=f"{OUTPUT_HELP} Needed unless --compare is given, where it defaults to {COMPARISON}.",
         )
         parser.add_argument(
             "--baseline",
-            help="Model to compare with; default: the conversion's source, if it is a folder; none: nothing.",
+            metavar="MODEL",
+            help="Hub id or folder of the model to compare with, or none. Default: the folder that the model was "
+            "converted from, if it is still there.",
         )
         parser.add_argument(
-            "--compare", nargs="+", metavar="DIR", help="Merge the reports of several runs into one page."
+            "--compare",
+            nargs="+",
+            metavar="FOLDER",
+            help="Merge the reports in two or more folders into one page instead of measuring.",
         )
         parser.add_argument(
             "--parts",
             nargs="+",
-            help="What to measure: memory, speed, quality (default: all; quality needs --eval-data).",
+            metavar="PART",
+            help="What to measure: memory, speed, quality. Default: all of them, but quality only with --eval-data.",
+        )
+        parser.add_argument(
+            "--format",
+            nargs="+",
+            metavar="FORMAT",
+            help="Pages to write beside report.json: md, html. Default: both.",
         )
 
         load = parser.add_argument_group("memory and speed")
-        load.add_argument("--context-lengths", nargs="+", help="Prompt tokens (default 1024 4096 8192 32768).")
-        load.add_argument("--batch-sizes", nargs="+", help="Rows (default 1 8).")
+        load.add_argument(
+            "--context-lengths", nargs="+", metavar="N", help="Prompt lengths in tokens. Default: 1024 4096 8192 32768."
+        )
+        load.add_argument("--batch-sizes", nargs="+", metavar="N", help="Prompts per batch. Default: 1 8.")
         load.add_argument(
             "--cache",
             default="default",
-            help="Caches of the model, with commas: default, 16bit, BACKEND-intBITS such as hqq-int4 or quanto-int8.",
+            metavar="NAMES",
+            help="Caches of the model to measure, separated by commas: default (as the model is saved), 16bit "
+            "(unquantized), or BACKEND-intBITS such as hqq-int4 or quanto-int8. Default: default.",
         )
-        load.add_argument("--new-tokens", type=int, default=32, help="Steps after each timed prefill (default 32).")
-        load.add_argument("--repeats", type=int, default=5, help="Timed prefills (default 5).")
-        load.add_argument("--memory-budget", help="What to fill, such as 24GB; default: this machine's memory.")
-
-        text = parser.add_argument_group("quality")
-        text.add_argument("--eval-data", help="Text: file, folder of .txt files, or dataset NAME[:CONFIG[:SPLIT]].")
-        text.add_argument("--eval-samples", type=int, default=128, help="Windows of it, at most (default 128).")
-        text.add_argument("--eval-length", type=int, help="Tokens per window (default: up to 512).")
-        text.add_argument("--stride", type=int, help="Tokens at a window's end that are scored (default: half of it).")
-        text.add_argument("--tasks", help="lm_eval tasks, with commas.")
-        text.add_argument("--tasks-path", help="Folder with further task files.")
-        text.add_argument("--tasks-limit", type=int, help="Documents of each task, at most.")
-
-        parser.add_argument(
-            "--format", nargs="+", help="Pages to write beside report.json: json, md, html (default: all)."
+        load.add_argument(
+            "--new-tokens",
+            type=int,
+            default=32,
+            metavar="N",
+            help="Decoding steps to time after each prefill. Default: 32.",
         )
-        add_run_arguments(parser)
+        load.add_argument(
+            "--repeats", type=int, default=5, metavar="N", help="How often each prefill is timed. Default: 5."
+        )
+        load.add_argument(
+            "--memory-budget",
+            metavar="SIZE",
+            help="Memory to compute the longest context and the largest batch for, such as 24GB. Default: the memory "
+            "of this machine.",
+        )
+
+        evaluation = parser.add_argument_group("quality")
+        evaluation.add_argument(
+            "--eval-data", metavar="TEXT", help=f"Text to measure the quality on: {TEXT_HELP}. Default: none."
+        )
+        evaluation.add_argument(
+            "--eval-samples",
+            type=int,
+            default=128,
+            metavar="N",
+            help="Largest number of windows of text to use. Default: 128.",
+        )
+        evaluation.add_argument("--eval-length", type=int, metavar="N", help=LENGTH_HELP)
+        evaluation.add_argument(
+            "--stride",
+            type=int,
+            metavar="N",
+            help="Tokens at the end of each window that are scored. Default: half of the window.",
+        )
+        evaluation.add_argument(
+            "--tasks", metavar="NAMES", help="Tasks of lm_eval to run, separated by commas. Default: none."
+        )
+        evaluation.add_argument("--tasks-path", metavar="FOLDER", help="Folder with further task files for lm_eval.")
+        evaluation.add_argument(
+            "--tasks-limit", type=int, metavar="N", help="Largest number of documents per task. Default: all."
+        )
+
+        add_run_arguments(parser, "a report")
 
     def run(self) -> None:
-        """Measure or compare, print the summary; bad input prints one line and exits with 2."""
+        """Measure or compare, and print the summary. Bad input prints one line and exits with code 2."""
         from optimum_mla.cli import exit_on_bad_input
 
-        with exit_on_bad_input("what was measured by then, if anything, is in OUTPUT"):
-            from optimum_mla.errors import InvalidValueError
+        with exit_on_bad_input("OUTPUT holds what was measured before, if anything"):
+            from optimum_mla.errors import OptionError
             from optimum_mla.pipeline import BenchmarkOptions, benchmark, compare
             from optimum_mla.pipeline.benchmark_run import PARTS
             from optimum_mla.report.pages import FORMATS, terminal
@@ -92,9 +147,9 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
                 return
             for field in ("context_lengths", "batch_sizes"):
                 setattr(args, field, integers(args, field))
-            for field in ("model", "output"):
+            for field, name in (("model", "--model"), ("output", "OUTPUT")):
                 if getattr(args, field) is None:
-                    raise InvalidValueError(field, None, "a value, unless --compare")
+                    raise OptionError(f"{name} is missing. It is needed unless --compare is given.")
             named = {
                 "context_lengths": args.context_lengths,
                 "batch_sizes": args.batch_sizes,
@@ -130,19 +185,31 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The words between the commas, each once."""
+    """Return the words between the commas of a text, each once."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
 
 
 def give_back(args: Namespace, field: str, known: tuple[str, ...]) -> None:
-    """Take the output from the end of an option that takes several words, which the parser gave it to."""
+    """Set the output to the last word of an option that takes several words, if that word is none of its own.
+
+    The parser cannot tell where such an option ends, so it also takes an OUTPUT that stands behind it.
+
+    Args:
+        args: The parsed arguments; changed in place.
+        field: The option.
+        known: The words that the option may have.
+    """
     words = getattr(args, field) or []
     if args.compare is None and args.output is None and len(words) > 1 and words[-1] not in known:
         args.output = words.pop()
 
 
 def integers(args: Namespace, field: str) -> tuple[int, ...] | None:
-    """The numbers of an option that takes several; a word behind them is the output, which the parser gave to them."""
+    """Return the numbers of an option that takes several, and set the output to the word behind them, if there is one.
+
+    Raises:
+        InvalidValueError: A word is not an integer.
+    """
     words = list(getattr(args, field) or [])
     if args.output is None and words and not words[-1].lstrip("-").isdigit():
         args.output = words.pop()
@@ -151,4 +218,4 @@ def integers(args: Namespace, field: str) -> tuple[int, ...] | None:
     try:
         return tuple(int(word) for word in words) or None
     except ValueError as error:
-        raise InvalidValueError(field, words, "integers from 1") from error
+        raise InvalidValueError(field, words, "integers from 1, separated by spaces") from error

@@ -1,24 +1,55 @@
-"""Arguments that several commands have."""
+"""Arguments and wording that several commands share."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter, _ArgumentGroup
 from typing import Any
 
+OUTPUT_HELP = "Folder to write. It appears only when everything in it is complete."
+TEXT_HELP = (
+    "a UTF-8 text file, a file of rows with a text column (such as .jsonl, .csv or .parquet), a folder of such files, "
+    "or a dataset as NAME[:CONFIG[:SPLIT]]"
+)
+"""The texts that every command reads; `optimum_mla.io.documents` reads them."""
+LENGTH_HELP = "Tokens per window. Default: 512, or the model's longest context if that is shorter."
 
-def add_run_arguments(parser: ArgumentParser) -> _ArgumentGroup:
-    """Dtype, device, what may be overwritten, and where models come from."""
+
+def describe(parser: ArgumentParser, text: str, *examples: str) -> None:
+    """Set what the help of a command says above its arguments, and the examples that it shows below them."""
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.description = text
+    parser.epilog = "\n".join(["examples:", *(f"  {example}" for example in examples)])
+
+
+def add_run_arguments(parser: ArgumentParser, replaced: str = "a model") -> _ArgumentGroup:
+    """Add the arguments about dtype, device and the output folder, and those about the hub; return the first group.
+
+    Args:
+        parser: The parser of the command.
+        replaced: What an OUTPUT that exists must hold so that `--overwrite` replaces it.
+    """
     run = parser.add_argument_group("run")
-    run.add_argument("--dtype", default="auto", help="auto (default, as saved), float32, bfloat16, float16.")
-    run.add_argument("--device", help="Torch device; default: cuda where there is one, else cpu.")
-    run.add_argument("--overwrite", action="store_true", help="Replace OUTPUT if it holds a model.")
-    run.add_argument("--revision", help="Branch, tag or commit on the hub.")
-    run.add_argument("--cache-dir", help="Where downloads are kept.")
-    run.add_argument("--token", help="Hub token.")
-    run.add_argument("--trust-remote-code", action="store_true", help="Run code that the model's repository brings.")
+    run.add_argument(
+        "--dtype",
+        default="auto",
+        help="Floating-point type to work and save in: auto (the checkpoint's own), float32, bfloat16 or float16. "
+        "Default: auto.",
+    )
+    run.add_argument("--device", help="Torch device, such as cuda:1. Default: cuda if there is one, otherwise cpu.")
+    run.add_argument("--overwrite", action="store_true", help=f"Replace OUTPUT if it exists and holds {replaced}.")
+    add_hub_arguments(parser)
     return run
 
 
+def add_hub_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments about the Hugging Face Hub."""
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--revision", help="Branch, tag or commit of MODEL on the hub. Default: the main branch.")
+    hub.add_argument("--cache-dir", metavar="FOLDER", help="Folder for downloads. Default: the hub's own cache.")
+    hub.add_argument("--token", help="Access token for the hub. Default: the token of your login.")
+    hub.add_argument("--trust-remote-code", action="store_true", help="Allow code from the model's repository to run.")
+
+
 def hub_options(args: Namespace) -> dict[str, Any]:
-    """How to load from the hub."""
+    """Return the keyword arguments for loading from the hub."""
     return {name: getattr(args, name) for name in ("revision", "cache_dir", "token", "trust_remote_code")}

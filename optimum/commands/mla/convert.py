@@ -6,7 +6,14 @@ from argparse import ArgumentParser, BooleanOptionalAction
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum.commands.mla.common import add_run_arguments, hub_options
+from optimum.commands.mla.common import (
+    LENGTH_HELP,
+    OUTPUT_HELP,
+    TEXT_HELP,
+    add_run_arguments,
+    describe,
+    hub_options,
+)
 
 METHOD_OPTIONS = (
     "kv_lora_rank",
@@ -25,113 +32,192 @@ METHOD_OPTIONS = (
     "shared_rope",
     "layers",
 )
-"""Arguments that go to the method as they are, where they are given."""
+"""Arguments that are passed to the method unchanged if the user gives them."""
 
 
 class MLAConvertCommand(BaseOptimumCLICommand):
-    """Arguments only; the work is `optimum_mla.pipeline.convert`."""
+    """Parses the arguments of `mla-convert`; `optimum_mla.pipeline.convert` does the work."""
 
     COMMAND = CommandInfo(
-        name="mla-convert", help="Convert a decoder LLM's attention to Multi-head Latent Attention (smaller KV cache)."
+        name="mla-convert",
+        help="Convert the attention of an LLM to Multi-head Latent Attention, for a smaller KV cache.",
     )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Declare the arguments."""
-        parser.description = (
-            "Convert a decoder LLM to Multi-head Latent Attention. Without options: GQA2MLA at half the cache.\n"
-            "Calibration data make the result many times better. Example: optimum-cli mla-convert -m Qwen/Qwen3-0.6B "
-            "--kv-cache-ratio 0.25 --calibration-data text.txt --eval-data other.txt OUT"
+        """Add the arguments of the command to a parser."""
+        describe(
+            parser,
+            "Convert the attention of a pretrained decoder LLM to Multi-head Latent\n"
+            "Attention (MLA), so that generation caches one small latent per token instead\n"
+            "of all keys and values.\n\n"
+            "By default the method is gqa2mla and half of the cache is kept. Give\n"
+            "--calibration-data: the model then loses many times less quality at the same\n"
+            "cache size.",
+            "optimum-cli mla-convert -m Qwen/Qwen3-0.6B --kv-cache-ratio 0.25 \\\n"
+            "      --calibration-data train.txt --eval-data test.txt OUTPUT",
+            "optimum-cli mla-convert -m MODEL --export-format deepseek_v3 \\\n"
+            "      --calibration-data train.txt OUTPUT",
         )
         parser.add_argument("-m", "--model", required=True, help="Hub id or folder of the model to convert.")
-        parser.add_argument("output", help="Folder to write; it appears only when whole.")
+        parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_HELP)
 
         method = parser.add_argument_group("method")
         method.add_argument(
-            "--method", default="gqa2mla", help="gqa2mla (default), mha2mla, x-ecomla, or a registered one."
+            "--method",
+            default="gqa2mla",
+            help="Conversion method: gqa2mla, mha2mla, x-ecomla, or the name of a registered one. Default: gqa2mla.",
         )
-        size = method.add_mutually_exclusive_group()
-        size.add_argument("--kv-lora-rank", type=int, help="Numbers in the latent, per token and layer.")
+        method.add_argument(
+            "--layers",
+            help="Layers to convert: all, a list such as 0-7 or 1,3,5, or the preset x-ecomla-hybrid. The other layers "
+            "keep their attention. Default: all.",
+        )
+        method.add_argument(
+            "--export-format",
+            metavar="FORMAT",
+            help="Also export the result as mla-export does, so that Transformers loads it without optimum-mla: "
+            "deepseek_v3. Default: no export.",
+        )
+
+        group = parser.add_argument_group("size of the cache, at most one of these")
+        size = group.add_mutually_exclusive_group()
         size.add_argument(
             "--kv-cache-ratio",
             type=float,
-            help="Cache after over cache before, in (0, 1]. Default 0.5. 1 is full size.",
+            metavar="SHARE",
+            help="Size of the new cache as a share of the source model's cache, above 0 and up to 1. Default: 0.5.",
         )
         size.add_argument(
-            "--energy", type=float, help="Share of the weights' energy each layer keeps; ranks then differ."
+            "--kv-lora-rank",
+            type=int,
+            metavar="N",
+            help="Rank of the latent: how many numbers it has per token and layer.",
         )
-        method.add_argument("--q-lora-rank", type=int, help="Rank of a query latent (x-ecomla).")
-        method.add_argument("--q-energy", type=float, help="Share of the query weight's energy to keep (x-ecomla).")
-        method.add_argument(
-            "--qk-rope-head-dim", type=int, help="Rotary dims per rotary key head. With calibration data: chosen."
+        size.add_argument(
+            "--energy",
+            type=float,
+            metavar="SHARE",
+            help="Share of the squared singular values that each layer keeps, above 0 and up to 1. The ranks of the "
+            "layers then differ.",
         )
-        method.add_argument(
-            "--rope-selection",
-            help="Dims that keep rotating (mha2mla, x-ecomla): high, low, uniform, last (x-ecomla); with calibration "
-            "data contribution or damage (default).",
+
+        calibration = parser.add_argument_group("calibration")
+        calibration.add_argument(
+            "--calibration-data", metavar="TEXT", help=f"Text to calibrate on: {TEXT_HELP}. Default: no calibration."
         )
-        method.add_argument(
-            "--positional",
-            help="Where the position goes (gqa2mla): full (on up-projected keys) or decoupled (in a rotary key of its "
-            "own; default with calibration data).",
+        calibration.add_argument(
+            "--calibration-samples", type=int, default=128, metavar="N", help="Windows of text to use. Default: 128."
         )
-        method.add_argument(
-            "--rope-cache",
-            help="The decoupled rotary key of gqa2mla: rebuilt from the latent (default) or cached beside it.",
+        calibration.add_argument("--calibration-length", type=int, metavar="N", help=LENGTH_HELP)
+        calibration.add_argument(
+            "--chat-template",
+            action="store_true",
+            help="Treat the calibration data as chats: rows with a messages column, which the chat template of the "
+            "tokenizer renders.",
         )
-        method.add_argument(
+        calibration.add_argument(
             "--factorization",
-            help="calibrated (default with calibration data), or by plain SVD: joint or split latents for keys and "
-            "values.",
+            help="How weights are factorized: calibrated (errors are weighted by what the layer reads and writes), or "
+            "by plain SVD with one joint latent or with split latents for keys and values. Default: calibrated with "
+            "calibration data; otherwise split for gqa2mla and joint for the others.",
         )
-        method.add_argument(
+        calibration.add_argument(
             "--heal",
             action=BooleanOptionalAction,
             default=None,
-            help="Refit the output projections in closed form (default with a calibrated factorization).",
+            help="Refit the output projections in closed form and keep those that are better on held-back windows. "
+            "Default: on with the calibrated factorization.",
         )
-        method.add_argument(
-            "--rank-allocation", help="How layers share the cache: uniform (default), energy, or error."
+        calibration.add_argument(
+            "--rank-allocation",
+            metavar="RULE",
+            help="How the layers share the cache: error (where the measured error falls most), energy (each layer "
+            "loses the same share of its energy) or uniform. Default: error with calibration data, but uniform with "
+            "--rope-cache cached or --shared-rope.",
         )
-        method.add_argument(
+
+        position = parser.add_argument_group("position (rotary embedding)")
+        position.add_argument(
+            "--positional",
+            metavar="FORM",
+            help="gqa2mla: where the position is added. full rotates all up-projected key dims; decoupled has a small "
+            "rotary key beside the position-free rest and needs calibration data. Default: decoupled with calibration "
+            "data, otherwise full.",
+        )
+        position.add_argument(
+            "--rope-cache",
+            metavar="FORM",
+            help="gqa2mla, decoupled: rebuilt computes the rotary key from the latent and caches the latent alone; "
+            "cached stores it beside the latent, as DeepSeek does. Default: rebuilt.",
+        )
+        position.add_argument(
+            "--qk-rope-head-dim",
+            type=int,
+            metavar="N",
+            help="Dims of each rotary key head. Default: chosen for each layer by the measured error with calibration "
+            "data; otherwise 1/8 of the head dim for mha2mla and 1/2 for x-ecomla.",
+        )
+        position.add_argument(
+            "--rope-selection",
+            metavar="RULE",
+            help="mha2mla and x-ecomla: which dims keep their rotation. high or low frequencies, uniform strides, last "
+            "(x-ecomla only: the last dims of each head), or those with the largest contribution or damage, which need "
+            "calibration data. Default: damage with calibration data, otherwise high.",
+        )
+        position.add_argument(
             "--shared-rope",
             action="store_true",
             default=None,
-            help="Rotate as many dims at the same frequencies in all layers, as deepseek_v3 needs it.",
+            help="x-ecomla, and gqa2mla with --rope-cache cached: give all layers the same number of rotary dims and "
+            "the same frequencies, which deepseek_v3 needs.",
         )
-        method.add_argument(
-            "--export-format", help="Write the result as mla-export does: deepseek_v3, for plain Transformers."
-        )
-        method.add_argument(
+
+        other = parser.add_argument_group("other parts of the attention")
+        other.add_argument(
             "--latent-norm",
             nargs="?",
             const="calibrated",
-            help="Put an RMSNorm on the latents, its gain calibrated, and no biases behind them, for engines that load "
-            "none (x-ecomla, gqa2mla with a cached rotary key).",
+            metavar="calibrated",
+            help="x-ecomla, and gqa2mla with --rope-cache cached: put an RMSNorm with calibrated gain on the latents "
+            "and no biases behind them, for engines that load no biases.",
         )
-        method.add_argument(
-            "--layers", help="all (default), a list such as 0-7 or 1,3,5, or a preset (x-ecomla-hybrid)."
+        other.add_argument(
+            "--q-lora-rank",
+            type=int,
+            metavar="N",
+            help="x-ecomla: rank of a latent for the queries. Default: the queries have no latent.",
+        )
+        other.add_argument(
+            "--q-energy",
+            type=float,
+            metavar="SHARE",
+            help="x-ecomla: share of the squared singular values of the query weight that a latent for the queries "
+            "keeps, instead of --q-lora-rank.",
         )
 
-        text = parser.add_argument_group("text")
-        text.add_argument(
-            "--calibration-data", help="Text file, folder of .txt files, or dataset NAME[:CONFIG[:SPLIT]]."
+        evaluation = parser.add_argument_group("evaluation")
+        evaluation.add_argument(
+            "--eval-data",
+            metavar="TEXT",
+            help="Text to measure the perplexity on before and after the conversion, in the same formats as "
+            "--calibration-data. Default: calibration windows that were held back.",
         )
-        text.add_argument(
-            "--chat-template",
-            action="store_true",
-            help="The calibration data are chats (rows with `messages`): render them by the tokenizer's template.",
+        evaluation.add_argument(
+            "--eval-samples",
+            type=int,
+            default=128,
+            metavar="N",
+            help="Largest number of windows of text to use. Default: 128.",
         )
-        text.add_argument("--calibration-samples", type=int, default=128, help="Windows of it to use (default 128).")
-        text.add_argument("--calibration-length", type=int, help="Tokens per window (default: up to 512).")
-        text.add_argument("--eval-data", help="Text for the perplexity before and after; as --calibration-data.")
-        text.add_argument("--eval-samples", type=int, default=128, help="Windows of it to use (default 128).")
-        text.add_argument("--eval-length", type=int, help="Tokens per window (default: up to 512).")
+        evaluation.add_argument("--eval-length", type=int, metavar="N", help=LENGTH_HELP)
 
-        add_run_arguments(parser).add_argument("--seed", type=int, default=0, help="Default 0.")
+        add_run_arguments(parser).add_argument(
+            "--seed", type=int, default=0, metavar="N", help="Seed for random numbers. Default: 0."
+        )
 
     def run(self) -> None:
-        """Convert, print the summary; bad input prints one line and exits with 2."""
+        """Convert the model and print the summary. Bad input prints one line and exits with code 2."""
         from optimum_mla.cli import exit_on_bad_input
 
         with exit_on_bad_input():

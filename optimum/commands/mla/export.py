@@ -6,31 +6,41 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum.commands.mla.common import add_run_arguments, hub_options
+from optimum.commands.mla.common import OUTPUT_HELP, add_run_arguments, describe, hub_options
 
 
 class MLAExportCommand(BaseOptimumCLICommand):
-    """Arguments only; the work is `optimum_mla.pipeline.export`."""
+    """Parses the arguments of `mla-export`; `optimum_mla.pipeline.export` does the work."""
 
     COMMAND = CommandInfo(
-        name="mla-export", help="Write a converted model as a plain deepseek_v3 one, which needs no plugin."
+        name="mla-export", help="Write a converted model as a plain deepseek_v3 model, which loads without optimum-mla."
     )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Declare the arguments."""
-        parser.description = (
-            "Write a converted model in a format that Transformers loads without optimum-mla.\n"
-            "Example: optimum-cli mla-export -m CONVERTED --format deepseek_v3 OUT"
+        """Add the arguments of the command to a parser."""
+        describe(
+            parser,
+            "Write a converted model in a format that Transformers loads without\n"
+            "optimum-mla. The model must have been converted to a form that the format can\n"
+            "hold, for example by mla-convert --method x-ecomla --shared-rope. With\n"
+            "--export-format, mla-convert does both in one step.",
+            "optimum-cli mla-export -m CONVERTED OUTPUT",
         )
         parser.add_argument("-m", "--model", required=True, help="Hub id or folder of a model from mla-convert.")
-        parser.add_argument("output", help="Folder to write; it appears only when whole.")
-        parser.add_argument("--format", default="deepseek_v3", help="deepseek_v3 (default).")
-        parser.add_argument("--pad", action="store_true", help="Pad layers of lower rank with zeros.")
+        parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_HELP)
+        parser.add_argument(
+            "--format", default="deepseek_v3", help="Format to write: deepseek_v3. Default: deepseek_v3."
+        )
+        parser.add_argument(
+            "--pad",
+            action="store_true",
+            help="Pad the latents of layers with a lower rank with zeros, so that all layers have one size.",
+        )
         add_run_arguments(parser)
 
     def run(self) -> None:
-        """Export, print what came out; bad input prints one line and exits with 2."""
+        """Export the model and print the table. Bad input prints one line and exits with code 2."""
         from optimum_mla.cli import exit_on_bad_input
 
         with exit_on_bad_input():

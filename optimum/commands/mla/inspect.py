@@ -6,35 +6,40 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum.commands.mla.common import hub_options
+from optimum.commands.mla.common import add_hub_arguments, describe, hub_options
 
 
 class MLAInspectCommand(BaseOptimumCLICommand):
-    """Arguments only; the work is `optimum_mla.pipeline.inspect`."""
+    """Parses the arguments of `mla-inspect`; `optimum_mla.pipeline.inspect` does the work."""
 
     COMMAND = CommandInfo(
-        name="mla-inspect", help="What a conversion of a model would give, without loading its weights."
+        name="mla-inspect", help="Say what a conversion of a model would give, without loading its weights."
     )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Declare the arguments."""
-        parser.description = (
-            "Say from config and headers alone if a model converts, what cache each method gives, and who runs it.\n"
-            "Example: optimum-cli mla-inspect MODEL"
+        """Add the arguments of the command to a parser."""
+        describe(
+            parser,
+            "Say whether a model can be converted, how large its cache would be with each\n"
+            "method, and which engines could run the result. Only the config and the\n"
+            "headers of the weights are read.",
+            "optimum-cli mla-inspect MODEL",
+            "optimum-cli mla-inspect MODEL --kv-cache-ratios 0.5 0.1 --json",
         )
-        parser.add_argument("model", help="Hub id or folder.")
+        parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model.")
         parser.add_argument(
-            "--kv-cache-ratios", type=float, nargs="+", help="Cache sizes to show (default 0.5 0.25 0.125)."
+            "--kv-cache-ratios",
+            type=float,
+            nargs="+",
+            metavar="SHARE",
+            help="Cache sizes to show, as shares of the present cache. Default: 0.5 0.25 0.125.",
         )
         parser.add_argument("--json", action="store_true", help="Print JSON instead of text.")
-        parser.add_argument("--revision", help="Branch, tag or commit on the hub.")
-        parser.add_argument("--cache-dir", help="Where downloads are kept.")
-        parser.add_argument("--token", help="Hub token.")
-        parser.add_argument("--trust-remote-code", action="store_true", help="Run code that the repository brings.")
+        add_hub_arguments(parser)
 
     def run(self) -> None:
-        """Print what is known; bad input prints one line and exits with 2."""
+        """Print what is known about the model. Bad input prints one line and exits with code 2."""
         from optimum_mla.cli import exit_on_bad_input
 
         with exit_on_bad_input():

@@ -6,62 +6,103 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum.commands.mla.common import add_run_arguments, hub_options
+from optimum.commands.mla.common import (
+    LENGTH_HELP,
+    OUTPUT_HELP,
+    TEXT_HELP,
+    add_run_arguments,
+    describe,
+    hub_options,
+)
 
 
 class MLAQuantizeCommand(BaseOptimumCLICommand):
-    """Arguments only; the work is `optimum_mla.pipeline.quantize`."""
+    """Parses the arguments of `mla-quantize`; `optimum_mla.pipeline.quantize` does the work."""
 
     COMMAND = CommandInfo(
-        name="mla-quantize", help="Store a converted model's latent cache, and its weights if asked for, in few bits."
+        name="mla-quantize",
+        help="Store the latent cache of a converted model, and optionally its weights, in few bits.",
     )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Declare the arguments."""
-        parser.description = (
-            "Store the latent cache of a converted model in few bits; its generate then uses that cache by itself.\n"
-            "Example: optimum-cli mla-quantize -m CONVERTED --cache-bits 4 --eval-data text.txt OUT"
+        """Add the arguments of the command to a parser."""
+        describe(
+            parser,
+            "Store the latent cache of a converted model in few bits. The settings are\n"
+            "saved with the model, and its generate() then uses the quantized cache by\n"
+            "default.",
+            "optimum-cli mla-quantize -m CONVERTED --cache-bits 4 \\\n      --eval-data text.txt OUTPUT",
+            "optimum-cli mla-quantize -m CONVERTED --weights bnb-nf4 OUTPUT",
         )
         parser.add_argument("-m", "--model", required=True, help="Hub id or folder of a model from mla-convert.")
-        parser.add_argument("output", help="Folder to write; it appears only when whole.")
+        parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_HELP)
 
         cache = parser.add_argument_group("cache")
         cache.add_argument(
             "--cache-bits",
             type=int,
             default=4,
-            help="Bits of a latent's number: 8, 4 (default), 2; hqq also 3; 16: off.",
-        )
-        cache.add_argument("--cache-backend", default="hqq", help="hqq (default), quanto, or a registered one.")
-        cache.add_argument(
-            "--group-size", type=int, default=64, help="Numbers of a latent that share a scale, at most (default 64)."
+            metavar="N",
+            help="Bits per number of the latent: 8, 4, 2, or with hqq also 3; 16 leaves the latent unquantized. "
+            "Default: 4.",
         )
         cache.add_argument(
-            "--residual-length", type=int, default=128, help="Newest tokens that stay unquantized (default 128)."
+            "--cache-backend",
+            default="hqq",
+            metavar="NAME",
+            help="Library that quantizes the cache: hqq, quanto, or the name of a registered one. Default: hqq.",
         )
         cache.add_argument(
-            "--rope-bits", type=int, default=16, help="Bits of a rotary key beside the latent: 16 (default) or 8."
+            "--group-size",
+            type=int,
+            default=64,
+            metavar="N",
+            help="Largest number of neighbouring numbers of a latent that share one scale. Default: 64.",
         )
-        parser.add_argument(
+        cache.add_argument(
+            "--residual-length",
+            type=int,
+            default=128,
+            metavar="N",
+            help="Largest number of newest tokens that stay unquantized. Default: 128.",
+        )
+        cache.add_argument(
+            "--rope-bits",
+            type=int,
+            default=16,
+            metavar="N",
+            help="Bits per number of a rotary key that is cached beside the latent: 8, or 16 for unquantized. "
+            "Default: 16.",
+        )
+        weights = parser.add_argument_group("weights")
+        weights.add_argument(
             "--weights",
             default="none",
-            help="Weights of the linear layers: none (default), bnb-nf4, bnb-int8, hqq-int4, hqq-int8, quanto-int4, "
-            "quanto-int8.",
+            metavar="NAME",
+            help="How to quantize the weights of the linear layers: none, bnb-nf4, bnb-int8, hqq-int4, hqq-int8, "
+            "quanto-int4 or quanto-int8. Default: none.",
         )
 
-        text = parser.add_argument_group("text")
-        text.add_argument(
+        evaluation = parser.add_argument_group("evaluation")
+        evaluation.add_argument(
             "--eval-data",
-            help="Text for the perplexity before and after, token by token through the cache: file, folder of .txt "
-            "files, or dataset NAME[:CONFIG[:SPLIT]].",
+            metavar="TEXT",
+            help="Text to measure the perplexity on before and after, one token at a time through the cache: "
+            f"{TEXT_HELP}. Default: none.",
         )
-        text.add_argument("--eval-samples", type=int, default=32, help="Windows of it to use (default 32).")
-        text.add_argument("--eval-length", type=int, help="Tokens per window (default: up to 512).")
+        evaluation.add_argument(
+            "--eval-samples",
+            type=int,
+            default=32,
+            metavar="N",
+            help="Largest number of windows of text to use. Default: 32.",
+        )
+        evaluation.add_argument("--eval-length", type=int, metavar="N", help=LENGTH_HELP)
         add_run_arguments(parser)
 
     def run(self) -> None:
-        """Quantize, print the table; bad input prints one line and exits with 2."""
+        """Quantize the model and print the table. Bad input prints one line and exits with code 2."""
         from optimum_mla.cli import exit_on_bad_input
 
         with exit_on_bad_input():

@@ -1,4 +1,4 @@
-"""Adds the commands of optimum-mla to `optimum-cli`. Imported at every start of it: nothing heavy here."""
+"""Adds the commands of optimum-mla to `optimum-cli`, which imports this at every start, so it must stay light."""
 
 from optimum.commands.mla.benchmark import MLABenchmarkCommand
 from optimum.commands.mla.convert import MLAConvertCommand

@@ -1,0 +1,46 @@
+"""Options that a method does not have are refused with a line that names those that it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from optimum_mla.errors import InvalidValueError, OptionError
+from optimum_mla.pipeline.convert import build_transformation, option_names
+from optimum_mla.transforms.mha2mla import MHA2MLA
+
+
+def test_an_option_of_another_method_is_refused_with_the_options_of_this_one() -> None:
+    with pytest.raises(OptionError) as caught:
+        build_transformation("mha2mla", {"positional": "full"}, None)
+    line = str(caught.value)
+    assert line.startswith("mha2mla has no --positional option.")
+    assert line.endswith(f"are: {', '.join(option_names(MHA2MLA))}.")
+
+
+def test_a_misspelt_option_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(OptionError, match=r"no --kv-cache-ration option\. Did you mean kv_cache_ratio\?"):
+        build_transformation("gqa2mla", {"kv_cache_ration": 0.5}, None)
+
+
+def test_the_options_are_those_of_the_class_and_of_its_bases() -> None:
+    names = option_names(MHA2MLA)
+    assert {"d_kv", "rope_selection", "kv_cache_ratio", "layers", "heal"} <= set(names)
+    assert not {"self", "options", "calibration", "positional", "q_lora_rank"} & set(names)
+
+
+def test_a_class_that_passes_nothing_on_has_its_own_options_alone() -> None:
+    class Own(MHA2MLA):
+        def __init__(self, share: float = 0.5, *, calibration: Any = None) -> None:
+            super().__init__(kv_cache_ratio=share, calibration=calibration)
+
+    assert option_names(Own) == ["share"]
+
+
+@pytest.mark.parametrize("method", ["gqa2mla", "mha2mla", "x-ecomla"])
+def test_options_reach_the_method(method: str) -> None:
+    made = build_transformation(method, {"kv_cache_ratio": 0.25, "layers": "0", "heal": False}, None)
+    assert made.options["kv_cache_ratio"] == 0.25
+    with pytest.raises(InvalidValueError, match="kv_cache_ratio"):
+        build_transformation(method, {"kv_cache_ratio": 2.0}, None)
