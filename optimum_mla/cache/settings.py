@@ -1,4 +1,4 @@
-"""How a latent cache is stored. Plain values; imports no torch."""
+"""Settings of how a latent cache is stored. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from optimum_mla.errors import InvalidValueError
+from optimum_mla.number_checks import check_integer
 
 FULL_BITS = 16
-"""Stands for "as the model computes": no quantization."""
+"""Number of bits that stands for the dtype in which the model computes, without quantization."""
+ALLOWED = {
+    "bits": "16, 8, 4, 2, or with hqq also 3",
+    "group_size": "multiples of 4 from 8",
+    "residual_length": "integers from 0 (tokens)",
+    "rope_bits": "8, 16",
+}
+"""Values that the numeric fields of `CacheSettings` take, in words."""
 CACHE_NAMES = "default, 16bit, or BACKEND-intBITS such as hqq-int4"
 
 
 def named_cache(name: str) -> dict[str, Any]:
-    """The fields of `CacheSettings` that a short name stands for, on top of the model's own.
+    """Return the fields of `CacheSettings` that a short name sets on top of the model's own settings.
 
     Args:
-        name: `default` (as the model stores it by itself), `16bit` (unquantized), or `BACKEND-intBITS`.
+        name: `default` (no change), `16bit` (unquantized), or `BACKEND-intBITS`, such as `hqq-int4`.
 
     Raises:
-        InvalidValueError: Another name.
+        InvalidValueError: The name is none of these.
     """
     if name == "default":
         return {}
@@ -33,14 +41,17 @@ def named_cache(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Storage of the cached latents.
+    """How the cached latents are stored.
 
     Attributes:
-        bits: Bits of a latent's number, 8, 4 or 2 (hqq: also 3); 16 keeps the model's own dtype.
+        bits: Bits per number of the latent: 8, 4, 2, or with hqq also 3; 16 keeps the model's own dtype.
         backend: Name of the library that quantizes; see `available_backends`.
-        group_size: At most so many neighbouring numbers of one token's latent share a scale and a zero.
-        residual_length: Newest tokens that stay in the model's own dtype, at most.
-        rope_bits: 16 or 8, for the rotary key that is cached beside the latent.
+        group_size: Largest number of neighbouring numbers of one token's latent that share a scale and a zero.
+        residual_length: Largest number of newest tokens that stay in the model's own dtype.
+        rope_bits: Bits per number of the rotary key that is cached beside the latent: 8, or 16 for the model's dtype.
+
+    Raises:
+        InvalidValueError: A value is of the wrong type or out of range.
     """
 
     bits: int = FULL_BITS
@@ -50,29 +61,38 @@ class CacheSettings:
     rope_bits: int = FULL_BITS
 
     def __post_init__(self) -> None:
+        for field, allowed in ALLOWED.items():
+            check_integer(field, getattr(self, field), allowed)
+        if not isinstance(self.backend, str):
+            raise InvalidValueError("backend", self.backend, "the name of a library, such as hqq")
         if self.group_size < 8 or self.group_size % 4:
-            raise InvalidValueError("group_size", self.group_size, "multiples of 4 from 8")
+            raise InvalidValueError("group_size", self.group_size, ALLOWED["group_size"])
         if self.residual_length < 0:
-            raise InvalidValueError("residual_length", self.residual_length, "integers from 0 (tokens)")
+            raise InvalidValueError("residual_length", self.residual_length, ALLOWED["residual_length"])
         if self.rope_bits not in (8, FULL_BITS):
-            raise InvalidValueError("rope_bits", self.rope_bits, "8, 16")
+            raise InvalidValueError("rope_bits", self.rope_bits, ALLOWED["rope_bits"])
 
     @property
     def quantized(self) -> bool:
-        """Whether anything is stored in fewer bits than the model computes in."""
+        """Whether anything is stored in fewer bits than the model computes with."""
         return self.bits != FULL_BITS or self.rope_bits != FULL_BITS
 
     @property
     def flush_tokens(self) -> int:
-        """Tokens that leave the full-precision window together, so that not every step quantizes one."""
+        """Number of tokens that are quantized together, so that not every step has to quantize one."""
         return max(1, self.residual_length // 4)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is saved in a model's config."""
+        """Return the fields as they are saved in a model's config."""
         return asdict(self)
 
     def window_tokens(self, prompt: int, steps: int = 0) -> int:
-        """Tokens in full precision behind a prompt of so many tokens and so many steps of one token."""
+        """Return how many of the newest tokens are in full precision.
+
+        Args:
+            prompt: Tokens that came in one call.
+            steps: Tokens that came one by one after them.
+        """
         if not self.quantized:
             return prompt + steps
         window = 0
@@ -84,10 +104,10 @@ class CacheSettings:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any] | None) -> CacheSettings:
-        """What `to_dict` gave; None is the unquantized cache.
+        """Return the settings that `to_dict` gave; None stands for the unquantized cache.
 
         Raises:
-            InvalidValueError: A field that does not exist, or a value it cannot have.
+            InvalidValueError: A field does not exist, or it cannot have the value.
         """
         known = [f.name for f in fields(cls)]
         for name in content or {}:

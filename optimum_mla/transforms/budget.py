@@ -8,17 +8,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optimum_mla.errors import InvalidValueError
+from optimum_mla.number_checks import check_integer, check_number
 from optimum_mla.ops.rank_allocation import rank_for_energy
 
 
 @dataclass(frozen=True)
 class RankBudget:
-    """At most one of the three is set; none means the method's own default.
+    """The size of the latents, given in one of three ways; without any the method takes its own default.
 
     Attributes:
         kv_lora_rank: Numbers in the latent, per token and layer.
-        kv_cache_ratio: Numbers cached per token and layer, rotary key included, over the source's `2·G·D`; in (0, 1].
-        energy: Share of the squared singular values that each layer's latent holds, in (0, 1]; ranks then differ.
+        kv_cache_ratio: Numbers cached per token and layer, rotary key included, divided by the source's `2·G·D`; above
+            0 and up to 1.
+        energy: Share of the squared singular values that each layer's latent holds, above 0 and up to 1. The ranks of
+            the layers then differ.
+
+    Raises:
+        InvalidValueError: More than one is given, or a value is not a number or out of range.
     """
 
     kv_lora_rank: int | None = None
@@ -30,16 +36,21 @@ class RankBudget:
         if len(given) > 1:
             names = " and ".join(given)
             raise InvalidValueError(names, tuple(given.values()), "one of them", "Give either of them, not both.")
-        if self.kv_lora_rank is not None and (type(self.kv_lora_rank) is not int or self.kv_lora_rank < 1):
-            raise InvalidValueError("kv_lora_rank", self.kv_lora_rank, "integers from 1")
+        if self.kv_lora_rank is not None:
+            check_integer("kv_lora_rank", self.kv_lora_rank, "integers from 1")
+            if self.kv_lora_rank < 1:
+                raise InvalidValueError("kv_lora_rank", self.kv_lora_rank, "integers from 1")
         for name in ("kv_cache_ratio", "energy"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            if value is None:
+                continue
+            check_number(name, value, "above 0, up to 1")
+            if not 0 < value <= 1:
                 raise InvalidValueError(name, value, "above 0, up to 1")
 
     @property
     def is_set(self) -> bool:
-        """Whether any of the three is given."""
+        """Return whether any of the three is given."""
         return any(value is not None for value in vars(self).values())
 
     def rank(
@@ -50,17 +61,17 @@ class RankBudget:
         spectrum: Callable[[], Tensor],
         smallest: int = 1,
     ) -> int:
-        """The latent's rank in one layer.
+        """Return the rank of the latent in one layer.
 
         Args:
             cache_numbers: Numbers that the source layer caches per token.
             overhead: Numbers cached beside the latent (rotary key, key norms).
-            largest: Highest rank that changes anything: the factorized weight's own.
-            spectrum: Gives its singular values, falling; called only for `energy`.
+            largest: The rank of the factorized weight itself; a higher one would change nothing.
+            spectrum: Returns the singular values of that weight in falling order; called only for `energy`.
             smallest: Lowest rank that the method can use.
 
         Raises:
-            InvalidValueError: Out of range for this layer, with the range.
+            InvalidValueError: The rank is out of range for this layer; the message says the range.
         """
         if self.kv_lora_rank is not None:
             if not smallest <= self.kv_lora_rank <= largest:
@@ -75,7 +86,9 @@ class RankBudget:
         rank = int(self.kv_cache_ratio * cache_numbers + 1e-9) - overhead
         if rank < smallest:
             low = (overhead + smallest) / cache_numbers
-            remedy = f"{overhead} of {cache_numbers} numbers per token go beside the latent." if overhead else ""
+            remedy = (
+                f"{overhead} of {cache_numbers} numbers per token are cached beside the latent." if overhead else ""
+            )
             allowed = f"{low:.4g} to 1 for this model and method"
             raise InvalidValueError("kv_cache_ratio", self.kv_cache_ratio, allowed, remedy)
         return min(rank, largest)

@@ -1,4 +1,4 @@
-"""`QuantizeLatentCache`: the cache of a converted model in few bits."""
+"""`QuantizeLatentCache`, the transformation that stores the cache of a converted model in few bits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from optimum_mla.transforms.checks import config_of
 class QuantizeLatentCache(ModelTransformation):
     """Make a converted model store its cached latents in few bits (MHA2MLA, arXiv 2502.14837, section 3.3 and table 2).
 
-    No weight changes: the settings go into the config, are saved with the model, and every cache that the model makes
-    for itself follows them. Composes after a conversion.
+    No weight changes. The settings are written into the config and saved with the model, and every cache that the model
+    makes for itself follows them. It can be composed with a conversion that comes before it.
 
     Args:
-        bits: Bits of a latent's number: 8, 4 or 2, and 3 with hqq; 16 turns it off.
-        backend: `hqq` or `quanto`, or a registered one.
-        group_size: At most so many neighbouring numbers of a token's latent share a scale and a zero.
-        residual_length: Newest tokens that stay in the model's own dtype, at most.
-        rope_bits: 16 or 8, for the rotary key beside the latent.
+        bits: Bits per number of the latent: 8, 4, 2, or with hqq also 3; 16 leaves the latent unquantized.
+        backend: Library that quantizes: `hqq`, `quanto`, or the name of a registered one.
+        group_size: Largest number of neighbouring numbers of a token's latent that share a scale and a zero.
+        residual_length: Largest number of newest tokens that stay in the model's own dtype.
+        rope_bits: Bits per number of the rotary key beside the latent: 8, or 16 for unquantized.
 
     Raises:
-        InvalidValueError: A value that a field or the backend cannot have.
-        MissingDependencyError: The backend's library is not installed.
+        InvalidValueError: A value is of the wrong type or out of range, or the backend cannot store so many bits.
+        MissingDependencyError: The library of the backend is not installed.
     """
 
     preserves_computation = False
@@ -50,17 +50,17 @@ class QuantizeLatentCache(ModelTransformation):
         """Refuse a model whose cache cannot be quantized.
 
         Raises:
-            UnsupportedModelError: Not converted, or every converted layer has a sliding window.
+            UnsupportedModelError: The model is not converted, or every converted layer has a sliding window.
         """
         if not is_converted(config):
             raise UnsupportedModelError("model: it is not converted. Convert it first, for example with GQA2MLA.")
         if not quantizable_layers(family_of(config).spec, config):
             raise UnsupportedModelError(
-                "model: every converted layer has a sliding window, whose cache is small and stays as it is."
+                "model: every converted layer has a sliding window. The caches of such layers are never quantized."
             )
 
     def transform(self, graph_module: Any) -> Any:
-        """Put the settings into the model's config."""
+        """Write the settings into the config of a model or of its traced graph, and return it."""
         config = config_of(graph_module)
         self.check(config)
         config.latent_cache = self.settings.to_dict()
