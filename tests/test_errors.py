@@ -1,18 +1,18 @@
-"""What an error says, and what catches it."""
+"""Errors say what is wrong and what to do, and the command line prints each as one line with exit code 2."""
 
 from __future__ import annotations
 
 import pytest
 
-from optimum_mla.errors import (
-    CalibrationDataError,
-    CorruptWeightsError,
-    InvalidValueError,
-    MissingDependencyError,
-    MLAError,
-    OutputError,
-    UnsupportedModelError,
+from optimum_mla import errors
+from optimum_mla.cli import BAD_INPUT, exit_on_bad_input
+from optimum_mla.errors import InvalidValueError, MissingDependencyError, MLAError
+
+KINDS = sorted(
+    (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MLAError)),
+    key=lambda kind: kind.__name__,
 )
+"""Every kind of error of the package; a new one is in it by itself."""
 
 
 def test_a_bad_value_is_told_with_field_value_range_and_remedy() -> None:
@@ -22,22 +22,34 @@ def test_a_bad_value_is_told_with_field_value_range_and_remedy() -> None:
     assert str(InvalidValueError("dtype", "int3", "float32")) == "dtype: got 'int3', allowed: float32."
 
 
-@pytest.mark.parametrize(
-    ("error", "builtin"),
-    [
-        (InvalidValueError("a", 1, "2"), ValueError),
-        (UnsupportedModelError("m"), ValueError),
-        (CorruptWeightsError("w"), ValueError),
-        (CalibrationDataError("t"), ValueError),
-        (OutputError("o"), OSError),
-        (MissingDependencyError("datasets", "train", "read a dataset"), ImportError),
-    ],
-)
-def test_one_base_and_the_builtin_kind_catch_each(error: MLAError, builtin: type[Exception]) -> None:
-    for kind in (MLAError, builtin):
-        with pytest.raises(kind) as caught:
-            raise error
-        assert caught.value is error
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_command_line_prints_one_line_and_exits_with_two(
+    kind: type[MLAError], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {
+        InvalidValueError: lambda: InvalidValueError("rank", 9, "1 to 8", "Lower it."),
+        MissingDependencyError: lambda: MissingDependencyError("trl", "train", "train with DPO"),
+    }
+    error = made.get(kind, lambda: kind("model: it is broken.\n  Repair it."))()
+    with pytest.raises(SystemExit) as exit_, exit_on_bad_input():
+        raise error
+    assert exit_.value.code == BAD_INPUT == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == f"error: {' '.join(str(error).split())}\n"
+    assert told.err.count("\n") == 1
+
+
+def test_other_errors_are_not_taken_for_bad_input() -> None:
+    with pytest.raises(ZeroDivisionError), exit_on_bad_input():
+        raise ZeroDivisionError
+
+
+def test_ctrl_c_says_what_was_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_, exit_on_bad_input("half of it was written"):
+        raise KeyboardInterrupt
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "interrupted: half of it was written\n"
 
 
 def test_a_missing_package_names_the_extra_that_brings_it() -> None:

@@ -1,19 +1,24 @@
-"""The kernel for CPUs against the reference, over every way that the cache stores its blocks."""
+"""The kernel for CPUs agrees with the reference however the cache stores its blocks, and decoding calls it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from optimum_mla import MHA2MLA
 from optimum_mla.cache import CacheSettings, LatentLayer
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.ops import kernels
-from optimum_mla.ops.blockwise import LatentDecode, RotaryRebuild, latent_decode
-from optimum_mla.ops.kernels import cpu_decode, kernel_for, register_kernel
+from optimum_mla.ops.blockwise import Attended, LatentDecode, RotaryRebuild, latent_decode
+from optimum_mla.ops.kernels import cpu_decode, register_kernel
 from optimum_mla.ops.rotary import AbsoluteFrames, Rotation
+from optimum_mla.stack import cache_argument
+from tests.cases import SIZES, source_model, token_ids
 
 HEADS, ROPE, RANK = 4, 8, 40
 STORED: dict[str, dict[str, Any]] = {
@@ -108,9 +113,49 @@ def test_pieces_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (cpu_decode(step).context - whole).abs().max() <= 1e-6
 
 
-def test_a_registered_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_KERNELS", dict(kernels._KERNELS))
-    assert kernel_for("cpu") is cpu_decode
-    assert kernel_for("cuda") is latent_decode
-    register_kernel("cuda", cpu_decode)
-    assert kernel_for("cuda") is cpu_decode
+def decoded(change: Callable[[Attended], Attended] | None) -> tuple[Tensor, list[LatentDecode]]:
+    """Logits [2, vocabulary] of one decoded token, and the steps that a registered kernel got.
+
+    Args:
+        change: What the registered kernel does to the reference's answer; None registers no kernel for CPUs.
+    """
+    steps: list[LatentDecode] = []
+
+    def kernel(step: LatentDecode) -> Attended:
+        steps.append(step)
+        assert change is not None
+        return change(latent_decode(step))
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(kernels, "_KERNELS", {})
+        if change is not None:
+            register_kernel("cpu", kernel)
+        model, ids = MHA2MLA(kv_cache_ratio=0.5)(source_model("llama")), token_ids()
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :-1], **cache_argument(model, cache))
+        steps.clear()
+        return model(ids[:, -1:], **cache_argument(model, cache)).logits[:, -1], steps
+
+
+def test_decoding_calls_the_registered_kernel_and_uses_its_answer() -> None:
+    reference, none = decoded(None)
+    assert none == []
+    same, steps = decoded(lambda attended: attended)
+    assert [step.view.tokens for step in steps] == [token_ids().shape[1]] * SIZES["num_hidden_layers"]
+    assert (same - reference).abs().max() <= 1e-5
+    without_context, _ = decoded(lambda attended: attended._replace(context=torch.zeros_like(attended.context)))
+    assert (without_context - reference).abs().max() > 1e-2
+
+
+def test_cpus_decode_with_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    flash = kernels._flash
+    monkeypatch.setattr(kernels, "_flash", lambda *arguments: calls.append(arguments) or flash(*arguments))
+    model, ids = MHA2MLA(kv_cache_ratio=0.5)(source_model("llama")), token_ids()
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :-1], **cache_argument(model, cache))
+        calls.clear()
+        fused = model(ids[:, -1:], **cache_argument(model, cache)).logits[:, -1]
+    assert len(calls) == SIZES["num_hidden_layers"]
+    assert (fused - decoded(None)[0]).abs().max() <= 1e-5

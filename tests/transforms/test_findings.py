@@ -1,9 +1,8 @@
-"""A refused or finished conversion leaves alone what it has no business with."""
+"""A conversion, refused or finished, changes nothing that it does not convert."""
 
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, PreTrainedModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, MLATransformation, XEcoMLA, compose
-from optimum_mla.errors import InvalidValueError, MLAError
+from optimum_mla.errors import InvalidValueError, MLAError, UnsupportedModelError
 from tests.cases import source_model, token_ids
 
 
@@ -24,14 +23,25 @@ def test_what_was_frozen_stays_frozen() -> None:
     assert model.model.norm.weight.requires_grad
 
 
-def test_an_adapter_is_refused_or_kept_but_not_dropped() -> None:
+def test_an_adapter_is_refused_and_stays_in_the_model() -> None:
     model, ids = source_model("llama"), token_ids()
-    get_peft_model(model, LoraConfig(target_modules=["k_proj"], init_lora_weights=False)).eval()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["k_proj"], init_lora_weights=False)).eval()
     with torch.no_grad():
         expected = model(ids).logits
-        with suppress(MLAError):
+        with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn\.k_proj .*Merge adapters"):
             GQA2MLA()(model)
-        assert (model(ids).logits - expected).abs().max() <= 1e-4
+        assert torch.equal(model(ids).logits, expected)
+        with adapted.disable_adapter():
+            assert (model(ids).logits - expected).abs().max() > 1e-2
+
+
+def test_a_merged_adapter_is_converted_with_the_model() -> None:
+    model, ids = source_model("llama"), token_ids()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["k_proj"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        converted = GQA2MLA()(adapted.merge_and_unload())
+        assert (converted(ids).logits - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(
