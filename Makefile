@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup transformers-tests demo test test-slow style check paper-tables bench-conversion bench-quality bench-factorization bench-decode \
+.PHONY: setup transformers-tests demo test test-slow style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
 	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model clean
 
 setup: $(STAMP)
@@ -43,6 +43,10 @@ check: setup
 
 paper-tables: setup
 	$(BIN)/python benchmarks/paper_tables.py
+
+# Writes the committed results into the tables of README.md and docs/.
+tables: setup
+	$(BIN)/python -m benchmarks.tables
 
 bench-conversion: setup
 	$(RUN) $(BIN)/python -m benchmarks.conversion

@@ -1,0 +1,361 @@
+"""Write the committed results into the tables of the README and of the docs.
+
+    make tables
+
+A page holds a pair of HTML comments for each block, `<!-- results: NAME -->` and `<!-- end of results -->`. What is
+between them is rendered from `benchmarks/results/*.json` by the function NAME of this file, so that no number is copied
+by hand. `tests/test_docs.py` checks that the pages are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import RESULTS, ROOT
+
+BLOCK = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end of results -->", re.DOTALL)
+WIDTH = 120
+"""Characters in a line of generated prose."""
+VISIBLE_NATS = 0.005
+"""Losses of single trainings that differ by less are not told apart."""
+
+
+def result(name: str) -> dict[str, Any]:
+    """Return the content of a result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [list(header), ["---"] * len(header), *[list(row) for row in rows]]
+    rule = "|".join(["", *lines[1], ""])
+    return "\n".join([_line(lines[0]), rule, *(_line(row) for row in lines[2:])])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def prose(text: str) -> str:
+    """Return a paragraph in lines of at most `WIDTH` characters."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def headline() -> str:
+    """Return the README's first sentence: cache and perplexity before and after at a quarter of the cache."""
+    found = result("conversion")
+    (run,) = [
+        run
+        for run, asked in zip(found["runs"], found["config"]["runs"], strict=True)
+        if asked == {"method": "gqa2mla", "kv-cache-ratio": 0.25}
+    ]
+    return prose(
+        f"**A quarter of the KV cache, before any training: {run['source_cache_bytes_per_token']:.0f} → "
+        f"{run['cache_bytes_per_token']:.0f} bytes per token in the live cache, perplexity "
+        f"{run['perplexity_before']:.2f} → {run['perplexity_after']:.2f}** (GQA2MLA on the embedded reference model, "
+        f"{found['machine']})."
+    )
+
+
+def quality() -> str:
+    """Return the excess log-perplexity of each method on the three small models, mean over the seeds."""
+    found = result("quality")
+    excess: dict[tuple[str, str, float], list[float]] = {}
+    for run in found["runs"]:
+        if run["part"] == "methods" and "impossible" not in run:
+            excess.setdefault((run["label"], run["model"], run["ratio"]), []).append(run["excess_log_perplexity"])
+    labels = (
+        "GQA2MLA as published",
+        "MHA2MLA as published",
+        "X-EcoMLA as published",
+        "GQA2MLA decoupled, cached",
+        "GQA2MLA full",
+        "GQA2MLA decoupled, rebuilt",
+    )
+
+    def cell(label: str, model: str) -> str:
+        both = (excess[label, model, ratio] for ratio in (0.5, 0.25))
+        return " / ".join(f"{sum(values) / len(values):.3f}" for values in both)
+
+    models = found["config"]["models"]
+    rows = [(label, *(cell(label, model) for model in models)) for label in labels]
+    shown = table(("excess at 50 / 25 %", "grouped-query", "multi-head", "Qwen3-like"), rows)
+    return "\n\n".join([shown, prose(f"Measured by `make bench-quality` on {found['machine']}.")])
+
+
+def conversion() -> str:
+    """Return what `mla-convert` makes of the reference model: the size of the cache and the perplexity."""
+    found = result("conversion")
+    rows = []
+    for asked, run in zip(found["config"]["runs"], found["runs"], strict=True):
+        extra = [f"--{name} {value}" for name, value in asked.items() if name not in ("method", "kv-cache-ratio")]
+        rows.append(
+            (
+                f"`{' '.join([asked['method'], *extra])}`",
+                f"{run['cache_percent_of_source']:g} %",
+                f"{run['cache_bytes_per_token']:.0f}",
+                f"{run['perplexity_after']:.2f}",
+            )
+        )
+    first = found["runs"][0]
+    seconds = [run["conversion_seconds"] for run in found["runs"]]
+    return "\n\n".join(
+        [
+            prose(
+                "End to end with `mla-convert` on the grouped-query model in bfloat16 (source: "
+                f"{first['source_cache_bytes_per_token']:.0f} bytes per token, perplexity "
+                f"{first['perplexity_before']:.2f}), by `make bench-conversion`:"
+            ),
+            table(("method", "cache", "bytes per token", "perplexity"), rows),
+            prose(f"A conversion took {min(seconds):.0f} to {max(seconds):.0f} seconds on {found['machine']}."),
+        ]
+    )
+
+
+def decode() -> str:
+    """Return the speed of one decoding step beside the source model, by shape, latent and kind of cache."""
+    found = result("decode")
+    runs = {(run["shape"], run["latent"], run["variant"], run["context"]): run for run in found["runs"]}
+    shown = (
+        ("Llama-2-7B slice", "512 + 64"),
+        ("Llama-2-7B slice", "512, rebuilt 64"),
+        ("Llama-3.2-1B slice", "128 + 32"),
+    )
+    rows = []
+    for shape, latent in shown:
+        source = runs[shape, "-", "source", 32768]
+        for variant in ("absorbed", "int4 hqq"):
+            short, long = (runs[shape, latent, variant, context] for context in (8192, 32768))
+            rows.append(
+                (
+                    f"{shape}, {latent}, {variant}",
+                    f"{100 * long['cache_mb'] / source['cache_mb']:.1f} %",
+                    f"{short['core_speedup']:.1f} / {long['core_speedup']:.1f}",
+                    f"{short['model_speedup']:.1f} / {long['model_speedup']:.1f}",
+                )
+            )
+    early = runs["Llama-3.2-1B slice", "128 + 32", "absorbed", 1024]["core_speedup"]
+    return "\n\n".join(
+        [
+            prose(
+                "One step at long context beside the source with its `DynamicCache`, in bfloat16, by "
+                f"`make bench-decode` on {found['machine']}. The attention core is what lies between the projections; "
+                '"whole" is the slice of 2 or 4 layers with a small vocabulary. At 1k tokens latents save memory but '
+                f"not time beside few key heads: there the core is {early:.1f} times as fast."
+            ),
+            table(("slice, latent", "cache at 32k", "core at 8k / 32k, times as fast", "whole"), rows),
+        ]
+    )
+
+
+def cache_quality() -> str:
+    """Return what the 4-bit latent costs in perplexity with each library where every token is quantized."""
+    costs = {}
+    for backend in ("hqq", "quanto"):
+        wanted = {"kv_cache_ratio": 0.5, "bits": 4, "backend": backend, "residual_length": 0}
+        (run,) = [
+            run for run in result("cache_quality")["runs"] if wanted.items() <= run.items() and "group_size" not in run
+        ]
+        costs[backend] = run["percent_over_unquantized"]
+    return prose(
+        f"The latent in 4 bits costs {costs['hqq']:+.2f} % perplexity with HQQ and {costs['quanto']:+.2f} % with "
+        "Quanto where every token is quantized (half the cache kept, token by token through the live cache, "
+        "`make bench-cache-quality`)."
+    )
+
+
+def recovered() -> str:
+    """Return the share of the excess log-perplexity that distillation on 2 M tokens closes, in a sentence."""
+    runs = {run["recipe"]["train"]: run for run in result("recovery_2m")["runs"]}
+    return prose(
+        "Distilled from its source on 2 M tokens of books, the reference model at a quarter of its cache gets back "
+        f"{runs['full']['percent_of_excess_closed']:.1f} % of its excess log-perplexity where everything trains, and "
+        f"{runs['lora']['percent_of_excess_closed']:.1f} % where only adapters on the latent projections do, "
+        f"{runs['lora']['trainable_percent']:.1f} % of the parameters (`make bench-recovery-2m`, "
+        "[more](docs/recover.md))."
+    )
+
+
+def recovery_2m() -> str:
+    """Return the perplexities before and after distillation on 2 M tokens, by what trains."""
+    rows = [
+        (
+            f"`{run['recipe']['train']}`",
+            f"{run['trainable_percent']:.1f} %",
+            ", ".join(f"{run[f'perplexity_{name}']:.2f}" for name in ("source", "converted", "recovered")),
+            f"{run['percent_of_excess_closed']:.1f} %",
+        )
+        for run in result("recovery_2m")["runs"]
+    ]
+    return table(("trains", "parameters", "perplexity: source, converted, recovered", "closed"), rows)
+
+
+def recovery_runs() -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the runs of the recovery experiment by conversion and label."""
+    return {(run["conversion"], run["label"]): run for run in result("recovery")["runs"]}
+
+
+def recovery_grid() -> str:
+    """Return the percentage of the excess closed, by what trains, objective and cache."""
+    runs = recovery_runs()
+    rows = []
+    for train in ("lora", "kv", "attention", "full"):
+        cells = [
+            f"{runs[cache, f'{objective}, {train}']['percent_of_excess_closed']:.1f}"
+            for cache in ("25 %", "12.5 %")
+            for objective in ("distill", "sft")
+        ]
+        share = runs["25 %", f"distill, {train}"]["trainable_percent"]
+        rows.append((f"`{train}`", f"{share:.1f} %", *cells))
+    header = ("trains", "parameters at 25 %", "distill, 25 %", "sft, 25 %", "distill, 12.5 %", "sft, 12.5 %")
+    return table(header, rows)
+
+
+def yes(holds: bool) -> str:
+    """Return whether a claim holds, in a word."""
+    return "yes" if holds else "no"
+
+
+def recovery_claims() -> str:
+    """Return what the papers claim about training, with the measured numbers."""
+    runs = recovery_runs()
+    starts = {
+        start: [runs[f"X-EcoMLA 25 %, {start}", f"{how}, full"]["perplexity_recovered"] for how in ("distill", "sft")]
+        for start in ("random", "SVD", "calibrated")
+    }
+    keys = (("100 %, SVD", "sft, kv"), ("source", "sft, W_K and W_V"), ("100 %, identity", "sft, kv"))
+    svd, source, identity = (sum(runs[key]["last_losses"]) / len(runs[key]["last_losses"]) for key in keys)
+    held_out = [runs[key]["perplexity_recovered"] for key in (keys[0], keys[2])]
+    random, calibrated = starts["random"][0], starts["calibrated"][0]
+    against = ", ".join(f"{distill:.1f} / {sft:.1f}" for distill, sft in starts.values())
+    rows = (
+        (
+            "X-EcoMLA: an SVD start beats a random one",
+            f"{yes(starts['SVD'][0] < random)}: perplexity {starts['SVD'][0]:.1f} against {random:.1f} at equal "
+            f"tokens, from a calibrated start {calibrated:.1f}",
+        ),
+        (
+            "X-EcoMLA: KL to a teacher beats cross-entropy",
+            f"{yes(all(distill < sft for distill, sft in starts.values()))}, from these three starts: {against}",
+        ),
+        (
+            "TransMLA: a converted model trains to a lower loss than its source with only W_K and W_V trained",
+            f"{yes(svd < source)}: {svd:.3f} against {source:.3f}, mean of the last five logs",
+        ),
+        (
+            "TransMLA: orthogonal decomposition beats identity expansion",
+            f"{'not visibly' if abs(svd - identity) < VISIBLE_NATS else yes(svd < identity)}: {svd:.4f} against "
+            f"{identity:.4f}; on the held-out book {held_out[0]:.2f} against {held_out[1]:.2f}",
+        ),
+    )
+    return table(("claim", "found"), rows)
+
+
+def teacher_memory() -> str:
+    """Return the peak memory of trainings with and without a teacher, in a sentence."""
+    peak = {run["label"]: f"{run['peak_memory_mb'] / 1e3:.2f} GB" for run in result("recovery_memory")["runs"]}
+    return prose(
+        f"A teacher of equal size adds little memory: full distillation peaked at {peak['distill, full']} where plain "
+        f"fine-tuning did at {peak['sft, full']}, adapters at {peak['distill, lora']} against {peak['sft, lora']} "
+        "(`make bench-recovery-memory`: a model of 98 M parameters with random weights, batches of 2048 tokens)."
+    )
+
+
+def memory() -> str:
+    """Return the bytes per token of each cache, and the live bytes of 16,384 tokens beside the predicted ones."""
+    found = result("memory")
+    names = {("baseline", "default"): "source", ("model", "default"): "16-bit latent"}
+    whole = found["budget"][0]["cache_bytes_per_token"]
+    cells = {(row["role"], row["cache"]): row for row in found["memory"] if row["context_tokens"] == 16384}
+    rows = []
+    for fits in found["budget"]:
+        key = fits["role"], fits["cache"]
+        rows.append(
+            (
+                names.get(key, fits["cache"]),
+                f"{fits['cache_bytes_per_token']:.0f}",
+                f"{100 * fits['cache_bytes_per_token'] / whole:.1f}",
+                f"{cells[key]['live_cache_bytes'] / 1e6:.2f}",
+                f"{cells[key]['live_percent_of_predicted']:.1f}",
+            )
+        )
+    header = ("cache", "bytes per token", "% of the source's", "live at 16,384 tokens, MB", "live / predicted, %")
+    return table(header, rows)
+
+
+def export() -> str:
+    """Return what the forms that engines run cost in perplexity, and how far an export is from its original."""
+    rows = []
+    options = {
+        "rotary frequencies by layer": "`--rope-cache cached`",
+        "shared": "`--rope-cache cached --shared-rope`",
+        "shared, latent norm": "`--rope-cache cached --shared-rope --latent-norm`",
+    }
+    for run in result("export")["runs"]:
+        exported = run.get("perplexity_exported")
+        difference = run.get("largest_logit_difference")
+        rows.append(
+            (
+                options[run["form"]],
+                run["dtype"],
+                f"{run['perplexity_source']:.2f}",
+                f"{run['perplexity_converted']:.2f}",
+                "-" if exported is None else f"{exported:.2f}",
+                "-" if difference is None else f"{difference:.1e}",
+            )
+        )
+    return table(("form", "dtype", "source", "converted", "exported", "largest logit difference of the export"), rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    made.__name__: made
+    for made in (
+        headline,
+        quality,
+        conversion,
+        decode,
+        cache_quality,
+        recovered,
+        recovery_2m,
+        recovery_grid,
+        recovery_claims,
+        teacher_memory,
+        memory,
+        export,
+    )
+}
+"""The functions that render blocks, by the names that pages use."""
+
+
+def pages() -> list[Path]:
+    """Return the pages that may hold blocks."""
+    return [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rendered(text: str) -> str:
+    """Return the text of a page with its blocks rendered anew.
+
+    Raises:
+        KeyError: A block has a name that this file does not render.
+    """
+    return BLOCK.sub(
+        lambda found: f"<!-- results: {found[1]} -->\n\n{BLOCKS[found[1]]()}\n\n<!-- end of results -->", text
+    )
+
+
+def main() -> None:
+    """Render the blocks of all pages and say which pages changed."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := rendered(text)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
