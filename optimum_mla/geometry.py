@@ -1,11 +1,11 @@
-"""What one attention layer caches and weighs, before and after conversion. Plain integers; imports no torch.
+"""Shape, cache size and parameter count of attention layers before and after conversion. Imports no torch.
 
 Letters, used in every file of this package (the full table is `docs/notation.md`):
 
     d  hidden_size           H  num_attention_heads     G  num_key_value_heads      D  head_dim (of the source)
     r  kv_lora_rank          r_k, r_v  k_/v_lora_rank   r_q  q_lora_rank
     n  qk_nope_head_dim      R  qk_rope_head_dim        K  num_rope_heads           v  v_head_dim
-    U  num_up_heads: heads that the up-projection makes, H (each query head its own) or G (shared by H/G query heads)
+    U  num_up_heads, the heads that the up-projection makes: H (one for each query head) or G (shared by H/G of them)
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ RopeCache = Literal["cached", "rebuilt"]
 
 @dataclass(frozen=True)
 class MLAGeometry:
-    """Shape of one attention layer.
+    """The shape of one attention layer.
 
-    `attention_form` says which attention the layer runs:
+    `attention_form` says which attention the layer has:
 
-    - `source`: the model's own multi-head or grouped-query attention; caches `2·G·D` numbers per token.
-    - `decoupled`: one joint key/value latent of rank r and a rotary key of K heads (DeepSeek-V2, arXiv 2405.04434,
-      section 2.1; MHA2MLA with K = G, X-EcoMLA with K = 1); caches `r + K·R`, or `r` where `rope_cache` is `rebuilt`.
-    - `full`: RoPE on every up-projected key dim; two latents (TransMLA, arXiv 2502.07864v1) that cache `r_k + r_v`, or,
-      where `kv_lora_rank` is set, one joint latent of r.
+    - `source` is the model's own multi-head or grouped-query attention, which caches `2·G·D` numbers per token.
+    - `decoupled` has one joint key/value latent of rank r and a rotary key of K heads (DeepSeek-V2, arXiv 2405.04434,
+      section 2.1; MHA2MLA with K = G, X-EcoMLA with K = 1). It caches `r + K·R` numbers per token, or `r` if
+      `rope_cache` is `rebuilt`.
+    - `full` applies RoPE to every up-projected key dim. It has two latents (TransMLA, arXiv 2502.07864v1), which cache
+      `r_k + r_v` numbers per token, or one joint latent of rank r if `kv_lora_rank` is set.
 
     With `key_norm` (an RMSNorm on each key head, as in Qwen3) a decoupled layer also caches one number per key head and
-    token, the inverse root mean square of that key, because the norm does not fold into weights. With `latent_bias` the
-    projections that read the latent have biases even where the source's keys and values have none: they hold what the
-    latent's mean would otherwise cost in rank.
+    token, the inverse root mean square of that key, because the norm cannot be folded into weights. With `latent_bias`
+    the projections that read the latent have biases even if the source's keys and values have none. These biases hold
+    the mean of keys and values, which would otherwise need rank.
     """
 
     hidden_size: int
@@ -59,12 +60,12 @@ class MLAGeometry:
 
     @classmethod
     def from_config(cls, config: Any, **features: bool) -> MLAGeometry:
-        """Read the fields from one layer's config.
+        """Return the shape that a config describes.
 
         Args:
-            config: Of a source model or of one layer of a converted one. A layer that keeps the source's attention has
-                none of the latent fields, whatever the config holds for the other layers.
-            features: What the config does not say: biases, norms.
+            config: The config of a source model, or of one layer of a converted model. If the layer keeps the source's
+                attention, latent fields that the config holds for other layers are ignored.
+            features: Fields that the config does not hold: biases and norms.
         """
         heads = config.num_attention_heads
         known: dict[str, Any] = {
@@ -80,7 +81,7 @@ class MLAGeometry:
 
     @property
     def qk_head_dim(self) -> int:
-        """Dims of one query and key head after conversion: n + R."""
+        """Dims of one query or key head after conversion, n + R."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -90,23 +91,23 @@ class MLAGeometry:
 
     @property
     def source_cache_numbers(self) -> int:
-        """Numbers that the source attention caches per token: keys and values of G heads."""
+        """Numbers that the source attention caches per token, which are the keys and values of G heads."""
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def scale_numbers(self) -> int:
-        """Numbers per token that a decoupled layer caches for its key norms: one a key head."""
+        """Numbers that a decoupled layer caches per token for its key norms, one per key head."""
         return self.num_key_value_heads if self.key_norm and self.attention_form == "decoupled" else 0
 
     @property
     def rope_numbers(self) -> int:
-        """Numbers per token in the second cached tensor of a decoupled layer: rotary key and key-norm scales."""
+        """Numbers per token in the second cached tensor of a decoupled layer: rotary key and key-norm factors."""
         rotary = self.num_rope_heads * self.qk_rope_head_dim if self.rope_cache == "cached" else 0
         return rotary + self.scale_numbers
 
     @property
     def cache_numbers(self) -> int:
-        """Numbers cached per token in this layer."""
+        """Numbers that this layer caches per token."""
         if self.attention_form == "source":
             return self.source_cache_numbers
         if self.attention_form == "full":
@@ -115,16 +116,16 @@ class MLAGeometry:
 
     @property
     def cache_ratio(self) -> float:
-        """Cached numbers over the source's."""
+        """Cached numbers divided by those of the source."""
         return self.cache_numbers / self.source_cache_numbers
 
     def cache_bytes(self, bits: float = 16) -> float:
-        """Bytes cached per token in this layer at `bits` per number."""
+        """Return the bytes that this layer caches per token at `bits` per number."""
         return self.cache_numbers * bits / 8
 
     @property
     def source_parameters(self) -> int:
-        """Parameters of the source attention: q, k, v, o projections, their biases and the query and key norms."""
+        """Parameters of the source attention: four projections, their biases, and the query and key norms."""
         query, key_value = self.num_attention_heads * self.head_dim, 2 * self.num_key_value_heads * self.head_dim
         weights = self.hidden_size * (2 * query + key_value)
         biases = self.query_bias * query + self.key_value_bias * key_value + self.output_bias * self.hidden_size
@@ -132,7 +133,7 @@ class MLAGeometry:
 
     @property
     def parameters(self) -> int:
-        """Parameters of this attention layer as it is."""
+        """Parameters of this attention layer."""
         if self.attention_form == "source":
             return self.source_parameters
         weights = self._full_parameters() if self.attention_form == "full" else self._decoupled_parameters()
@@ -140,7 +141,7 @@ class MLAGeometry:
 
     @property
     def parameters_added(self) -> int:
-        """Parameters more than the source attention's (negative: fewer)."""
+        """Parameters of this layer minus those of the source attention; negative if there are fewer."""
         return self.parameters - self.source_parameters
 
     def _full_parameters(self) -> int:
@@ -164,7 +165,9 @@ class MLAGeometry:
         biases = self.query_bias * query + self.up_bias * up + self.key_value_bias * r
         biases += rotary * (self.up_bias if rebuilt else self.key_value_bias)
         norms = self.latent_norm * r
-        if self.key_norm:  # the query heads' gains, and the source's key projection for the keys' norms
+        if (
+            self.key_norm
+        ):  # the gains of the query heads, and the source's key projection, which the key norms are computed with
             keys = self.num_key_value_heads * self.head_dim
             norms += self.num_rope_heads * self.qk_head_dim + keys * (d + self.key_value_bias)
         return queries + d * r + rope_input * rotary + r * up + heads * self.v_head_dim * d + biases + norms
@@ -172,30 +175,30 @@ class MLAGeometry:
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """All attention layers of a model, in order."""
+    """The shapes of all attention layers of a model, in order."""
 
     layers: tuple[MLAGeometry, ...]
 
     @property
     def cache_numbers(self) -> int:
-        """Numbers cached per token, all layers together."""
+        """Numbers that all layers together cache per token."""
         return sum(layer.cache_numbers for layer in self.layers)
 
     @property
     def source_cache_numbers(self) -> int:
-        """Numbers that the source model caches per token, all layers together."""
+        """Numbers that all layers of the source model together cache per token."""
         return sum(layer.source_cache_numbers for layer in self.layers)
 
     @property
     def cache_ratio(self) -> float:
-        """Cached numbers over the source's."""
+        """Cached numbers divided by those of the source."""
         return self.cache_numbers / self.source_cache_numbers
 
     def cache_bytes(self, tokens: int = 1, bits: float = 16) -> float:
-        """Bytes of the cache for `tokens` tokens at `bits` per number."""
+        """Return the bytes of the cache for `tokens` tokens at `bits` per number."""
         return self.cache_numbers * tokens * bits / 8
 
     @property
     def parameters_added(self) -> int:
-        """Parameters more than in the source model (negative: fewer)."""
+        """Parameters of the attention minus those of the source model's; negative if there are fewer."""
         return sum(layer.parameters_added for layer in self.layers)

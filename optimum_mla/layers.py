@@ -1,4 +1,4 @@
-"""Which layers a conversion covers."""
+"""The layers that a conversion covers, as users name them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterable
 from optimum_mla.errors import InvalidValueError
 
 LAYER_PRESETS: dict[str, tuple[int, ...]] = {"x-ecomla-hybrid": (1, 3, 5, 7, 8, 10, 12, 14)}
-"""Named choices. `x-ecomla-hybrid`: 8 of 16 layers (arXiv 2503.11132, hybrid models of Llama-3.2-1B)."""
+"""Layers by the name of a preset. `x-ecomla-hybrid` has 8 of 16 layers (arXiv 2503.11132, hybrids of Llama-3.2-1B)."""
 
 LayerChoice = str | int | Iterable[int]
 
-_REMEDY = f"Write all, a list such as 0-7 or 1,3,5, or a preset ({', '.join(LAYER_PRESETS)})."
+_REMEDY = f"Give all, a list such as 0-7 or 1,3,5, or a preset ({', '.join(LAYER_PRESETS)})."
 
 
 def parse_layers(layers: LayerChoice, count: int) -> tuple[int, ...]:
-    """Layer indices, rising.
+    """Return the indices of the chosen layers in rising order.
 
     Args:
-        layers: `all`, a preset's name, a list such as `0-3,8` (ends included), or indices.
-        count: Layers that the model has.
+        layers: `all`, the name of a preset, a list such as `0-3,8` (both ends included), or indices.
+        count: Number of layers of the model.
 
     Raises:
-        InvalidValueError: Malformed, empty, or beyond the model.
+        InvalidValueError: The choice is malformed or empty, or the model has fewer layers.
     """
     allowed = f"0 to {count - 1}"
     if not isinstance(layers, str):

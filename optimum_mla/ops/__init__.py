@@ -1,1 +1,1 @@
-"""Pure tensor functions: low-rank factors, choice of rotary pairs, rotation, attention in latent space."""
+"""Functions of tensors alone: low-rank factors, choice of rotary pairs, rotation, and attention in latent space."""

@@ -1,6 +1,6 @@
-"""Cached tokens in blocks: what attention may ask of them, however they are stored.
+"""The interface through which attention reads cached tokens in blocks, however they are stored.
 
-B, S, T, H as everywhere; w is the width of a cached vector, M any number of query vectors.
+B, S, T and H are as in `docs/notation.md`; w is the width of a cached vector, and M is any number of query vectors.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import Tensor, nn
 from optimum_mla.ops.absorb import product
 
 BLOCK_NUMBERS = 2**20
-"""About so many numbers are looked at together: enough for the matrix products, little beside a long cache."""
+"""A block holds about so many numbers, which is enough for efficient matrix products and little beside a long cache."""
 SHORTEST_BLOCK = 256
+"""A block of wide vectors holds at least so many tokens."""
 
 
 def block_tokens(width: int) -> int:
-    """Tokens in a block of vectors of `width` numbers: a power of two."""
+    """Return the number of tokens in a block of vectors of `width` numbers, a power of two."""
     return max(SHORTEST_BLOCK, 2 ** round(math.log2(BLOCK_NUMBERS / width)))
 
 
 class Latents:
-    """Vectors of some cached tokens, ready to compute with.
+    """Vectors of some cached tokens, in a form that can be computed with.
 
     Args:
-        vectors: [B, T, w].
+        vectors: The stored vectors, [B, T, w].
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -37,45 +38,46 @@ class Latents:
 
     @property
     def layout(self) -> Hashable:
-        """Latents of the same layout lift and lower alike."""
+        """A key of the stored form; `lift` and `lower` do the same for all latents of one layout."""
         return None
 
     def lift(self, queries: Tensor) -> Tensor:
-        """Queries [..., w] as the stored vectors want them: inner products with those are the ones asked for."""
+        """Return queries [..., w] in a form whose products with the stored vectors are those with the original ones."""
         return queries
 
     def lower(self, sums: Tensor) -> Tensor:
-        """Weighted sums [..., ·] of the stored vectors as sums of the vectors that they stand for, [..., w]."""
+        """Turn weighted sums of the stored vectors [..., ·] into sums of the original vectors, [..., w]."""
         return sums
 
     def logits(self, queries: Tensor) -> Tensor:
-        """Inner products of queries [B, M, w] with every token's vector: [B, M, T]."""
+        """Return the inner products of queries [B, M, w] with the vector of every token, [B, M, T]."""
         return product(self.vectors, self.lift(queries).transpose(1, 2)).transpose(1, 2)
 
     def context(self, weights: Tensor) -> Tensor:
-        """Weighted sums of the vectors, weights [B, M, T]: [B, M, w]."""
+        """Return the sums of the vectors with weights [B, M, T], [B, M, w]."""
         return self.lower(weights @ self.vectors)
 
     def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A linear map, weight [m, w] and bias [m], of every vector: [B, T, m]."""
+        """Return a linear map with weight [m, w] and bias [m] of every vector, [B, T, m]."""
         projected = product(self.vectors, self.lift(weight).t())
         return projected if bias is None else projected + bias
 
     def dense(self) -> Tensor:
-        """The vectors that these stand for, [B, T, w]."""
+        """Return the original vectors as a plain tensor, [B, T, w]."""
         return self.lower(self.vectors)
 
 
 class ShiftedLatents(Latents):
-    """Vectors in groups that share a shift, which is not added to their numbers but stands behind them.
+    """Vectors in groups of numbers that share a shift, which is stored behind the numbers and not added to them.
 
-    Adding it would take as long as all the rest of decoding. Instead, a query meets it with the sum of its own group.
+    Adding the shifts would take as long as all the rest of decoding. Instead, the shift of a group is multiplied by the
+    sum of the query's numbers in that group.
 
     Args:
-        vectors: The numbers of all groups, then the groups' shifts: [B, T, G·g + shifts].
-        shifts: G, or 0 where there are none.
-        group: g.
-        width: w; groups are padded behind it.
+        vectors: The numbers of all groups, then the shifts of the groups, [B, T, groups·g + shifts].
+        shifts: Number of shifts, which is the number of groups, or 0 without shifts.
+        group: Numbers in a group, g.
+        width: Width of the original vectors, w; the numbers behind it are padding of the last group.
     """
 
     def __init__(self, vectors: Tensor, shifts: int, group: int, width: int) -> None:
@@ -103,10 +105,10 @@ class Block(NamedTuple):
     """Some consecutive tokens of one layer's cache.
 
     Attributes:
-        first: The first cached vectors: the joint latent, or the key latent.
-        second: The second: the rotary key [B, T, K·R] or the value latent; may have no width.
-        scales: The key norms' factors [B, T, G], of no width without key norms.
-        joined: The vectors of `first` and `second`, as they are stored, where they lie side by side in memory; or None.
+        first: The first cached vectors, which are the joint latent or the key latent.
+        second: The second cached vectors, the rotary key [B, T, K·R] or the value latent; their width may be 0.
+        scales: The factors of the key norms, [B, T, G]; the width is 0 without key norms.
+        joined: The stored vectors of `first` and `second` as one tensor if they lie side by side in memory, or None.
     """
 
     first: Latents
@@ -116,48 +118,49 @@ class Block(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """T of this block."""
+        """Number of tokens in this block."""
         return self.scales.shape[1]
 
 
 class CacheView(ABC):
-    """All tokens that a step attends to, oldest first. Iterating opens one block at a time."""
+    """All cached tokens that a step attends to, oldest first; iterating reads one block at a time."""
 
     @property
     def tokens(self) -> int:
-        """T, all blocks together."""
+        """Number of tokens in all blocks together, T."""
         return sum(self.sizes)
 
     @property
     @abstractmethod
     def sizes(self) -> list[int]:
-        """Tokens of each block, in order."""
+        """Number of tokens in each block, in order."""
 
     @property
     @abstractmethod
     def is_dense(self) -> bool:
-        """Whether all tokens lie in memory as plain tensors, so that `whole` decodes nothing."""
+        """Whether all tokens lie in memory as plain tensors, so that `whole` has nothing to decode."""
 
     @property
     @abstractmethod
     def scales(self) -> int:
-        """G of the key norms' factors, 0 without key norms."""
+        """Number of key-norm factors per token, G, or 0 without key norms."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Block]:
-        """The blocks, in order. What a block holds is good until the next one is asked for."""
+        """Yield the blocks in order. The content of a block is valid until the next block is asked for."""
 
     @abstractmethod
     def whole(self) -> Block:
-        """Everything as one dense block."""
+        """Return all tokens as one dense block."""
 
 
 class TensorView(CacheView):
-    """The two tensors of a Transformers cache, [B, 1, T, ·], in slices; nothing is copied.
+    """The two tensors of a Transformers cache, [B, 1, T, ·], read in slices without copying.
 
     Args:
-        first: First cached tensor. second: Second cached tensor.
-        scales: How many of the last numbers of `second` are key-norm factors.
+        first: First cached tensor.
+        second: Second cached tensor.
+        scales: Number of key-norm factors, which are the last numbers of `second`.
     """
 
     def __init__(self, first: Tensor, second: Tensor, scales: int) -> None:
@@ -192,7 +195,7 @@ class TensorView(CacheView):
 
 
 def concatenate(blocks: list[Block]) -> Block:
-    """One dense block from several."""
+    """Join several blocks into one dense block."""
     if len(blocks) == 1 and blocks[0].first.layout is blocks[0].second.layout is None:
         return blocks[0]
     return Block(

@@ -1,6 +1,6 @@
-"""Attention that walks over the cache block by block, with an online softmax (Milakov, Gimelshein, arXiv 1805.02867).
+"""Attention over the cache block by block, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
 
-At any time one block is in memory in full precision, so a step over a quantized cache needs no dense copy of it.
+Only one block at a time is in memory in full precision, so a step over a quantized cache needs no dense copy of it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from optimum_mla.ops.rotary import RotaryFrames, rotate
 
 
 class Attended(NamedTuple):
-    """What attention over all blocks gave.
+    """The result of attention over all blocks.
 
     Attributes:
         context: Weighted sum, [B, H, S, w], in the queries' dtype.
-        mass: Sum of the weights, broadcasting to [B, H, S, 1]: 1 but for dropout.
-        weights: [B, H, S, T], or None where they were not asked for.
+        mass: Sum of the weights, broadcastable to [B, H, S, 1]; it is 1 without dropout.
+        weights: Attention weights, [B, H, S, T], or None if they were not asked for.
     """
 
     context: Tensor
@@ -33,12 +33,14 @@ class Attended(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Softmax sums over some blocks, relative to exp(peak).
+    """Softmax sums over some blocks, divided by exp(peak).
 
     Attributes:
-        peak: [B, H, S, 1]. total: Sum of the weights, likewise. mass: Likewise, after dropout.
+        peak: Largest logit so far, [B, H, S, 1].
+        total: Sum of the weights, [B, H, S, 1].
+        mass: Sum of the weights after dropout, [B, H, S, 1].
         context: Weighted sum, [B, H, S, w].
-        logits: [B, H, S, t], masked, or None where they are not at hand.
+        logits: Masked logits, [B, H, S, t], or None if they were not kept.
     """
 
     peak: Tensor
@@ -48,7 +50,7 @@ class Sums(NamedTuple):
     logits: Tensor | None = None
 
     def merged(self, new: Sums) -> Sums:
-        """With the sums over a further block."""
+        """Return the sums with those over a further block added."""
         peak = torch.maximum(self.peak, new.peak)
         old_share, new_share = (self.peak - peak).exp(), (new.peak - peak).exp()
         return Sums(
@@ -60,17 +62,18 @@ class Sums(NamedTuple):
 
 
 Partial = Callable[[Block, slice, Tensor | None], Sums]
-"""Attention over one block, whose tokens are the given slice of the cache, under its part of the mask."""
+"""A function that attends to one block, given the slice of the cache that it holds and its part of the mask."""
 
 
 def attend(view: CacheView, partial: Partial, mask: Tensor | None, keep_weights: bool = False) -> Attended:
-    """Softmax attention over the blocks of `view`, merged in float32, or float64 for such queries.
+    """Attend to all blocks of `view`, merging their sums in float32, or in float64 for float64 queries.
 
     Args:
         view: The cached tokens.
-        partial: Attention over one block.
-        mask: None, boolean (True: attend) or additive, broadcastable to [B, H, S, T].
-        keep_weights: Whether to return the weights too; they take H·S·T numbers, and `partial` must give its logits.
+        partial: Attends to one block.
+        mask: None, a boolean mask (True means attend) or an additive one, broadcastable to [B, H, S, T].
+        keep_weights: Whether to return the weights too. They take H·S·T numbers per row, and `partial` must return its
+            logits.
     """
     kept: list[Tensor] = []
 
@@ -87,7 +90,11 @@ def attend(view: CacheView, partial: Partial, mask: Tensor | None, keep_weights:
 
 
 def masked_blocks(view: CacheView, mask: Tensor | None) -> Iterator[tuple[Block, slice, Tensor | None]]:
-    """The blocks of `view`, which of its tokens each holds, and the mask's part for them."""
+    """Yield each block of `view`, the slice of tokens that it holds, and the part of the mask for them.
+
+    Raises:
+        ValueError: The cache holds no tokens.
+    """
     start = 0
     for block in view:
         span = slice(start, start + block.tokens)
@@ -100,13 +107,13 @@ def masked_blocks(view: CacheView, mask: Tensor | None) -> Iterator[tuple[Block,
 def softmax_sums(
     logits: Tensor, combine: Callable[[Tensor], Tensor], mask: Tensor | None, dropout: float = 0.0
 ) -> Sums:
-    """The sums over one block.
+    """Return the softmax sums over one block.
 
     Args:
-        logits: Scaled, [B, H, S, t].
-        combine: Makes a weighted sum [B, H, S, w] out of weights [B, H, S, t] of the logits' dtype.
-        mask: This block's part.
-        dropout: Probability, applied to the weights.
+        logits: Scaled logits, [B, H, S, t].
+        combine: Returns the weighted sum [B, H, S, w] for weights [B, H, S, t] in the dtype of the logits.
+        mask: The part of the mask for this block.
+        dropout: Probability with which a weight is dropped.
     """
     dtype = logits.dtype
     logits = masked(logits.to(torch.promote_types(dtype, torch.float32)), mask)
@@ -121,7 +128,7 @@ def softmax_sums(
 
 
 def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits [B, H, S, t] under a mask: None, boolean or additive."""
+    """Return logits [B, H, S, t] with a mask applied, which is None, boolean (True means attend) or additive."""
     if mask is None:
         return logits
     if mask.dtype == torch.bool:
@@ -130,7 +137,7 @@ def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked_softmax(logits: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Attention weights of scaled logits [B, H, S, T] in one piece; mask and dropout as for `attend`."""
+    """Return the attention weights of all scaled logits [B, H, S, T] at once, with mask and dropout applied."""
     dtype = logits.dtype
     logits = masked(logits.to(torch.promote_types(dtype, torch.float32)), mask)
     weights = logits.softmax(dim=-1).to(dtype)
@@ -139,10 +146,11 @@ def masked_softmax(logits: Tensor, mask: Tensor | None, dropout: float = 0.0) ->
 
 @dataclass(frozen=True)
 class RotaryRebuild:
-    """How a rotary key that is not cached comes out of the latent.
+    """Computes a rotary key that is not cached from the latent.
 
     Attributes:
-        weight: [K·R, r]. bias: [K·R] or None.
+        weight: Weight of the projection from the latent, [K·R, r].
+        bias: Its bias, [K·R], or None.
         frames: Rotations of queries and keys, block by block.
     """
 
@@ -151,7 +159,7 @@ class RotaryRebuild:
     frames: RotaryFrames
 
     def key(self, block: Block, span: slice) -> Tensor:
-        """Rotated rotary key [B, K, t, R] of a block."""
+        """Return the rotated rotary key of a block, [B, K, t, R]."""
         rotation = self.frames.key(span)
         flat = block.first.project(self.weight, self.bias)  # [B, t, K·R]
         return rotate(flat.unflatten(-1, (rotation.cos.shape[1], -1)).transpose(1, 2), rotation)
@@ -159,19 +167,20 @@ class RotaryRebuild:
 
 @dataclass(frozen=True)
 class LatentDecode:
-    """Everything that one step of decoupled attention in latent space needs; a fused kernel gets the same.
+    """The input of one step of decoupled attention in latent space, for the reference and for every kernel.
 
     Attributes:
         latent_queries: Queries with the key up-projection folded in, [B, H, S, r].
-        rope_queries: [B, H, S, R], rotated where the rotary key is cached, else not yet; R may be 0.
-        logit_bias: What the up-projection's bias adds to every logit of a query, [B, H, S, 1], or None.
-        scaling: Factor on the logits.
-        rope_heads: K.
-        view: Cached tokens: quantized blocks, then those in full precision.
-        rebuild: How to get the rotary key from the latent, or None where it is cached.
-        mask: None, boolean or additive, broadcastable to [B, H, S, T].
-        dropout: Probability, applied to the weights.
-        keep_weights: Whether the weights are asked for.
+        rope_queries: Rotary part of the queries, [B, H, S, R], already rotated if the rotary key is cached and not yet
+            rotated if it is rebuilt; R may be 0.
+        logit_bias: What the bias of the up-projection adds to every logit of a query, [B, H, S, 1], or None.
+        scaling: Factor that multiplies the logits.
+        rope_heads: Number of heads of the rotary key, K.
+        view: The cached tokens, first those that are quantized, then those in full precision.
+        rebuild: Computes the rotary key from the latent, or None if it is cached.
+        mask: None, a boolean mask (True means attend) or an additive one, broadcastable to [B, H, S, T].
+        dropout: Probability with which a weight is dropped.
+        keep_weights: Whether the weights are to be returned.
     """
 
     latent_queries: Tensor
@@ -186,7 +195,7 @@ class LatentDecode:
     keep_weights: bool = False
 
     def rope_logits(self, block: Block, span: slice) -> Tensor | None:
-        """The rotary part of the logits, scaled, [B, H, S, t], or None without any."""
+        """Return the scaled rotary part of the logits, [B, H, S, t], or None without rotary dims."""
         if not self.rope_queries.shape[-1]:
             return None
         queries = self.rope_queries * self.scaling
@@ -196,9 +205,9 @@ class LatentDecode:
         return grouped_logits(rotate(queries, self.rebuild.frames.query(span)), self.rebuild.key(block, span))
 
     def partial(self, block: Block, span: slice, mask: Tensor | None) -> Sums:
-        """Attention over one block, in plain torch."""
+        """Attend to one block with plain torch operations."""
         batch, heads, length, _ = self.latent_queries.shape
-        # The scaling goes on the queries: once a step instead of once a cached token.
+        # The queries are scaled, which is done once per step and not once per cached token.
         folded = (self.latent_queries * self.scaling).reshape(batch, heads * length, -1)
         logits = block.first.logits(folded).unflatten(1, (heads, length))  # [B, H, S, t]
         if (rope := self.rope_logits(block, span)) is not None:
@@ -216,5 +225,5 @@ class LatentDecode:
 
 
 def latent_decode(step: LatentDecode) -> Attended:
-    """The reference kernel, in plain torch: what every other must agree with."""
+    """Run a step with plain torch operations; every other kernel must agree with this reference."""
     return attend(step.view, step.partial, step.mask, step.keep_weights)

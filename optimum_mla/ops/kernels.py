@@ -1,7 +1,7 @@
-"""Which kernel decodes in latent space: the reference, one made for a device, or one that somebody registered.
+"""Kernels that decode in latent space: the reference, one for CPUs, and those that users register.
 
-A kernel is a function from `LatentDecode` to `Attended`, whose context is in latent space, [B, H, S, r]. It knows
-neither the cache nor the module.
+A kernel is a function that takes a `LatentDecode` and returns an `Attended`, whose context is in latent space,
+[B, H, S, r]. It depends neither on the cache nor on the module.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ Kernel = Callable[[LatentDecode], Attended]
 
 
 ONE = torch.ones(())
+"""The sum of softmax weights; sums that are this object need no division."""
 PIECE_NUMBERS = 2**17
-"""A thread of its own pays for so many numbers of the cache."""
+"""A thread is worth its start if it reads at least so many numbers of the cache."""
 
 
 def cpu_decode(step: LatentDecode) -> Attended:
-    """PyTorch's flash attention for CPUs over each block, in one piece of its tokens a thread.
+    """Run a step with PyTorch's flash attention for CPUs, which gets each block in one piece per thread.
 
-    All query heads share the latents, so they are the rows of one head, and the pieces are its heads: the kernel runs
-    heads in parallel, but not the tokens of one. A shared rotary key lies beside the latent, and both are one key;
-    other rotary logits go in as the additive mask. `logit_bias` is the same for all tokens and changes no softmax.
-    Where more is asked for than that kernel does (weights, dropout, key norms, gradients), this is the reference.
+    All query heads share the latents, so they become the rows of one head, and the pieces of the block become its
+    heads, because PyTorch's kernel runs heads in parallel, but not the tokens of one head. If a shared rotary key lies
+    beside the latent, both are one key; otherwise the rotary logits are passed as an additive mask. `logit_bias` is the
+    same for all tokens and changes no softmax. Weights, dropout, key norms and gradients are left to the reference.
     """
     if (
         step.keep_weights
@@ -60,7 +61,7 @@ def cpu_decode(step: LatentDecode) -> Attended:
 
 
 def _additive(added: Tensor | None, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-    """Logits to add, [B, H, S, t] or None, under a mask that broadcasts to it: [B, H·S, t] in the queries' dtype."""
+    """Return added logits [B, H, S, t] (or None) and a mask as one additive mask [B, H·S, t] in the queries' dtype."""
     if mask is not None:
         lowest = torch.finfo(queries.dtype).min
         if mask.dtype == torch.bool:
@@ -71,10 +72,10 @@ def _additive(added: Tensor | None, mask: Tensor | None, queries: Tensor) -> Ten
 
 
 def _flash(queries: Tensor, keys: Tensor, scaling: float, added: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Attention of queries [B, H, S, w] over pieces of keys [B, t, w], which are the values too.
+    """Attend with queries [B, H, S, w] to pieces of keys [B, t, w], which are also the values.
 
     Returns:
-        Contexts [B, pieces, H·S, w] and logarithms of the sums of weights [B, pieces, H·S].
+        Pairs of contexts [B, pieces, H·S, w] and logarithms of the sums of weights [B, pieces, H·S].
     """
     tokens = keys.shape[1]
     rows = queries.flatten(1, 2).unsqueeze(1)  # [B, 1, H·S, w]
@@ -98,12 +99,12 @@ def _flash(queries: Tensor, keys: Tensor, scaling: float, added: Tensor | None) 
 
 
 def _lowered(sums: Sums, latents: Latents) -> Sums:
-    """Sums of vectors as they are stored, a rotary key perhaps behind them, as sums of latents."""
+    """Turn sums of stored vectors, perhaps with a rotary key behind them, into sums of latents."""
     return sums._replace(context=latents.lower(sums.context[..., : latents.vectors.shape[-1]]))
 
 
 def _merged(pieces: list[tuple[Tensor, Tensor]]) -> Sums:
-    """Softmax sums [B, H·S, ·] over pieces that each have their own softmax."""
+    """Merge the softmaxes of several pieces into one, [B, H·S, ·]."""
     if len(pieces) == 1 and pieces[0][1].shape[1] == 1:
         contexts, totals = pieces[0]
         return Sums(totals[:, 0, :, None], ONE, ONE, contexts[:, 0].to(totals.dtype))
@@ -119,10 +120,10 @@ _KERNELS: dict[str, Kernel] = {"cpu": cpu_decode}
 
 
 def register_kernel(device_type: str, kernel: Kernel) -> None:
-    """Decode with `kernel` on a device type ("cuda", ...)."""
+    """Make a kernel decode on all devices of a type, such as "cuda", instead of the one so far."""
     _KERNELS[device_type] = kernel
 
 
 def kernel_for(device_type: str) -> Kernel:
-    """The kernel of a device type; the reference where there is none."""
+    """Return the kernel of a device type, or the reference if it has none."""
     return _KERNELS.get(device_type, latent_decode)

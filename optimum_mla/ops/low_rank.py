@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition in float64, from the symmetric eigenproblem of the smaller Gram matrix."""
+"""Truncated singular value decomposition in float64, computed from the eigenvectors of the smaller Gram matrix."""
 
 from __future__ import annotations
 
@@ -9,38 +9,44 @@ from torch import Tensor
 
 
 class LowRankFactors(NamedTuple):
-    """`up @ down` is the best rank-r approximation of a weight: down [r, d] reads the state, up [m, r] writes."""
+    """Factors of a weight [m, d].
+
+    Attributes:
+        down: The factor that reads the hidden state, [r, d].
+        up: The factor that reads the latent, [m, r]; `up @ down` is the best approximation of rank r.
+    """
 
     down: Tensor
     up: Tensor
 
 
 def _eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values [k] in falling order and their directions [k, ·] on the matrix's smaller side, k = min(m, d)."""
+    """Return the singular values [k], falling, and their directions [k, k] on the smaller side, with k = min(m, d)."""
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     eigenvalues, vectors = torch.linalg.eigh(gram)
     directions = vectors.flip(-1).T
-    # An eigenvector's sign is the library's whim: fix it, so that every machine makes the same factors.
+    # The sign of an eigenvector is arbitrary. It is fixed here, so that every machine makes the same factors.
     peaks = directions.gather(-1, directions.abs().argmax(-1, keepdim=True))
     return eigenvalues.flip(-1).clamp_min(0).sqrt(), directions * peaks.sign()
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values [min(m, d)] of `matrix` [m, d] in falling order, float64."""
+    """Return the singular values of `matrix` [m, d] in falling order, [min(m, d)], in float64."""
     matrix = matrix.double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
 
 
 def low_rank_factors(matrix: Tensor, rank: int) -> LowRankFactors:
-    """Best rank-`rank` factors of `matrix` [m, d], balanced: each side carries the root of the singular values.
+    """Return the best factors of `matrix` [m, d] of rank `rank`; both sides carry the root of the singular values.
 
     One side is an orthonormal projection and the other is computed through it, so at full rank the product is the
-    matrix to float64 rounding however small its last singular values are (a Gram matrix alone would square them away).
+    matrix up to float64 rounding, however small its last singular values are; a Gram matrix alone would lose them by
+    squaring.
 
     Args:
-        matrix: Weight [m, d] in any floating dtype; the factors come back in float64.
-        rank: 1 to min(m, d).
+        matrix: Weight [m, d] in any floating dtype; the factors are in float64.
+        rank: Rank from 1 to min(m, d).
     """
     matrix = matrix.double()
     _, directions = _eigenbasis(matrix)
@@ -51,6 +57,6 @@ def low_rank_factors(matrix: Tensor, rank: int) -> LowRankFactors:
     else:
         down, up = basis, matrix @ basis.T
         scale = up.norm(dim=0).rsqrt()
-    # A direction that carries nothing has no scale to share between the sides.
+    # A direction with a singular value of 0 has no scale that the sides could share.
     scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
     return LowRankFactors(down / scale[:, None], up * scale)

@@ -16,20 +16,21 @@ def cached_positions(
     tokens: int,
     device: torch.device,
 ) -> Tensor:
-    """Positions [1 or B, T] of the cached tokens, counted back from the last new token that is not padding.
+    """Return the positions [1 or B, T] of the cached tokens, counted back from the last new token that is not padding.
 
     Positions rise by one from slot to slot, or from one attended slot to the next where `generate`'s rule (the running
     sum of the mask) made them: in rows with masked tokens between others, such as right-padded prompts that are then
-    decoded. Which of both it was shows in how far the last position lags behind its slot. Masked slots get some
-    position, which nobody attends to. The new tokens lie at the cache's end or, in a static cache that is not yet full,
-    right behind those already seen.
+    decoded. How far the last position lags behind its slot tells which of the two rules made it. Masked slots get an
+    arbitrary position, because nothing attends to them. The new tokens are at the end of the cache, or right
+    behind the tokens already seen in a static cache that is not yet full.
 
     Args:
-        position_ids: [1 or B, S] of the new tokens; None counts slots.
-        attention_mask: As the layer got it.
-        seen: Tokens that went through the cache before.
-        length: S. tokens: T.
-        device: Where the result is needed.
+        position_ids: Positions of the new tokens, [1 or B, S]; None takes the numbers of their slots.
+        attention_mask: The mask that the layer got.
+        seen: Number of tokens that went through the cache before.
+        length: Number of new tokens, S.
+        tokens: Number of slots in the cache, T.
+        device: Device of the result.
     """
     room = tokens - length
     first_new = seen.clamp(max=room) if isinstance(seen, Tensor) else min(seen, room)
@@ -52,7 +53,7 @@ def cached_positions(
 
 
 def _attended_slots(attention_mask: Any, tokens: int) -> Tensor | None:
-    """Which cached slots the last new token sees, [1 or B, T] boolean; None where the mask does not say."""
+    """Return which cached slots the last new token attends to, boolean [1 or B, T]; None if the mask does not say."""
     if not isinstance(attention_mask, Tensor):
         return None
     row = attention_mask[:, 0, -1] if attention_mask.ndim == 4 else attention_mask

@@ -1,4 +1,4 @@
-"""How many directions to keep."""
+"""Choice of a rank by the energy that it keeps."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def rank_for_energy(singular_values: Tensor, energy: float) -> int:
-    """Smallest rank whose squared singular values hold the fraction `energy` of their sum.
+    """Return the smallest rank whose squared singular values hold the share `energy` of their sum.
 
-    X-EcoMLA (arXiv 2503.11132), section 3.2, dynamic rank selection.
+    This is the dynamic rank selection of X-EcoMLA (arXiv 2503.11132, section 3.2).
 
     Args:
-        singular_values: [k], in falling order.
-        energy: In (0, 1].
+        singular_values: Singular values in falling order, [k].
+        energy: Share to keep, above 0 and up to 1.
     """
     held = singular_values.double().square().cumsum(0)
-    # Rounding may leave the last cumulative sum a hair under its own total: compare with the total itself.
+    # The share is taken of the last cumulative sum, because rounding may make another total larger than it.
     return min(int(torch.searchsorted(held, energy * held[-1]).item()) + 1, len(held))

@@ -1,4 +1,4 @@
-"""Ridge regression from sums of products: a linear layer refitted in closed form."""
+"""Ridge regression from sums of products, which refits a linear layer in closed form."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-3, 1e-2, 1e-1)
-"""Ridges to choose from when the output projection is refitted, in units of the contexts' mean square."""
+"""Ridges that a refit of the output projection chooses from, in units of the mean square of the contexts."""
 
 
 @dataclass(frozen=True)
 class Healing:
-    """A refit of the output projection.
+    """The result of refitting an output projection.
 
     Attributes:
-        weight: The new `o_proj.weight` [d, H·v], or None where no ridge was better than the old one.
-        error_before: Weighted root-mean-square error on the held-back windows. error_after: with the refitted weight.
+        weight: The new `o_proj.weight` [d, H·v], or None if no ridge was better than the old weight.
+        error_before: Root-mean-square error on the held-back windows with the old weight.
+        error_after: The same error with the new weight, or with the old one if there is no new one.
     """
 
     weight: Tensor | None
@@ -27,7 +28,14 @@ class Healing:
 
 @dataclass(frozen=True)
 class Regression:
-    """Normal equations of targets on contexts: gram [c, c], cross [c, d], the targets' square, the number of rows."""
+    """Sums over rows, from which targets [rows, d] are regressed on contexts [rows, c].
+
+    Attributes:
+        gram: Sum of the products of contexts, [c, c].
+        cross: Sum of the products of contexts and targets, [c, d].
+        square: Sum of the squared targets.
+        rows: Number of rows.
+    """
 
     gram: Tensor
     cross: Tensor
@@ -40,27 +48,27 @@ class Regression:
         )
 
     def change(self, weight: Tensor, ridge: float) -> Tensor:
-        """Change of `weight` [d, c] that fits best, held near zero by `ridge`."""
+        """Return the change of `weight` [d, c] that fits the targets best, kept small by `ridge`."""
         residual = self.cross - self.gram @ weight.T
         damping = ridge * self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         damped = self.gram + damping * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         return torch.cholesky_solve(residual, torch.linalg.cholesky(damped)).T
 
     def error(self, weight: Tensor, change: Tensor | None) -> float:
-        """Root mean square of what `weight + change` leaves, per row and channel."""
+        """Return the root mean square, per row and channel, of the error that `weight + change` leaves."""
         weight = weight if change is None else weight + change
         left = self.square - 2 * float((weight.T * self.cross).sum()) + float(((weight @ self.gram) * weight).sum())
         return (max(left, 0.0) / (self.rows * self.cross.shape[1])) ** 0.5
 
 
 def heal(weight: Tensor, fitted: Regression, held: Regression, everything: Regression) -> Healing:
-    """Refit `weight` [d, c] with the ridge that is best on held-back rows, if any is better than no change.
+    """Refit `weight` [d, c] with the ridge that is best on held-back rows, if one is better than no change.
 
     Args:
-        weight: Float64.
-        fitted: Rows that the candidates are fitted to.
-        held: Rows that decide between them.
-        everything: Rows of the final fit.
+        weight: The old weight, in float64.
+        fitted: Sums over the rows that the candidates are fitted to.
+        held: Sums over the held-back rows that decide between the candidates.
+        everything: Sums over the rows that the result is fitted to.
     """
     before = held.error(weight, None)
     errors = {ridge: held.error(weight, fitted.change(weight, ridge)) for ridge in RIDGES}

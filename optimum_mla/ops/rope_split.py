@@ -1,7 +1,7 @@
-"""Which rotary pairs keep their rotation, and where their dims are.
+"""Choice of the rotary pairs that keep their rotation, and the dims of those pairs.
 
-A head of D dims has D/2 rotary pairs. Transformers stores them half-split: pair k is dims (k, k + D/2), and pair 0
-turns fastest.
+A head of D dims has D/2 rotary pairs. Transformers stores them half-split: pair k has the dims (k, k + D/2), and pair 0
+has the highest frequency.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from torch import Tensor
 
 
 class RopeSplit(NamedTuple):
-    """A partition of each head's dims; K rows, one per rotary key head.
+    """The dims of each rotary key head in two parts; each tensor has one row per head.
 
-    nope: [K, n] dims that become position-free. rope: [K, R] dims that keep rotating, half-split (R/2 first halves,
-    then R/2 second halves). pairs: [K, R/2] for each of them the source's rotary pair, whose frequency it turns with.
+    Attributes:
+        nope: Dims that become position-free, [K, n].
+        rope: Dims that keep rotating, half-split (R/2 first halves, then R/2 second halves), [K, R].
+        pairs: For each pair of `rope`, the rotary pair of the source whose frequency it rotates with, [K, R/2].
     """
 
     nope: Tensor
@@ -29,17 +31,20 @@ SCORED_SELECTIONS = ("contribution", "damage")
 
 
 def select_pairs(selection: str, head_dim: int, rope_dim: int, scores: Tensor | None = None, heads: int = 1) -> Tensor:
-    """Rotary pairs to keep, [K, R/2], rising.
+    """Return the rotary pairs to keep, in rising order, [K, R/2].
 
-    MHA2MLA (arXiv 2502.14837), section 3.1: `high` and `low` frequencies, `uniform` strides, or the top `contribution`;
-    ours: the top `damage` (`optimum_mla.transforms.calibration`).
+    `high` and `low` frequencies, `uniform` strides and the largest `contribution` are from MHA2MLA (arXiv 2502.14837,
+    section 3.1). The largest `damage` is defined in `optimum_mla.transforms.calibration`.
 
     Args:
         selection: One of `high`, `low`, `uniform`, `contribution`, `damage`.
-        head_dim: D.
-        rope_dim: R, even.
-        scores: [K, D/2], for `contribution` and `damage`: the larger, the more the pair matters.
-        heads: K.
+        head_dim: Dims of a head, D.
+        rope_dim: Dims that keep rotating, R; even.
+        scores: For `contribution` and `damage`, how much each pair matters, [K, D/2].
+        heads: Number of rotary key heads, K.
+
+    Raises:
+        ValueError: The selection is unknown, or it needs scores and there are none.
     """
     total, kept = head_dim // 2, rope_dim // 2
     if selection in SCORED_SELECTIONS:
@@ -58,7 +63,7 @@ def select_pairs(selection: str, head_dim: int, rope_dim: int, scores: Tensor | 
 
 
 def split_by_pairs(pairs: Tensor, head_dim: int) -> RopeSplit:
-    """Partition the D dims of each head: both dims of the pairs [K, R/2] rotate, the others do not."""
+    """Return the split in which both dims of the given pairs [K, R/2] rotate and all other dims do not."""
     rope = torch.cat([pairs, pairs + head_dim // 2], dim=-1)
     rows = []
     for row in rope:
@@ -69,9 +74,10 @@ def split_by_pairs(pairs: Tensor, head_dim: int) -> RopeSplit:
 
 
 def split_last_columns(head_dim: int, rope_dim: int) -> RopeSplit:
-    """X-EcoMLA's partition (arXiv 2503.11132, Algorithm 1): the last R dims turn with the frequencies of an R-dim head.
+    """Return the split in which the last R dims rotate with the frequencies of an R-dim head.
 
-    theta^(-2i/R) is the source's frequency of pair i·D/R, so R must divide D.
+    This is the split of X-EcoMLA (arXiv 2503.11132, Algorithm 1). theta^(-2i/R) is the frequency of the source's pair
+    i·D/R, so R must divide D.
     """
     pairs = torch.arange(rope_dim // 2) * (head_dim // rope_dim)
     dims = torch.arange(head_dim)

@@ -1,4 +1,4 @@
-"""Rotation of half-split dims, with the frequencies gathered from the source model's own cos/sin table."""
+"""Rotation of half-split dims with frequencies that are gathered from the cos/sin table of the source model."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """cos and sin [B, K, S, R/2] of K rotary heads at S positions."""
+    """The rotation of K rotary heads at S positions.
+
+    Attributes:
+        cos: Cosines of the angles, [B, K, S, R/2].
+        sin: Sines of the angles, [B, K, S, R/2].
+    """
 
     cos: Tensor
     sin: Tensor
 
     def at(self, span: slice) -> Rotation:
-        """Those of some of the positions."""
+        """Return the rotation at some of the positions."""
         return Rotation(self.cos[:, :, span], self.sin[:, :, span])
 
 
 class RotaryFrames(ABC):
-    """Rotations for queries and for keys that are rotated after they are read from the cache, block by block.
+    """Gives the rotations of queries and of keys that are rotated after they are read from the cache, block by block.
 
-    Only differences of positions count, so a block may have an origin of its own.
+    Only differences of positions matter, so every block may count positions from an origin of its own.
     """
 
     @abstractmethod
     def query(self, span: slice) -> Rotation:
-        """For the queries [B, K, S, R/2] that meet the cached tokens `span`."""
+        """Return the rotation [B, K, S, R/2] of the queries for their products with the cached tokens in `span`."""
 
     @abstractmethod
     def key(self, span: slice) -> Rotation:
-        """For those tokens' keys, [1 or B, K, t, R/2]."""
+        """Return the rotation of the keys of the cached tokens in `span`, [1 or B, K, t, R/2]."""
 
 
 class AbsoluteFrames(RotaryFrames):
-    """Every token at its own position.
+    """Rotates every token by its own position.
 
     Args:
-        keys: Rotation of the cached tokens of a slice; asked for when their block is reached.
+        keys: Returns the rotation of the cached tokens in a slice; called when their block is reached.
         queries: Rotation of the queries.
     """
 
@@ -56,15 +61,15 @@ class AbsoluteFrames(RotaryFrames):
 
 
 class RelativeFrames(RotaryFrames):
-    """Positions counted from each block's first token.
+    """Counts positions from the first token of each block.
 
-    One short table then serves the keys of all blocks, and only queries need frequencies block by block. Right where
-    the cached tokens' positions are consecutive and frequencies do not depend on the length.
+    One short table then serves the keys of all blocks, and only the queries need a rotation for each block. This is
+    correct if the positions of the cached tokens are consecutive and the frequencies do not depend on the length.
 
     Args:
-        table: Rotations at positions [1 or B, t].
-        distances: How far the queries are behind the first cached token, [1 or B, S].
-        sizes: Tokens of the blocks, in order.
+        table: Returns the rotations at positions [1 or B, t].
+        distances: Positions of the queries relative to the first cached token, [1 or B, S].
+        sizes: Number of tokens in each block, in order.
     """
 
     def __init__(self, table: Callable[[Tensor], Rotation], distances: Tensor, sizes: Sequence[int]) -> None:
@@ -84,12 +89,12 @@ class RelativeFrames(RotaryFrames):
 
 
 def gather_rotation(cos: Tensor, sin: Tensor, pairs: Tensor) -> Rotation:
-    """Pick `pairs` [K, R/2] from the source's table cos, sin [B, S, D], whose two halves are equal."""
+    """Return the rotation of `pairs` [K, R/2] from the source's tables [B, S, D], whose two halves are equal."""
     return Rotation(cos[..., pairs].transpose(1, 2), sin[..., pairs].transpose(1, 2))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate x [B, H, S, R], H a multiple of K: consecutive H/K heads share a rotary head's frequencies."""
+    """Return x [B, H, S, R] rotated; H/K consecutive heads share the frequencies of one rotary head."""
     batch, heads, length, dim = x.shape
     rope_heads = rotation.cos.shape[1]
     grouped = x.reshape(batch, rope_heads, heads // rope_heads, length, dim)  # [B, K, H/K, S, R]

@@ -1,4 +1,4 @@
-"""Low-rank factors that are best where the model reads and writes: errors weighted on both sides.
+"""Low-rank factors with errors weighted on both sides, by what a weight reads and by what reads its results.
 
 With second moments Q of what reads a weight's rows and S of the weight's inputs, a change δ of the weight costs
 E‖Q^½ δ x‖² = ‖Q^½ δ S^½‖²_F. The best rank-r change is a truncated singular value decomposition of Q^½ W S^½ with both
@@ -17,15 +17,17 @@ from torch import Tensor
 from optimum_mla.errors import CalibrationDataError
 
 DAMPING = 1e-6
-"""Added to a second moment's diagonal, as a share of its largest row norm: makes singular ones (dead channels)
-invertible."""
+"""Share of the largest row norm that is added to the diagonal of a second moment, so that it can be inverted even if
+channels are dead."""
 
 
 class WeightedRows(NamedTuple):
-    """Rows of the matrix to factorize, and what reads them.
+    """Rows of a matrix to factorize, and the second moments of what reads them.
 
-    weight: [m, d]. moment: [b, m/b, m/b], the second moments of the readers in b diagonal blocks: b = m weighs each row
-    by a number, b = 1 takes the whole matrix.
+    Attributes:
+        weight: The rows, [m, d].
+        moment: Second moments of the readers in b diagonal blocks, [b, m/b, m/b]. With b = m each row has one weight;
+            with b = 1 the whole matrix of moments is used.
     """
 
     weight: Tensor
@@ -33,23 +35,28 @@ class WeightedRows(NamedTuple):
 
 
 class WeightedFactors(NamedTuple):
-    """`ups[i] @ down` approximates the i-th rows: down [r, d], each up [m_i, r]."""
+    """Factors of several blocks of rows that share one latent.
+
+    Attributes:
+        down: The factor that reads the hidden state, [r, d].
+        ups: For each block, the factor that reads the latent, [m_i, r]; `ups[i] @ down` approximates the rows.
+    """
 
     down: Tensor
     ups: list[Tensor]
 
 
 def damped_cholesky(moment: Tensor, name: str) -> Tensor:
-    """Lower factors L, L Lᵀ = `moment` [..., n, n] with `DAMPING` on its diagonal.
+    """Return lower factors L with L Lᵀ = `moment` [..., n, n] after adding `DAMPING` to its diagonal.
 
-    A moment that is zero altogether gives the identity's root at the damping's size: nothing reads these rows.
+    A moment of zeros, whose rows nothing reads, gives a multiple of the identity as small as the damping.
 
     Args:
-        moment: Positive semidefinite up to rounding.
-        name: What it is the moment of, for the error message.
+        moment: Second moments, positive semidefinite up to rounding.
+        name: What the moment belongs to, for the error message.
 
     Raises:
-        CalibrationDataError: It holds NaN or infinite values.
+        CalibrationDataError: The moment holds NaN or infinite values.
     """
     if not moment.isfinite().all():
         raise CalibrationDataError(
@@ -58,7 +65,7 @@ def damped_cholesky(moment: Tensor, name: str) -> Tensor:
         )
     size = torch.linalg.matrix_norm(moment, ord=float("inf"))
     largest = size.max().clamp_min(torch.finfo(moment.dtype).tiny)
-    # A block that nothing reads still needs an invertible root: damp it relative to the largest one.
+    # A block that nothing reads still needs an invertible root, so it is damped relative to the largest block.
     damping = DAMPING * torch.where(size > 0, size, largest)
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     factor, info = torch.linalg.cholesky_ex(moment + damping[..., None, None] * eye)
@@ -69,11 +76,11 @@ def damped_cholesky(moment: Tensor, name: str) -> Tensor:
 
 
 class WeightedFactorization:
-    """Best approximations of stacked rows by one shared latent, for every rank.
+    """The best approximations of stacked rows by one shared latent, for every rank.
 
     Args:
-        rows: Blocks of rows; the latent is shared by all.
-        inputs: Second moment of the inputs [d, d].
+        rows: Blocks of rows, which share the latent.
+        inputs: Second moment of the inputs, [d, d].
     """
 
     def __init__(self, rows: Sequence[WeightedRows], inputs: Tensor) -> None:
@@ -86,15 +93,15 @@ class WeightedFactorization:
         values, vectors = torch.linalg.eigh(gram)
         self.energies = values.flip(-1).clamp_min(0)  # [min(m, d)], falling: error at rank r is the sum from r on
         directions = vectors.flip(-1).T
-        # An eigenvector's sign is the library's whim: fix it, so that every machine makes the same factors.
+        # The sign of an eigenvector is arbitrary. It is fixed here, so that every machine makes the same factors.
         self._directions = directions * directions.gather(-1, directions.abs().argmax(-1, keepdim=True)).sign()
 
     def error(self, rank: int) -> float:
-        """Weighted squared error that the best factors of this rank leave."""
+        """Return the weighted squared error that the best factors of a rank leave."""
         return float(self.energies[rank:].sum())
 
     def factors(self, rank: int) -> WeightedFactors:
-        """The best factors of this rank, balanced: each latent channel's scale is shared between the two sides."""
+        """Return the best factors of a rank; both sides carry the root of the scale of each latent channel."""
         basis = self._directions[:rank]
         down = basis @ self._matrix if self._wide else basis  # [r, d], of the weighted matrix
         up = basis.T if self._wide else self._matrix @ basis.T  # [m, r]
@@ -107,11 +114,11 @@ class WeightedFactorization:
 
 
 def _times(blocks: Tensor, weight: Tensor) -> Tensor:
-    """Block-diagonal [b, n, n] times [b·n, d]."""
+    """Return the block-diagonal matrix [b, n, n] times `weight` [b·n, d]."""
     return (blocks @ weight.unflatten(0, (blocks.shape[0], -1))).flatten(0, 1)
 
 
 def _solve(upper_blocks: Tensor, weight: Tensor) -> Tensor:
-    """Inverse of upper triangular blocks [b, n, n] times [b·n, r]."""
+    """Return the inverse of upper triangular blocks [b, n, n] times `weight` [b·n, r]."""
     split = weight.unflatten(0, (upper_blocks.shape[0], -1))
     return torch.linalg.solve_triangular(upper_blocks, split, upper=True).flatten(0, 1)

@@ -1,6 +1,6 @@
-"""Recovering quality after a conversion: which parameters train, against what loss, on what data.
+"""Recovery of quality after a conversion: the choice of parameters to train, the losses, and the training data.
 
-The training loops are Transformers', TRL's and PEFT's.
+The training loops are those of Transformers, TRL and PEFT.
 """
 
 from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer

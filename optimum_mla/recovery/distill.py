@@ -18,12 +18,12 @@ class TeacherTrainer(Trainer):
     Args:
         model: The student.
         teacher: A causal language model on the same vocabulary.
-        options: As for `Trainer`.
+        options: Further keyword arguments of `Trainer`.
     """
 
     def __init__(self, model: Any, teacher: PreTrainedModel, **options: Any) -> None:
         super().__init__(model=model, **options)
-        # Losses here are means over a batch: the base class then averages over accumulated batches.
+        # The losses here are means over a batch, so the base class has to average over accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.teacher = teacher.requires_grad_(False).eval()
         if getattr(teacher, "hf_device_map", None) is None:
@@ -31,14 +31,15 @@ class TeacherTrainer(Trainer):
 
     @torch.no_grad()
     def _taught(self, inputs: dict[str, Any], **options: Any) -> Any:
-        """The teacher's base model on a batch; no logits."""
+        """Return the output of the teacher's base model on a batch, without computing logits."""
         batch = {name: value for name, value in inputs.items() if name != "labels"}
         return self.teacher.base_model(**batch, use_cache=False, **options)
 
     def _hidden_states(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The student's hidden states, the last one normed. It goes through the model's own `forward`.
+        """Return the hidden states of the student, the last one after the final norm.
 
-        Only so do wrappers (data-parallel, sharded) take part. No token is kept for the logits.
+        The model's own `forward` is called, because wrappers for data-parallel and sharded training depend on it. It
+        computes the logits of no token.
         """
         batch = {name: value for name, value in inputs.items() if name != "labels"}
         nothing = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
@@ -46,7 +47,7 @@ class TeacherTrainer(Trainer):
 
 
 def check_loss(kl_weight: float, ce_weight: float, temperature: float) -> None:
-    """Refuse weights that make no loss."""
+    """Refuse weights of the loss that are negative or all zero, and a temperature that is not above zero."""
     for field, value in (("kl_weight", kl_weight), ("ce_weight", ce_weight)):
         if value < 0:
             raise InvalidValueError(field, value, "numbers from 0")
@@ -57,10 +58,15 @@ def check_loss(kl_weight: float, ce_weight: float, temperature: float) -> None:
 
 
 class DistillationTrainer(TeacherTrainer):
-    """Minimizes KL to the teacher's next-token distribution, mixed with cross-entropy.
+    """Minimizes the KL divergence from the teacher's next-token distribution, mixed with cross-entropy.
 
     Args:
-        kl_weight, ce_weight, temperature: As for `distillation_loss`.
+        model: The student.
+        teacher: A causal language model on the same vocabulary.
+        kl_weight: Weight of the KL divergence.
+        ce_weight: Weight of the cross-entropy.
+        temperature: Softens both distributions in the KL divergence.
+        options: Further keyword arguments of `Trainer`.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class DistillationTrainer(TeacherTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As in `Trainer`."""
+        """Return the loss of a batch, as `Trainer` expects it."""
         student = self.accelerator.unwrap_model(model)
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             hidden = self._hidden_states(model, inputs)[-1]
@@ -95,9 +101,9 @@ class DistillationTrainer(TeacherTrainer):
 
 
 class LayerwiseTrainer(TeacherTrainer):
-    """Brings the output of every layer close to the teacher's: a first stage that needs no logits.
+    """Brings the output of every layer close to the teacher's, as a first stage that needs no logits.
 
-    The teacher has as many layers as the model, of the same width.
+    The teacher must have as many layers as the model, of the same width.
     """
 
     def __init__(self, model: Any, teacher: PreTrainedModel, **options: Any) -> None:
@@ -105,14 +111,17 @@ class LayerwiseTrainer(TeacherTrainer):
             given, wanted = getattr(teacher.config, name), getattr(model.config, name)
             if given != wanted:
                 raise InvalidValueError(
-                    "stage1", "layerwise", f"teachers with {name} {wanted} ({given} here)", "Leave the first stage out."
+                    "stage1",
+                    "layerwise",
+                    f"teachers with {name} {wanted} ({given} here)",
+                    "Train without the layerwise stage.",
                 )
         super().__init__(model, teacher, **options)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As in `Trainer`."""
+        """Return the loss of a batch, as `Trainer` expects it."""
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             given = self._hidden_states(model, inputs)[1:]
             loss = hidden_state_loss(given, self._taught(inputs, output_hidden_states=True).hidden_states[1:])

@@ -1,4 +1,4 @@
-"""What is left to do by hand when several processes train: gathering a sharded model."""
+"""Gathering of a model that is sharded over several training processes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.distributed.tensor import DTensor
 
 
 def full_state(model: nn.Module) -> dict[str, Any] | None:
-    """The whole state of a model that is sharded over processes, which all have to call this.
+    """Return the whole state of a model that is sharded over processes, which all have to call this.
 
     Returns:
-        On the first process all tensors, on the CPU; on the others nothing. None where the model is not sharded.
+        All tensors on the CPU in the first process, and an empty dictionary in the others. None if the model is not
+        sharded.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None

@@ -13,14 +13,17 @@ from optimum_mla.errors import MissingDependencyError
 def dpo_trainer(
     model: Any, dataset: Any, tokenizer: Any, arguments: dict[str, Any], reference: PreTrainedModel | None = None
 ) -> Any:
-    """TRL's `DPOTrainer`, with the model as it is now as the reference.
+    """Return TRL's `DPOTrainer`, whose reference is the model in its present state.
 
     Args:
-        model: From `prepare`. For adapters, the reference is the model without them.
-        dataset: From `preferences`.
-        tokenizer: The model's; it pads with the end-of-text token where it has no padding token.
+        model: A model from `prepare`. If it has adapters, the reference is the model without them.
+        dataset: Preference pairs from `preferences`.
+        tokenizer: The tokenizer of the model; without a padding token it pads with the end-of-text token.
         arguments: Fields of TRL's `DPOConfig`.
-        reference: Another reference than a frozen copy of the model.
+        reference: A reference to take instead of a frozen copy of the model.
+
+    Raises:
+        MissingDependencyError: TRL is not installed.
     """
     try:
         from trl import DPOConfig, DPOTrainer
@@ -36,7 +39,7 @@ def dpo_trainer(
     origins = [config.auto_map for config in configs]
     try:
         for config in configs:
-            config.auto_map = {}  # TRL reads remote code's origin from it, which a registered class does not have
+            config.auto_map = {}  # TRL reads the origin of remote code from it, which a registered class does not have
         return DPOTrainer(
             model=model,
             ref_model=reference,

@@ -1,4 +1,4 @@
-"""Stops a training whose loss diverges, before it overwrites what was good."""
+"""A callback that stops a training whose loss diverges, before a good checkpoint is overwritten."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from transformers import TrainerCallback
 
 DIVERGED_NATS = 2.0
-"""A loss so far above the first one logged does not come back."""
+"""A loss that is more than this above the first logged one counts as diverged."""
 
 
 class DivergenceGuard(TrainerCallback):
-    """Ends training when a logged loss is no number or far above the first one.
+    """Ends training when a logged loss is not finite or far above the first one.
 
-    A checkpoint is saved only after the loss of its step was logged and found good.
+    A checkpoint is saved only after the loss of its step was logged and checked.
 
     Attributes:
-        diverged_at: Step of the bad loss, or None.
-        value: That loss.
+        diverged_at: Step at which the loss had diverged, or None.
+        value: The loss at that step.
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class DivergenceGuard(TrainerCallback):
         self.value = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Log wherever a checkpoint is due."""
+        """Log the loss at every step at which a checkpoint is due."""
         if control.should_save:
             control.should_log = True
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Look at the loss."""
+        """Stop the training if the logged loss has diverged."""
         loss = (logs or {}).get("loss")
         if loss is None:
             return control

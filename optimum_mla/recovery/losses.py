@@ -1,4 +1,4 @@
-"""Distillation losses that never hold the logits of a whole batch."""
+"""Distillation losses that never hold the logits of a whole batch in memory."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_NUMBERS = 2**24
-"""Logits in float32 that are alive together, per model."""
+"""Largest number of float32 logits of a model that are in memory at the same time."""
 IGNORED = -100
-"""Label of a token that no loss counts."""
+"""Label of tokens that no loss counts."""
 
 Head = Callable[[Tensor], Tensor]
 
 
 class Distilled(NamedTuple):
-    """Means over the predicted tokens, in nats.
+    """Losses in nats, as means over the predicted tokens.
 
     Attributes:
-        loss: kl_weight·kl + ce_weight·ce; has a gradient.
-        kl: KL(teacher ‖ student), times the temperature squared; detached.
-        ce: Cross-entropy of the labels; detached.
+        loss: kl_weight·kl + ce_weight·ce, with a gradient.
+        kl: KL(teacher ‖ student) times the squared temperature, detached.
+        ce: Cross-entropy of the labels, detached.
     """
 
     loss: Tensor
@@ -41,20 +41,20 @@ def distillation_loss(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> Distilled:
-    """KL to a teacher's next-token distribution, mixed with cross-entropy (X-EcoMLA, arXiv 2503.11132, section 3.3).
+    """Return the KL divergence from a teacher's next-token distribution, mixed with cross-entropy.
 
-    Both heads run over a few tokens at a time, and once more in the backward pass, so neither model's logits are ever
-    whole in memory.
+    The loss is that of X-EcoMLA (arXiv 2503.11132, section 3.3). Both heads run over a few tokens at a time, and once
+    more in the backward pass, so the logits of neither model are ever in memory as a whole.
 
     Args:
-        student_hidden: What goes into the student's head, [B, S, d].
-        student_head: Makes logits [N, V] of [N, d].
-        teacher_hidden: [B, S, d'], without gradient.
-        teacher_head: Makes logits [N, V] of [N, d'].
-        labels: [B, S], not yet shifted; -100 where the token is not to be predicted.
-        kl_weight: Factor on the KL divergence.
-        ce_weight: Factor on the cross-entropy.
-        temperature: Both distributions are softened by it for the KL divergence (Hinton et al., arXiv 1503.02531).
+        student_hidden: Hidden states that go into the student's head, [B, S, d].
+        student_head: Returns logits [N, V] for hidden states [N, d].
+        teacher_hidden: Hidden states that go into the teacher's head, [B, S, d'], without gradient.
+        teacher_head: Returns logits [N, V] for hidden states [N, d'].
+        labels: Token ids, [B, S], not yet shifted; -100 for tokens that are not to be predicted.
+        kl_weight: Weight of the KL divergence.
+        ce_weight: Weight of the cross-entropy.
+        temperature: Softens both distributions in the KL divergence (Hinton et al., arXiv 1503.02531).
     """
     targets = labels[:, 1:].flatten()
     counted = targets != IGNORED
@@ -75,19 +75,20 @@ def distillation_loss(
         vocabulary = student_head(student[:1]).shape[-1]
     pieces = zip(*(x.split(max(1, CHUNK_NUMBERS // vocabulary)) for x in (student, teacher, targets)), strict=True)
     totals = [checkpoint(sums, *piece, use_reentrant=False) for piece in pieces]
-    # The zero keeps a batch without any counted token in the graph, which distributed training wants.
+    # A batch without any counted token gets a zero with a gradient, because distributed training needs one.
     kl, ce = (torch.stack(totals).sum(0) if totals else student_hidden.sum() * torch.zeros(2)) / max(1, len(targets))
     return Distilled(kl_weight * kl + ce_weight * ce, kl.detach(), ce.detach())
 
 
 def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over the layers of the squared distance of their outputs, relative to the teacher's spread.
+    """Return the mean over layers and tokens of the squared distance to the teacher's states, relative to their norm.
 
-    A few tokens (the first, above all) have states a hundred times larger than the others, so every token counts
-    relative to its own state.
+    The distance at every token is divided by the squared norm of the teacher's state there, because a few tokens, above
+    all the first, have states that are a hundred times larger than others.
 
     Args:
-        student: Hidden states [B, S, d] of the layers. teacher: Likewise.
+        student: Hidden states of the student's layers, [B, S, d] each.
+        teacher: Hidden states of the teacher's layers, [B, S, d] each.
     """
     losses = []
     for given, wanted in zip(student, teacher, strict=True):

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 OPTIMIZERS = ("adamw", "muon")
-"""`adamw` is what `TrainingArguments.optim` says."""
+"""Names of optimizers; `adamw` stands for the one that `TrainingArguments.optim` names."""
 
 
 class MuonAdamW(Optimizer):
-    """Two of torch's optimizers behind one: Muon (Jordan et al., 2024) for matrices, AdamW for the others.
+    """Two of torch's optimizers in one: Muon (Jordan et al., 2024) for matrices, and AdamW for all other parameters.
 
     Muon's steps are scaled to the root mean square of AdamW's (Liu et al., arXiv 2502.16982), so one learning rate
     serves both.
 
     Args:
         matrices: Parameters of two dimensions.
-        others: All else that trains.
+        others: All other parameters that train.
         lr: Learning rate.
-        weight_decay: Of the matrices.
-        betas: AdamW's.
+        weight_decay: Weight decay of the matrices.
+        betas: The betas of AdamW.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class MuonAdamW(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Of both parts: schedules write their learning rates here."""
+        """The parameter groups of both optimizers, in which schedules set the learning rates."""
         return [group for part in self.parts for group in part.param_groups]
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        """The parts keep their own; the base class sets them while it is made."""
+        """Ignore what the base class sets when it is made, because both optimizers keep their own groups."""
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """Of both parts."""
+        """The state of both optimizers."""
         both: defaultdict[Tensor, Any] = defaultdict(dict)
         for part in self.parts:
             both.update(part.state)
@@ -61,7 +61,7 @@ class MuonAdamW(Optimizer):
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        """As for `param_groups`."""
+        """Ignore what the base class sets when it is made, because both optimizers keep their own state."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters."""
@@ -71,11 +71,11 @@ class MuonAdamW(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts', in order."""
+        """Return the states of both optimizers, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Load the states that `state_dict` returned."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
 
@@ -83,7 +83,10 @@ class MuonAdamW(Optimizer):
 def muon(
     model: nn.Module, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)
 ) -> MuonAdamW:
-    """The optimizer for what trains in a model. Token embeddings and the output head go to AdamW."""
+    """Return the optimizer for the parameters of a model that train.
+
+    Token embeddings and the output head are left to AdamW although they are matrices.
+    """
     tables = {
         id(parameter)
         for module in model.modules()
@@ -100,7 +103,7 @@ def muon(
 
 
 def trainer_options(name: str, arguments: Any) -> dict[str, Any]:
-    """What a `Trainer` is told beside its arguments, for an optimizer of `OPTIMIZERS`."""
+    """Return the keyword arguments of `Trainer` that make it use an optimizer of `OPTIMIZERS`."""
     if name != "muon":
         return {}
     options = {
@@ -108,5 +111,5 @@ def trainer_options(name: str, arguments: Any) -> dict[str, Any]:
         "weight_decay": arguments.weight_decay,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
     }
-    # Trainer calls what the first of the pair returns with the model, which it has to see to tell parameters apart.
+    # Trainer calls the first of the pair and then calls the result with the model, whose modules `muon` has to see.
     return {"optimizer_cls_and_kwargs": (lambda: muon, options)}

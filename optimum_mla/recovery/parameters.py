@@ -1,4 +1,4 @@
-"""Which parameters of a converted model train."""
+"""Choice of the parameters of a converted model that train."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ LATENT_PROJECTIONS = (
     "v_b_proj",
     "k_rope_proj",
 )
-"""Linear layers into and out of the latents, in both forms."""
+"""Names of the linear layers that write or read a latent, in all forms of the attention."""
 TRAIN_CHOICES = ("lora", "dora", "kv", "attention", "full")
 ADAPTERS = ("lora", "dora")
 PACKED = "W_q"
-"""HQQ's name for a weight, which is a buffer there."""
+"""The name under which HQQ stores a weight, which is a buffer."""
 
 
 def converted_attentions(model: nn.Module, layers: LayerChoice = "all") -> dict[str, LatentAttention]:
-    """The latent attention modules of some layers, by name; layers that were not converted have none.
+    """Return the latent attention modules of some layers by name; layers that were not converted have none.
 
     Raises:
         UnsupportedModelError: The model is not converted, or none of the chosen layers is.
-        InvalidValueError: Layers that the model does not have.
+        InvalidValueError: The model does not have the chosen layers.
     """
     if not isinstance(model, PreTrainedModel) or not is_converted(model.config):
         raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
@@ -56,7 +56,7 @@ def converted_attentions(model: nn.Module, layers: LayerChoice = "all") -> dict[
 
 
 def latent_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, nn.Module]:
-    """The linear layers into and out of the latents of converted layers, by name."""
+    """Return the linear layers that write or read a latent in converted layers, by name."""
     return {
         f"{path}.{name}": module
         for path, attention in converted_attentions(model, layers).items()
@@ -66,11 +66,11 @@ def latent_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[st
 
 
 def kv_parameters(model: nn.Module, layers: LayerChoice = "all") -> Iterator[nn.Parameter]:
-    """The weights and biases of the latent projections: what TransMLA trains (arXiv 2502.07864v1, section 5.2).
+    """Yield the weights and biases of the latent projections, which TransMLA trains (arXiv 2502.07864v1, section 5.2).
 
     Args:
         model: A converted model.
-        layers: Which of its layers, as for a conversion.
+        layers: Layers to take, in the forms that a conversion accepts.
     """
     for module in latent_projections(model, layers).values():
         yield from module.parameters()
@@ -79,14 +79,17 @@ def kv_parameters(model: nn.Module, layers: LayerChoice = "all") -> Iterator[nn.
 def mla_lora_config(
     model: nn.Module, rank: int = 32, alpha: float | None = None, layers: LayerChoice = "all", **options: Any
 ) -> LoraConfig:
-    """A PEFT `LoraConfig` for the latent projections of converted layers, and nothing else.
+    """Return a PEFT `LoraConfig` that targets the latent projections of converted layers and nothing else.
 
     Args:
         model: A converted model.
-        rank: Of the adapters.
+        rank: Rank of the adapters.
         alpha: Numerator of their scale alpha/rank; None takes twice the rank.
-        layers: Which layers, as for a conversion.
+        layers: Layers to take, in the forms that a conversion accepts.
         options: Further fields of `LoraConfig`, such as `use_dora` or `lora_dropout`.
+
+    Raises:
+        MLAError: The model or a layer is not converted, PEFT is not installed, or the rank is not positive.
     """
     try:
         from peft import LoraConfig
@@ -112,25 +115,27 @@ def prepare(
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
 ) -> Any:
-    """Freeze all but what trains.
+    """Make the chosen parameters of a model train and freeze all others.
 
     Args:
         model: A converted model; changed in place.
         train: `lora` or `dora` (adapters on the latent projections), `kv` (those projections themselves), `attention`
             (all of the attention of the chosen layers, converted or not) or `full` (everything).
-        layers: Which layers; not for `full`.
-        lora_rank, lora_alpha, lora_dropout: Of the adapters.
+        layers: Layers that train, in the forms that a conversion accepts; `full` takes only `all`.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Numerator of their scale; None takes twice the rank.
+        lora_dropout: Dropout in the adapters.
 
     Returns:
-        The model, inside a `PeftModel` for adapters.
+        The model; with adapters, a `PeftModel` around it.
 
     Raises:
-        MLAError: The model is not converted, or such training cannot be.
+        MLAError: The model is not converted, or it cannot be trained in this way.
     """
     if train not in TRAIN_CHOICES:
         near = difflib.get_close_matches(train, TRAIN_CHOICES, n=1)
         raise InvalidValueError("train", train, ", ".join(TRAIN_CHOICES), f"Did you mean {near[0]}?" if near else "")
-    converted_attentions(model, layers)  # refuses what has none
+    converted_attentions(model, layers)  # raises if there are none
     if train in ADAPTERS:
         config = mla_lora_config(
             model, lora_rank, lora_alpha, layers, lora_dropout=lora_dropout, use_dora=train == "dora"
@@ -160,7 +165,7 @@ def prepare(
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Parameters that train, and all; tied ones once, packed ones as what they stand for."""
+    """Return the number of parameters that train, and of all; tied ones count once, packed ones as unpacked."""
     trainable = total = 0
     seen: set[int] = set()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What a training does, and with which arguments its trainer runs."""
+"""The recipe of a training, and the `TrainingArguments` that follow from it."""
 
 from __future__ import annotations
 
@@ -21,39 +21,47 @@ from optimum_mla.recovery.schedules import scheduler_arguments
 OBJECTIVES = ("distill", "sft", "dpo")
 STAGES = ("none", "layerwise")
 LEARNING_RATES = {"lora": 1.5e-3, "dora": 1.5e-3, "kv": 5e-4, "attention": 5e-4, "full": 3e-4}
-"""Where the user names none; DPO takes `DPO_SHARE` of it."""
+"""Default learning rates by what trains; DPO multiplies them by `DPO_SHARE`."""
 DPO_SHARE = 0.01
 SCHEDULE = "cosine"
 BATCH_SIZE = 8
 DEFAULT_LENGTH = 512
-"""Tokens per row, where the model takes so many and the user says nothing."""
+"""Default number of tokens per row, unless the context of the model is shorter."""
 WARMUP_SHARE = 0.05
 LOGS, CHECKPOINTS = 50, 5
-"""So many over a training, unless the user says otherwise."""
+"""Default numbers of logged losses and of checkpoints over a training."""
 OURS = ("output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns", "resume_from_checkpoint")
-"""Fields of `TrainingArguments` that are not the user's to set."""
+"""Fields of `TrainingArguments` that users cannot set."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How quality is recovered.
+    """The settings of a training that recovers quality.
 
     Attributes:
-        objective: `distill` (from a teacher's logits), `sft` (next-token cross-entropy) or `dpo` (preferences).
-        train: What trains: `lora`, `dora`, `kv`, `attention`, `full`; see `optimum_mla.recovery.prepare`.
-        layers: Which layers of the model, as for a conversion.
-        lora_rank, lora_alpha, lora_dropout: Of the adapters.
-        merge: Merge the adapters, so that the result is a plain converted model.
-        teacher: Hub id or folder; None takes the model that the conversion started from.
-        teacher_bits: 16 (as saved), 8 or 4 (bitsandbytes).
-        kl_weight, ce_weight, temperature: Of distillation.
-        optimizer: `adamw` (or what `TrainingArguments.optim` says), or `muon`: Muon for matrices, AdamW for the rest.
-        stage1: `layerwise` first brings the layers' outputs close to the teacher's.
-        stage1_share: Share of the steps that this takes.
+        objective: `distill` (learn a teacher's distribution), `sft` (next-token cross-entropy) or `dpo` (preferences).
+        train: What trains: `lora`, `dora`, `kv`, `attention` or `full`; see `optimum_mla.recovery.prepare`.
+        layers: Layers that train, in the forms that a conversion accepts.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Numerator of the scale of the adapters, alpha/rank; None takes twice the rank.
+        lora_dropout: Dropout in the adapters.
+        merge: Whether to merge the adapters, so that the result is a plain converted model.
+        teacher: Hub id or folder of the teacher; None takes the model that the conversion started from.
+        teacher_bits: Bits per weight of the teacher: 8 or 4 (quantized by bitsandbytes), or 16 for unquantized.
+        kl_weight: Weight of the KL divergence from the teacher.
+        ce_weight: Weight of the cross-entropy with the text in distillation.
+        temperature: Softens both distributions in the KL divergence.
+        optimizer: `adamw` (the one that `TrainingArguments.optim` names) or `muon` (Muon for matrices, AdamW for the
+            rest).
+        stage1: `layerwise` first brings the outputs of the layers close to the teacher's; `none` does not.
+        stage1_share: Share of the steps that the layerwise stage takes.
         sequence_length: Tokens per row; None takes the shorter of 512 and the model's longest context.
-        train_tokens: Read no more training data than so many tokens; None reads all.
-        streaming: Read the data while training goes on.
-        chat_template: The data are chats, to be rendered by the tokenizer's chat template.
+        train_tokens: Largest number of training tokens to read; None reads all.
+        streaming: Whether to read the data while training goes on.
+        chat_template: Whether the data are chats, which the tokenizer's chat template renders.
+
+    Raises:
+        InvalidValueError: A value is out of range, or two options do not go together.
     """
 
     objective: str = "distill"
@@ -113,15 +121,15 @@ class Recipe:
         return self.objective == "distill" or self.stage1 != "none"
 
     def to_dict(self) -> dict[str, Any]:
-        """For the report."""
+        """Return the fields as the report saves them."""
         return asdict(self)
 
 
 def check_installed(recipe: Recipe) -> None:
-    """Refuse before any work what a missing package would stop later.
+    """Check before any work that the packages which a recipe needs are installed.
 
     Raises:
-        MissingDependencyError: A package is missing; names the extra that brings it.
+        MissingDependencyError: A package is missing; the message names the extra that brings it.
     """
     needed = {
         "accelerate": True,
@@ -133,14 +141,14 @@ def check_installed(recipe: Recipe) -> None:
     for package, used in needed.items():
         if used and find_spec(package) is None:
             extra = "bitsandbytes" if package == "bitsandbytes" else "train"
-            raise MissingDependencyError(package, extra, "train so")
+            raise MissingDependencyError(package, extra, "run this training")
 
 
 def check_training(training: dict[str, Any]) -> None:
-    """Refuse names that `TrainingArguments` does not have, and text for numbers, before anything is loaded.
+    """Check before anything is loaded that `TrainingArguments` has the given fields, and that numbers are numbers.
 
     Raises:
-        InvalidValueError: An unknown name, one that is not the user's to set, or a value of another type.
+        InvalidValueError: A name is unknown or cannot be set by users, or a value has the wrong type.
     """
     from transformers import TrainingArguments
 
@@ -158,18 +166,18 @@ def check_training(training: dict[str, Any]) -> None:
 def training_arguments(
     recipe: Recipe, training: dict[str, Any], folder: Path, rows: int | None, row_tokens: int, world: int
 ) -> dict[str, Any]:
-    """Fields of `TrainingArguments`: the user's, and what makes a good run where they say nothing.
+    """Return the fields of `TrainingArguments`: those of the user, and defaults for the others.
 
     Args:
         recipe: The recipe.
-        training: The user's fields.
-        folder: Where checkpoints go.
-        rows: Rows of training data, or None for a stream.
+        training: The fields that the user set.
+        folder: Folder for checkpoints.
+        rows: Number of rows of training data, or None for a stream.
         row_tokens: Tokens in a row.
-        world: Processes that train together.
+        world: Number of processes that train together.
 
     Raises:
-        InvalidValueError: A stream without an end, or a value that `TrainingArguments` refuses.
+        InvalidValueError: A stream has no end, or a value is out of range.
     """
     batch = training.get("per_device_train_batch_size", BATCH_SIZE)
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -209,6 +217,6 @@ def training_arguments(
     if "lr_scheduler_kwargs" in training:
         chosen["lr_scheduler_kwargs"] = training["lr_scheduler_kwargs"]
     if recipe.objective == "dpo":
-        # TRL turns both on unless told otherwise; bfloat16 it refuses on some devices.
+        # TRL turns both on by default, and it refuses bfloat16 on some devices.
         chosen = {"bf16": False, "gradient_checkpointing": False, **chosen}
     return chosen

@@ -1,4 +1,4 @@
-"""The trainers of a run, in turn, with their checkpoints."""
+"""The stages of a training, which run one after the other, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from optimum_mla.recovery.optimizers import trainer_options
 from optimum_mla.recovery.recipe import DEFAULT_LENGTH, Recipe
 
 CHECKPOINTS = "*/checkpoint-*"
-"""Where they lie in the folder of a run."""
+"""Pattern of the folders of checkpoints in the folder of a run."""
 
 
 @dataclass
 class Training:
-    """What the stages of a run gather.
+    """The results of the stages of a run.
 
     Attributes:
-        losses: Log entries, each with its `stage`.
-        steps: Optimizer steps so far.
-        resumed_at: Step of the checkpoint that the run went on from, or None.
+        losses: Log entries with a loss, each with the name of its stage as `stage`.
+        steps: Number of optimizer steps so far.
+        resumed_at: Step of the checkpoint that the run continued from, or None.
         diverged_at: Step at which the loss diverged, or None.
-        seconds: Of the trainers alone.
-        pair_tokens: Tokens of preference pairs that DPO has seen.
+        seconds: Wall time of the trainers alone.
+        pair_tokens: Number of tokens of preference pairs that DPO has seen.
     """
 
     losses: list[dict[str, Any]] = field(default_factory=list)
@@ -53,7 +53,7 @@ def run_stages(
     chosen: dict[str, Any],
     work: Path,
 ) -> Training:
-    """Train, one or two trainers in turn; each goes on from its newest checkpoint, where there is one.
+    """Run the one or two stages of a recipe; each continues from its newest checkpoint if there is one.
 
     Raises:
         TrainingError: The loss diverged before the first checkpoint.
@@ -78,7 +78,7 @@ def run_stages(
         except (MLAError, torch.OutOfMemoryError):
             raise
         except (ValueError, RuntimeError, ImportError) as error:
-            # Some arguments only the trainer checks: `report_to`, `eval_strategy`, ...
+            # Some arguments are checked by the trainer only, such as `report_to` and `eval_strategy`.
             raise InvalidValueError("training", first_line(error), "what transformers.Trainer takes") from error
         train_stage(trainer, name, place, done)
         if done.diverged_at is not None:
@@ -87,7 +87,10 @@ def run_stages(
 
 
 def newest_checkpoint(place: Path, before: float = math.inf) -> str | None:
-    """The newest whole checkpoint of a stage, of a step below `before`: a kill may have come while one was written."""
+    """Return the newest complete checkpoint of a stage at a step below `before`, or None.
+
+    A checkpoint is incomplete if the process was killed while it was written.
+    """
     # The trainer writes this file last.
     found = {
         int(path.parent.name.rpartition("-")[2]): path.parent
@@ -98,7 +101,7 @@ def newest_checkpoint(place: Path, before: float = math.inf) -> str | None:
 
 
 def logged(stage: str, state: TrainerState) -> list[dict[str, Any]]:
-    """Losses of a stage, for the report."""
+    """Return the logged losses of a stage for the report."""
     return [{"stage": stage, **entry} for entry in state.log_history if "loss" in entry]
 
 
@@ -111,7 +114,7 @@ def make_trainer(
     recipe: Recipe,
     options: dict[str, Any],
 ) -> Trainer:
-    """The trainer of one stage."""
+    """Return the trainer of one stage."""
     if name == "dpo":
         return dpo_trainer(model, rows, tokenizer, {"max_length": recipe.sequence_length or DEFAULT_LENGTH, **options})
     arguments = TrainingArguments(**{**options, "remove_unused_columns": False})
@@ -127,7 +130,11 @@ def make_trainer(
 
 
 def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> None:
-    """Run one trainer, and go back to its newest checkpoint if its loss diverges."""
+    """Run one trainer; if its loss diverges, load the newest checkpoint from before that.
+
+    Raises:
+        TrainingError: The loss diverged before the first checkpoint.
+    """
     guard = DivergenceGuard()
     trainer.add_callback(guard)
     checkpoint = newest_checkpoint(place)
@@ -135,7 +142,7 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         done.resumed_at = done.steps + state.global_step
         if state.global_step >= trainer.args.max_steps:
-            # The run stopped after this stage's last step; the trainer would take one more.
+            # The run was stopped after the last step of this stage, and the trainer would take one more step.
             trainer._load_from_checkpoint(checkpoint)
             done.losses += logged(name, state)
             done.steps += state.global_step
@@ -149,13 +156,13 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
     if guard.diverged_at is None:
         done.steps += trainer.state.global_step
         return
-    # A step's loss is of the weights before its update: only a later good one vouches for a checkpoint.
+    # The loss of a step belongs to the weights before its update, so only a good loss after a checkpoint proves it good.
     vouched = max((entry["step"] for entry in losses if entry["step"] < guard.diverged_at), default=0)
     good = newest_checkpoint(place, before=vouched)
     if good is None:
         raise TrainingError(
             f"learning_rate: the loss was {guard.value:.3g} at step {guard.diverged_at}, before the first checkpoint. "
-            f"Try a lower one than {trainer.args.learning_rate:g}."
+            f"Try a learning rate below {trainer.args.learning_rate:g}."
         )
     trainer._load_from_checkpoint(good)
     done.steps += int(good.rpartition("-")[2])
