@@ -41,6 +41,8 @@ def main() -> None:
     logging.set_verbosity_error()
     reports = [ConversionReport.read(folder) for folder in folders]
     source = reports[0].source_cache_bytes_per_token
+    if not all(0 < report.cache_bytes_per_token < source for report in reports):
+        raise SystemExit("error: a converted model caches nothing, or as much as the source. Please report this.")
     print(f"\nThe source model caches {source:g} bytes per token. After conversion, measured from the live cache:\n")
     print(summary_table(reports))
 

@@ -23,6 +23,17 @@ def reader_environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
+def assert_bytes_are_saved(output: str) -> None:
+    """A summary's columns of bytes and of shares of the source hold numbers above zero."""
+    header, _, *rows = output[output.index("method") :].splitlines() if "bytes/token" in output else ("", "")
+    places = [index for index, name in enumerate(re.split(r"\s{2,}", header)) if name in ("bytes/token", "% of source")]
+    for row in rows:
+        cells = re.split(r"\s{2,}", row)
+        if len(cells) != len(re.split(r"\s{2,}", header)):
+            break
+        assert all(float(cells[place]) > 0 for place in places), row
+
+
 @pytest.fixture
 def working_folder(tmp_path: Path) -> Path:
     """A folder that looks like the project's root and may be written."""
@@ -42,6 +53,7 @@ def test_commands_and_python_run_as_written(page: str, working_folder: Path) -> 
         )
         assert done.returncode == 0, done.stderr
         assert "% of source" in done.stdout or "% of the source" in done.stdout
+        assert_bytes_are_saved(done.stdout)
     for script in scripts:
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=working_folder, env=reader_environment(), capture_output=True, text=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from optimum_mla.errors import InvalidValueError, OptionError
 from optimum_mla.io.folder import atomic_folder, check_output
+from optimum_mla.measure.quality_limit import quality_warning
+from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.deepseek import check_exportable
 from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model
@@ -30,6 +33,7 @@ from optimum_mla.report.quality import perplexity
 from optimum_mla.report.render import export_card, model_card
 from optimum_mla.report.schema import ConversionReport, LayerReport
 from optimum_mla.transforms.base import MLATransformation
+from optimum_mla.transforms.calibration import deciding_windows
 from optimum_mla.transforms.checks import check_convertible
 from optimum_mla.transforms.registry import transform_class
 
@@ -99,12 +103,17 @@ def convert(
     check_convertible(source)
     probe = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long)
     source_bytes = measured_cache_bytes_per_token(source, probe)
-    before = perplexity(source, evaluation) if evaluation is not None else None
+    windows, text = evaluation, "evaluation"
+    if windows is None and calibration is not None:
+        windows, text = deciding_windows(calibration), "held-back calibration"
+    before = None if windows is None else perplexity(source, windows)
+    reference = reference_logits(source) if transformation.preserves_computation else None
     start = time.perf_counter()
     converted: Any = transformation(source)
     seconds = time.perf_counter() - start
+    verification = verify(converted, reference)
     cache_bytes = measured_cache_bytes_per_token(converted, probe)
-    after = perplexity(converted, evaluation) if evaluation is not None else None
+    after = None if windows is None else perplexity(converted, windows)
 
     geometry = model_geometry(converted.spec, converted.config)
     itemsize = converted.dtype.itemsize
@@ -126,6 +135,9 @@ def convert(
         dtype=str(converted.dtype).removeprefix("torch."),
         seed=seed,
         layers=[_layer_report(layer, result) for layer, result in transformation.results.items()],
+        perplexity_text=None if windows is None else text,
+        quality_warning=quality_warning(before, after, text),
+        verification=asdict(verification),
     )
     card = model_card(report, folder.name)
     if export_format is not None:
@@ -192,4 +204,5 @@ def _layer_report(layer: int, result: Any) -> LayerReport:
         key_weight=result.key_weight,
         state_error=result.state_error,
         healed_error=result.healed_error,
+        predicted_error=result.predicted_error,
     )

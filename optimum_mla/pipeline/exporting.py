@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_mla.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.io.folder import atomic_folder, check_output
+from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.deepseek import check_exportable, export_deepseek
 from optimum_mla.models.registry import is_converted
 from optimum_mla.pipeline.loading import (
@@ -89,8 +91,10 @@ def exported_model(name: str, native: PreTrainedModel, format: str, pad: bool) -
 
     Raises:
         UnsupportedModelError: The format cannot express it.
+        VerificationError: The export computes something else, or its cache is not what it should be.
     """
     exported = export_deepseek(native, pad)
+    verification = verify(exported, reference_logits(native))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(native.config.vocab_size, (2, PROBE_TOKENS), generator=generator).to(native.device)
     ids = ids[:, : getattr(native.config, "max_position_embeddings", PROBE_TOKENS)]
@@ -108,4 +112,5 @@ def exported_model(name: str, native: PreTrainedModel, format: str, pad: bool) -
         largest_logit_difference=(theirs - ours).abs().max().item(),
         largest_logit=ours.abs().max().item(),
         dtype=str(native.dtype).removeprefix("torch."),
+        verification=asdict(verification),
     )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, s
 from optimum_mla.errors import InvalidValueError, MLAError, OutputError, UnsupportedModelError, first_line
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.io.inputs import check_inputs_stay
+from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
 from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
@@ -161,7 +163,12 @@ def finetune(
     if whole is not None:
         trainee = prepared(load_model(model, config, precision, "cpu", hub))
         trainee.load_state_dict(whole)
+    # Merging and casting must not change what was trained.
+    trained_dtype = torch.bfloat16 if quantized_by(config) else trainee.dtype
+    reference = reference_logits(trainee) if recipe.train in ADAPTERS else None
     final = finished(trainee, recipe, saved_dtype)
+    whole_model = final.get_base_model() if recipe.train in ADAPTERS and not recipe.merge else final
+    verification = verify(whole_model, reference, tolerance_of(trained_dtype, saved_dtype))
     after = perplexity(final, evaluation) if evaluation is not None else None
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
     report = RecoveryReport(
@@ -185,6 +192,7 @@ def finetune(
         peak_memory_bytes=peak_bytes,
         dtype=str(saved_dtype).removeprefix("torch."),
         seed=arguments.seed,
+        verification=asdict(verification),
     )
     weights = sum(p.numel() * p.element_size() for p in final.parameters())
     with atomic_folder(folder, weights, overwrite) as partial:

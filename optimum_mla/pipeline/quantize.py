@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from optimum_mla.cache import CacheSettings
 from optimum_mla.errors import UnsupportedModelError
 from optimum_mla.io.folder import atomic_folder, check_output
+from optimum_mla.measure.verify import tolerance_of, verify
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.weights import check_weights, quantize_weights, weight_bytes
 from optimum_mla.pipeline.loading import (
@@ -86,6 +88,8 @@ def quantize(
     before = measured()
     quantize_cache(loaded)
     quantize_weights(loaded, weights)
+    # Kernels for quantized weights round activations to 16 bits or fewer.
+    verification = verify(loaded, tolerance=tolerance_of(kind if weights == "none" else torch.bfloat16))
     after = measured()
     report = QuantizationReport(
         model=model,
@@ -103,6 +107,7 @@ def quantize(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory_bytes(),
         dtype=str(kind).removeprefix("torch."),
+        verification=asdict(verification),
     )
     with atomic_folder(folder, after[1], overwrite) as partial:
         loaded.save_pretrained(partial)

@@ -50,8 +50,11 @@ def summary_row(report: ConversionReport) -> tuple[str, ...]:
 
 
 def summary_table(reports: Iterable[ConversionReport]) -> str:
-    """The table that a conversion prints at its end."""
-    return table(SUMMARY_HEADER, [summary_row(report) for report in reports])
+    """Return the table that a conversion prints at its end, below the warnings about quality, if there are any."""
+    reports = list(reports)
+    warned = [report for report in reports if report.quality_warning is not None]
+    lines = [f"{report.method}: {report.quality_warning}" for report in warned]
+    return "\n".join([*lines, table(SUMMARY_HEADER, [summary_row(report) for report in reports])])
 
 
 FORM_RULES = {
@@ -102,12 +105,12 @@ tags:
 
 # {name}
 
-`{model}` with Multi-head Latent Attention, converted by optimum-mla {version} with the method `{method}`.
+{warning}`{model}` with Multi-head Latent Attention, converted by optimum-mla {version} with the method `{method}`.
 
 | | source | this model |
 |---|---|---|
 | cache, bytes per token (measured, {dtype}) | {source_bytes:g} | {bytes:g} ({percent:.1f} %) |
-| perplexity on the evaluation text | {before} | {after} |
+| perplexity on the {text} text | {before} | {after} |
 | parameters | | {added:+,} |
 
 ```python
@@ -127,6 +130,8 @@ def model_card(report: ConversionReport, name: str) -> str:
     """README.md of the output folder."""
     return MODEL_CARD.format(
         name=name,
+        warning="" if report.quality_warning is None else f"**{report.quality_warning}**\n\n",
+        text=report.perplexity_text or "evaluation",
         model=report.model,
         version=report.versions["optimum-mla"],
         method=report.method,

@@ -49,6 +49,7 @@ class LayerReport:
     key_weight: float | None = None
     state_error: float | None = None
     healed_error: float | None = None
+    predicted_error: float | None = None
 
 
 class Report:
@@ -88,12 +89,17 @@ class ConversionReport(Report):
         predicted_cache_bytes_per_token: What `MLAGeometry` computes.
         cache_percent_of_source: From the measured bytes.
         parameters_added: Parameters more than the source model's.
-        perplexity_before: On the evaluation text, or None without one. perplexity_after: likewise, converted.
+        perplexity_before: The source model's perplexity on the evaluation text, or without one on calibration windows
+            that were held back from fits; None without any text.
+        perplexity_after: The converted model's perplexity on the same text.
         conversion_seconds: Wall time of the transformation alone.
         peak_memory_bytes: High-water mark of the whole process, model and libraries included.
         dtype: Of the saved weights.
         seed: Given by the user.
         layers: One entry per converted layer.
+        perplexity_text: The text that the perplexities are of: `evaluation`, `held-back calibration`, or None.
+        quality_warning: A line that says that the perplexity rose beyond the limit, or None.
+        verification: What was checked before the model was written; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
         versions: Of Python and the packages that matter.
     """
@@ -115,6 +121,9 @@ class ConversionReport(Report):
     dtype: str
     seed: int
     layers: list[LayerReport]
+    perplexity_text: str | None = None
+    quality_warning: str | None = None
+    verification: dict[str, Any] | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
@@ -141,6 +150,7 @@ class QuantizationReport(Report):
         seconds: Wall time of everything.
         peak_memory_bytes: High-water mark of the whole process.
         dtype: That the model computes in.
+        verification: What was checked before the model was written; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
         versions: Of Python and the packages that matter.
     """
@@ -160,6 +170,7 @@ class QuantizationReport(Report):
     seconds: float
     peak_memory_bytes: int
     dtype: str
+    verification: dict[str, Any] | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
@@ -189,6 +200,7 @@ class RecoveryReport(Report):
         peak_memory_bytes: High-water mark of the process (on CUDA: of the allocator) over the training, with models.
         dtype: Of the result.
         seed: Of the trainer.
+        verification: What was checked before the model was written; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
         versions: Of Python and the packages that matter.
     """
@@ -213,6 +225,7 @@ class RecoveryReport(Report):
     peak_memory_bytes: int
     dtype: str
     seed: int
+    verification: dict[str, Any] | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
@@ -234,6 +247,7 @@ class ExportReport(Report):
         largest_logit_difference: Between the export and the converted model, on random tokens, in this dtype.
         largest_logit: Of the converted model, to compare that with.
         dtype: Of the weights.
+        verification: What was checked before the model was written; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
         versions: Of Python and the packages that matter.
     """
@@ -248,6 +262,7 @@ class ExportReport(Report):
     largest_logit_difference: float
     largest_logit: float
     dtype: str
+    verification: dict[str, Any] | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 

@@ -33,11 +33,9 @@ from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.calibration import CalibrationWalk, LayerCalibration
 from optimum_mla.transforms.checks import check_convertible, check_tokens, config_of, converted_already
 from optimum_mla.transforms.options import check_choice
+from optimum_mla.transforms.probe import check_errors, probe_errors
 from optimum_mla.transforms.search import LayerSearch
 from optimum_mla.transforms.shared_rope import SharedRope, choose_shared_rope
-
-PROBE_TOKENS = 128
-PROBE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,10 @@ class LayerResult:
 
     Attributes:
         geometry: Its new shape.
-        output_error: Relative root-mean-square error of the attention's output, new against source, on
-            `PROBE_TOKENS` seeded Gaussian states scaled like the layer's normed input. Compares layers and methods
-            without any text; perplexity is what counts.
+        output_error: Relative root-mean-square error of the attention's output, new against source, on seeded Gaussian
+            states scaled like the layer's normed input (`transforms.probe`). It compares layers and methods without any
+            text; perplexity is what counts.
+        predicted_error: The same error as the factorization's own tensors predict it.
         key_weight: The weight of key against value errors that was found, or None without calibration.
         state_error: Error in the hidden state behind the attention on held-back calibration windows, relative to the
             state, earlier layers' errors included; or None.
@@ -57,6 +56,7 @@ class LayerResult:
 
     geometry: MLAGeometry
     output_error: float
+    predicted_error: float
     key_weight: float | None = None
     state_error: float | None = None
     healed_error: float | None = None
@@ -90,6 +90,7 @@ class MLATransformation(ModelTransformation):
         InvalidValueError: An option is out of range; when it is applied, with the range for the model at hand.
         UnsupportedModelError: The model's family, or its state, does not allow a conversion.
         CorruptWeightsError: A weight is not finite.
+        VerificationError: A converted layer computes something else than its factorization; the model is as it was.
     """
 
     name: ClassVar[str]
@@ -276,7 +277,9 @@ class MLATransformation(ModelTransformation):
                     tensors["o_proj.weight"] = healing.weight
         cast = balanced(self._cast(source, tensors), geometry)
         attention = load_attention(family, config_of(model), layer, cast, model, geometry).eval()
-        result = LayerResult(geometry, _output_error(source, attention), key_weight, state_error, healed_error)
+        measured, predicted = probe_errors(source, attention, tensors)
+        check_errors(layer, measured, predicted, attention.o_proj.weight.dtype)
+        result = LayerResult(geometry, measured, predicted, key_weight, state_error, healed_error)
         return attention.train(model.training), result
 
     def _allocate(
@@ -343,26 +346,6 @@ class MLATransformation(ModelTransformation):
                 f"{self.name}: {', '.join(broken)} left the range of {like.dtype}. Convert in bfloat16 or float32."
             )
         return cast
-
-
-def _output_error(source: SourceAttention, attention: LatentAttention) -> float:
-    """`LayerResult.output_error`."""
-    gain = source.input_gain
-    generator = torch.Generator().manual_seed(PROBE_SEED)
-    states = torch.randn(1, PROBE_TOKENS, source.geometry.hidden_size, generator=generator).to(gain) * gain
-    position_embeddings = attention.rotary(states, torch.arange(PROBE_TOKENS, device=gain.device)[None])
-    # Every implementation but eager is causal by itself without a mask.
-    causal = torch.full((PROBE_TOKENS, PROBE_TOKENS), torch.finfo(gain.dtype).min, dtype=gain.dtype, device=gain.device)
-    mask = causal.triu(1)[None, None] if attention.config._attn_implementation == "eager" else None
-    outputs = []
-    for module in (source.module, attention):
-        training = module.training
-        module.eval()  # dropout is no error
-        outputs.append(module(states, position_embeddings=position_embeddings, attention_mask=mask)[0].double())
-        module.train(training)
-    before, after = outputs
-    size = before.norm()
-    return float((after - before).norm() / (size if size > 0 else 1.0))
 
 
 def attention_nodes(

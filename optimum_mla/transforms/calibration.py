@@ -41,6 +41,22 @@ DEFAULT_KEY_WEIGHT = 0.5
 """`LayerCalibration.key_weight` before any was tried."""
 
 
+def held_back(count: int) -> Tensor:
+    """Return which of `count` calibration windows are held back from fits, [count] boolean; all, if they are few."""
+    held = torch.zeros(count, dtype=torch.bool)
+    held[HELD_BACK - 1 :: HELD_BACK] = True
+    return held if held.any() else ~held
+
+
+def deciding_windows(windows: Tensor) -> Tensor:
+    """Return those calibration windows [N, L] on which candidates and whole conversions are compared.
+
+    They are `DECIDING_WINDOWS` of the windows that are held back, or fewer.
+    """
+    held = windows[held_back(len(windows))]
+    return held[:: -(-len(held) // DECIDING_WINDOWS)]
+
+
 @dataclass(frozen=True)
 class LayerMoments:
     """Second moments of one layer, float64.
@@ -186,10 +202,8 @@ class LayerCalibration:
         self._walk, self._source = walk, source
         self._geometry = source.geometry
         count = len(walk.source)
-        held = torch.zeros(count, dtype=torch.bool)
-        held[HELD_BACK - 1 :: HELD_BACK] = True
-        self._held = held if held.any() else ~held
-        self._fitted = ~held if (~held).any() else held
+        self._held = held_back(count)
+        self._fitted = self._held if self._held.all() else ~self._held
         self._deciding = self._held.nonzero().flatten()[:: -(-int(self._held.sum()) // DECIDING_WINDOWS)]
 
     def factorization(

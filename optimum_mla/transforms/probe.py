@@ -1,0 +1,81 @@
+"""The error of a converted layer on seeded random states, as its factorization predicts it and as its module has it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_mla.errors import VerificationError
+from optimum_mla.families.spec import SourceAttention
+from optimum_mla.nn import LatentAttention
+from optimum_mla.nn.decoupled import LATENT_NORM_EPS
+from optimum_mla.nn.reference import reference_attention
+
+PROBE_TOKENS = 128
+PROBE_SEED = 0
+PREDICTED_WITHIN = 0.05
+"""The share by which a measured error may differ from the predicted one, beside the rounding of the weights."""
+ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The relative error that casting a layer's weights to a dtype may add."""
+
+
+def probe_errors(
+    source: SourceAttention, attention: LatentAttention, tensors: dict[str, Tensor]
+) -> tuple[float, float]:
+    """Return the measured and the predicted relative error of a converted layer's output.
+
+    Both are root mean squares relative to the source attention's output, on `PROBE_TOKENS` seeded Gaussian states that
+    are scaled like the layer's normed input. The measured one is that of the module, with its weights as they will be
+    saved; the predicted one is that of the layer's equations, in float64, with the factorization's own tensors. Modules
+    compute in float32 here.
+
+    Args:
+        source: The attention that was converted.
+        attention: The module that takes its place.
+        tensors: The layer's tensors before they were cast, by their names in the module.
+    """
+    gain = source.input_gain.float()
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    states = torch.randn(1, PROBE_TOKENS, len(gain), generator=generator).to(gain) * gain
+    table = attention.rotary(states, torch.arange(PROBE_TOKENS, device=gain.device)[None])
+    before = _output(source.module, states, table)
+    size = before.norm()
+    predicted = reference_attention(
+        attention.geometry, tensors, states, table, float(attention.config.rms_norm_eps), LATENT_NORM_EPS
+    )
+    errors = [
+        (after - before).norm() / (size if size > 0 else 1.0)
+        for after in (_output(attention, states, table), predicted)
+    ]
+    return float(errors[0]), float(errors[1])
+
+
+def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Return an attention's output in float64, computed in float32 without dropout and without a window."""
+    clone: Any = copy.deepcopy(module).float().eval()
+    clone.config = copy.copy(clone.config)
+    clone.config._attn_implementation = "sdpa"  # causal by itself where it gets no mask
+    clone.sliding_window = None
+    return clone(states, position_embeddings=table, attention_mask=None)[0].double()
+
+
+def check_errors(layer: int, measured: float, predicted: float, dtype: torch.dtype) -> None:
+    """Refuse a converted layer that does something else than its factorization says.
+
+    Args:
+        layer: The layer's index.
+        measured, predicted: What `probe_errors` gave.
+        dtype: The dtype of the layer's weights.
+
+    Raises:
+        VerificationError: The two errors differ by more than `PREDICTED_WITHIN` and the rounding of the dtype.
+    """
+    allowed = PREDICTED_WITHIN * predicted + ROUNDING[dtype]
+    if not abs(measured - predicted) <= allowed:  # also where one of them is no number
+        raise VerificationError(
+            f"verify: the attention of layer {layer} has an output error of {measured:.3g}, but its factorization "
+            f"predicts {predicted:.3g} (allowed difference: {allowed:.2g})."
+        )
