@@ -156,7 +156,7 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
     if guard.diverged_at is None:
         done.steps += trainer.state.global_step
         return
-    # The loss of a step belongs to the weights before its update, so only a good loss after a checkpoint proves it good.
+    # The loss of a step belongs to the weights before its update, so a checkpoint is good if a later loss is good.
     vouched = max((entry["step"] for entry in losses if entry["step"] < guard.diverged_at), default=0)
     good = newest_checkpoint(place, before=vouched)
     if good is None:

@@ -1,1 +1,1 @@
-"""Measurements: quality, memory."""
+"""Measurements of memory, speed and quality, and the reports that show them."""

@@ -1,4 +1,4 @@
-"""`report.json` of `mla-benchmark`: a model's cache, speed and quality as measured. Units are in the names."""
+"""The report of `mla-benchmark`, saved as `report.json`. Names of fields hold the units."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import Any, ClassVar
 from optimum_mla.report.schema import Report, installed_versions, machine
 
 MODEL, BASELINE = "model", "baseline"
-"""Whose row it is."""
+"""The two roles of a model in a report."""
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One model with one cache, context and batch, measured in a process of its own.
+    """The memory of one model with one cache, context and batch, measured in a process of its own.
 
     Attributes:
         role: `model` or `baseline`.
         cache: Name of the cache; see `optimum_mla.cache.settings.named_cache`.
-        context_tokens: Tokens in each row's cache, the last of them from a step of its own. batch_size: Rows.
-        predicted_cache_bytes: From shapes and settings alone; None where the model's kind is unknown.
-        live_cache_bytes: Of every tensor that the cache object holds after that, each storage once and whole.
-        live_percent_of_predicted: Their ratio.
-        prefill_peak_bytes: High-water mark of the process (on CUDA: of the allocator) over the prompt, with weights.
-        decode_step_peak_bytes: Likewise over one further token; None where the system cannot reset the mark.
-        weight_bytes: Parameters and buffers.
-        flags: What is wrong: live and predicted apart, or something of full key/value size alive after a step.
-        problem: Why there are no numbers (beyond the model's context, out of memory, ...), or None.
+        context_tokens: Tokens per row in the cache; the last one was decoded after a prompt of the others.
+        batch_size: Number of rows.
+        predicted_cache_bytes: Bytes of the cache, computed from shapes and settings; None for unknown kinds of models.
+        live_cache_bytes: Bytes of all tensors that the cache object holds after the step, each whole storage once.
+        live_percent_of_predicted: Live bytes in percent of the predicted ones.
+        prefill_peak_bytes: Highest memory of the process (on CUDA: of the allocator) during the prompt, with weights.
+        decode_step_peak_bytes: The same for the decoded token; None if the system cannot reset its mark.
+        weight_bytes: Bytes of parameters and buffers.
+        flags: Findings that a reader must look at: live bytes that differ from the predicted ones, or a tensor as large
+            as full keys and values that is alive after a step.
+        problem: Why there are no numbers, such as a lack of memory, or None.
     """
 
     role: str
@@ -45,15 +47,17 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """What fits a memory budget, from measured cache bytes.
+    """The contexts and batches that fit a memory budget, computed from measured cache bytes.
 
     Attributes:
-        role, cache: As in `MemoryRow`.
-        cache_bytes_per_token: Slope over the measured contexts, for one row. cache_fixed_bytes: What is there besides.
-        weight_bytes: Subtracted from the budget first.
-        longest_context_tokens: At batch 1, as far as memory goes; the model's own limit is the report's.
-        largest_batch: Rows of `batch_context_tokens` tokens.
-        batch_context_tokens: Their length.
+        role: `model` or `baseline`.
+        cache: Name of the cache.
+        cache_bytes_per_token: Increase of the cache with each token of one row, over the measured contexts.
+        cache_fixed_bytes: Bytes of the cache that do not depend on the number of tokens.
+        weight_bytes: Bytes of the weights, which are subtracted from the budget.
+        longest_context_tokens: Longest context of one row that fits, whatever the longest context of the model is.
+        largest_batch: Largest number of rows of `batch_context_tokens` tokens that fit.
+        batch_context_tokens: Tokens per row for `largest_batch`.
     """
 
     role: str
@@ -68,17 +72,22 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """Prefill and decoding of one model with one cache, timed in turn with the baseline.
+    """The speed of prefill and decoding of one model with one cache, timed in turn with the baseline.
 
     Attributes:
-        role, cache, context_tokens, batch_size: As in `MemoryRow`.
+        role: `model` or `baseline`.
+        cache: Name of the cache.
+        context_tokens: Tokens per row in the prompt.
+        batch_size: Number of rows.
         prefill_tokens_per_second: Prompt tokens of all rows over the median time of a prefill.
-        prefill_spread_percent: Distance of the quartiles, in percent of the median.
+        prefill_spread_percent: Distance between the quartiles of the times, in percent of the median.
         decode_tokens_per_second: New tokens of all rows over the median time of a step.
-        decode_spread_percent: Likewise.
-        attention_percent_of_decode: Share of a step spent in the attention modules, projections included.
-        prefill_ratio_to_baseline: Times as fast. decode_ratio_to_baseline: Likewise.
-        repeats: Prefills timed. steps: Decoding steps timed.
+        decode_spread_percent: Distance between the quartiles of the times of steps, in percent of the median.
+        attention_percent_of_decode: Share of a step that the attention modules take, projections included.
+        prefill_ratio_to_baseline: Prefill speed divided by that of the baseline.
+        decode_ratio_to_baseline: Decoding speed divided by that of the baseline.
+        repeats: Number of timed prefills.
+        steps: Number of timed decoding steps.
         problem: Why there are no numbers, or None.
     """
 
@@ -100,14 +109,15 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """Next-token quality, token by token through the live cache.
+    """The next-token quality of one model with one cache, one token at a time through the live cache.
 
     Attributes:
-        role, cache: As in `MemoryRow`.
-        perplexity: exp of the mean negative log-likelihood of the scored tokens.
-        agreement_percent: How often the likeliest next token is the baseline's.
+        role: `model` or `baseline`.
+        cache: Name of the cache.
+        perplexity: Exponential of the mean negative log-likelihood of the scored tokens.
+        agreement_percent: Share of tokens at which the likeliest next token is that of the baseline.
         kl_nats: Mean KL divergence from the baseline's next-token distribution to this one.
-        scored_tokens: How many.
+        scored_tokens: Number of scored tokens.
         problem: Why there are no numbers, or None.
     """
 
@@ -122,13 +132,15 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One metric of one `lm_eval` task; what it generates comes through the model's own cache.
+    """One metric of one `lm_eval` task, which generates through the model's own cache.
 
     Attributes:
-        role: As in `MemoryRow`.
-        task, metric: `lm_eval`'s names.
-        value: The metric. stderr: Its standard error, or None.
-        problem: Why there is none, or None.
+        role: `model` or `baseline`.
+        task: Name of the task.
+        metric: Name of the metric.
+        value: Value of the metric.
+        stderr: Standard error of the value, or None.
+        problem: Why there is no value, or None.
     """
 
     role: str
@@ -141,21 +153,29 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class BenchmarkReport(Report):
-    """One run of `mla-benchmark`.
+    """The report of one run of `mla-benchmark`.
 
     Attributes:
-        model: As the user named it. baseline: Likewise, or None.
-        options: What was asked for.
-        data: The evaluation text: where it came from, its tokens, and the SHA-256 of its token ids; or empty.
-        dtype: That the model computes in. device: Where.
-        cache_numbers_per_token: Of the model, all layers. baseline_cache_numbers_per_token: Of the baseline, or of the
-            source that a converted model's config remembers.
-        model_max_context_tokens: What its config allows.
-        memory_budget_bytes: For `budget`.
-        memory, budget, speed, quality, tasks: The measurements.
-        interrupted: It was stopped; what had been measured by then is here.
-        machine: Processor architecture and operating system. threads: Of torch.
-        versions: Of Python and the packages that matter.
+        model: Name of the model as the user gave it.
+        baseline: Name of the baseline, or None.
+        options: The options of the run.
+        data: Source, number of tokens and SHA-256 of the token ids of the evaluation text; empty without text.
+        dtype: Dtype that the model computes in.
+        device: Device that the model runs on.
+        cache_numbers_per_token: Numbers that all layers of the model together cache per token.
+        baseline_cache_numbers_per_token: The same for the baseline, or for the source model that the config of a
+            converted model describes.
+        model_max_context_tokens: Longest context that the config of the model allows.
+        memory_budget_bytes: Memory that `budget` is computed for.
+        memory: Measurements of memory.
+        budget: Contexts and batches that fit the memory budget.
+        speed: Measurements of speed.
+        quality: Measurements of quality.
+        tasks: Results of `lm_eval` tasks.
+        interrupted: Whether the run was stopped, so that the report holds only what was measured before.
+        threads: Number of threads of torch.
+        machine: Processor architecture and operating system.
+        versions: Versions of Python and of the packages that matter.
     """
 
     model: str
@@ -182,5 +202,5 @@ class BenchmarkReport(Report):
     command: ClassVar[str] = "mla-benchmark"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return its fields as they are saved."""
+        """Return the fields as they are saved."""
         return asdict(self)

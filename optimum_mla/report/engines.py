@@ -1,4 +1,4 @@
-"""Which engines can run latent attention of which shape. Facts about shapes, not about installed software."""
+"""The shapes of latent attention that engines can run. Nothing here looks at installed software."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from optimum_mla.geometry import MLAGeometry
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary scalings whose frequencies depend on the length at hand."""
+"""Rotary scalings whose frequencies depend on the length of the context."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine's latent attention takes.
+    """The shapes that the latent attention of an engine supports.
 
     Attributes:
-        name: As its users know it.
-        kv_lora_ranks: Ranks of the latent; None takes any.
-        qk_rope_head_dim: R; None takes any.
-        plain_keys: It has no place for biases on queries, keys and values.
+        name: Name of the engine.
+        kv_lora_ranks: Supported ranks of the latent; None stands for all.
+        qk_rope_head_dim: Supported number of rotary dims; None stands for all.
+        plain_keys: Whether biases on queries, keys and values are not supported.
     """
 
     name: str
@@ -39,13 +39,13 @@ OWN = ENGINES[0]
 
 
 def blockers(engine: Engine, layers: Sequence[MLAGeometry], rope_type: str, windows: bool) -> list[str]:
-    """Why an engine cannot run a converted model; empty where it can.
+    """Return the reasons why an engine cannot run a converted model; empty if it can.
 
     Args:
         engine: One of `ENGINES`.
-        layers: Shapes of its layers.
-        rope_type: Of the rotary embedding.
-        windows: Some layer has a sliding window.
+        layers: Shapes of the layers of the model.
+        rope_type: Type of the rotary embedding, as in the config.
+        windows: Whether some layer has a sliding window.
     """
     if engine is OWN:
         return []
@@ -62,14 +62,21 @@ def blockers(engine: Engine, layers: Sequence[MLAGeometry], rope_type: str, wind
     elif not found:
         ((rank, rope),) = shapes
         if engine.kv_lora_ranks is not None and rank not in engine.kv_lora_ranks:
-            found.append(f"rank {rank}, it takes {' or '.join(map(str, engine.kv_lora_ranks))}")
+            found.append(f"rank {rank} (it supports {' or '.join(map(str, engine.kv_lora_ranks))})")
         if engine.qk_rope_head_dim is not None and rope != engine.qk_rope_head_dim:
-            found.append(f"{rope} rotary dims, it takes {engine.qk_rope_head_dim}")
+            found.append(f"{rope} rotary dims (it supports {engine.qk_rope_head_dim})")
     return found
 
 
 def source_blockers(engine: Engine, layer: MLAGeometry, rope_type: str, windows: bool) -> list[str]:
-    """What in a source model no conversion can change."""
+    """Return the reasons why an engine cannot run any conversion of a source model.
+
+    Args:
+        engine: One of `ENGINES`.
+        layer: Shape of a layer of the source model.
+        rope_type: Type of the rotary embedding, as in the config.
+        windows: Whether some layer has a sliding window.
+    """
     if engine is OWN:
         return []
     found = []

@@ -1,4 +1,4 @@
-"""What `mla-inspect` finds, and how it is shown."""
+"""The findings of `mla-inspect`, and their form as text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from optimum_mla.report.render import number, table
 
 @dataclass(frozen=True)
 class Choice:
-    """One method at one size.
+    """The result of one method at one size of the cache.
 
     Attributes:
-        method: With its options, as typed.
-        kv_cache_ratio: Asked for.
-        cache_numbers_per_token: All layers, at most. cache_bytes_per_token: In the checkpoint's dtype.
-        cache_percent_of_source: What results.
-        parameters_added: More than the source has (negative: fewer), at least. parameters_added_most: Likewise, at
-            most: calibration chooses how many of the dims keep their rotation.
-        problem: Why it cannot be, or None.
+        method: The method with its options, as on the command line.
+        kv_cache_ratio: The requested size as a share of the source's cache.
+        cache_numbers_per_token: Largest count of numbers that all layers together cache per token.
+        cache_bytes_per_token: Bytes of these numbers in the dtype of the checkpoint.
+        cache_percent_of_source: Resulting size in percent of the source's cache.
+        parameters_added: Smallest number of parameters that the conversion adds; negative if it removes some.
+        parameters_added_most: Largest such number; calibration chooses how many dims keep their rotation.
+        problem: Why this conversion is impossible, or None.
     """
 
     method: str
@@ -39,9 +40,9 @@ class EngineChoice:
 
     Attributes:
         engine: Its name.
-        options: Of `mla-convert`, so that it can; or `as it is` for a converted model.
-        cache_percent_of_source: At that shape, or None where any shape will do.
-        blockers: Why it cannot; empty where it can.
+        options: Options of `mla-convert` that make a shape which the engine can run; `as it is` for a converted model.
+        cache_percent_of_source: Size of the cache of that shape, or None if the engine runs every shape.
+        blockers: Reasons why the engine cannot run the result; empty if it can.
     """
 
     engine: str
@@ -52,18 +53,27 @@ class EngineChoice:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a model before its weights are loaded.
+    """The facts about a model that are known before its weights are loaded.
 
     Attributes:
-        model: As the user named it. model_type: Of its config.
-        state: `convertible`, `converted`, or `not convertible`. reason: Of the last.
-        parameters: In the checkpoint. weight_bytes: Likewise. dtype: Of most of them.
-        layers, hidden_size, num_attention_heads, num_key_value_heads, head_dim: Of the attention.
-        features: What bears on a conversion: biases, norms, windows, rotary scaling.
-        source_cache_bytes_per_token: Of the unconverted model, in its dtype.
-        cache_bytes_per_token: Of the model as it is.
-        conversion_memory_bytes: Estimate of a conversion's peak with default options, or None.
-        choices: What each method gives. engines: Who can run it.
+        model: Name of the model as the user gave it.
+        model_type: The `model_type` in its config.
+        state: `convertible`, `converted`, or `not convertible`.
+        reason: Why the model is not convertible, or None.
+        parameters: Number of parameters in the checkpoint.
+        weight_bytes: Bytes of the weights in the checkpoint.
+        dtype: Dtype of most of the weights.
+        layers: Number of layers.
+        hidden_size: Hidden size.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key/value heads.
+        head_dim: Dims of a head.
+        features: Properties that matter for a conversion: biases, norms, windows, rotary scaling.
+        source_cache_bytes_per_token: Bytes that the unconverted model caches per token in its dtype.
+        cache_bytes_per_token: Bytes that the model caches per token as it is.
+        conversion_memory_bytes: Estimated peak memory of a conversion with default options, or None.
+        choices: Results of each method at each size.
+        engines: Engines that could run the result.
     """
 
     model: str
@@ -86,12 +96,12 @@ class Inspection:
     engines: list[EngineChoice] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
 def inspection_text(found: Inspection) -> str:
-    """What `mla-inspect` prints."""
+    """Return the text that `mla-inspect` prints."""
     lines = [
         f"{found.model}: {found.model_type}, {found.parameters:,} parameters, {size(found.weight_bytes)}, "
         f"{found.dtype}",

@@ -1,4 +1,4 @@
-"""What a cache really holds, and how much memory a process has used."""
+"""Measurement of the bytes that a live cache holds, and of the memory that a process has used."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from optimum_mla.cache import LatentLayer
 from optimum_mla.stack import cache_argument
 
 PROCESS = Path("/proc/self")
-"""The kernel's account of this process, on Linux."""
+"""The folder in which Linux describes this process."""
 
 
 def cache_tensors(cache: Cache) -> list[Tensor]:
-    """Every tensor that the cache object holds, on any attribute of any layer."""
+    """Return every tensor that a cache object holds in any attribute of any layer."""
     return [
         tensor
         for layer in cache.layers
@@ -38,9 +38,10 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def live_cache_bytes(cache: Cache) -> int:
-    """Bytes of the storage behind a live cache, each storage counted once and whole.
+    """Return the bytes of memory behind a live cache, counting each whole storage once.
 
-    Whole, because a view of a larger tensor keeps all of it alive. Position counters (int64) are not cache content.
+    Whole storages are counted because a view of a larger tensor keeps all of it alive. Position counters (int64) are
+    not counted.
     """
     storages = {
         (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
@@ -52,12 +53,12 @@ def live_cache_bytes(cache: Cache) -> int:
 
 @torch.no_grad()
 def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> int:
-    """Fill a fresh cache with `ids` [B, T] and weigh it.
+    """Fill a cache with tokens and return its bytes.
 
     Args:
         model: A causal language model.
-        ids: Token ids.
-        cache: An empty cache; None takes a `DynamicCache`.
+        ids: Token ids, [B, T].
+        cache: An empty cache; None takes a new `DynamicCache`.
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
     was_training = model.training
@@ -68,39 +69,39 @@ def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | Non
 
 
 def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
-    """Bytes per token of a `DynamicCache` that holds `ids` [1, T]."""
+    """Return the bytes per token of a `DynamicCache` that holds `ids` [1, T]."""
     return measured_cache_bytes(model, ids) / ids.numel()
 
 
 def peak_memory_bytes() -> int:
-    """High-water mark of this process so far: resident memory, plus the CUDA allocator's where it was used."""
+    """Return the highest memory of this process so far: resident memory, plus that of the CUDA allocator."""
     return resident_peak_bytes() + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
 def resident_peak_bytes() -> int:
-    """High-water mark of this process's resident memory."""
+    """Return the highest resident memory of this process so far."""
     try:
         lines = (PROCESS / "status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     except (OSError, StopIteration):
-        import resource  # its mark begins with that of the process which started this one
+        import resource  # its mark starts from that of the parent process
 
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return resident * (1 if sys.platform == "darwin" else 1024)
 
 
 class PeakMemory:
-    """High-water mark of memory from `reset` on: the CUDA allocator's, or the process's resident memory.
+    """Measures the highest memory since `reset`: that of the CUDA allocator, or the resident memory of the process.
 
     Args:
-        device: Where the model is.
+        device: Device of the model.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device if device.type == "cuda" else None
 
     def reset(self) -> bool:
-        """Start again from what is there now. False where the system cannot do that."""
+        """Set the mark to the present memory, and return whether the system can do that."""
         if self.cuda is not None:
             torch.cuda.reset_peak_memory_stats(self.cuda)
             return True
@@ -111,14 +112,14 @@ class PeakMemory:
         return True
 
     def bytes(self) -> int:
-        """The mark."""
+        """Return the mark in bytes."""
         if self.cuda is not None:
             return torch.cuda.max_memory_allocated(self.cuda)
         return resident_peak_bytes()
 
 
 def _living() -> list[tuple[Tensor, torch.UntypedStorage]]:
-    """Every living tensor that has memory of its own; wrappers around others (quantized weights) have none."""
+    """Return every living tensor and its memory, without wrappers such as quantized weights, which have none."""
     gc.collect()
     return [
         (thing, thing.untyped_storage())
@@ -131,19 +132,19 @@ def _living() -> list[tuple[Tensor, torch.UntypedStorage]]:
 
 
 def living_storages() -> list[torch.UntypedStorage]:
-    """The memory of every living tensor. It stays taken for as long as the list is kept."""
+    """Return the memory of every living tensor, which is not freed as long as the list is kept."""
     return [storage for _, storage in _living()]
 
 
 def large_tensors(before: list[torch.UntypedStorage], cache: Cache, least_bytes: int) -> list[str]:
-    """Shapes of living tensors of `least_bytes` or more that came since `before` and are not in the cache.
+    """Return the shapes of large living tensors that are neither older than a step nor part of the cache.
 
-    After a step these would be keys or values of full size that somebody keeps beside the cache.
+    Such tensors are keys or values of full size that something keeps beside the cache.
 
     Args:
-        before: `living_storages` of a loaded model, wherever its quantizer keeps scales and zeros.
-        cache: What may be there.
-        least_bytes: As above.
+        before: The result of `living_storages` before the step, which includes scales and zeros of quantized weights.
+        cache: The cache whose tensors are allowed.
+        least_bytes: Bytes from which a tensor counts as large.
     """
     known = {storage.data_ptr() for storage in before}
     known |= {tensor.untyped_storage().data_ptr() for tensor in cache_tensors(cache)}

@@ -1,4 +1,4 @@
-"""`report.md` and `report.html`: one or several benchmark reports as tables and plots."""
+"""The pages `report.md` and `report.html`, which show one or several benchmark reports as tables and plots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from optimum_mla.report.render import number, table
 
 FORMATS = ("json", "md", "html")
 Named = Sequence[tuple[str, BenchmarkReport]]
-"""Reports with the names that their rows carry."""
+"""Reports with the names by which their rows are told apart."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table with a heading and a sentence on what it shows; `flagged` are the rows that a reader must look at."""
+    """A table of a page.
+
+    Attributes:
+        title: Heading above the table.
+        note: A sentence on what the table shows.
+        header: Names of the columns.
+        rows: Cells of the rows.
+        flagged: Indices of the rows that a reader must look at.
+    """
 
     title: str
     note: str
@@ -29,7 +37,7 @@ class Section:
 
 
 def write_pages(reports: Named, folder: Path, formats: Iterable[str]) -> None:
-    """Write the pages that `formats` names; `json` is the report's own business."""
+    """Write the pages that `formats` names; `json` is ignored, because the report itself writes it."""
     if "md" in formats:
         (folder / "report.md").write_text(markdown(reports), encoding="utf-8")
     if "html" in formats:
@@ -37,7 +45,7 @@ def write_pages(reports: Named, folder: Path, formats: Iterable[str]) -> None:
 
 
 def size(value: float | None) -> str:
-    """Bytes as a reader takes them in: decimal units, three digits."""
+    """Return a number of bytes in decimal units with three digits, such as `1.54 GB`, or `-` for None."""
     if value is None:
         return "-"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -47,18 +55,18 @@ def size(value: float | None) -> str:
 
 
 def label(role: str, cache: str) -> str:
-    """A model with its cache, in a table."""
+    """Return the name of a model with its cache in a table."""
     return role if cache == "default" else f"{role}, {cache}"
 
 
 def sections(reports: Named) -> list[Section]:
-    """Every table, the summary first; those without rows are left out."""
+    """Return all tables that have rows, the summary first."""
     made = [summary(reports), memory(reports), budget(reports), speed(reports), quality(reports), tasks(reports)]
     return [section for section in made if section.rows]
 
 
 def _rows(reports: Named, name: str) -> list[tuple[str, BenchmarkReport, Any]]:
-    """The rows of one table of all reports, with the prefix that tells reports apart."""
+    """Return the rows of one field of all reports, each with its report and the prefix that tells reports apart."""
     several = len(reports) > 1
     return [
         (f"{title}: " if several else "", report, row) for title, report in reports for row in getattr(report, name)
@@ -66,14 +74,14 @@ def _rows(reports: Named, name: str) -> list[tuple[str, BenchmarkReport, Any]]:
 
 
 def per_token(report: BenchmarkReport, role: str, cache: str) -> float | None:
-    """Measured cache bytes per token and row of one model with one cache, or None."""
+    """Return the measured cache bytes per token of one model with one cache, or None."""
     found = (row for row in report.budget if (row.role, row.cache) == (role, cache))
     row: BudgetRow | None = next(found, None)
     return None if row is None else row.cache_bytes_per_token
 
 
 def summary(reports: Named) -> Section:
-    """What a decision needs, one line for each model and cache."""
+    """Return the summary, which has one line for each model and cache."""
     lines: list[tuple[str, ...]] = []
     flagged: set[int] = set()
     for title, report in reports:
@@ -115,7 +123,7 @@ def summary(reports: Named) -> Section:
 
 
 def memory(reports: Named) -> Section:
-    """Live bytes against predicted ones."""
+    """Return the table of live and predicted cache bytes."""
     header = (
         "",
         "context",
@@ -148,14 +156,14 @@ def memory(reports: Named) -> Section:
             )
         )
     note = (
-        "Live: every tensor that the cache object holds after a step, each storage once and whole. Peaks are of "
-        "the whole process (on CUDA: of the allocator), each cell in a process of its own."
+        "Live bytes are those of all tensors that the cache object holds after a step, each whole storage counted "
+        "once. Peaks are those of the whole process (on CUDA: of the allocator). Each cell ran in a process of its own."
     )
     return Section("Memory", note, header, rows, frozenset(flagged))
 
 
 def budget(reports: Named) -> Section:
-    """What fits."""
+    """Return the table of contexts and batches that fit the memory budget."""
     header = ("", "bytes/token", "fixed", "weights", "longest context", "batch at 8k", "the model's own limit")
     rows = [
         (
@@ -170,12 +178,12 @@ def budget(reports: Named) -> Section:
         for prefix, report, row in _rows(reports, "budget")
     ]
     budgets = ", ".join(dict.fromkeys(size(report.memory_budget_bytes) for _, report in reports))
-    note = f"From the measured bytes, in {budgets} less the weights; activations are not counted."
+    note = f"Computed from the measured bytes for {budgets} minus the weights. Activations are not counted."
     return Section("What it buys", note, header, rows)
 
 
 def speed(reports: Named) -> Section:
-    """Tokens per second."""
+    """Return the table of prefill and decoding speeds."""
     header = ("", "context", "batch", "prefill/s", "± %", "×", "decode/s", "± %", "×", "attention %", "note")
     rows = [
         (
@@ -194,15 +202,15 @@ def speed(reports: Named) -> Section:
         for prefix, _, row in _rows(reports, "speed")
     ]
     note = (
-        "Tokens of all rows per second, medians; ±: distance of the quartiles; ×: times as fast as the baseline, timed "
-        "in turn with it in one process. Loading, tokenizing and sampling are not in it. Attention: its modules' share "
-        "of a decoding step, projections included."
+        "Medians of tokens per second, all rows together. ± is the distance between the quartiles. × is the speed "
+        "divided by that of the baseline, which was timed in turn in the same process. Loading, tokenizing and "
+        "sampling are not timed. Attention is the share of a decoding step that its modules take, projections included."
     )
     return Section("Speed", note, header, rows)
 
 
 def quality(reports: Named) -> Section:
-    """Perplexity, agreement, divergence."""
+    """Return the table of perplexity, agreement and divergence."""
     header = ("", "perplexity", "same next token %", "KL, nats", "tokens", "note")
     rows = [
         (
@@ -221,25 +229,25 @@ def quality(reports: Named) -> Section:
             f"windows of {text['tokens_per_window']} tokens, stride {text['stride_tokens']}" for text in texts
         )
     )
-    note = f"Token by token through the live cache, {windows}: only the last tokens of a window are scored."
+    note = f"One token at a time through the live cache, in {windows}. Only the last tokens of a window are scored."
     return Section("Quality", note, header, rows)
 
 
 def tasks(reports: Named) -> Section:
-    """`lm_eval`."""
+    """Return the table of `lm_eval` tasks."""
     rows = [
         (prefix + row.role, row.task, row.metric, number(row.value, 4), number(row.stderr, 4), row.problem or "")
         for prefix, _, row in _rows(reports, "tasks")
     ]
     note = (
-        "By lm_eval. What a task generates comes through the model's own cache; given answers are scored in one pass "
-        "with their question, in which nothing quantized is read yet."
+        "Measured by lm_eval. Generated answers come through the model's own cache. Given answers are scored in one "
+        "pass with their question, which does not read quantized tokens."
     )
     return Section("Tasks", note, ("", "task", "metric", "value", "±", "note"), rows)
 
 
 def facts(reports: Named) -> list[tuple[str, str]]:
-    """What was measured, on what."""
+    """Return what was measured and on which machine, as names and texts."""
     found = []
     for title, report in reports:
         prefix = f"{title}: " if len(reports) > 1 else ""
@@ -250,24 +258,24 @@ def facts(reports: Named) -> list[tuple[str, str]]:
             (f"{prefix}versions", ", ".join(f"{name} {what}" for name, what in report.versions.items())),
         ]
         if report.interrupted:
-            found.append((f"{prefix}interrupted", "the run was stopped; what had been measured by then is here"))
+            found.append((f"{prefix}interrupted", "the run was stopped, and this is what had been measured before"))
     return found
 
 
 def heading(reports: Named) -> str:
-    """Title of the page."""
+    """Return the title of the page."""
     names = [title for title, _ in reports]
     return names[0] if len(names) == 1 else f"{len(names)} reports compared"
 
 
 def terminal(reports: Named) -> str:
-    """The summary as plain text."""
+    """Return the summary as plain text for a terminal."""
     section = summary(reports)
     return f"{table(section.header, section.rows)}\n{section.note}"
 
 
 def markdown(reports: Named) -> str:
-    """`report.md`."""
+    """Return the content of `report.md`."""
     lines = [f"# {heading(reports)}", ""]
     for section in sections(reports):
         lines += [f"## {section.title}", "", section.note, ""]
@@ -286,7 +294,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def html(reports: Named) -> str:
-    """`report.html`: styles and plots inside, nothing to load."""
+    """Return the content of `report.html`, which holds its styles and plots and loads nothing."""
     from optimum_mla.report.plots import benchmark_plots
 
     environment = Environment(

@@ -1,4 +1,4 @@
-"""Plots of reports: PNG files, and SVG that takes on a page's colours."""
+"""Plots of reports as PNG files, and as SVG that takes the text colour of a page."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from optimum_mla.report.benchmark import BenchmarkReport
 from optimum_mla.report.schema import RecoveryReport
 
 INK = "#010203"
-"""Stands for the page's text colour until the SVG is written."""
+"""Placeholder for the text colour of the page until the SVG is written."""
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4")
-"""Legible on white and on black."""
+"""Colours that are legible on white and on black."""
 BASELINE_COLOUR = "#8b95a3"
 CONTEXT = "context, tokens"
 
 
 def loss_curve(report: RecoveryReport, path: Path) -> None:
-    """Loss against optimizer steps, one line a stage."""
+    """Draw the loss against optimizer steps, with one line per stage, and save it as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -39,8 +39,8 @@ class Plot:
     """A drawing for a page.
 
     Attributes:
-        title: What it shows.
-        svg: An `<svg>` element; its text and axes take the page's `color`.
+        title: Title of the plot.
+        svg: An `<svg>` element, whose text and axes have the `color` of the page.
     """
 
     title: str
@@ -48,7 +48,10 @@ class Plot:
 
 
 def benchmark_plots(reports: Sequence[tuple[str, BenchmarkReport]]) -> list[Plot]:
-    """Cache bytes and decoding speed against the context, quality against the cache; only what was measured."""
+    """Return plots of cache bytes and decoding speed against the context, and of quality against cache bytes.
+
+    Plots without measurements are left out.
+    """
     several = len(reports) > 1
     caches: dict[str, list[tuple[float, float]]] = {}
     speeds: dict[str, list[tuple[float, float]]] = {}
@@ -82,7 +85,10 @@ def benchmark_plots(reports: Sequence[tuple[str, BenchmarkReport]]) -> list[Plot
 def _svg(
     title: str, lines: dict[str, list[tuple[float, float]]], across: str, up: str, logarithmic: bool
 ) -> Plot | None:
-    """Lines with markers; logarithmic across, and up where asked for. None without any line."""
+    """Return a plot of lines with markers, or None without lines.
+
+    The horizontal axis is logarithmic, and so is the vertical one if `logarithmic` is set.
+    """
     if not lines:
         return None
     from matplotlib import rc_context
@@ -90,7 +96,7 @@ def _svg(
 
     style: Any = {
         "svg.fonttype": "none",
-        "svg.hashsalt": title,  # the same marks in every run, others in every plot of a page
+        "svg.hashsalt": title,  # ids are the same in every run and differ between the plots of a page
         "font.family": "sans-serif",
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     }

@@ -1,4 +1,4 @@
-"""Perplexity."""
+"""Measurement of perplexity, and comparison of next-token distributions."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from optimum_mla.progress import progress
 from optimum_mla.stack import cache_argument
 
 LARGEST_MEAN_LOSS = 700.0
-"""exp of more overflows a float."""
+"""Largest mean loss whose exponential is taken; that of more would overflow a float."""
 TOKENS_PER_BATCH = 4096
-"""Tokens in one forward pass: bounds the memory of the logits."""
+"""Largest number of tokens in one forward pass, which bounds the memory of the logits."""
 DECODED_ROWS = 32
-"""Windows that are decoded side by side."""
+"""Number of windows that are decoded in one batch."""
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
-    """exp of the mean negative log-likelihood per predicted token over non-overlapping windows.
+    """Return the exponential of the mean negative log-likelihood per predicted token.
 
-    Every window starts from an empty context and predicts all its tokens but the first.
+    Every window starts from an empty context, and all its tokens but the first are predicted.
 
     Args:
         model: A causal language model.
-        windows: Token ids [N, L], L at least 2.
+        windows: Token ids, [N, L], with L of at least 2.
     """
     with evaluating(model):
         batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
@@ -43,12 +43,12 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
 
 @torch.no_grad()
 def decoding_perplexity(model: PreTrainedModel, windows: Tensor, make_cache: Callable[[], Cache]) -> float:
-    """As `perplexity`, but one token at a time through a live cache, as a model generates.
+    """Return the perplexity of tokens that go through a live cache one at a time, as in generation.
 
     Args:
         model: A causal language model.
-        windows: Token ids [N, L], L at least 2.
-        make_cache: Gives an empty cache.
+        windows: Token ids, [N, L], with L of at least 2.
+        make_cache: Returns an empty cache.
     """
     total = 0.0
     with evaluating(model):
@@ -61,23 +61,24 @@ def decoding_perplexity(model: PreTrainedModel, windows: Tensor, make_cache: Cal
 
 
 def sliding_windows(tokens: Tensor, length: int, stride: int) -> Tensor:
-    """Windows [N, length] of consecutive tokens [T], each `stride` tokens behind the one before.
+    """Return windows [N, length] of consecutive tokens [T], which start `stride` tokens apart.
 
-    With the last `stride` tokens of each window scored, every token from place `length - stride` on is scored once,
-    with at least that many tokens of context; those before are context alone.
+    If the last `stride` tokens of each window are scored, every token from index `length - stride` on is scored once,
+    with at least that many tokens of context. The tokens before are only context.
     """
     return tokens.unfold(0, length, stride)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Next-token quality of a model beside a baseline's.
+    """The next-token quality of a model beside that of a baseline; without a baseline the last three are None.
 
     Attributes:
-        perplexity: Of the model, on the scored tokens. baseline_perplexity: Likewise, or None without a baseline.
-        agreement: How often both hold the same token for the likeliest, or None.
-        kl: Mean KL divergence from the baseline's next-token distribution to the model's, in nats, or None.
-        tokens: Scored.
+        perplexity: Perplexity of the model on the scored tokens.
+        tokens: Number of scored tokens.
+        baseline_perplexity: Perplexity of the baseline on the same tokens.
+        agreement: Share of the tokens at which both models have the same likeliest next token.
+        kl: Mean KL divergence from the baseline's next-token distribution to the model's, in nats.
     """
 
     perplexity: float
@@ -102,11 +103,11 @@ def compare_decoding(
 
     Args:
         model: A causal language model.
-        make_cache: Gives an empty cache for it.
-        windows: Token ids [N, L].
-        stride: Tokens to score in each, below L.
-        baseline: Another one on the same vocabulary, which sees the same tokens side by side.
-        make_baseline_cache: Gives an empty cache for that.
+        make_cache: Returns an empty cache for the model.
+        windows: Token ids, [N, L].
+        stride: Number of tokens to score in each window, below L.
+        baseline: Another model on the same vocabulary, which gets the same tokens.
+        make_baseline_cache: Returns an empty cache for the baseline.
     """
     pairs = [(model, make_cache)]
     if baseline is not None and make_baseline_cache is not None:
@@ -138,7 +139,7 @@ def compare_decoding(
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode for a while."""
+    """Keep a model in evaluation mode as long as the context lasts."""
     was_training = model.training
     model.eval()
     try:
@@ -148,7 +149,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:
-    """Sum of the negative log-likelihoods, logits [B, S, vocabulary] and targets [B, S]."""
+    """Return the sum of the negative log-likelihoods of targets [B, S] under logits [B, S, vocabulary]."""
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").item()
 
 

@@ -1,4 +1,4 @@
-"""Reading of report files: of other versions as far as it is safe, and one line about what is no report."""
+"""Reading of report files. Those of other versions are read as far as that is safe."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def built(kind: type[T], content: Any, place: str) -> T:
 
     Args:
         kind: The dataclass. Its fields may hold lists of other dataclasses.
-        content: What JSON holds in its place.
-        place: Where that is in the file, for the error (`layers[3].`).
+        content: The value in the JSON file.
+        place: Place of the value in the file, such as `layers[3].`, for the error.
 
     Raises:
         ReportError: A field is missing or of another type; the message names it.

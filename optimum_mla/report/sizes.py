@@ -1,4 +1,4 @@
-"""What a cache should weigh, and what fits a memory budget."""
+"""Predicted bytes of caches, and the contexts and batches that fit a memory budget."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from optimum_mla.report.benchmark import BudgetRow, MemoryRow
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 BATCH_CONTEXT = 8192
-"""Tokens per row for the largest batch."""
+"""Tokens per row that the largest batch is computed for."""
 
 
 def layer_numbers(config: Any) -> list[int] | None:
-    """Numbers that each layer caches per token; None for a kind of attention that is not known here.
+    """Return how many numbers each layer caches per token, or None if the kind of attention is not known.
 
     Args:
-        config: Of a converted model, of one with Transformers' own latent attention, or of a plain decoder.
+        config: The config of a converted model, of one with latent attention of Transformers, or of a plain decoder.
     """
     if is_converted(config):
         return [layer.cache_numbers for layer in model_geometry(family_of(config).spec, config).layers]
@@ -40,17 +40,17 @@ def layer_numbers(config: Any) -> list[int] | None:
 def predicted_cache_bytes(
     config: Any, cache: str, tokens: int, itemsize: int, steps: int = 0
 ) -> tuple[float, float] | None:
-    """Bytes of a whole cache for one row of `tokens` tokens, and by how much a live one may exceed them.
+    """Return the bytes of a cache for one row, and by how much a live cache may exceed them.
 
     Args:
-        config: Of the model.
-        cache: Its name.
-        tokens: In the cache.
-        itemsize: Bytes of a number in the model's dtype.
-        steps: How many of them came one by one, behind the prompt.
+        config: The config of the model.
+        cache: Name of the cache.
+        tokens: Number of tokens in the cache.
+        itemsize: Bytes of a number in the dtype of the model.
+        steps: Number of these tokens that came one at a time after the prompt.
 
     Returns:
-        None where the model's kind is not known.
+        Both numbers of bytes, or None if the kind of attention is not known.
     """
     numbers = layer_numbers(config)
     if numbers is None:
@@ -66,16 +66,16 @@ def predicted_cache_bytes(
             spare += spare_bytes(geometry, itemsize)
             continue
         window = sliding_window(config, index)
-        # A windowed layer keeps a view of one token less than it has memory for.
+        # A layer with a sliding window keeps a view of one token less than it has memory for.
         total += count * itemsize * (tokens if window is None else min(tokens, window))
     return total, spare
 
 
 def parse_bytes(text: str, field: str = "memory_budget") -> int:
-    """A size such as `24GB`, `512MiB` or `1e9` in bytes.
+    """Return the bytes of a size such as `24GB`, `512MiB` or `1e9`.
 
     Raises:
-        InvalidValueError: Not a size, or nothing.
+        InvalidValueError: The text is not a size, or less than a byte.
     """
     words = text.strip().lower().removesuffix("b")
     number = words.rstrip("kmgti")
@@ -90,9 +90,9 @@ def parse_bytes(text: str, field: str = "memory_budget") -> int:
 
 
 def budget_rows(rows: list[MemoryRow], budget: int) -> list[BudgetRow]:
-    """What fits `budget` bytes, for every model and cache that was measured.
+    """Return the contexts and batches that fit `budget` bytes, for every measured model and cache.
 
-    Slope and offset of the cache's bytes are those between the shortest and the longest measured context.
+    The bytes of a cache are taken as a straight line through those at the shortest and at the longest measured context.
     """
     found = []
     measured = [row for row in rows if row.live_cache_bytes is not None]

@@ -1,4 +1,4 @@
-"""Prefill and decoding speed of several models or caches, measured in turn."""
+"""Measurement of the prefill and decoding speed of several models or caches in turn."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from optimum_mla.report.quality import evaluating
 from optimum_mla.stack import cache_argument
 
 WARM_UPS = 1
-"""Rounds that are not counted."""
+"""Number of first rounds that are not counted."""
 
 
 @dataclass
 class Contender:
-    """A model with one way to cache, and its times.
+    """A model with one kind of cache, and its times.
 
     Attributes:
         model: A causal language model.
-        make_cache: Gives an empty cache.
-        prefill_seconds: Of each prefill. step_seconds: Of each decoding step.
-        attention_share: Of a decoding step's time; None until it was measured.
+        make_cache: Returns an empty cache.
+        prefill_seconds: Time of each prefill.
+        step_seconds: Time of each decoding step.
+        attention_share: Share of a decoding step that the attention modules take; None if it is not measured.
     """
 
     model: PreTrainedModel
@@ -38,7 +39,7 @@ class Contender:
 
 
 def spread(times: list[float]) -> float:
-    """Distance of the quartiles over the median."""
+    """Return the distance between the quartiles divided by the median."""
     if len(times) < 2:
         return 0.0
     low, _, high = quantiles(times, n=4, method="inclusive")
@@ -47,10 +48,17 @@ def spread(times: list[float]) -> float:
 
 @torch.no_grad()
 def time_in_turn(contenders: list[Contender], ids: Tensor, new_tokens: int, repeats: int) -> None:
-    """Fill in the contenders' times: in each round every one does a prefill of `ids` [B, T] and `new_tokens` steps.
+    """Measure the times of all contenders and store them in the contenders.
 
-    In turn, so that what disturbs the machine disturbs all of them; the first round is not counted. The last round is
-    followed by steps with a clock around every attention module, which are not counted as speed.
+    They take turns, so that other load on the machine affects all of them. In each round every contender does a prefill
+    and some decoding steps; the first round is not counted. The last round is followed by steps in which the attention
+    modules are timed, which do not count as speed.
+
+    Args:
+        contenders: The models with their caches; changed in place.
+        ids: Token ids of the prompt, [B, T].
+        new_tokens: Number of decoding steps after each prefill.
+        repeats: Number of rounds that are counted.
     """
     for round_ in range(WARM_UPS + repeats):
         for contender in contenders:
@@ -80,7 +88,7 @@ def _synchronize(tensor: Tensor) -> None:
 
 
 def _attention_share(contender: Contender, token: Tensor, cache: Cache, steps: int) -> float | None:
-    """Share of the time of `steps` steps that the attention modules take."""
+    """Return the share of the time of `steps` decoding steps that the attention modules take."""
     with attention_clock(contender.model, token) as inside:
         total = sum(_timed(contender, token, cache) for _ in range(steps))
     return sum(inside) / total if inside else None
@@ -88,7 +96,7 @@ def _attention_share(contender: Contender, token: Tensor, cache: Cache, steps: i
 
 @contextmanager
 def attention_clock(model: nn.Module, like: Tensor) -> Iterator[list[float]]:
-    """Seconds that each call of an attention module takes, as long as the context lasts."""
+    """Collect the seconds that each call of an attention module takes, as long as the context lasts."""
     seconds: list[float] = []
     started: list[float] = []
 

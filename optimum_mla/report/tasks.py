@@ -1,7 +1,7 @@
-"""`lm_eval` tasks, generated through a model's own cache.
+"""Evaluation of `lm_eval` tasks, whose answers are generated through a model's own cache.
 
-Answers that are only scored go through the model in one pass with their question. A quantized cache stores tokens as
-they pass and is read by later calls, so it makes no difference to them.
+Answers that are only scored go through the model in one pass with their question. A quantized cache makes no difference
+to them, because only later calls read the quantized tokens.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from optimum_mla.errors import InvalidValueError, MissingDependencyError
 
 
 def task_manager(tasks: list[str], include: str | None) -> Any:
-    """`lm_eval`'s table of tasks.
+    """Return the task manager of `lm_eval`.
 
     Args:
-        tasks: Names, which must be in it.
-        include: A folder of task files beside those of `lm_eval`, or None.
+        tasks: Names of tasks that it must know.
+        include: A folder with further task files, or None.
 
     Raises:
         MissingDependencyError: `lm_eval` is not installed.
-        InvalidValueError: No such folder, or no such task.
+        InvalidValueError: There is no such folder or no such task.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -34,7 +34,7 @@ def task_manager(tasks: list[str], include: str | None) -> Any:
     manager = TaskManager(include_path=include)
     for name in tasks:
         if name not in manager.all_tasks:
-            remedy = "lm_eval ls tasks shows all; --tasks-path adds a folder of your own."
+            remedy = "The command lm_eval ls tasks lists them; --tasks-path adds a folder of your own."
             raise InvalidValueError("tasks", name, "tasks, groups or tags of lm_eval", remedy)
     return manager
 
@@ -42,15 +42,15 @@ def task_manager(tasks: list[str], include: str | None) -> Any:
 def evaluate_tasks(
     model: PreTrainedModel, tokenizer: Any, manager: Any, tasks: list[str], batch_size: int, limit: int | None
 ) -> list[tuple[str, str, float, float | None]]:
-    """Task, metric, value and standard error of every metric of every task.
+    """Return the task, metric, value and standard error for every metric of every task.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         manager: From `task_manager`.
         tasks: Names of tasks.
-        batch_size: Of requests.
-        limit: At most so many documents of each task; None takes all.
+        batch_size: Number of requests in a batch.
+        limit: Largest number of documents per task; None takes all.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM

@@ -223,7 +223,7 @@ def test_errors_name_the_way_out(tmp_path: Path) -> None:
     quantize_weights(model, "quanto-int8")
     model.save_pretrained(tmp_path / "quantized")
     for quantized in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")):
-        with pytest.raises(InvalidValueError, match=r"quantized already \(mla_quanto\)"):
+        with pytest.raises(InvalidValueError, match=r"already quantized \(mla_quanto\)"):
             quantize_weights(quantized, "hqq-int4")
     sizes = {"hidden_size": 72, "intermediate_size": 72, "num_attention_heads": 2}
     unfit = build(tmp_path, "shared rotary key", **sizes)

@@ -1,4 +1,4 @@
-"""Quantized weights of converted models, by bitsandbytes, HQQ or Quanto; saved and loaded as any other model."""
+"""Quantization of the weights of converted models by bitsandbytes, HQQ or Quanto, with saving and loading."""
 
 from optimum_mla.models.weights import quantizer as quantizer
 from optimum_mla.models.weights.choices import WEIGHT_CHOICES, check_weights, quantize_weights, unquantized_layers

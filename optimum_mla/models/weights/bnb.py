@@ -1,10 +1,10 @@
-"""Weights quantized by bitsandbytes, in Transformers' own format."""
+"""Weights quantized by bitsandbytes, in the format of Transformers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import accelerate  # noqa: F401  (Transformers asks for it when it loads these weights)
+import accelerate  # noqa: F401  (Transformers needs it to load these weights)
 import bitsandbytes
 import torch
 from torch import nn
@@ -15,10 +15,11 @@ from optimum_mla.models.base import keep_storable
 from optimum_mla.models.weights.library import WeightLibrary
 
 GROUP = 64
+"""Numbers in a block of 4-bit codes."""
 
 
 class BitsAndBytesWeights(WeightLibrary):
-    """NF4 in blocks of 64 numbers (QLoRA, arXiv 2305.14314); LLM.int8() with one scale a row (arXiv 2208.07339)."""
+    """NF4 in blocks of 64 numbers (QLoRA, arXiv 2305.14314), and LLM.int8() with a scale per row (arXiv 2208.07339)."""
 
     def constraint(self, bits: int) -> str:
         return f"in_features divisible by {GROUP}" if bits == 4 else "any"
@@ -37,12 +38,12 @@ class BitsAndBytesWeights(WeightLibrary):
         )
 
     def quantized(self, linear: nn.Linear, bits: int) -> nn.Module:
-        # The layer as Transformers makes it at loading, so that the two cannot differ; it replaces children by name.
+        # Transformers makes the layer as it does when it loads a model, so that the two cannot differ.
         holder = nn.ModuleDict({"layer": linear})
         replace_with_bnb_linear(holder, [], self.config(bits, [], linear.weight.dtype))
         layer: Any = holder["layer"]
         weight, settings = linear.weight.detach(), vars(layer.weight)
-        # Both kinds of parameter quantize when they are moved, 8-bit ones only from the CPU.
+        # Parameters are quantized when they are moved to a device; 8-bit ones have to come from the CPU.
         if bits == 8:
             settings = {"has_fp16_weights": settings["has_fp16_weights"]}
             layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), False, **settings).to(weight.device)

@@ -1,4 +1,4 @@
-"""Which weights are quantized, and by what."""
+"""Choice of the library and the layers for the quantization of weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, int]] = {
     "quanto-int4": ("quanto", 4),
     "quanto-int8": ("quanto", 8),
 }
-"""Name -> library and bits of a code."""
+"""Library and bits per code, by the name that users give."""
 WEIGHT_CHOICES = ("none", *CHOICES)
 UP_PROJECTIONS = ("kv_b_proj", "k_b_proj", "v_b_proj", "k_rope_proj")
 """Layers behind the cache, which are never quantized: see `quantize_weights`."""
@@ -32,7 +32,7 @@ def check_weights(choice: str) -> None:
     """Refuse a choice that does not exist or whose library is not installed.
 
     Raises:
-        InvalidValueError: No such choice.
+        InvalidValueError: There is no such choice.
         MissingDependencyError: The library is not installed.
     """
     if choice not in WEIGHT_CHOICES:
@@ -45,28 +45,29 @@ def check_weights(choice: str) -> None:
 def quantize_weights(model: PreTrainedModel, choice: str) -> PreTrainedModel:
     """Quantize the linear layers of a converted model, in place.
 
-    The model then saves and loads as any other (`import optimum_mla`, `AutoModelForCausalLM.from_pretrained`), with the
-    same logits. Its checkpoint is as small as the model: weights are stored as packed codes with their scales.
+    The model is then saved and loaded like any other (`import optimum_mla`, `AutoModelForCausalLM.from_pretrained`),
+    with the same logits. Its checkpoint is as small as the model, because weights are stored as packed codes with
+    their scales.
 
-    What keeps the model's dtype:
-      - embeddings, `lm_head`, norms, biases;
-      - the attention's up-projections (`UP_PROJECTIONS`). Decoding reads their weights directly, to work in latent
-        space. It could not with quantized ones, and would expand the whole cache to keys and values at every token;
-      - layers whose sizes the library cannot group (`unquantized_layers` lists them).
+    These parts are not quantized:
+      - embeddings, `lm_head`, norms and biases;
+      - the up-projections of the attention (`UP_PROJECTIONS`), whose weights decoding in latent space reads directly.
+        With quantized ones it would have to expand the whole cache to keys and values at every token;
+      - layers whose sizes the library cannot group (`unquantized_layers` returns their names).
 
-    Scales are of 64 numbers of a row each; of a whole row for bnb-int8 and quanto-int8. bnb-int8 also rounds the
-    layers' inputs to 8 bits, at each call.
+    A scale belongs to 64 numbers of a row, or to a whole row for bnb-int8 and quanto-int8. bnb-int8 also rounds the
+    inputs of the layers to 8 bits at each call.
 
     Args:
-        model: A converted model. Quantized parameters do not train; adapters on them do.
+        model: A converted model. Quantized parameters cannot train, but adapters on them can.
         choice: One of `WEIGHT_CHOICES`; `none` leaves the model as it is.
 
     Returns:
-        The same object.
+        The same model.
 
     Raises:
-        InvalidValueError: No such choice, or the weights are quantized already.
-        UnsupportedModelError: The model is not converted, or none of its layers has fitting sizes.
+        InvalidValueError: There is no such choice, or the weights are already quantized.
+        UnsupportedModelError: The model is not converted, or the sizes of none of its layers fit.
         MissingDependencyError: The library is not installed.
     """
     check_weights(choice)
@@ -76,7 +77,7 @@ def quantize_weights(model: PreTrainedModel, choice: str) -> PreTrainedModel:
         raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
     if quantized_by(model.config) is not None:
         raise InvalidValueError(
-            FIELD, choice, f"none, as the weights are quantized already ({quantized_by(model.config)})"
+            FIELD, choice, f"none, because the weights are already quantized ({quantized_by(model.config)})"
         )
     name, bits = CHOICES[choice]
     library = make_library(name)
@@ -96,14 +97,14 @@ def _quantize(
     for path, linear in chosen.items():
         quantized = library.quantized(linear, bits).requires_grad_(False)
         model.set_submodule(path, quantized.train(linear.training))
-    # What `from_pretrained` leaves on a quantized model, and `save_pretrained` reads.
+    # `from_pretrained` sets these on a quantized model, and `save_pretrained` reads them.
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.hf_quantizer.postprocess_model(model)
 
 
 def _candidates(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The layers that may be quantized and are not, by name: those of decoder layers, without up-projections."""
+    """Return the layers that may be quantized and are not yet, by name: those of decoder layers but up-projections."""
     spec = family_of(model.config).spec
     return {
         path: module
@@ -115,12 +116,12 @@ def _candidates(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def unquantized_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that `quantize_weights` had to leave as they were, for their sizes."""
+    """Return the names of the layers that `quantize_weights` did not quantize because their sizes do not fit."""
     return list(_candidates(model))
 
 
 def quantized_by(config: Any) -> str | None:
-    """The `quant_method` of a model whose weights are quantized, by this package or another."""
+    """Return the `quant_method` in a model's config, or None if its weights are not quantized."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return None

@@ -15,24 +15,26 @@ GROUP = 64
 
 
 class StoredHQQLinear(HQQLinear):
-    """HQQ's layer with its tensors as buffers, so that it saves, loads and moves like any module.
+    """HQQ's layer with its tensors as buffers, so that it is saved, loaded and moved like any module.
 
-    HQQ keeps scales and zeros in a dict, which `model.to(device)` leaves behind, and saves twenty tensors a layer.
+    HQQ itself keeps scales and zeros in a dictionary, which `model.to(device)` does not move, and saves twenty tensors
+    per layer.
 
     Args:
-        linear: Gives shape, bias and dtype.
-        bits: 4 or 8.
+        linear: The layer whose shape, bias and dtype are taken.
+        bits: Bits per code, 4 or 8.
 
     Attributes:
-        W_q: uint8 codes, [out·in / 64, 64]; of 4 bits two in a byte, [out·in / 128, 64].
-        scale, zero: [out·in / 64, 1] in the dtype of the model; a weight is (code - zero)·scale.
+        W_q: Codes, uint8 [out·in / 64, 64]; two 4-bit codes share a byte, [out·in / 128, 64].
+        scale: Scales of the groups, [out·in / 64, 1], in the dtype of the model.
+        zero: Zeros of the groups, [out·in / 64, 1]; a weight is (code - zero)·scale.
     """
 
     def __init__(self, linear: nn.Linear, bits: int) -> None:
         dtype, groups = linear.weight.dtype, linear.weight.numel() // GROUP
         super().__init__(None, quantize_config(bits), compute_dtype=dtype, device="cpu", initialize=False)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # HQQ's constructor left a plain attribute, which no buffer may take the name of.
+        # HQQ's constructor sets plain attributes, whose names no buffer may take.
         self.__dict__.pop("W_q")
         self.W_q = nn.Buffer(torch.empty(groups * bits // 8, GROUP, dtype=torch.uint8))
         self.scale = nn.Buffer(torch.empty(groups, 1, dtype=dtype))
@@ -43,7 +45,7 @@ class StoredHQQLinear(HQQLinear):
 
     @classmethod
     def quantized(cls, linear: nn.Linear, bits: int) -> StoredHQQLinear:
-        """The layer with HQQ's codes for its weight."""
+        """Return a layer that holds the weight of `linear` as HQQ's codes."""
         device, dtype = linear.weight.device, linear.weight.dtype
         made = HQQLinear(linear, quantize_config(bits), del_orig=False, compute_dtype=dtype, device=str(device))
         with torch.device("meta"):
@@ -56,7 +58,7 @@ class StoredHQQLinear(HQQLinear):
 
     @property
     def meta(self) -> dict[str, Any]:
-        """HQQ's own description of the codes."""
+        """The description of the codes that HQQ's functions read."""
         packing = Quantizer.bit_to_packing[self.bits]
         return {
             "nbits": self.bits,
@@ -75,15 +77,15 @@ class StoredHQQLinear(HQQLinear):
 
     @meta.setter
     def meta(self, value: None) -> None:
-        """HQQ's constructor sets None: there is nothing to keep."""
+        """Ignore the None that HQQ's constructor sets."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> StoredHQQLinear:
         super()._apply(fn, recurse)
-        # HQQ has these as attributes; adapters read them.
+        # HQQ has these as attributes, which adapters read.
         self.device, self.compute_dtype = str(self.scale.device), self.scale.dtype
         return self
 
-    # HQQ's own versions of these stand in the way of the buffers.
+    # HQQ overrides these methods in ways that do not work with buffers.
     state_dict = nn.Module.state_dict
     load_state_dict = nn.Module.load_state_dict
     _load_from_state_dict = nn.Module._load_from_state_dict
@@ -92,13 +94,13 @@ class StoredHQQLinear(HQQLinear):
 
 
 class HQQWeights(StoredLibrary):
-    """Groups of 64 numbers of a row, half-quadratic search for the parameters."""
+    """Codes in groups of 64 numbers of a row, whose scales and zeros come from half-quadratic optimization."""
 
     def constraint(self, bits: int) -> str:
         return f"in_features divisible by {GROUP}" + (" and an even number of groups" if bits == 4 else "")
 
     def fits(self, linear: nn.Linear, bits: int) -> bool:
-        # Two 4-bit codes in a byte are of two groups.
+        # The two 4-bit codes in a byte belong to two groups.
         return linear.in_features % GROUP == 0 and linear.weight.numel() // GROUP * bits % 8 == 0
 
     def config(self, bits: int, skipped: list[str], dtype: torch.dtype) -> StoredWeightsConfig:
@@ -112,8 +114,8 @@ class HQQWeights(StoredLibrary):
 
 
 def quantize_config(bits: int) -> dict[str, Any]:
-    """HQQ's settings."""
+    """Return the settings of HQQ for codes of so many bits."""
     settings = BaseQuantizeConfig(nbits=bits, group_size=GROUP, axis=1)
-    # HQQ's own choice at 4 bits; with 256 codes, bfloat16 would round a fraction of the zero away.
+    # HQQ does this by default at 4 bits. At 8 bits it is needed because bfloat16 would round a fractional zero.
     settings["weight_quant_params"]["round_zero"] = True
     return settings

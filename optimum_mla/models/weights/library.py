@@ -1,4 +1,4 @@
-"""What each library that quantizes weights has to do."""
+"""The interface of the libraries that quantize weights."""
 
 from __future__ import annotations
 
@@ -16,54 +16,55 @@ LIBRARIES: dict[str, str] = {
     "hqq": "optimum_mla.models.weights.hqq:HQQWeights",
     "quanto": "optimum_mla.models.weights.quanto:QuantoWeights",
 }
-"""Name of the library, which is also the extra -> `module:Class`, imported when it is first used."""
+"""The class of each library as `module:Class`, imported when it is first used; the names are also those of extras."""
 
 
 class WeightLibrary(ABC):
-    """One library that quantizes the weights of linear layers; `bits` is 4 or 8 everywhere."""
+    """A library that quantizes the weights of linear layers to 4 or 8 bits."""
 
     @abstractmethod
     def constraint(self, bits: int) -> str:
-        """What `fits` asks for, in words."""
+        """Return in words what `fits` requires."""
 
     @abstractmethod
     def fits(self, linear: nn.Linear, bits: int) -> bool:
-        """Whether the layer's sizes can be quantized."""
+        """Return whether the library can quantize a layer of these sizes."""
 
     @abstractmethod
     def config(self, bits: int, skipped: list[str], dtype: torch.dtype) -> QuantizationConfigMixin:
-        """The `quantization_config` of the model.
+        """Return the `quantization_config` of a model.
 
         Args:
+            bits: Bits per code.
             skipped: Names, or ends of names, of the layers that are not quantized.
-            dtype: The model's, in which layers compute.
+            dtype: The dtype in which the layers compute.
         """
 
     @abstractmethod
     def quantized(self, linear: nn.Linear, bits: int) -> nn.Module:
-        """The layer with quantized weights, on the same device; `linear` is not to be used any more."""
+        """Return the layer with quantized weights on the same device; `linear` must not be used any more."""
 
 
 class StoredLibrary(WeightLibrary):
-    """A library whose loading goes through `optimum_mla.models.weights.quantizer`."""
+    """A library whose layers `optimum_mla.models.weights.quantizer` loads."""
 
     @abstractmethod
     def empty(self, linear: nn.Linear, bits: int) -> nn.Module:
-        """A module to load a quantized layer's tensors into; `linear` gives shape, bias and dtype.
+        """Return a module for the tensors of a quantized layer, with the shape, bias and dtype of `linear`.
 
-        Its `state_dict` has the names and shapes of that of `quantized`.
+        Its `state_dict` has the same names and shapes as that of `quantized`.
         """
 
     def finished(self, module: nn.Module) -> nn.Module:
-        """What a module from `empty` becomes once its tensors are loaded; other modules stay as they are."""
+        """Return the layer for a module from `empty` whose tensors are loaded; other modules are returned unchanged."""
         return module
 
 
 def make_library(name: str) -> WeightLibrary:
-    """A library of `LIBRARIES`.
+    """Return a library of `LIBRARIES` by its name.
 
     Raises:
-        MissingDependencyError: It is not installed.
+        MissingDependencyError: The library is not installed.
     """
     module, _, attribute = LIBRARIES[name].partition(":")
     try:

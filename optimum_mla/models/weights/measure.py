@@ -1,4 +1,4 @@
-"""What a model's weights really take."""
+"""Measurement of the memory that the weights of a model take."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers as they are stored, each storage counted once and whole.
+    """Return the bytes of all parameters and buffers as they are stored, counting each whole storage once.
 
-    Packed codes, scales and zeros of quantized layers count, wherever their library keeps them.
+    Packed codes, scales and zeros of quantized layers are included, wherever their library keeps them.
     """
     tensors = [tensor for module in model.modules() for tensor in _held(vars(module))]
     storages = {
@@ -21,14 +21,14 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _held(value: Any) -> Iterator[Tensor]:
-    """The plain tensors in a value: inside containers, tensor subclasses and bitsandbytes' state objects."""
+    """Yield the plain tensors inside a value: in containers, tensor subclasses and state objects of bitsandbytes."""
     if isinstance(value, Tensor):
         if hasattr(value, "__tensor_flatten__"):
             for name in value.__tensor_flatten__()[0]:
                 yield from _held(getattr(value, name))
         else:
             yield value
-            # bitsandbytes keeps scales on the parameter.
+            # bitsandbytes keeps scales as attributes of the parameter.
             yield from _held(vars(value))
     elif isinstance(value, dict):
         for item in value.values():

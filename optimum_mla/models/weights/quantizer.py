@@ -1,7 +1,7 @@
-"""Loading and saving of HQQ and Quanto weights through Transformers' own extension points for quantizers.
+"""Loading and saving of HQQ and Quanto weights through the extension points of Transformers for quantizers.
 
-Transformers' HQQ config does not load (`NotImplementedError`) and its Quanto config does not save. The two methods
-registered here do both, for converted models. Importing this module imports neither library.
+The HQQ config of Transformers cannot load (`NotImplementedError`) and its Quanto config cannot save. The two methods
+that are registered here do both for converted models. Importing this module imports neither library.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_mla.models.weights.library import StoredLibrary, make_library
 
 METHODS = {"mla_hqq": "hqq", "mla_quanto": "quanto"}
-"""`quant_method` in a checkpoint's config -> the library."""
+"""The library of each `quant_method` in a checkpoint's config."""
 
 
 class StoredWeightsConfig(QuantizationConfigMixin):
-    """What `config.json` says of weights quantized by HQQ or Quanto.
+    """The `quantization_config` of a model whose weights HQQ or Quanto quantized.
 
     Args:
         quant_method: A key of `METHODS`.
-        bits: Bits of a code, 4 or 8.
+        bits: Bits per code, 4 or 8.
         modules_to_not_convert: Names, or ends of names, of the linear layers that are not quantized.
     """
 
@@ -41,7 +41,7 @@ class StoredWeightsConfig(QuantizationConfigMixin):
 
 
 class StoredWeightsQuantizer(HfQuantizer):
-    """Swaps layers before their weights are loaded; saving needs nothing beyond the modules' `state_dict`."""
+    """Replaces layers before their weights are loaded; saving needs only the `state_dict` of the modules."""
 
     quantization_config: StoredWeightsConfig
 
@@ -50,7 +50,7 @@ class StoredWeightsQuantizer(HfQuantizer):
         return cast(StoredLibrary, make_library(METHODS[self.quantization_config.quant_method]))
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `MissingDependencyError` where the library is not installed."""
+        """Raise `MissingDependencyError` if the library is not installed."""
         _ = self.library
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -75,12 +75,12 @@ class StoredWeightsQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters on the quantized layers train."""
+        """Whether adapters on the quantized layers can train."""
         return True
 
 
 for _method in METHODS:
-    # A second import of the package must not fail.
+    # Transformers refuses a second registration, which a second import of the package would try.
     if _method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(_method)(StoredWeightsConfig)
         register_quantizer(_method)(StoredWeightsQuantizer)

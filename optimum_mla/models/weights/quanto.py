@@ -11,20 +11,21 @@ from optimum_mla.models.weights.quantizer import StoredWeightsConfig
 
 KINDS = {4: qint4, 8: qint8}
 GROUP = 64
-"""Numbers of a row in a group of 4-bit codes. Quanto's own choice, 128, would go to kernels (TinyGemm, AWQ) that round
-the parameters in bfloat16 and cannot give the stored ones back: every save would change the model."""
+"""Numbers of a row in a group of 4-bit codes. Quanto's default of 128 would use kernels (TinyGemm, AWQ) that round the
+parameters in bfloat16 and cannot return the stored ones, so that every save would change the model."""
 ALIGNMENT = 16
-"""Of rows of 8-bit codes: PyTorch's kernel for bfloat16 on CPUs, which Quanto calls, ends the process without it."""
+"""The length of rows of 8-bit codes is a multiple of this; otherwise the bfloat16 kernel of PyTorch for CPUs, which
+Quanto calls, ends the process."""
 
 
 class EmptyQLinear(nn.Module):
-    """The tensors of a frozen `QLinear` under their names in its `state_dict`, to be loaded and handed to one.
+    """Holds the tensors of a frozen `QLinear` under their names in its `state_dict` until they are loaded.
 
-    `QLinear.weight` is one tensor object around these, which Transformers cannot load piece by piece.
+    `QLinear.weight` is one object around these tensors, which Transformers cannot load piece by piece.
 
     Args:
-        linear: Gives shape, bias and dtype.
-        bits: 4 or 8.
+        linear: The layer whose shape, bias and dtype are taken.
+        bits: Bits per code, 4 or 8.
     """
 
     def __init__(self, linear: nn.Linear, bits: int) -> None:
@@ -38,7 +39,7 @@ class EmptyQLinear(nn.Module):
         else:
             groups = rows * columns // GROUP
             self.weight._data = nn.Module()
-            # Two codes in a byte.
+            # Two codes share a byte.
             self.weight._data._data = nn.Buffer(torch.empty((groups + 1) // 2, GROUP, dtype=torch.uint8))
             self.weight._scale = nn.Buffer(torch.empty(groups, 1, dtype=dtype))
             self.weight._shift = nn.Buffer(torch.empty(groups, 1, dtype=dtype))
@@ -47,16 +48,16 @@ class EmptyQLinear(nn.Module):
         self.bias = None if linear.bias is None else nn.Parameter(torch.empty(rows, dtype=dtype))
 
     def finished(self) -> QLinear:
-        """Quanto's layer around the loaded tensors."""
+        """Return Quanto's layer with the loaded tensors."""
         layer = grouped(QLinear(**self.layer, bias=self.bias is not None, device="meta"))
-        # The checkpoint's tensors lie in its memory map at any address; the kernel for bfloat16 wants them aligned.
+        # Tensors in the memory map of a checkpoint lie at any address, and the kernel for bfloat16 needs them aligned.
         tensors = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         layer.load_state_dict(tensors, assign=True)
         return layer
 
 
 class QuantoWeights(StoredLibrary):
-    """Symmetric 8-bit codes with one scale a row; affine 4-bit codes in groups of 64 numbers of a row."""
+    """Symmetric 8-bit codes with one scale per row, or affine 4-bit codes in groups of 64 numbers of a row."""
 
     def constraint(self, bits: int) -> str:
         return f"in_features divisible by {GROUP if bits == 4 else ALIGNMENT}"
@@ -80,6 +81,6 @@ class QuantoWeights(StoredLibrary):
 
 
 def grouped(layer: QLinear) -> QLinear:
-    """A layer that is not quantized yet, set to our groups."""
+    """Set the group size of a layer that is not quantized yet, and return the layer."""
     layer.weight_group_size = GROUP if layer.weight_qtype is qint4 else None
     return layer
