@@ -1,9 +1,9 @@
-"""Experiment: perplexity with a quantized latent cache, one token at a time through the live cache.
+"""Measure the perplexity with a quantized latent cache, one token at a time through the live cache.
 
     python -m benchmarks.cache_quality [--config ...] [--output ...]
 
-`residual_length` 0 quantizes every token at once: what a long context comes to. Bytes are those of the live cache after
-a window, per token.
+A `residual_length` of 0 quantizes every token at once, which is the state that a long context approaches. Bytes are
+those of the live cache after a window, per token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
 def run(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every cache on every conversion."""
+    """Return the measurements of every cache of the config on every conversion."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_mla.pipeline import build_transformation
@@ -44,7 +44,7 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
 
             value = decoding_perplexity(model, windows, make)
             reference = reference or value
-            # The model computes in float32 here; what is not quantized would take half of it in 16 bits.
+            # The model computes in float32 here, so unquantized numbers take twice the bytes that they take in 16 bits.
             weight = measured_cache_bytes(model, windows[:1], make()) / length
             runs.append(
                 {

@@ -1,4 +1,4 @@
-"""Experiment: what each method does to cache and perplexity of the reference model, without any training.
+"""Measure the cache and the perplexity of the reference model after each method, without any training.
 
     python -m benchmarks.conversion [--config benchmarks/configs/conversion.json] [--output ...results/conversion.json]
 
@@ -18,19 +18,19 @@ from typing import Any
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 NOT_RECORDED = ("data", "layers", "versions", "machine", "model")
-"""Fields of a conversion report that a result does not repeat for each run."""
+"""Fields of a conversion report that are left out of the result of each run."""
 
 
 def run_conversion(model: str, output: Path, options: dict[str, Any]) -> Path:
-    """One `mla-convert` in a subprocess, from the project's root.
+    """Run `mla-convert` in a subprocess in the root of the project.
 
     Args:
         model: Folder of the source model.
         output: Folder to write.
-        options: Long options without dashes, for example `{"method": "mha2mla", "kv-cache-ratio": 0.5}`.
+        options: Long options without their dashes, for example `{"method": "mha2mla", "kv-cache-ratio": 0.5}`.
 
     Returns:
-        `output`.
+        The folder `output`.
     """
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     command = ["mla-convert", "-m", model, *arguments, "--overwrite", str(output)]

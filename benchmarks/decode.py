@@ -1,14 +1,16 @@
-"""Experiment: one decoding step at long context, beside the source model with its `DynamicCache`.
+"""Measure the time and memory of one decoding step at long context, beside the source model with its `DynamicCache`.
 
     python -m benchmarks.decode [--config ...] [--output ...] [--plot ...]
 
-Slices of large models with random weights (values do not change the work). Caches are filled with random tokens, not
-by a prefill. All variants of a shape and context are timed in turn, step by step, in one process; a number is the
-median of a variant's steps, and the ratio to the source's is what counts. `core` is what lies between the projections:
-the update of the cache, the logits and the weighted sum (for latents with the folded up-projections), mean over layers.
+The models are slices of large ones with random weights, because values do not change the work. Caches are filled with
+random tokens and not by a prefill. All variants of a shape and context are timed in turn, step by step, in one process.
+A time is the median over the steps of a variant, and its ratio to that of the source matters most. `core` is the part
+between the projections: the update of the cache, the logits and the weighted sum (for latents with the folded
+up-projections), as a mean over the layers.
 
-The memory that a step takes beyond what was there is the rise of the resident set's high-water mark in a process of its
-own, in which every larger tensor is given back to the system when it dies; on CUDA it is the allocator's peak.
+The memory that a step takes for its duration is the rise of the highest resident memory of a process of its own, in
+which the memory of every larger tensor returns to the system when the tensor dies. On CUDA it is the peak of the
+allocator.
 """
 
 from __future__ import annotations
@@ -29,25 +31,25 @@ from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 STEPS = 9
 SECONDS_PER_VARIANT = 6.0
-"""After so many seconds a variant is timed no more, but at least `FEWEST_STEPS` times."""
+"""A variant is not timed any more after so many seconds and at least `FEWEST_STEPS` steps."""
 FEWEST_STEPS = 3
 FLUSH_STEPS = 128
 SMALL_VOCABULARY = 1024
 LONGEST = 40960
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Makes the C library return larger blocks at once, so that the high-water mark shows them."""
+"""Settings with which the C library returns larger blocks at once, so that the highest resident memory shows them."""
 
 
 class Variant:
-    """A model, a filled cache, and one step of it.
+    """A model with a filled cache, whose decoding step is timed.
 
     Args:
         shape: An entry of the config's `shapes`.
         latent: An entry of its `latents`, or None for the source model.
         kind: One of the config's `variants`, or `source`.
-        context: Tokens in the cache.
+        context: Number of tokens in the cache.
         dtype: Name of the torch dtype.
-        models: Models made so far, by latent; shared by the variants of a shape.
+        models: The models made so far, by latent, which the variants of a shape share.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class Variant:
         self.model(self.token, **cache_argument(self.model, self.cache), use_cache=True)
 
     def core_step(self) -> None:
-        """What lies between the projections, for every layer."""
+        """Run the part between the projections for every layer."""
         import torch
 
         position = torch.full((1, 1), self.cache.get_seq_length(), device=self.device)
@@ -142,7 +144,7 @@ class Variant:
                 attention.attend(queries, self._new(1), attention._rotation(table), None, self.cache, position)
 
     def prepared(self) -> None:
-        """Make the module take this variant's path."""
+        """Make the attention modules compute in the way of this variant."""
         for block in self.model.model.layers:
             if self.kind == "expanded":
                 block.self_attn._absorbing_saves = lambda queries, tokens: False
@@ -151,7 +153,7 @@ class Variant:
 
 
 def timed(variants: list[Variant], step: Callable[[Variant], None]) -> list[dict[str, float]]:
-    """Median milliseconds of a step, and the spread between the quartiles, for each variant; measured in turn."""
+    """Time the variants in turn, and return the median milliseconds of a step and the quartile spread of each."""
     import torch
 
     times: list[list[float]] = [[] for _ in variants]
@@ -166,7 +168,7 @@ def timed(variants: list[Variant], step: Callable[[Variant], None]) -> list[dict
             step(variant)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if round_:  # the first is for warming up
+            if round_:  # the first round warms up
                 taken.append(time.perf_counter() - start)
     return [
         {
@@ -179,9 +181,9 @@ def timed(variants: list[Variant], step: Callable[[Variant], None]) -> list[dict
 
 
 def with_flushes(variant: Variant) -> float | None:
-    """Mean milliseconds of a core step over as many as any cache here gathers before it quantizes; None if unquantized.
+    """Return the mean milliseconds of a core step with the steps that quantize tokens, which the median hides.
 
-    The median hides the steps at which tokens are quantized.
+    As many steps are timed as any of the caches takes until it quantizes. None if the cache is not quantized.
     """
     if variant.kind in ("source", "absorbed", "expanded"):
         return None
@@ -193,7 +195,10 @@ def with_flushes(variant: Variant) -> float | None:
 
 
 def cases(config: dict[str, Any], shape: dict[str, Any]) -> list[tuple[dict[str, Any] | None, str]]:
-    """Source first, then every variant of every latent; Transformers' quantized cache cannot hold an empty tensor."""
+    """Return the source model and every variant of every latent.
+
+    The quantized cache of Transformers cannot hold the empty tensors of a rebuilt rotary key, so it is left out there.
+    """
     found: list[tuple[dict[str, Any] | None, str]] = [(None, "source")]
     for latent in shape["latents"]:
         for kind in config["variants"]:
@@ -204,7 +209,7 @@ def cases(config: dict[str, Any], shape: dict[str, Any]) -> list[tuple[dict[str,
 
 
 def step_memory(config: dict[str, Any], shape: int, latent: str, kind: str, context: int) -> float:
-    """Megabytes that a step takes for its duration, in a process of its own."""
+    """Return the megabytes that a step takes for its duration, measured in a process of its own."""
     case = json.dumps({"config": config, "shape": shape, "latent": latent, "kind": kind, "context": context})
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.decode", "--memory-case", case],
@@ -218,7 +223,7 @@ def step_memory(config: dict[str, Any], shape: int, latent: str, kind: str, cont
 
 
 def measure_memory(case: dict[str, Any]) -> float:
-    """What `step_memory` runs."""
+    """Return the megabytes that a step takes; `step_memory` runs this in its process."""
     import torch
 
     shape = case["config"]["shapes"][case["shape"]]
@@ -305,7 +310,7 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Speed of the core against the context, one panel a shape."""
+    """Draw the speed of the core against the context, with one panel per shape, and save the plot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -344,7 +349,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run the config, write result and plot."""
+    """Run the config, and write the result and the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=CONFIGS / "decode.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")

@@ -1,8 +1,8 @@
-"""Experiment: what the forms that plain engines run cost in quality, and how far an export is from the converted model.
+"""Measure the quality of the forms that plain engines run, and the difference between an export and its original.
 
     python -m benchmarks.export [--config ...] [--output ...]
 
-Perplexity is on the held-out evaluation text, whole. Logits are compared on random tokens.
+Perplexity is that of the whole held-out evaluation text. Logits are compared on random tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
 def run(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every form in every dtype."""
+    """Return the measurements of every form in every dtype."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

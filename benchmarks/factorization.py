@@ -1,9 +1,9 @@
-"""Experiment: seconds and memory of one layer's calibrated factorization at the size of large models.
+"""Measure the time and memory of the calibrated factorization of one layer at the size of large models.
 
     python -m benchmarks.factorization [--config ...] [--output ...]
 
-Weights and second moments are random (their values do not change the work); the rows are those of GQA2MLA's full form:
-all keys with their readers' weights, all values with W_O's.
+Weights and second moments are random, because values do not change the work. The rows are those of the full form of
+GQA2MLA: all keys with one weight per row, and all values with the moments of W_O.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.result import CONFIGS, RESULTS, save_result
 
 
 def measure(layer: dict[str, Any], ratio: float) -> dict[str, Any]:
-    """Factorize once."""
+    """Factorize one layer and return the seconds and the peak memory."""
     import torch
 
     from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
@@ -44,7 +44,7 @@ def measure(layer: dict[str, Any], ratio: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure every layer of the config, smallest first."""
+    """Measure every layer of the config, the smallest first, and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=CONFIGS / "factorization.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "factorization.json")

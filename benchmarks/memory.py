@@ -1,8 +1,8 @@
-"""Experiment: what caches really weigh at long context, by `mla-benchmark` on a slice of a large model.
+"""Measure the bytes of live caches at long context by `mla-benchmark` on a slice of a large model.
 
     python -m benchmarks.memory [--config ...] [--output ...]
 
-Random weights, which change no size. Every cell runs in a process of its own.
+Weights are random, which changes no size. Every cell runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.result import CONFIGS, RESULTS, save_result
 
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
-    """The report's tables."""
+    """Return the tables of memory and of the memory budget."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

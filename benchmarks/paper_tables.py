@@ -24,12 +24,12 @@ from pathlib import Path
 
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
 
-SOURCE_BITS = 16  # per cached number, before any quantization
+SOURCE_BITS = 16  # bits per cached number without quantization
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A published model, as in its `config.json`; every layer has the same shape, and the MLP is gated."""
+    """A published model as its `config.json` describes it; all layers have the same shape, and the MLP is gated."""
 
     name: str
     vocab_size: int
@@ -44,7 +44,7 @@ class SourceModel:
 
     @property
     def attention(self) -> MLAGeometry:
-        """One attention layer before conversion."""
+        """Shape of one attention layer before conversion."""
         return MLAGeometry(
             hidden_size=self.hidden_size,
             num_attention_heads=self.heads,
@@ -56,17 +56,17 @@ class SourceModel:
 
     @property
     def source(self) -> ModelGeometry:
-        """All attention layers before conversion."""
+        """Shapes of all attention layers before conversion."""
         return self.converted(self.attention)
 
     def converted(self, layer: MLAGeometry, converted_layers: Sequence[int] | None = None) -> ModelGeometry:
-        """All attention layers after conversion of `converted_layers` (counted from 0; None: all) to `layer`."""
+        """Return the shapes of all attention layers after `converted_layers` (from 0; None: all) became `layer`."""
         chosen = range(self.layers) if converted_layers is None else converted_layers
         return ModelGeometry(tuple(layer if index in chosen else self.attention for index in range(self.layers)))
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model before conversion."""
+        """Number of parameters of the whole model before conversion."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         mlp = 3 * self.hidden_size * self.intermediate_size
         norms = 2 * self.hidden_size
@@ -87,10 +87,10 @@ QWEN25_14B = SourceModel("Qwen2.5-14B", 152064, 5120, 13824, 48, 40, 8, 128, Fal
 
 @dataclass(frozen=True)
 class Figure:
-    """One printed figure and what it is computed from.
+    """One printed figure, and the shapes that it is computed from.
 
     `printed` is a string because its number of decimals sets the tolerance. `bits` is the width of a cached number.
-    `remark` says where the setting here is not the one printed beside the figure, because that one gives another.
+    `remark` explains a setting that differs from the one printed beside the figure, which gives another figure.
     """
 
     paper: str
@@ -105,18 +105,18 @@ class Figure:
 
     @property
     def computed(self) -> float:
-        """The figure, in the unit of its quantity, at full precision."""
+        """The computed figure in the unit of its quantity at full precision."""
         return QUANTITIES[self.quantity](self)
 
     @property
     def agrees(self) -> bool:
-        """Whether the figure is off by no more than one unit of its last printed digit."""
+        """Whether the printed figure is off by no more than one unit of its last digit."""
         last_digit = Decimal(1).scaleb(-len(self.printed.partition(".")[2]))
         return abs(Decimal(self.computed) - Decimal(self.printed)) <= last_digit
 
     @property
     def verdict(self) -> str:
-        """`yes` or `no`."""
+        """The word `yes` if the figure agrees, otherwise `no`."""
         return "yes" if self.agrees else "no"
 
 
@@ -143,7 +143,7 @@ MHA2MLA, X_ECOMLA, TRANSMLA = "MHA2MLA", "X-EcoMLA", "TransMLA"
 
 
 def mha2mla_layer(model: SourceModel, d_kv: int) -> MLAGeometry:
-    """A layer of MHA2MLA: RoPE on an eighth of each key head, and a joint latent of `d_kv` dims per key head."""
+    """Return a layer of MHA2MLA with RoPE on 1/8 of each key head and a joint latent of `d_kv` dims per key head."""
     rope = model.head_dim // 8
     return replace(
         model.attention,
@@ -158,7 +158,7 @@ def mha2mla_layer(model: SourceModel, d_kv: int) -> MLAGeometry:
 
 
 def x_ecomla_layer(model: SourceModel, rank: int, rope: int, query_rank: int | None = None) -> MLAGeometry:
-    """A layer of X-EcoMLA: one rotary key of `rope` dims for all heads, and as many dims of each key without RoPE.
+    """Return a layer of X-EcoMLA with one rotary key of `rope` dims for all heads and as many key dims without RoPE.
 
     The paper's `d_qk` is the number of key dims without RoPE; it always sets `d_qk = d_r`, so `rope` is both.
     """
@@ -176,13 +176,13 @@ def x_ecomla_layer(model: SourceModel, rank: int, rope: int, query_rank: int | N
 
 
 def transmla_layer(model: SourceModel) -> MLAGeometry:
-    """A layer of TransMLA: a key and a value latent as wide as the source's keys and values, one key per query head."""
+    """Return a layer of TransMLA with latents as wide as the source's keys and values, and one key per query head."""
     rank = model.key_value_heads * model.head_dim
     return replace(model.attention, attention_form="full", k_lora_rank=rank, v_lora_rank=rank, num_up_heads=model.heads)
 
 
 def mha2mla_figures() -> list[Figure]:
-    """Cache sizes of MHA2MLA's Tables 1 and 2 and Figure 5."""
+    """Return the cache sizes of Tables 1 and 2 and of Figure 5 of MHA2MLA."""
     table_1 = {SMOLLM_135M: (32, 16, 8), SMOLLM_360M: (32, 16, 8), SMOLLM_1B7: (32, 16, 8), LLAMA2_7B: (64, 32, 16)}
     table_2 = (
         (None, 16, CACHE_SIZE, "100.0"),
@@ -214,7 +214,7 @@ def mha2mla_figures() -> list[Figure]:
 
 
 def x_ecomla_figures() -> list[Figure]:
-    """Cache sizes and parameter counts of X-EcoMLA at fixed ranks, tables numbered as in v4.
+    """Return the cache sizes and parameter counts of X-EcoMLA at fixed ranks, with the table numbers of v4.
 
     The rotary key has 32 dims for models of head dim 64, as the text says, except where Table 6 says 64. For head dim
     128 (Llama-3.2-3B and 8B) the released configurations have 64, and only 64 yields the printed sizes. Table 2 and
@@ -305,9 +305,9 @@ def x_ecomla_figures() -> list[Figure]:
 
 
 def transmla_figures() -> list[Figure]:
-    """Model sizes before and after TransMLA, and the cache.
+    """Return the model sizes before and after TransMLA, and the change of the cache.
 
-    The paper says in words that the cache stays as it is; that is the change of 0 here.
+    The paper says in words that the size of the cache does not change, which is the change of 0 here.
     """
     rows = []
     for model, size in ((QWEN25_7B, "7.6"), (QWEN25_14B, "14.7")):
@@ -322,12 +322,12 @@ def transmla_figures() -> list[Figure]:
 
 
 def all_figures() -> list[Figure]:
-    """Every figure of the three papers, in the order of the papers and their tables."""
+    """Return every figure of the three papers in the order of the papers and their tables."""
     return [*mha2mla_figures(), *x_ecomla_figures(), *transmla_figures()]
 
 
 def disagreements(figures: Sequence[Figure]) -> list[str]:
-    """One line for each figure that is off."""
+    """Return one line for each figure that does not agree."""
     return [
         f"{figure.paper} {figure.table}, {figure.model.name}, {figure.setting}: {figure.quantity} is printed as "
         f"{figure.printed} and computed as {figure.computed:.6g}"
@@ -337,7 +337,7 @@ def disagreements(figures: Sequence[Figure]) -> list[str]:
 
 
 def format_table(figures: Sequence[Figure]) -> str:
-    """The figures as an aligned text table, and below it the remarks."""
+    """Return the figures as an aligned text table, with the remarks below it."""
     header = ("paper", "table", "model", "setting", "quantity", "printed", "computed", "ok")
     rows = [
         (f.paper, f.table, f.model.name, f.setting, f.quantity, f.printed, f"{f.computed:.4f}", f.verdict)
@@ -357,7 +357,7 @@ def format_table(figures: Sequence[Figure]) -> str:
 
 
 def as_records(figures: Sequence[Figure]) -> list[dict[str, str | float]]:
-    """The figures as JSON objects, `printed` kept as a string for its number of decimals."""
+    """Return the figures as JSON objects, with `printed` as a string because of its number of decimals."""
     return [
         {
             "paper": figure.paper,

@@ -1,10 +1,10 @@
-"""Experiment: quality before any training against the cache that is kept, by method, form, model and calibration seed.
+"""Measure the quality before any training at several cache sizes, by method, form, model and calibration seed.
 
     python -m benchmarks.quality [--config ...] [--output ...] [--plot docs/quality.png] [--workers 2]
 
-Every run converts in a fresh process of one thread, so that its peak memory is its own. A seed draws the calibration
+Every run converts in a new process with one thread, so that its peak memory is its own. A seed draws the calibration
 windows. Quality is the excess log-perplexity ln(after / before) on text that neither the models nor the calibration
-have seen. `--plot-only` draws a committed result again.
+have seen. `--plot-only` draws the plot of a committed result again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
 def expand(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every run of the config: model, label, method, options, ratio, seed, calibration windows.
+    """Yield every run of the config with its model, label, method, options, ratio, seed and calibration windows.
 
-    A line may name its own models and ratios.
+    A line of the config may name its own models and ratios.
     """
     for model in config["models"]:
         for line in config["lines"]:
@@ -41,7 +41,7 @@ def expand(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Convert and measure one of them, in this process."""
+    """Convert and measure one run in this process, and return what was found."""
     import time
 
     import torch
@@ -80,7 +80,7 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
             spec["method"], {**spec["options"], "kv_cache_ratio": spec["ratio"]}, calibration
         )
         converted: Any = transformation(model)
-    except InvalidValueError as error:  # no room for this method's rotary key
+    except InvalidValueError as error:  # there is no room for the rotary key of this method
         return row | {"impossible": str(error)}
     seconds = time.perf_counter() - start
     after = perplexity(converted, evaluation)
@@ -97,7 +97,7 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw_windows(tokenizer: Any, text: Path, count: int, length: int, seed: int) -> Any:
-    """`count` windows at random places of the text, [count, length]."""
+    """Return windows at random places of the text, [count, length]."""
     import torch
 
     from optimum_mla.text import token_windows
@@ -109,7 +109,7 @@ def draw_windows(tokenizer: Any, text: Path, count: int, length: int, seed: int)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Excess log-perplexity against the cache that is kept, one panel a model; the shade is the range over seeds."""
+    """Draw the excess log-perplexity against the kept cache, with one panel per model; shades are ranges over seeds."""
     from matplotlib.figure import Figure
 
     runs = [r for r in result["runs"] if r["part"] == "methods" and "impossible" not in r]
@@ -141,7 +141,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Excess log-perplexity by model and line, one column a ratio, averaged over seeds."""
+    """Return the mean excess log-perplexity over the seeds by model and line, with one column per ratio."""
     from optimum_mla.report.render import table
 
     lines = []
@@ -162,7 +162,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run everything, print the table, write the result and the plot."""
+    """Run everything, print the table, and write the result and the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=CONFIGS / "quality.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")

@@ -1,13 +1,13 @@
-"""Experiment: what a little training brings back, by what trains, against which loss, from which initialization.
+"""Measure how much quality a short training recovers, by trained parameters, loss and initialization.
 
     python -m benchmarks.recovery --corpus DIR [--config ...] [--output ...]
 
     python -m benchmarks.recovery --config benchmarks/configs/recovery_memory.json
 
-DIR holds the books (`*.txt`) that the reference model was trained on; the two held-out ones of its card are left out.
-Every run sees the same rows, drawn evenly from all books. Perplexity is on the held-out `evaluation.txt`. Memory is the
-high-water mark of the training, in a process of its own. A config with a `random_model` asks for memory alone: its
-model is made on the spot, and no corpus is needed.
+DIR holds the books (`*.txt`) that the reference model was trained on; the two held-out books of its card are left out.
+Every run sees the same rows, drawn evenly from all books. Perplexity is that of the held-out `evaluation.txt`. Memory
+is the highest of the training, in a process of its own. A config with a `random_model` measures memory alone, on a
+model with random weights that needs no corpus.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HELD_OUT = ("evaluation", "calibration")
 
 
 def token_rows(corpus: Path, model: Path, length: int, tokens: int) -> list[int]:
-    """Token ids of evenly spaced rows of all books but the held-out ones."""
+    """Return the token ids of evenly spaced rows of all books but the held-out ones."""
     import torch
     from transformers import AutoTokenizer
 
@@ -47,7 +47,7 @@ def token_rows(corpus: Path, model: Path, length: int, tokens: int) -> list[int]
 
 
 def random_model(fields: dict[str, Any], folder: Path) -> None:
-    """A Llama model with random weights in float32."""
+    """Save a Llama model with random weights in float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,7 +56,7 @@ def random_model(fields: dict[str, Any], folder: Path) -> None:
 
 
 def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    """Convert the reference model, and start its latent projections otherwise where the config says so."""
+    """Convert the reference model, and replace its latent projections by another start if the config has one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +86,7 @@ def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], fol
 
 
 def expand_by_identity(converted: Any, source: Any) -> None:
-    """Down-projections are the source's own, up-projections copy a group's head to each of its query heads."""
+    """Start as the source: its projections become down-projections, and up-projections copy heads to query heads."""
     import torch
 
     for layer, original in zip(converted.model.layers, source.model.layers, strict=True):
@@ -103,7 +103,7 @@ def expand_by_identity(converted: Any, source: Any) -> None:
 def train_source(
     case: dict[str, Any], folder: Path, ids: list[int], config: dict[str, Any], output: Path
 ) -> dict[str, Any]:
-    """Train the source model's own W_K and W_V on the same rows: what TransMLA compares with."""
+    """Train W_K and W_V of the source model on the same rows, which TransMLA compares with."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -144,7 +144,7 @@ def train_source(
 
 
 def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, Any], output: Path) -> dict[str, Any]:
-    """One run of `finetune`."""
+    """Run `finetune` once and return what was measured."""
     from optimum_mla.pipeline import TextOptions, finetune
     from optimum_mla.recovery.recipe import Recipe
     from optimum_mla.report.render import closed
@@ -172,7 +172,7 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
 
 
 def run(config: dict[str, Any], corpus: Path | None, workers: int) -> list[dict[str, Any]]:
-    """Every run of the config, each in a process of its own, so that its peak memory is its own."""
+    """Run everything in the config, each run in a process of its own, so that its peak memory is its own."""
     most, length = max(case["tokens"] for case in config["runs"]), config["row_tokens"]
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -191,7 +191,7 @@ def run(config: dict[str, Any], corpus: Path | None, workers: int) -> list[dict[
         def one(numbered: tuple[int, dict[str, Any]]) -> dict[str, Any]:
             number, case = numbered
             data = place / f"ids-{number}.json"
-            step = most // case["tokens"]  # fewer tokens are evenly spaced rows, too
+            step = most // case["tokens"]  # a run with fewer tokens also takes evenly spaced rows
             rows = [ids[start : start + length] for start in range(0, most, step * length)]
             data.write_text(json.dumps([token for row in rows for token in row]), encoding="utf-8")
             output = place / f"out-{number}"

@@ -1,4 +1,4 @@
-"""What every experiment has in common: where things lie, and what a result records."""
+"""Folders of the experiments, and the form of their results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIGS, RESULTS = ROOT / "benchmarks" / "configs", ROOT / "benchmarks" / "resul
 
 
 def machine_class() -> str:
-    """Processor, cores and system, without any name of the machine."""
+    """Return the processor, threads, accelerator and operating system, without any name of the machine."""
     import torch
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
@@ -21,7 +21,7 @@ def machine_class() -> str:
 
 
 def commit() -> str:
-    """The project's commit, or `unknown` outside a clone."""
+    """Return the commit of the project, or `unknown` outside a clone."""
     answer = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -29,13 +29,13 @@ def commit() -> str:
 
 
 def save_result(path: Path, config: dict[str, Any], remark: str = "", **content: Any) -> dict[str, Any]:
-    """Write what an experiment found, with its config, commit, machine class and versions.
+    """Write and return the findings of an experiment with its config, the commit, the machine class and the versions.
 
     Args:
-        path: A JSON file.
-        config: Of the experiment.
-        remark: On the machine, such as how many runs shared it.
-        content: What was found.
+        path: JSON file to write.
+        config: Config of the experiment.
+        remark: A remark on the machine, such as how many runs shared it.
+        content: The findings.
     """
     from optimum_mla.report.schema import installed_versions
 

@@ -34,7 +34,7 @@ EXCERPT_BYTES = 200_000  # of each held-out book, cut at a paragraph
 
 @dataclass(frozen=True)
 class Variant:
-    """One model: its config class and number of key/value heads, and how its card introduces it."""
+    """One of the models: its config class, its number of key/value heads, and how its card introduces it."""
 
     config: type[LlamaConfig] | type[Qwen3Config]
     kv_heads: int
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def excerpt(book: str, size: int = EXCERPT_BYTES) -> str:
-    """The middle `size` bytes of a book, from one paragraph's beginning to another's end."""
+    """Return the middle `size` bytes of a book, from the beginning of a paragraph to the end of another."""
     start = book.index("\n\n", len(book) // 4) + 2
     end = start + len(book[start:].encode()[:size].decode(errors="ignore"))
     return book[start : book.rindex("\n\n", start, end)] + "\n"
@@ -95,7 +95,7 @@ def train_tokenizer(books: list[str]) -> PreTrainedTokenizerFast:
 
 
 def token_sequences(tokenizer: PreTrainedTokenizerFast, books: list[str]) -> Tensor:
-    """All books end to end, each closed by the end token, cut into rows: [N, SEQUENCE_LENGTH]."""
+    """Return all books one after the other, each closed by the end token, cut into rows, [N, SEQUENCE_LENGTH]."""
     stream: list[int] = []
     for ids in tokenizer(books, verbose=False)["input_ids"]:
         stream += [*ids, tokenizer.eos_token_id]
@@ -122,10 +122,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, variant: Variant) -> PreTrai
 
 
 def train(model: PreTrainedModel, sequences: Tensor, arguments: argparse.Namespace) -> int:
-    """Train in place for `--tokens` tokens; returns how many were seen.
+    """Train the model in place for `--tokens` tokens and return how many it has seen.
 
-    Two optimizers: Muon for the weight matrices, which reaches AdamW's loss in about half the tokens here and so makes
-    two CPU cores enough, and AdamW for embeddings and gains. `Trainer` drives only one, hence the loop.
+    There are two optimizers: Muon for the weight matrices, which reaches the loss of AdamW in about half the tokens and
+    so makes two CPU cores enough, and AdamW for embeddings and gains. `Trainer` drives only one optimizer.
     """
     steps = arguments.tokens // (arguments.batch_size * SEQUENCE_LENGTH)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
