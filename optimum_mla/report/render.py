@@ -1,4 +1,4 @@
-"""Reports as text: the terminal table and the model card."""
+"""Reports as text: the tables that commands print, and the model cards that they write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUMMARY_HEADER = (
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Plain-text table: the first column left-aligned, the others right-aligned."""
+    """Return a plain-text table with the first column left-aligned and the others right-aligned."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [
@@ -31,12 +31,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number in a table; `-` for one that was not measured."""
+    """Return a number as it is shown in a table, or `-` for one that was not measured."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def summary_row(report: ConversionReport) -> tuple[str, ...]:
-    """One conversion under `SUMMARY_HEADER`."""
+    """Return the cells of one conversion, whose columns are those of `SUMMARY_HEADER`."""
     return (
         report.method,
         f"{report.cache_numbers_per_token_per_layer:g}",
@@ -58,23 +58,23 @@ def summary_table(reports: Iterable[ConversionReport]) -> str:
 
 
 FORM_RULES = {
-    "full": "decoding up-projects every cached key at each step: take it for quality, short contexts and batch work",
-    "rebuilt": "nothing but the latent is cached; a step rebuilds R rotary dims of each cached key: the best quality "
-    "for its size in Transformers, at any length",
-    "cached": "DeepSeek's structure, the fastest to decode and the one that engines run, at lower quality for its size",
+    "full": "each decoding step up-projects every cached key, which suits quality, short contexts and batch work",
+    "rebuilt": "only the latent is cached, and each step rebuilds the rotary dims of every cached key, which gives the "
+    "best quality for its size at any length",
+    "cached": "the structure of DeepSeek, which decodes fastest and which engines run, at lower quality for its size",
 }
-"""What a form is for, by `LayerReport.rope_cache` or, without a decoupled rotary key, by `attention_form`."""
+"""Advice on each form, by `LayerReport.rope_cache` or, without a decoupled rotary key, by `attention_form`."""
 
 
 def _span(values: Iterable[float], digits: int | None = None) -> str:
-    """A value, or the lowest and highest of several."""
+    """Return the lowest and the highest of several values as text, or one value if they are equal."""
     show = (lambda v: f"{v:g}") if digits is None else (lambda v: f"{v:.{digits}f}")
     low, high = min(values := list(values)), max(values)
     return show(low) if low == high else f"{show(low)} to {show(high)}"
 
 
 def choices(report: ConversionReport) -> str:
-    """What was chosen for the layers, and why, a few lines."""
+    """Return a few lines on what was chosen for the layers and why."""
     layers = report.layers
     form = layers[0].rope_cache or layers[0].attention_form
     lines = [f"form: {form}; {FORM_RULES[form]}."]
@@ -89,7 +89,7 @@ def choices(report: ConversionReport) -> str:
         healed = f"; refitted output projections make that {_span([100 * v for v in after], 2)} %" if after else ""
         lines.append(f"error in the hidden state, layer by layer: {_span([100 * v for v in before], 2)} %{healed}.")
     else:
-        lines.append("no calibration data: with some the same cache gives far better quality.")
+        lines.append("there were no calibration data; with them the same cache gives far better quality.")
     return "\n".join(lines)
 
 
@@ -121,13 +121,13 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-`trust_remote_code=True` does without the import where optimum-mla is installed. Every option, the rank and error of
-each layer, data hashes and versions are in `conversion_report.json`. The licence of the source model applies.
+With `trust_remote_code=True` the import is not needed where optimum-mla is installed. `conversion_report.json` holds
+every option, the rank and error of each layer, data hashes and versions. The licence of the source model applies.
 """
 
 
 def model_card(report: ConversionReport, name: str) -> str:
-    """README.md of the output folder."""
+    """Return the model card of a conversion, which is the README.md of the output folder."""
     return MODEL_CARD.format(
         name=name,
         warning="" if report.quality_warning is None else f"**{report.quality_warning}**\n\n",
@@ -146,7 +146,7 @@ def model_card(report: ConversionReport, name: str) -> str:
 
 
 def quantization_table(report: QuantizationReport) -> str:
-    """The table that `mla-quantize` prints at its end."""
+    """Return the table that `mla-quantize` prints at its end."""
     of_source = [100 * b / report.source_cache_bytes for b in (report.cache_bytes_before, report.cache_bytes_after)]
     rows = [
         (
@@ -164,9 +164,9 @@ def quantization_table(report: QuantizationReport) -> str:
 QUANTIZATION_CARD = """
 ## Quantized
 
-The cache takes {bits} bits per number of the latent ({backend}, groups of {group_size}) and {rope_bits} for a rotary
-key beside it; the newest {residual_length} tokens or fewer stay as they are. Weights: {weights}. `generate` uses that
-cache by itself; `cache_implementation` overrides it. Measured:
+The cache takes {bits} bits per number of the latent ({backend}, groups of {group_size}) and {rope_bits} bits per number
+of a rotary key beside it. At most the newest {residual_length} tokens stay unquantized. Weights: {weights}. `generate`
+uses this cache by default, and `cache_implementation` overrides it. Measured:
 
 ```
 {table}
@@ -175,12 +175,12 @@ cache by itself; `cache_implementation` overrides it. Measured:
 
 
 def quantization_card(report: QuantizationReport) -> str:
-    """What `mla-quantize` adds to a model card."""
+    """Return the section that `mla-quantize` adds to a model card."""
     return QUANTIZATION_CARD.format(**report.cache, weights=report.weights, table=quantization_table(report))
 
 
 def closed(report: RecoveryReport) -> float | None:
-    """Share of the excess log-perplexity over the source that the training took away; None where unmeasured."""
+    """Return the share of the excess log-perplexity over the source that a training closed; None if not measured."""
     source, converted, recovered = report.perplexity_source, report.perplexity_converted, report.perplexity_recovered
     if source is None or converted is None or recovered is None or converted <= source:
         return None
@@ -188,7 +188,7 @@ def closed(report: RecoveryReport) -> float | None:
 
 
 def recovery_table(report: RecoveryReport) -> str:
-    """The table that `mla-finetune` prints at its end."""
+    """Return the table that `mla-finetune` prints at its end."""
     share = closed(report)
     rows = [
         ("perplexity of the source model", number(report.perplexity_source, 3)),
@@ -225,7 +225,7 @@ TRAINED = {
 
 
 def recovery_card(report: RecoveryReport) -> str:
-    """What `mla-finetune` adds to a model card."""
+    """Return the section that `mla-finetune` adds to a model card."""
     return RECOVERY_CARD.format(
         objective=report.recipe["objective"],
         train=TRAINED[report.recipe["train"]],
@@ -237,7 +237,7 @@ def recovery_card(report: RecoveryReport) -> str:
 
 
 def export_table(report: ExportReport) -> str:
-    """The table that an export prints at its end."""
+    """Return the table that an export prints at its end."""
     rows = [
         ("latent, rotary dims", f"{report.kv_lora_rank} + {report.qk_rope_head_dim}"),
         ("query latent", "-" if report.q_lora_rank is None else str(report.q_lora_rank)),
@@ -253,7 +253,7 @@ EXPORT_CARD = """
 ## Exported
 
 This folder is a plain `{format}` model: Transformers loads it by `AutoModelForCausalLM.from_pretrained` without
-optimum-mla and without remote code, and caches its latent. Measured beside the converted model:
+optimum-mla and without remote code, and caches only its latent. Compared with the converted model:
 
 ```
 {table}
@@ -262,5 +262,5 @@ optimum-mla and without remote code, and caches its latent. Measured beside the 
 
 
 def export_card(report: ExportReport) -> str:
-    """What an export adds to a model card."""
+    """Return the section that an export adds to a model card."""
     return EXPORT_CARD.format(format=report.format, table=export_table(report))
