@@ -1,4 +1,4 @@
-"""What every command does with bad input."""
+"""The way in which all commands report bad input and interruptions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from optimum_mla.errors import MLAError
 
 BAD_INPUT = 2
-"""Exit code."""
+"""Exit code of a command that was given bad input."""
 
 
 @contextmanager
 def exit_on_bad_input(interrupted: str = "nothing was written") -> Iterator[None]:
-    """Turn an `MLAError` into one line on standard error and exit code 2; Ctrl-C into exit code 130.
+    """Turn an `MLAError` into one line on standard error and exit code 2, and Ctrl-C into one line and exit code 130.
 
-    The libraries' own progress bars and warnings stay silent where standard error is no terminal.
+    Warnings of the libraries are hidden, and so are their progress bars if standard error is not a terminal.
 
     Args:
-        interrupted: What to say after Ctrl-C.
+        interrupted: The end of the line after Ctrl-C, which says what was written.
     """
     quiet_libraries()
     try:
@@ -35,7 +35,7 @@ def exit_on_bad_input(interrupted: str = "nothing was written") -> Iterator[None
 
 
 def quiet_libraries() -> None:
-    """Hide Transformers' bars off a terminal, and the libraries' warnings to their own callers."""
+    """Hide the warnings of the libraries, and their progress bars if standard error is not a terminal."""
     from transformers.utils import logging as transformers_logging
 
     warnings.simplefilter("ignore", FutureWarning)

@@ -1,4 +1,4 @@
-"""`conversion_report.json`: what was done and what was measured. Units are in the field names."""
+"""The reports that the commands write as JSON files. Names of fields hold the units."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ REPORTED_PACKAGES = (
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One converted layer; the errors and `key_weight` are those of `optimum_mla.transforms.base.LayerResult`.
+    """The shape and the errors of one converted layer.
 
-    `rope_cache` is `cached` or `rebuilt` where the rotary key is decoupled, else None.
+    The errors and `key_weight` are those of `optimum_mla.transforms.base.LayerResult`. `rope_cache` is `cached` or
+    `rebuilt` if the rotary key is decoupled, and None otherwise.
     """
 
     layer: int
@@ -53,11 +54,11 @@ class LayerReport:
 
 
 class Report:
-    """A dataclass that is one JSON file."""
+    """Base of the reports, which are dataclasses that are saved as one JSON file each."""
 
     file_name: ClassVar[str]
     command: ClassVar[str]
-    """The command that writes it."""
+    """Name of the command that writes the report."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -69,39 +70,39 @@ class Report:
         return read_report(cls, Path(folder) / cls.file_name, cls.command)
 
     def write(self, folder: Path) -> None:
-        """Save as `file_name` in `folder`."""
+        """Save the report as `file_name` in a folder."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)  # type: ignore[call-overload]
         (folder / self.file_name).write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class ConversionReport(Report):
-    """One conversion.
+    """The report of one conversion.
 
     Attributes:
-        model: What was converted, as the user named it.
-        method: Name of the transformation.
-        options: Every option of it, defaults resolved.
-        data: For each text used: where it came from, its tokens, and the SHA-256 of its token ids.
-        cache_numbers_per_token_per_layer: Mean over all layers, after conversion.
-        cache_bytes_per_token: Measured from a live `DynamicCache`, all layers, in the saved dtype.
-        source_cache_bytes_per_token: Likewise for the source model.
-        predicted_cache_bytes_per_token: What `MLAGeometry` computes.
-        cache_percent_of_source: From the measured bytes.
-        parameters_added: Parameters more than the source model's.
+        model: Name of the source model as the user gave it.
+        method: Name of the method.
+        options: All options of the method, with defaults resolved.
+        data: Source, number of tokens and SHA-256 of the token ids of each text.
+        cache_numbers_per_token_per_layer: Numbers cached per token and layer, as a mean over all layers.
+        cache_bytes_per_token: Bytes per token of all layers in a live `DynamicCache`, in the saved dtype.
+        source_cache_bytes_per_token: The same for the source model.
+        predicted_cache_bytes_per_token: Bytes per token that `MLAGeometry` computes.
+        cache_percent_of_source: Measured bytes in percent of those of the source model.
+        parameters_added: Parameters of the result minus those of the source model.
         perplexity_before: The source model's perplexity on the evaluation text, or without one on calibration windows
             that were held back from fits; None without any text.
         perplexity_after: The converted model's perplexity on the same text.
         conversion_seconds: Wall time of the transformation alone.
-        peak_memory_bytes: High-water mark of the whole process, model and libraries included.
-        dtype: Of the saved weights.
-        seed: Given by the user.
+        peak_memory_bytes: Highest memory of the whole process, with model and libraries.
+        dtype: Dtype of the saved weights.
+        seed: Seed that the user gave.
         layers: One entry per converted layer.
-        perplexity_text: The text that the perplexities are of: `evaluation`, `held-back calibration`, or None.
+        perplexity_text: The text of both perplexities: `evaluation`, `held-back calibration`, or None.
         quality_warning: A line that says that the perplexity rose beyond the limit, or None.
-        verification: What was checked before the model was written; the fields of `optimum_mla.measure.Verification`.
+        verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
-        versions: Of Python and the packages that matter.
+        versions: Versions of Python and of the packages that matter.
     """
 
     model: str
@@ -133,26 +134,28 @@ class ConversionReport(Report):
 
 @dataclass(frozen=True)
 class QuantizationReport(Report):
-    """One run of `mla-quantize`.
+    """The report of one run of `mla-quantize`.
 
     Attributes:
-        model: What was quantized, as the user named it.
+        model: Name of the model as the user gave it.
         cache: The fields of `CacheSettings`.
-        weights: How the linear layers' weights are stored.
-        context_tokens: Tokens in the caches that were weighed.
-        cache_bytes_before: Measured from a live cache of so many tokens, as the model stored it so far.
-        cache_bytes_after: Likewise, as it stores it now, with the window in full precision.
-        source_cache_bytes: What the model before its conversion would cache for them in the same dtype, computed.
-        weight_bytes_before: Parameters and buffers in memory. weight_bytes_after: Likewise.
-        data: The evaluation text: where it came from, its tokens, and the SHA-256 of its token ids; or empty.
-        perplexity_before: On that text, token by token through the live cache, or None without one.
-        perplexity_after: Likewise.
-        seconds: Wall time of everything.
-        peak_memory_bytes: High-water mark of the whole process.
-        dtype: That the model computes in.
-        verification: What was checked before the model was written; the fields of `optimum_mla.measure.Verification`.
+        weights: How the weights of the linear layers are stored.
+        context_tokens: Number of tokens in the measured caches.
+        cache_bytes_before: Bytes of a live cache with these tokens before the quantization.
+        cache_bytes_after: The same after the quantization, with the newest tokens in full precision.
+        source_cache_bytes: Computed bytes that the model before its conversion would cache in the same dtype.
+        weight_bytes_before: Bytes of parameters and buffers in memory before the quantization.
+        weight_bytes_after: The same after the quantization.
+        data: Source, number of tokens and SHA-256 of the token ids of the evaluation text; empty without text.
+        perplexity_before: Perplexity on that text, one token at a time through the live cache, before the quantization;
+            None without text.
+        perplexity_after: The same after the quantization.
+        seconds: Wall time of the whole run.
+        peak_memory_bytes: Highest memory of the whole process.
+        dtype: Dtype that the model computes in.
+        verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
-        versions: Of Python and the packages that matter.
+        versions: Versions of Python and of the packages that matter.
     """
 
     model: str
@@ -180,29 +183,32 @@ class QuantizationReport(Report):
 
 @dataclass(frozen=True)
 class RecoveryReport(Report):
-    """One run of `mla-finetune`.
+    """The report of one run of `mla-finetune`.
 
     Attributes:
-        model: What was trained, as the user named it.
+        model: Name of the trained model as the user gave it.
         recipe: The fields of `optimum_mla.recovery.recipe.Recipe`.
-        training: What was passed to `TrainingArguments`.
-        teacher: The teacher as it was loaded, or None.
-        data: For each text used: where it came from, its tokens, and the SHA-256 of its token ids.
-        steps: Optimizer steps, both stages. tokens_seen: Tokens of training data in them.
-        trainable_parameters: Parameters that trained. total_parameters: All of the model's while it trained.
-        trainable_percent: Their share.
-        losses: What the trainer logged, one entry a log: `stage`, `step`, `loss`, `learning_rate`, ...
-        resumed_at_step: Step that an interrupted run was continued from, or None.
+        training: Fields that were passed to `TrainingArguments`.
+        teacher: Name of the teacher as it was loaded, or None.
+        data: Source, number of tokens and SHA-256 of the token ids of each text.
+        steps: Number of optimizer steps in all stages.
+        tokens_seen: Number of training tokens in these steps.
+        trainable_parameters: Number of parameters that trained.
+        total_parameters: Number of all parameters during the training.
+        trainable_percent: Trained parameters in percent of all.
+        losses: Entries that the trainer logged, with `stage`, `step`, `loss`, `learning_rate` and more.
+        resumed_at_step: Step from which an interrupted run was continued, or None.
         diverged_at_step: Step at which the loss diverged, or None; the result is then an older checkpoint.
-        perplexity_source: Of the model before its conversion, on the evaluation text; None where not measured.
-        perplexity_converted: Before this training. perplexity_recovered: Of the saved result.
+        perplexity_source: Perplexity of the model before its conversion on the evaluation text; None if not measured.
+        perplexity_converted: Perplexity of the model before this training; None if not measured.
+        perplexity_recovered: Perplexity of the saved result; None if not measured.
         seconds: Wall time of the training alone.
-        peak_memory_bytes: High-water mark of the process (on CUDA: of the allocator) over the training, with models.
-        dtype: Of the result.
-        seed: Of the trainer.
-        verification: What was checked before the model was written; the fields of `optimum_mla.measure.Verification`.
+        peak_memory_bytes: Highest memory of the process (on CUDA: of the allocator) during the training, with models.
+        dtype: Dtype of the result.
+        seed: Seed of the trainer.
+        verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
-        versions: Of Python and the packages that matter.
+        versions: Versions of Python and of the packages that matter.
     """
 
     model: str
@@ -235,21 +241,23 @@ class RecoveryReport(Report):
 
 @dataclass(frozen=True)
 class ExportReport(Report):
-    """One export.
+    """The report of one export.
 
     Attributes:
-        model: What was exported, as the user named it.
-        format: `deepseek_v3`.
-        kv_lora_rank: Of the export; a constant channel, where there is one, included. q_lora_rank: Likewise, or None.
-        qk_rope_head_dim: R.
-        cache_numbers_per_token: All layers.
-        parameters_added: More than the converted model has.
-        largest_logit_difference: Between the export and the converted model, on random tokens, in this dtype.
-        largest_logit: Of the converted model, to compare that with.
-        dtype: Of the weights.
-        verification: What was checked before the model was written; the fields of `optimum_mla.measure.Verification`.
+        model: Name of the exported model as the user gave it.
+        format: Name of the format, `deepseek_v3`.
+        kv_lora_rank: Rank of the latent in the export, with the constant channel if there is one.
+        q_lora_rank: Rank of the query latent in the export, or None.
+        qk_rope_head_dim: Number of rotary dims, R.
+        cache_numbers_per_token: Numbers that all layers together cache per token.
+        parameters_added: Parameters of the export minus those of the converted model.
+        largest_logit_difference: Largest difference between the logits of the export and of the converted model on
+            random tokens in this dtype.
+        largest_logit: Largest logit of the converted model, for comparison.
+        dtype: Dtype of the weights.
+        verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
-        versions: Of Python and the packages that matter.
+        versions: Versions of Python and of the packages that matter.
     """
 
     model: str
@@ -271,12 +279,12 @@ class ExportReport(Report):
 
 
 def machine() -> str:
-    """Processor architecture and operating system."""
+    """Return the processor architecture and the operating system."""
     return f"{platform.machine()} {platform.system()}"
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose behaviour a result depends on."""
+    """Return the versions of Python and of the packages that a result depends on."""
     versions = {"python": platform.python_version()}
     for package in REPORTED_PACKAGES:
         try:

@@ -97,4 +97,4 @@ def test_an_unknown_folder_is_refused() -> None:
 
 
 def test_the_page_says_what_a_task_went_through() -> None:
-    assert "given answers are scored in one pass" in markdown([("run", report())])
+    assert "Given answers are scored in one pass" in markdown([("run", report())])
