@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,46 @@ def test_two_sizes_are_refused_by_the_parser(monkeypatch: pytest.MonkeyPatch, ca
         main()
     assert exit_.value.code == 2
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("mla-benchmark", "out"), "error: --model is missing. It is needed unless --compare is given."),
+        (("mla-benchmark", "-m", "model"), "error: OUTPUT is missing. It is needed unless --compare is given."),
+        (("mla-finetune", "out"), "error: --model is missing. Give it, here or in the --config file."),
+        (("mla-finetune", "-m", "m", "out"), "error: --train-data is missing. Give it, here or in the --config file."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_missing_option_is_named(
+    arguments: tuple[str, ...],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+
+def test_every_option_has_a_help_text_of_whole_sentences() -> None:
+    from optimum.commands.register.register_mla import REGISTER_COMMANDS
+
+    for command in REGISTER_COMMANDS:
+        parser = ArgumentParser()
+        command.parse_args(parser)
+        for action in parser._actions:
+            if "-h" not in action.option_strings:
+                assert action.help, action.dest
+                assert action.help[0].isupper() or ": " in action.help, action.dest
+                assert action.help.endswith("."), action.dest
+        assert parser.epilog is not None
+        assert max(map(len, (parser.description or "").splitlines())) < 80
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
