@@ -17,7 +17,7 @@ AttentionForm = Literal["source", "decoupled", "full"]
 RopeCache = Literal["cached", "rebuilt"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # without `__dict__`, which exporters would write to
 class MLAGeometry:
     """The shape of one attention layer.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from optimum_mla.cache import pytree
 from optimum_mla.cache.layer import LatentLayer
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.ops.blocks import CacheView
@@ -23,6 +26,17 @@ class LatentCache(Cache):
 
     def __init__(self, layers: list[CacheLayerMixin], offloading: bool = False) -> None:
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """Yield, for each layer, its two cached tensors as one dense copy each; `DynamicCache` yields keys and values.
+
+        A layer that holds no token yet yields None.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LatentLayer):
+                yield *layer.dense(), None
+            else:
+                yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def update_blocks(self, first: Tensor, second: Tensor, layer_idx: int) -> CacheView:
         """As `update`, for a converted layer, without a dense copy of its cache.
@@ -42,3 +56,6 @@ class LatentCache(Cache):
             )
         view, _ = self.update(first, second, layer_idx, blockwise=True)
         return view
+
+
+pytree.register(LatentCache)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from optimum_mla.ops.blocks import Block, CacheView, Latents, block_tokens, conc
 UNQUANTIZED = CacheSettings()
 
 
-class StoredBlock(NamedTuple):
-    """Some consecutive tokens.
+@dataclass(eq=False)
+class StoredBlock:
+    """Some consecutive tokens. Nothing assigns to a block's attributes but Transformers' exporters.
 
     Attributes:
         plain: What keeps the model's dtype, side by side: first vectors, second vectors, the key norms' factors.
@@ -103,9 +105,11 @@ class StoredBlock(NamedTuple):
         widths = [part.opened_width if part else width for part, width in zip(coded, kept, strict=True)]
         size = (self.batch, self.tokens, sum(widths))
         joined = memory if memory is not None and memory.shape == size else self.plain.buffer.new_empty(size)
+        # Slices, not `split`: where gradients are on, none of several views that come together may be written to.
+        outs = joined[..., : widths[0]], joined[..., widths[0] :]
         first, second = (
             part.open(out) if part else Latents(out.copy_(vectors))
-            for part, vectors, out in zip(coded, plain, joined.split(widths, dim=-1), strict=True)
+            for part, vectors, out in zip(coded, plain, outs, strict=True)
         )
         return Block(first, second, scales, joined)
 
@@ -193,11 +197,14 @@ class LatentLayer(CacheLayerMixin):
         view = self.append(key_states, value_states)
         if blockwise:
             return view, view
-        block = view.whole()
-        second = torch.cat([block.second.dense(), block.scales], dim=-1)
-        return block.first.dense().unsqueeze(1), second.unsqueeze(1)
+        return _dense(view)
 
-    def append(self, first: Tensor, second: Tensor) -> CacheView:
+    def dense(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return a dense copy of both cached tensors, [B, 1, T, ·] each; None for an empty layer."""
+        blocks = [*self.blocks, *([self.residual] if self.residual else [])]
+        return _dense(BlockView(blocks)) if blocks else (None, None)
+
+    def append(self, first: Tensor, second: Tensor) -> BlockView:
         """Append tokens, [B, 1, S, ·] each, and return what their attention sees.
 
         The new tokens are seen as they came, also those that are quantized in the same call.
@@ -292,7 +299,7 @@ class LatentLayer(CacheLayerMixin):
         self._change(lambda block: block.rows(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows of the batch."""
+        """Keep some rows of the batch, given by their indices or by a boolean mask [B]."""
         self._change(lambda block: block.rows(torch.as_tensor(indices)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -313,3 +320,10 @@ class LatentLayer(CacheLayerMixin):
         """Everything that takes memory."""
         blocks = [*self.blocks, *([self.residual] if self.residual else [])]
         return [tensor for block in blocks for tensor in block.tensors]
+
+
+def _dense(view: BlockView) -> tuple[Tensor, Tensor]:
+    """Return all tokens of a view as the two tensors [B, 1, T, ·] of the Transformers contract."""
+    block = view.whole()
+    second = torch.cat([block.second.dense(), block.scales], dim=-1)
+    return block.first.dense().unsqueeze(1), second.unsqueeze(1)

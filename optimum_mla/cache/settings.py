@@ -39,7 +39,7 @@ def named_cache(name: str) -> dict[str, Any]:
     return {"bits": int(bits), "backend": backend}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # without `__dict__`, which exporters would write to
 class CacheSettings:
     """How the cached latents are stored.
 

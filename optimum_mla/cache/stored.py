@@ -44,7 +44,7 @@ class Stored(ABC):
 
     @abstractmethod
     def rows(self, indices: Tensor) -> Stored:
-        """The given rows of the batch, in that order."""
+        """Return the given rows of the batch, in that order, or those that a boolean mask [B] selects."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Stored:
@@ -108,7 +108,7 @@ class DenseStored(Stored):
         return DenseStored(self.vectors[:, start:stop].clone(memory_format=torch.contiguous_format))
 
     def rows(self, indices: Tensor) -> DenseStored:
-        return DenseStored(self.vectors.index_select(0, indices.to(self.buffer.device)))
+        return DenseStored(self.vectors[indices.to(self.buffer.device)])
 
     def to(self, device: torch.device) -> DenseStored:
         return DenseStored(self.buffer.to(device, non_blocking=True), self._tokens)
@@ -132,8 +132,9 @@ class QuantizedStored(Stored):
         self.stored, self.backend, self.width, self.group, self.dtype = stored, backend, width, group, dtype
 
     @classmethod
+    @torch.no_grad()
     def quantize(cls, vectors: Tensor, backend: Backend, group_size: int) -> QuantizedStored:
-        """Quantize vectors [B, T, w]."""
+        """Quantize vectors [B, T, w]. Codes are constants: no gradient goes through them."""
         batch, tokens, width = vectors.shape
         group = balanced_group(width, group_size)
         groups = math.ceil(width / group)
@@ -177,7 +178,7 @@ class QuantizedStored(Stored):
         return self._with(lambda tensor: tensor[:, start:stop].clone(memory_format=torch.contiguous_format))
 
     def rows(self, indices: Tensor) -> QuantizedStored:
-        return self._with(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+        return self._with(lambda tensor: tensor[indices.to(tensor.device)])
 
     def to(self, device: torch.device) -> QuantizedStored:
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))

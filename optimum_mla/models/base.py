@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
+from optimum_mla.errors import InvalidValueError
 from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
@@ -61,6 +62,7 @@ class MLAConfigMixin(PreTrainedConfig):
         # Lets `trust_remote_code=True` load the folder where optimum-mla is installed but was not imported.
         self.auto_map = {
             "AutoConfig": f"{SHIM_NAME}.{prefix}MLAConfig",
+            "AutoModel": f"{SHIM_NAME}.{prefix}MLAModel",
             "AutoModelForCausalLM": f"{SHIM_NAME}.{prefix}MLAForCausalLM",
         }
 
@@ -87,6 +89,17 @@ class LatentInitialization(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         keep_storable(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model as Transformers does, with the few lines that `auto_map` points at."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            # Undoing what loading did to the names is not written for bitsandbytes, and these models need none of it.
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        prefix = self.spec.class_prefix
+        names = [f"{prefix}MLA{kind}" for kind in ("Config", "Model", "ForCausalLM")]
+        shim = "".join(f"from optimum_mla.models import {name} as {name}\n" for name in names)
+        (Path(save_directory) / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
 
 
 class MLAModelMixin(LatentInitialization):
@@ -144,8 +157,11 @@ class MLAForCausalLMMixin(LatentInitialization):
     def __init__(self, config: Any) -> None:
         # The source class builds its own base model, which gives way to ours. Loading and converting build on the
         # meta device, where this costs nothing.
+        checkpointing = getattr(config, "gradient_checkpointing", None)
         super().__init__(config)
         setattr(self, self.spec.base, self.base_class(config))
+        if checkpointing is not None:
+            config.gradient_checkpointing = checkpointing  # the source's `__init__` has taken it out of the config
         self.post_init()
 
     @property
@@ -165,25 +181,37 @@ class MLAForCausalLMMixin(LatentInitialization):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Prepare the cache as Transformers does, but make a `LatentCache` where the user chose nothing."""
+        """Prepare the cache as Transformers does, but a `LatentCache` where none, or a quantized one, is chosen.
+
+        Transformers' own quantized cache codes the whole cache again at every flush and takes no tensor without width.
+        """
+        quantized = generation_config.cache_implementation == "quantized"
         chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
-        if chosen or model_kwargs.get(CACHE_ARGUMENT) is not None:
+        if model_kwargs.get(CACHE_ARGUMENT) is not None or (chosen and not quantized):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
-        model_kwargs[CACHE_ARGUMENT] = cache = self.make_cache()
+        settings = quantized_settings(generation_config.cache_config or {}) if quantized else {}
+        model_kwargs[CACHE_ARGUMENT] = cache = self.make_cache(**settings)
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers; also writes the two lines that `auto_map` points at."""
-        if getattr(self, "hf_quantizer", None) is not None:
-            # Undoing what loading did to the names is not written for bitsandbytes, and these models need none of it.
-            kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        prefix = self.spec.class_prefix
-        shim = f"from optimum_mla.models import {prefix}MLAConfig as {prefix}MLAConfig\n"
-        shim += f"from optimum_mla.models import {prefix}MLAForCausalLM as {prefix}MLAForCausalLM\n"
-        (Path(save_directory) / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
+
+def quantized_settings(cache_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `CacheSettings` for the `cache_config` of Transformers' quantized cache.
+
+    Raises:
+        InvalidValueError: The `cache_config` has an entry that a latent cache does not know.
+    """
+    names = {
+        "backend": "backend",
+        "nbits": "bits",
+        "q_group_size": "group_size",
+        "residual_length": "residual_length",
+    }
+    if unknown := [name for name in cache_config if name not in names]:
+        remedy = "Latents are always coded token by token." if "axis" in unknown[0] else "Leave it out."
+        raise InvalidValueError("cache_config", unknown[0], ", ".join(names), remedy)
+    return {"bits": 4, "backend": "quanto", **{names[name]: value for name, value in cache_config.items()}}
 
 
 def keep_storable(model: nn.Module) -> None:

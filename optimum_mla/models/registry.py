@@ -24,6 +24,7 @@ from optimum_mla.models.base import (
     MLAModelMixin,
     base_forward,
 )
+from optimum_mla.stack import enter_class_names
 
 BUILT_IN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Modules of `optimum_mla.families` that hold a `SPEC`."""
@@ -114,6 +115,7 @@ def register_family(spec: AttentionSpec) -> Family:
     AutoConfig.register(spec.mla_model_type, config, exist_ok=True)
     AutoModel.register(config, base, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
+    enter_class_names(spec.mla_model_type, base.__name__, model.__name__)
     return family
 
 

@@ -155,5 +155,9 @@ class DecoupledLatentAttention(LatentAttention):
 
 
 def default_rope_pairs(geometry: MLAGeometry) -> Tensor:
-    """The R/2 fastest pairs for every rotary head, [K, R/2]: what a model with random weights starts from."""
-    return torch.arange(geometry.qk_rope_head_dim // 2).repeat(geometry.num_rope_heads, 1)
+    """Return the pairs [K, R/2] that a model with random weights rotates with: the fastest of the source's D/2.
+
+    Where R is larger than D, the frequencies repeat.
+    """
+    pairs = torch.arange(geometry.qk_rope_head_dim // 2) % (geometry.head_dim // 2)
+    return pairs.repeat(geometry.num_rope_heads, 1)

@@ -100,4 +100,5 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     grouped = x.reshape(batch, rope_heads, heads // rope_heads, length, dim)  # [B, K, H/K, S, R]
     first, second = grouped.chunk(2, dim=-1)
     cos, sin = rotation.cos.unsqueeze(2), rotation.sin.unsqueeze(2)  # [B, K, 1, S, R/2]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).reshape(x.shape)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).reshape(x.shape)
+    return turned.to(x.dtype)  # under autocast the table is in float32 and the projections are not

@@ -14,6 +14,7 @@ from optimum_mla.stack.cache_argument import (
     takes_cache,
 )
 from optimum_mla.stack.keywords import changes_attention, check_keywords, forward_keywords
+from optimum_mla.stack.tables import enter_class_names
 
 __all__ = [
     "CACHE_ARGUMENT",
@@ -23,6 +24,7 @@ __all__ = [
     "cache_position",
     "changes_attention",
     "check_keywords",
+    "enter_class_names",
     "forward_keywords",
     "renamed_cache",
     "takes_cache",

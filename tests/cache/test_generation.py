@@ -260,7 +260,7 @@ def test_settings_of_a_cache_are_the_models_with_changes() -> None:
 def test_the_cache_of_another_model_is_refused() -> None:
     model, ids = build("Llama", "shared rotary key"), token_ids(1, 6)
     for form in ("rotary key per head", "full rope", "hybrid"):
-        with pytest.raises(InvalidValueError, match="past_key_values"):
+        with pytest.raises(InvalidValueError, match="cache"):
             model(ids, past_key_values=build("Llama", form).make_cache(bits=4))
     with pytest.raises(InvalidValueError, match="make_cache"):
         model(ids, past_key_values=LatentCache(model.make_cache().layers[:2]))
