@@ -50,7 +50,7 @@ often without any cache, and a model converted at full rank has to give what its
 
 
 def record(cases: Iterable[tuple[str, str, Kind, str]]) -> None:
-    """Write the counts and the page, if every case has run and the release is the one of the committed counts.
+    """Write the counts and the page if every case has run.
 
     Args:
         cases: Family, form, kind and name of every test.
