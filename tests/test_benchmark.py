@@ -316,7 +316,7 @@ def test_ctrl_c_keeps_what_was_measured(models: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "interrupted: what was measured by then, if anything, is in OUTPUT" in stderr
+    assert "interrupted: OUTPUT holds what was measured before, if anything" in stderr
     report = BenchmarkReport.read(tmp_path / "out")
     assert report.interrupted
     assert 2 <= len(report.memory) < 49
@@ -451,8 +451,8 @@ def test_interrupted_before_anything_was_measured_nothing_is_written(
 
 
 BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
-    "no model": (["OUT"], "error: model: got None"),
-    "no output": (["-m", "MODEL"], "error: output: got None"),
+    "no model": (["OUT"], "error: --model is missing"),
+    "no output": (["-m", "MODEL"], "error: OUTPUT is missing"),
     "no numbers": (["-m", "MODEL", "OUT", "--context-lengths", "8k", "16"], "error: context_lengths: got ['8k', '16']"),
     "no context": (["-m", "MODEL", "OUT", "--context-lengths", "0"], "error: context_lengths: got [0]"),
     "no such cache": (["-m", "MODEL", "OUT", "--cache", "default,int4"], "error: cache: got 'int4'"),

@@ -633,7 +633,7 @@ def test_ctrl_c_says_how_to_go_on(models: Path, command: Any, with_callback: Any
     base = ["-m", str(models / "converted"), "--train-data", str(models / "train.txt"), *flags(**SMALL, **SHORT)]
     code, out, err = command(*base, str(tmp_path / "out"))
     assert code == 130
-    assert err == ["interrupted: OUTPUT was not written; go on from the newest checkpoint with --resume"]
+    assert err == ["interrupted: OUTPUT was not written. Continue from the newest checkpoint with --resume"]
     assert "Saved" not in out
     code, _, err = command(*base, str(tmp_path / "out"))
     assert (code, len(err)) == (2, 1)
