@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from optimum_mla.cache import pytree
 from optimum_mla.cache.layer import LatentLayer
+from optimum_mla.cache.positions import CachedPositions
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.ops.blocks import CacheView
 
@@ -26,6 +28,7 @@ class LatentCache(Cache):
 
     def __init__(self, layers: list[CacheLayerMixin], offloading: bool = False) -> None:
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+        self.positions = CachedPositions()
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
         """Yield, for each layer, its two cached tensors as one dense copy each; `DynamicCache` yields keys and values.
@@ -37,6 +40,41 @@ class LatentCache(Cache):
                 yield *layer.dense(), None
             else:
                 yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def note_positions(self, layer_idx: int, length: int, position_ids: Tensor | None) -> None:
+        """Take in the positions of the tokens that a layer is about to append.
+
+        Args:
+            layer_idx: Which layer.
+            length: S, how many tokens.
+            position_ids: Their positions, [1 or B, S]; None continues those before.
+        """
+        self.positions.note(int(self.get_seq_length(layer_idx)), length, position_ids)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; a negative number says how many."""
+        super().crop(tokens_to_remove)
+        self.positions.cut(int(self.get_seq_length()))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.positions = CachedPositions()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give every row of the batch the tokens of another one."""
+        super().reorder_cache(beam_idx)
+        self.positions.rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self.positions.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch, given by their indices or by a boolean mask [B]."""
+        super().batch_select_indices(indices)
+        self.positions.rows(torch.as_tensor(indices))
 
     def update_blocks(self, first: Tensor, second: Tensor, layer_idx: int) -> CacheView:
         """As `update`, for a converted layer, without a dense copy of its cache.

@@ -210,7 +210,8 @@ class LatentLayer(CacheLayerMixin):
         The new tokens are seen as they came, also those that are quantized in the same call.
 
         Raises:
-            InvalidValueError: The tensors are not of this layer's widths.
+            InvalidValueError: The tensors are not of this layer's widths, or not of the batch, dtype and device of the
+                tokens that are there.
         """
         widths = [self._first_width, sum(self._second_widths)]
         if [first.shape[-1], second.shape[-1]] != widths:
@@ -220,6 +221,7 @@ class LatentLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(first, second)
         batch, _, tokens, _ = first.shape
+        self._check_fits(first)
         older = DenseStored(first.new_empty(batch, 0, sum(widths))) if self.residual is None else self.residual.plain
         plain = older.appended(first[:, 0], second[:, 0])
         recent = StoredBlock(plain, None, None, (self._first_width, *self._second_widths))
@@ -227,6 +229,18 @@ class LatentLayer(CacheLayerMixin):
         self.seen += tokens
         self._settle(recent)
         return view
+
+    def _check_fits(self, new: Tensor) -> None:
+        """Refuse tokens that cannot stand behind those that are there."""
+        held = self.residual or (self.blocks[-1] if self.blocks else None)
+        found = (new.shape[0], new.dtype, new.device)
+        if held is not None and found != (expected := (held.batch, self.dtype, held.plain.buffer.device)):
+            raise InvalidValueError(
+                "cache",
+                "new tokens of {} rows in {} on {}".format(*found),
+                "{} rows in {} on {}, as in the cache".format(*expected),
+                "Make a cache for each batch with make_cache(), or repeat its rows with batch_repeat_interleave.",
+            )
 
     def _settle(self, recent: StoredBlock) -> None:
         """Keep the newest of `recent` as the window and store the rest in blocks."""

@@ -18,11 +18,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from optimum_mla.cache.backends import Backend
 from optimum_mla.cache.layer import StoredBlock
+from optimum_mla.cache.positions import CachedPositions
 from optimum_mla.cache.settings import CacheSettings
 from optimum_mla.cache.stored import Stored
 from optimum_mla.geometry import MLAGeometry
 
-OPENED = (Cache, CacheLayerMixin, StoredBlock, Stored)
+OPENED = (Cache, CacheLayerMixin, CachedPositions, StoredBlock, Stored)
 """Classes whose objects hold tensors."""
 SLOT = {"tensor": True}
 """What stands in a structure for a tensor."""

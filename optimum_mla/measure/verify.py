@@ -233,7 +233,7 @@ def _check_generation(model: Any, ids: Tensor, allowed: float) -> int:
             f"verify: after {ids.shape[1]} tokens, generate left a cache of {filled} tokens behind instead of "
             f"{ids.shape[1] - 1}."
         )
-    for step, (first, second) in enumerate(zip(with_cache.logits, without.logits, strict=True)):
+    for step, second in enumerate(without.logits):
         chosen, other = (with_cache.sequences[:, prompt.shape[1] + step], without.sequences[:, prompt.shape[1] + step])
         if torch.equal(chosen, other):
             continue

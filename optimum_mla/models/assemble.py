@@ -101,7 +101,13 @@ def assemble_model(
     converted.load_state_dict(state, assign=True)
     for name, parameter in converted.named_parameters():
         parameter.requires_grad_(name in trained)
-    # Buffers that are not saved (the rotary table's frequencies) come from the source too.
+    # The rotary embedding may hold more than buffers: one that follows the length remembers the longest pass.
+    rotary = model.get_submodule(family.spec.rotary_path)
+    setattr(converted.get_submodule(family.spec.base), family.spec.rotary, rotary)
+    for module in converted.modules():
+        if isinstance(module, LatentAttention):
+            object.__setattr__(module, "rotary", rotary)
+    # Other buffers that are not saved come from the source too.
     buffers = dict(model.named_buffers())
     for name, buffer in converted.named_buffers():
         if buffer.is_meta:

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
@@ -25,6 +25,7 @@ from optimum_mla.stack import (
     check_keywords,
     forward_keywords,
     renamed_cache,
+    require_cache,
 )
 
 MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
@@ -141,6 +142,8 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and not self.training and len(args) <= position and kwargs.get(name) is None:
             kwargs[name] = latent_cache(self.spec, self.config)
+        elif kwargs.get(name) is not None:
+            require_cache(kwargs[name])
         return source_forward(self, *args, **kwargs)
 
     forward.__doc__ = source_forward.__doc__
@@ -177,6 +180,17 @@ class MLAForCausalLMMixin(LatentInitialization):
             settings: Fields of `CacheSettings` that differ from the model's own.
         """
         return latent_cache(self.spec, self.config, offloading, **settings)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching, which `generate_batch` and `transformers serve --continuous-batching` begin here.
+
+        Raises:
+            UnsupportedModelError: Always; its paged cache holds keys and values of heads, not latents.
+        """
+        raise UnsupportedModelError(
+            "generate_batch: the paged cache of continuous batching holds keys and values of heads, not latents. "
+            "Use generate with a batch of prompts."
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -22,12 +22,16 @@ from optimum_mla.geometry import MLAGeometry
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
 from optimum_mla.ops.blockwise import Sums, attend, masked_softmax, softmax_sums
-from optimum_mla.ops.positions import cached_positions
+from optimum_mla.ops.positions import cached_positions, check_positions
 from optimum_mla.ops.rotary import AbsoluteFrames, RelativeFrames, RotaryFrames, Rotation
-from optimum_mla.stack import changes_attention, check_keywords, forward_keywords, takes_cache
-
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length."""
+from optimum_mla.stack import (
+    changes_attention,
+    check_cache,
+    check_keywords,
+    forward_keywords,
+    rotary_table,
+    takes_cache,
+)
 
 
 class LatentAttention(nn.Module, ABC):
@@ -173,6 +177,10 @@ class LatentAttention(nn.Module, ABC):
         if cache is not None:
             # Static caches count in a tensor that update() changes in place: take a copy.
             seen = cache.get_seq_length(self.layer_idx) + 0
+            check_cache(cache, self.layer_idx, first, second)
+        stored = getattr(cache, "positions", None)
+        if stored is not None:
+            cache.note_positions(self.layer_idx, length, position_ids)
         if self.sliding_window is None and hasattr(cache, "update_blocks"):
             view = cache.update_blocks(first, second, self.layer_idx)
         else:
@@ -182,7 +190,7 @@ class LatentAttention(nn.Module, ABC):
 
         frames = None
         if self._needs_cached_positions():
-            frames = self._frames(view, rotation, attention_mask, position_ids, seen, length)
+            frames = self._frames(view, rotation, attention_mask, position_ids, seen, length, stored)
         else:
             queries = self._rotate_queries(queries, rotation)
 
@@ -201,7 +209,7 @@ class LatentAttention(nn.Module, ABC):
             return context.transpose(1, 2), None if weights is None else weights.to(queries.dtype)
         key_rotation = None
         if frames is not None:
-            frames = self._frames(view, rotation, attention_mask, position_ids, seen, length, relative=False)
+            frames = self._frames(view, rotation, attention_mask, position_ids, seen, length, stored, relative=False)
             everything = slice(0, view.tokens)
             queries, key_rotation = self._rotate_queries(queries, frames.query(everything)), frames.key(everything)
         keys, values = self._expand(view.whole(), key_rotation)
@@ -232,27 +240,30 @@ class LatentAttention(nn.Module, ABC):
         position_ids: Tensor | None,
         seen: int | Tensor,
         length: int,
+        stored: Any,
         relative: bool = True,
     ) -> RotaryFrames:
-        """Where the cached tokens stand; relative to blocks if allowed and possible."""
+        """Return where the cached tokens stand; relative to blocks if allowed and possible.
+
+        Args:
+            stored: The positions that the cache holds, or None where it holds none.
+        """
 
         def table(positions: Tensor) -> Rotation:
-            return self._rotation(self.rotary(rotation.cos, positions))
+            return self._rotation(rotary_table(self.rotary, rotation.cos, positions))
 
         device = rotation.cos.device
-        # Without a mask a lone new token sees a cache without gaps, whose last token it is.
-        if (
-            relative
-            and attention_mask is None
-            and length == 1
-            and getattr(self.rotary, "rope_type", None) in FIXED_ROPE_TYPES
-        ):
+        if stored is not None and stored.consecutive and length == 1 and relative:
             return RelativeFrames(table, torch.tensor([[view.tokens - 1]], device=device), view.sizes)
         if view.tokens == length:
             return AbsoluteFrames(rotation.at, rotation)
-        # A window hides slots too, so there the mask does not tell padding.
-        mask = attention_mask if self.sliding_window is None else None
-        positions = cached_positions(position_ids, mask, seen, length, view.tokens, device)
+        if stored is not None:
+            positions = stored.last(view.tokens, device)
+        else:
+            # In windowed layers a masked slot may be out of range rather than padding.
+            mask = attention_mask if self.sliding_window is None else None
+            positions = cached_positions(position_ids, mask, seen, length, view.tokens, device)
+            check_positions(positions, position_ids, mask, seen, length)
         return AbsoluteFrames(lambda span: table(positions[:, span]), rotation)
 
     def _expanded(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimum_mla.errors import InvalidValueError
+
 
 def cached_positions(
     position_ids: Tensor | None,
@@ -50,6 +52,45 @@ def cached_positions(
     masked_before = slot + 1 - at_slot
     follows_mask = slot + (seen - first_new) - position == masked_before
     return position + torch.where(follows_mask, running - at_slot, slots - slot)
+
+
+def check_positions(
+    positions: Tensor, position_ids: Tensor | None, attention_mask: Any, seen: int | Tensor, length: int
+) -> None:
+    """Refuse positions that a cache cannot hold, where they do not fit what `cached_positions` takes them for.
+
+    Transformers' own caches hold no positions. Those of the older tokens follow from the new ones only if they rise by
+    one from slot to slot, or from one attended slot to the next.
+
+    Args:
+        positions: What `cached_positions` gave, [1 or B, T].
+        position_ids: The new tokens' positions, [1 or B, S], or None.
+        attention_mask: The mask of the layer.
+        seen: Tokens that went through the cache before.
+        length: S.
+
+    Raises:
+        InvalidValueError: The given positions are others.
+    """
+    if position_ids is None or torch.compiler.is_compiling():
+        return
+    tokens = positions.shape[1]
+    first = int(min(int(seen), tokens - length))
+    attended = _attended_slots(attention_mask, tokens)
+    new = slice(first, first + length)
+    real = torch.ones_like(positions[:, new], dtype=torch.bool) if attended is None else attended[:, new]
+    guessed, given = torch.broadcast_tensors(positions[:, new], position_ids.to(positions))
+    slot = torch.arange(first, first + length, device=positions.device) + int(seen) - first
+    masked = 0 if attended is None else (~attended).cumsum(-1)[:, new]
+    by_rule = (given == slot) | (given == slot - masked)
+    fits = (guessed == given) & by_rule
+    if not bool((fits | ~real).all()):
+        raise InvalidValueError(
+            "position_ids",
+            given[~(fits | ~real)][:4].tolist(),
+            "positions that follow from the slots of the cache and the mask",
+            "This cache holds no positions: use one from the model's make_cache().",
+        )
 
 
 def _attended_slots(attention_mask: Any, tokens: int) -> Tensor | None:

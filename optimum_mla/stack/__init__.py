@@ -13,7 +13,9 @@ from optimum_mla.stack.cache_argument import (
     renamed_cache,
     takes_cache,
 )
+from optimum_mla.stack.foreign import check_cache, require_cache
 from optimum_mla.stack.keywords import changes_attention, check_keywords, forward_keywords
+from optimum_mla.stack.rotary import rotary_table
 from optimum_mla.stack.tables import enter_class_names
 
 __all__ = [
@@ -23,9 +25,12 @@ __all__ = [
     "cache_of",
     "cache_position",
     "changes_attention",
+    "check_cache",
     "check_keywords",
     "enter_class_names",
     "forward_keywords",
     "renamed_cache",
+    "require_cache",
+    "rotary_table",
     "takes_cache",
 ]

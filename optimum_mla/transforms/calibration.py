@@ -108,7 +108,8 @@ class CalibrationWalk:
         self.source = embedding(windows.to(self.device)).to(self.dtype)
         self.converted = self.source
         length = windows.shape[1]
-        rotary = model.get_submodule(spec.rotary_path)
+        # A copy: one that follows the length would otherwise remember the windows' length in the model.
+        rotary = copy.deepcopy(model.get_submodule(spec.rotary_path))
         self.position_embeddings = rotary(self.source[:1], torch.arange(length, device=self.device)[None])
         self._layer, self.middle = -1, self.source
         self._block: _Block | None = None

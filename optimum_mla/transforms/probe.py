@@ -13,6 +13,7 @@ from optimum_mla.families.spec import SourceAttention
 from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.decoupled import LATENT_NORM_EPS
 from optimum_mla.nn.reference import reference_attention
+from optimum_mla.stack import rotary_table
 
 PROBE_TOKENS = 128
 PROBE_SEED = 0
@@ -40,7 +41,7 @@ def probe_errors(
     gain = source.input_gain.float()
     generator = torch.Generator().manual_seed(PROBE_SEED)
     states = torch.randn(1, PROBE_TOKENS, len(gain), generator=generator).to(gain) * gain
-    table = attention.rotary(states, torch.arange(PROBE_TOKENS, device=gain.device)[None])
+    table = rotary_table(attention.rotary, states, torch.arange(PROBE_TOKENS, device=gain.device)[None])
     before = _output(source.module, states, table)
     size = before.norm()
     predicted = reference_attention(

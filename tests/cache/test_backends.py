@@ -129,6 +129,7 @@ def test_codes_survive_packing(rows: int, name: str, bits: int) -> None:
     assert codes.float().amax() - codes.float().amin() >= 2**bits - 2
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_hqq_itself_reads_its_codes(bits: int) -> None:
     from hqq.core.quantize import Quantizer
@@ -146,6 +147,7 @@ def test_hqq_itself_reads_its_codes(bits: int) -> None:
     assert (round_trip(make_backend("hqq", bits), columns) - theirs).abs().max() <= 1e-5
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_quanto_itself_reads_its_codes(bits: int) -> None:
     from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint2, qint4, qint8, quantize_weight

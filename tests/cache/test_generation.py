@@ -40,6 +40,7 @@ def latent_layers(cache: Cache) -> list[LatentLayer]:
     return [layer for layer in cache.layers if isinstance(layer, LatentLayer)]
 
 
+@pytest.mark.compat
 @every_form
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 def test_generate_makes_a_latent_cache_and_gives_the_tokens_of_a_dynamic_one(family: str, form: str) -> None:
@@ -56,6 +57,7 @@ def test_generate_makes_a_latent_cache_and_gives_the_tokens_of_a_dynamic_one(fam
     assert torch.equal(generate(model, ids, **beams).sequences, expected.sequences)
 
 
+@pytest.mark.compat
 def test_the_users_choice_of_a_cache_holds() -> None:
     model = build("Llama", "shared rotary key")
     model.config.latent_cache = dict(ALL_QUANTIZED)
@@ -121,6 +123,7 @@ def test_logits_are_those_of_decoding_everything_first(form: str, family: str, s
     assert worst <= 1e-5
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("backend", ["hqq", "quanto"])
 @every_form
 def test_more_bits_come_closer_to_the_unquantized_logits(form: str, backend: str) -> None:
@@ -145,6 +148,7 @@ def test_more_bits_come_closer_to_the_unquantized_logits(form: str, backend: str
     assert (in_the_window - exact).abs().max() <= 1e-6 * exact.abs().max()  # sums of other blocks
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("settings", [ALL_QUANTIZED, {"bits": 4, "residual_length": 128}], ids=["quantized", "window"])
 @every_form
 def test_every_way_of_generating(form: str, settings: dict[str, Any]) -> None:
@@ -184,6 +188,7 @@ def test_every_way_of_generating(form: str, settings: dict[str, Any]) -> None:
                 assert torch.equal(results[0].sequences, expected), way
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("settings", [{"bits": 4, "residual_length": 8}, {"bits": 8, "residual_length": 0}, {}])
 @every_form
 def test_one_cache_over_the_turns_of_a_conversation(form: str, settings: dict[str, Any]) -> None:
@@ -279,6 +284,7 @@ print(",".join(str(i) for i in out.sequences[0].tolist()))
 """
 
 
+@pytest.mark.compat
 def test_a_fresh_process_takes_the_settings_of_the_saved_config(tmp_path: Path) -> None:
     model = build("Llama", "shared rotary key")
     model.config.latent_cache = {"bits": 4, "backend": "hqq", "group_size": 32, "residual_length": 0}

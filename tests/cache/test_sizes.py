@@ -27,6 +27,7 @@ def live(model: Any, cache: str, tokens: int, batch: int = 1, **settings: Any) -
     return live_cache_bytes(held)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "mistral with a window", "qwen3"])
 @pytest.mark.parametrize("method", ["gqa2mla half", "mha2mla joint", "x-ecomla", "x-ecomla hybrid", "gqa2mla rebuilt"])
