@@ -26,8 +26,7 @@ PROMPT = 8
 PADDING = 3
 WINDOWS = {"Mistral": {"sliding_window": 6}}
 """Windows shorter than a prompt, for families that have them."""
-# Every quantized tensor must hold an even number of whole groups, however narrow a latent of these sizes is.
-QUANTIZED = {"nbits": 4, "q_group_size": 4, "residual_length": 4, "axis_key": 1, "axis_value": 1}
+QUANTIZED = {"nbits": 4, "q_group_size": 8, "residual_length": 4}
 
 
 def build(family: str, form: str) -> PreTrainedModel:
@@ -435,7 +434,7 @@ MODES: dict[str, Mode] = {
         lambda model: generate(
             model,
             cache_implementation="quantized",
-            cache_config={"backend": "quanto", **QUANTIZED, "axis_key": 0, "axis_value": 0},
+            cache_config={"backend": "quanto", **QUANTIZED},
         )[:, : PROMPT + 1],
         lambda model: without_cache(model, max_new_tokens=1),
     ),
