@@ -113,7 +113,9 @@ def assemble_model(
         if buffer.is_meta:
             owner, _, attribute = name.rpartition(".")
             setattr(converted.get_submodule(owner), attribute, buffers[name])
-    converted.tie_weights()
+    config.tie_word_embeddings = is_tied(model)  # a checkpoint may hold a head of its own whatever its config says
+    if config.tie_word_embeddings:
+        converted.tie_weights()
     converted.train(model.training)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         converted.gradient_checkpointing_enable()
@@ -123,3 +125,9 @@ def assemble_model(
     model.__dict__.clear()
     model.__dict__.update(converted.__dict__)
     return model
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the language-model head is the token embedding itself."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)

@@ -25,6 +25,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedMode
 from optimum_mla.errors import UnsupportedModelError
 from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.geometry import MLAGeometry
+from optimum_mla.models.assemble import is_tied
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 
@@ -244,10 +245,12 @@ def export_deepseek(model: PreTrainedModel, pad: bool = False) -> DeepseekV3ForC
         for name, tensor in attention_tensors(attention, shape, gain, scaling).items():
             state[f"model.layers.{layer}.self_attn.{name}"] = tensor.to(model.dtype)
     config = deepseek_config(model, shape)
+    config.tie_word_embeddings = is_tied(model)
     with torch.device("meta"):
         exported = DeepseekV3ForCausalLM(config)
-    exported.load_state_dict(state, strict=not model.config.tie_word_embeddings, assign=True)
-    exported.tie_weights()
+    exported.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+    if config.tie_word_embeddings:
+        exported.tie_weights()
     # Buffers are not in the checkpoint.
     exported.model.rotary_emb = type(exported.model.rotary_emb)(exported.config)
     exported.generation_config = model.generation_config

@@ -146,6 +146,15 @@ def load_model(
         raise CorruptWeightsError(
             f"model: the checkpoint of {model} lacks {len(missing)} weights of its config, such as {missing[0]}."
         )
+    if left_out := sorted(notes["unexpected_keys"]):
+        logger.warning(
+            "warning: the checkpoint of %s holds %d tensors that its config does not declare, and the result will not "
+            "have them: %s%s.",
+            model,
+            len(left_out),
+            ", ".join(left_out[:8]),
+            " and others" if len(left_out) > 8 else "",
+        )
     return loaded
 
 
@@ -254,7 +263,5 @@ def carried_card(model: str, partial: Path) -> str | None:
     try:
         return card.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        logger.warning(
-            "warning: %s is not UTF-8 (byte %d); the copy marks what cannot be read.", card, error.start
-        )
+        logger.warning("warning: %s is not UTF-8 (byte %d); the copy marks what cannot be read.", card, error.start)
         return card.read_text(encoding="utf-8", errors="replace")

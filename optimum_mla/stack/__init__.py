@@ -14,6 +14,7 @@ from optimum_mla.stack.cache_argument import (
     takes_cache,
 )
 from optimum_mla.stack.foreign import check_cache, require_cache
+from optimum_mla.stack.hooks import only_moves_inputs
 from optimum_mla.stack.keywords import changes_attention, check_keywords, forward_keywords
 from optimum_mla.stack.rotary import rotary_table
 from optimum_mla.stack.tables import enter_class_names
@@ -29,6 +30,7 @@ __all__ = [
     "check_keywords",
     "enter_class_names",
     "forward_keywords",
+    "only_moves_inputs",
     "renamed_cache",
     "require_cache",
     "rotary_table",
