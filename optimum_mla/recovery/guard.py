@@ -14,7 +14,9 @@ DIVERGED_NATS = 2.0
 class DivergenceGuard(TrainerCallback):
     """Ends training when a logged loss is not finite or far above the first one.
 
-    A checkpoint is saved only after the loss of its step was logged and checked.
+    The loss of the first step is always logged on its own. It was computed before any update, so it cannot have
+    diverged, whereas a mean over several steps may contain losses that have. A checkpoint is saved only after the loss
+    of its step was logged and checked.
 
     Attributes:
         diverged_at: Step at which the loss had diverged, or None.
@@ -27,8 +29,8 @@ class DivergenceGuard(TrainerCallback):
         self.value = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Log the loss at every step at which a checkpoint is due."""
-        if control.should_save:
+        """Log the loss at the first step, and at every step at which a checkpoint is due."""
+        if control.should_save or state.global_step == 1:
             control.should_log = True
         return control
 
