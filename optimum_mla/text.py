@@ -1,127 +1,21 @@
-"""Text for calibration and evaluation: files or datasets, cut into windows of token ids."""
+"""Text for calibration and evaluation, cut into windows of token ids."""
 
 from __future__ import annotations
 
-import json
+import operator
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
-from optimum_mla.errors import CalibrationDataError, MissingDependencyError
+from optimum_mla.errors import CalibrationDataError, first_line
+from optimum_mla.io.documents import read_chats, read_documents
 
-FILE_SUFFIXES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".parquet")
-"""A name that ends like this is meant as a file: it is not looked up as a dataset where it is missing."""
-ROWS_SUFFIX = ".jsonl"
-
-
-def read_documents(source: str | Path) -> Iterator[str]:
-    """Yield the documents of a text file, of a folder of `*.txt` files, of a JSON Lines file, or of a dataset.
-
-    Args:
-        source: A path, or a dataset as `NAME[:CONFIG[:SPLIT]]` (split `train` unless named), read as a stream by
-            the `datasets` library. Rows of a `.jsonl` file or of a dataset need a `text`.
-
-    Raises:
-        CalibrationDataError: No such file or dataset, no text in it, or not UTF-8.
-        MissingDependencyError: A dataset is asked for and `datasets` is not installed.
-    """
-    path = Path(source)
-    if path.suffix == ROWS_SUFFIX or (path.suffix not in FILE_SUFFIXES and not path.exists()):
-        yield from (row["text"] for row in read_rows(source, {"text": str}))
-        return
-    if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        if not files:
-            raise CalibrationDataError(f"text: {source} holds no *.txt files. Give a text file or a folder of them.")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise CalibrationDataError(
-            f"text: no file {source}. Give a UTF-8 text file, a folder of them, or a dataset name."
-        )
-    yield from (_read(file) for file in files)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CalibrationDataError(f"text: no file {file}. Give a UTF-8 file or a dataset name.") from error
-    except UnicodeDecodeError as error:
-        raise CalibrationDataError(
-            f"text: {file} is not UTF-8 (byte {error.start}). Convert it, for example with iconv."
-        ) from error
-
-
-def read_rows(source: str | Path, columns: dict[str, type]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON Lines file or of a dataset.
-
-    Args:
-        source: A `.jsonl` file (any file, if it exists), or a dataset as for `read_documents`.
-        columns: What every row must have, and of which type.
-
-    Raises:
-        CalibrationDataError: No such file or dataset, a line that is not JSON, or a row that lacks a column.
-    """
-    path = Path(source)
-    if path.suffix not in FILE_SUFFIXES and not path.is_file():
-        yield from _dataset_rows(str(source), columns)
-        return
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationDataError(
-                f"text: line {number} of {source} is not JSON. Give one object per line."
-            ) from error
-        for column, kind in columns.items():
-            if not isinstance(row, dict) or not isinstance(row.get(column), kind):
-                raise CalibrationDataError(f"text: line {number} of {source} has no {kind.__name__} {column!r}.")
-        yield row
-
-
-def _dataset_rows(name: str, columns: dict[str, type]) -> Iterator[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError("datasets", "train", f"read {name!r}, which is no file") from error
-    repository, config, split = [*name.split(":"), None, None][:3]
-    try:
-        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            for column in columns:
-                if column not in row:
-                    has = ", ".join(row)
-                    raise CalibrationDataError(f"text: dataset {name!r} has no column {column!r}, only: {has}.")
-            yield row
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, CalibrationDataError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationDataError(f"text: {name!r} is no file here and did not load as a dataset: {reason}") from error
-
-
-def read_chats(source: str | Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield the chats of a JSON Lines file or of a dataset: the `messages` of each row.
-
-    Args:
-        source: A `.jsonl` file, or a dataset as for `read_documents`.
-
-    Raises:
-        CalibrationDataError: No such file or dataset, no JSON, or a row without messages.
-    """
-    yield from (row["messages"] for row in read_rows(source, {"messages": list}))
-
-
-def token_chunks(tokenizer: Any, source: str | Path | Iterable[int], chats: bool = False) -> Iterator[list[int]]:
-    """Token ids, document by document (or chat by chat); arguments as for `token_windows`."""
-    yield from _chat_chunks(tokenizer, source) if chats else _token_chunks(tokenizer, source)
+IDS_PER_PIECE = 16_384
+"""Token ids that are taken at once from an iterable of them."""
 
 
 def token_windows(
@@ -131,53 +25,132 @@ def token_windows(
     samples: int | None = None,
     field: str = "calibration-data",
     chats: bool = False,
+    stride: int | None = None,
 ) -> Tensor:
-    """Consecutive windows of token ids, [N, length], from the beginning of the text.
+    """Return windows of token ids, [N, length], from the beginning of the text.
+
+    Every window begins with what the tokenizer puts in front of a text, such as a BOS token, which counts towards
+    `length`, and goes on with the text where the window before it ended. Token ids that are given stay as they are.
+    No more is read and tokenized than the windows need.
 
     Args:
         tokenizer: A Transformers tokenizer; not used when `source` is an iterable of token ids.
-        source: What `read_documents` reads, or token ids.
+        source: What `optimum_mla.io.documents.read_documents` reads, or token ids.
         length: Tokens per window.
-        samples: At most so many windows (reading stops there); None takes the whole text.
-        field: Name of the option that gave `source`, for the error message.
-        chats: `source` is what `read_chats` reads, to be rendered by the tokenizer's chat template.
+        samples: At most so many windows are returned; None takes the whole text.
+        field: The name of the option that gave `source`, for the error message.
+        chats: `source` is what `optimum_mla.io.documents.read_chats` reads, to be rendered by the tokenizer's chat
+            template.
+        stride: Let windows overlap: each starts so many tokens of text behind the one before it.
 
     Raises:
-        CalibrationDataError: The text is empty or shorter than one window, or a chat does not render.
+        CalibrationDataError: The text is missing, malformed or shorter than one window, or a chat does not render.
     """
-    wanted = None if samples is None else samples * length
-    ids: list[int] = []
-    for chunk in token_chunks(tokenizer, source, chats):
-        ids += chunk
-        if wanted is not None and len(ids) >= wanted:
-            break
-    count = len(ids) // length if samples is None else min(samples, len(ids) // length)
-    if count == 0:
+    beginning, documents = token_documents(tokenizer, source, chats)
+    read = 0
+
+    def counted() -> Iterator[list[int]]:
+        nonlocal read
+        for ids in chain.from_iterable(documents):
+            read += len(ids)
+            yield ids
+
+    windows = list(islice(cut_windows(counted(), length, beginning, stride), samples))
+    if not windows:
         raise CalibrationDataError(
-            f"{field}: {source} holds {len(ids)} tokens, fewer than one sample of {length}. "
+            f"{field}: {source} holds {read} tokens, fewer than one sample of {length}. "
             "Give a longer text or shorter samples."
         )
-    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
+    return torch.tensor(windows, dtype=torch.long)
 
 
-def _token_chunks(tokenizer: Any, source: str | Path | Iterable[int]) -> Iterator[list[int]]:
-    if isinstance(source, str | Path):
-        for document in read_documents(source):
-            # verbose=False: a book is longer than the model's context, and is cut into windows on purpose.
-            yield tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    else:
-        yield [int(token) for token in source]
+def cut_windows(
+    pieces: Iterable[list[int]], length: int, beginning: list[int], stride: int | None = None
+) -> Iterator[list[int]]:
+    """Yield windows of `length` token ids; what is left at the end is too short for one and is dropped.
+
+    Args:
+        pieces: Consecutive token ids.
+        length: Tokens per window.
+        beginning: Put in front of each window, unless the window's tokens begin so already or it has no room for more.
+        stride: Tokens from one window's first token to the next one's; None lets windows follow each other.
+    """
+    if len(beginning) >= length:
+        beginning = []
+    held: list[int] = []
+    for piece in pieces:
+        held += piece
+        start = 0
+        while True:
+            begins = held[start : start + len(beginning)] == beginning
+            end = start + length - (0 if begins else len(beginning))
+            if end > len(held):
+                break
+            yield held[start:end] if begins else beginning + held[start:end]
+            start = end if stride is None else start + stride
+        held = held[start:]
 
 
-def _chat_chunks(tokenizer: Any, source: Any) -> Iterator[list[int]]:
+def token_documents(
+    tokenizer: Any, source: str | Path | Iterable[int], chats: bool = False
+) -> tuple[list[int], Iterator[Iterator[list[int]]]]:
+    """Return what every window begins with, and the documents (or chats), each as pieces of token ids.
+
+    The documents do not hold what windows begin with, unless a chat template writes it. The arguments are those of
+    `token_windows`.
+    """
     if not isinstance(source, str | Path):
-        raise CalibrationDataError("chat-template: got token ids, allowed: a .jsonl file or a dataset of chats.")
+        if chats:
+            raise CalibrationDataError("chat-template: got token ids, allowed: a file, folder or dataset of chats.")
+        return [], iter([_given_ids(source)])
+    beginning = text_beginning(tokenizer)
+    if not chats:
+        return beginning, (_tokens_of_pieces(tokenizer, document) for document in read_documents(source))
+    rendered = _rendered_chats(tokenizer, source)
+    first = next(rendered, [])
+    # A chat begins as its template begins it.
+    return beginning if first[: len(beginning)] == beginning else [], (iter([ids]) for ids in chain([first], rendered))
+
+
+def text_beginning(tokenizer: Any) -> list[int]:
+    """Return the token ids that the tokenizer puts in front of every text, such as BOS; many tokenizers add none."""
+    plain, whole = _ids(tokenizer, "a"), tokenizer("a")["input_ids"]
+    places = (place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
+    return list(whole[: next(places, 0)])
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    # verbose=False: a text is longer than the model's context, and is cut into windows on purpose.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _given_ids(source: Iterable[int]) -> Iterator[list[int]]:
+    ids = iter(source)
+    try:
+        while piece := [operator.index(token) for token in islice(ids, IDS_PER_PIECE)]:
+            yield piece
+    except TypeError as error:
+        raise CalibrationDataError(f"text: token ids have to be integers: {first_line(error)}") from error
+
+
+def _tokens_of_pieces(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
+    # A tokenizer that puts a space in front of every text would double the one that a piece begins with.
+    spaced: bool | None = None
+    for number, piece in enumerate(pieces):
+        if number and spaced is None:
+            spaced = _ids(tokenizer, "a a") == 2 * _ids(tokenizer, "a")
+        yield _ids(tokenizer, piece.removeprefix(" ") if spaced else piece)
+
+
+def _rendered_chats(tokenizer: Any, source: str | Path) -> Iterator[list[int]]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationDataError("chat-template: the model's tokenizer has none. Give plain text instead.")
     for messages in read_chats(source):
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TypeError, ValueError, KeyError, TemplateError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CalibrationDataError(f"chat-template: a chat of {source} does not render: {reason}") from error
-        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = _ids(tokenizer, text)
+        except Exception as error:  # Templates are programs, which raise anything.
+            raise CalibrationDataError(
+                f"chat-template: a chat of {source} does not render: {first_line(error)}"
+            ) from error
+        yield ids

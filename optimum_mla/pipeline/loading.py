@@ -211,7 +211,12 @@ def has_tokenizer(folder: Path) -> bool:
 def read_texts(
     tokenizer: Any, config: PreTrainedConfig, texts: TextOptions
 ) -> tuple[Tensor | None, Tensor | None, dict[str, dict[str, Any]]]:
-    """Calibration windows, evaluation windows (either may be None), and where they came from."""
+    """Return the calibration windows, the evaluation windows (None where no text was given), and their origins.
+
+    Raises:
+        InvalidValueError: The number of windows or their length is not possible.
+        CalibrationDataError: A text is missing, malformed or shorter than one window.
+    """
     longest = getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW)
     windows: dict[str, Tensor] = {}
     data: dict[str, dict[str, Any]] = {}
@@ -229,7 +234,7 @@ def read_texts(
             chats = texts.chat_template and kind == "calibration"
             ids = windows[field] = token_windows(tokenizer, source, length, samples, field, chats)
             digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-            origin = source if isinstance(source, str) else "token ids"
+            origin = str(source) if isinstance(source, str | Path) else "token ids"
             data[field] = {"source": origin, "windows": len(ids), "tokens_per_window": length, "sha256": digest}
     return windows.get("calibration-data"), windows.get("eval-data"), data
 

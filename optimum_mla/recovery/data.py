@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from optimum_mla.errors import CalibrationDataError, InvalidValueError
-from optimum_mla.text import read_rows, token_chunks
+from optimum_mla.io.rows import read_rows
+from optimum_mla.text import cut_windows, token_documents
 
 FIELD = "train-data"
 Source = str | Path | Iterable[int]
@@ -22,7 +24,7 @@ class PackedRows(Dataset):
     """Rows of token ids in memory.
 
     Args:
-        ids: [N, L].
+        ids: Token ids, [N, L].
     """
 
     def __init__(self, ids: Tensor) -> None:
@@ -35,7 +37,7 @@ class PackedRows(Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
     def describe(self) -> dict[str, Any]:
-        """For the report."""
+        """Return what the report says about the rows, with the hash of their token ids."""
         digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
         return {"rows": len(self.ids), "tokens_per_row": self.ids.shape[1], "sha256": digest}
 
@@ -43,83 +45,103 @@ class PackedRows(Dataset):
 class StreamedRows(IterableDataset):
     """Rows that are read and packed while training goes on; nothing is kept.
 
+    Each worker of a `DataLoader` reads the whole text and yields its own share of the rows, so that every row comes
+    once. The shares of several processes are cut by Accelerate.
+
     Args:
         tokenizer: A Transformers tokenizer.
-        source: As for `pack`. length: Tokens per row. chats: As for `pack`.
+        source: Text as for `pack`, or token ids that can be read more than once.
+        length: Tokens per row.
+        chats: Read `source` as for `pack`.
     """
 
     def __init__(self, tokenizer: Any, source: Source, length: int, chats: bool = False) -> None:
+        if not isinstance(source, str | Path) and iter(source) is source:
+            raise CalibrationDataError(
+                f"{FIELD}: token ids to be streamed were given as an iterator, which can be read only once. "
+                "Give a list or another object that can be read again."
+            )
         self.tokenizer, self.source, self.length, self.chats = tokenizer, source, length, chats
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for row in packed_rows(self.tokenizer, self.source, self.length, self.chats):
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for row in islice(packed_rows(self.tokenizer, self.source, self.length, self.chats), first, None, step):
             ids = torch.tensor(row)
             yield {"input_ids": ids, "labels": ids}
 
     def describe(self) -> dict[str, Any]:
-        """For the report: what was streamed is not hashed."""
+        """Return what the report says about the rows: what is streamed is not hashed."""
         return {"rows": None, "tokens_per_row": self.length, "sha256": None}
 
 
 def packed_rows(tokenizer: Any, source: Source, length: int, chats: bool = False) -> Iterator[list[int]]:
-    """Documents one behind the other, an end-of-text token between them, cut into rows of `length` tokens.
+    """Yield documents one behind the other, cut into rows of `length` tokens.
 
-    What is left at the end, fewer tokens than a row, is dropped.
+    Every document and every row begins with what the tokenizer puts in front of a text, such as BOS, and every document
+    ends with the end-of-text token. What is left at the end, fewer tokens than a row, is dropped. Token ids that are
+    given stay as they are.
     """
-    ids: list[int] = []
-    end = getattr(tokenizer, "eos_token_id", None)
-    for chunk in token_chunks(tokenizer, source, chats):
-        ids += chunk
-        if end is not None and isinstance(source, str | Path):
-            ids.append(end)
-        whole = len(ids) // length * length
-        yield from (ids[start : start + length] for start in range(0, whole, length))
-        ids = ids[whole:]
+    beginning, documents = token_documents(tokenizer, source, chats)
+    end = getattr(tokenizer, "eos_token_id", None) if isinstance(source, str | Path) else None
+
+    def pieces() -> Iterator[list[int]]:
+        for document in documents:
+            if not chats:
+                yield beginning
+            yield from document
+            if end is not None:
+                yield [end]
+
+    yield from cut_windows(pieces(), length, beginning)
 
 
 def pack(tokenizer: Any, source: Source, length: int, tokens: int | None = None, chats: bool = False) -> PackedRows:
-    """Packed rows of a whole text.
+    """Return the packed rows of a whole text.
 
     Args:
         tokenizer: A Transformers tokenizer; not used for token ids.
-        source: What `optimum_mla.text.read_documents` reads, or token ids.
+        source: What `optimum_mla.io.documents.read_documents` reads, or token ids.
         length: Tokens per row.
-        tokens: Read no more than so many; None reads everything.
-        chats: `source` is what `read_chats` reads, to be rendered by the tokenizer's chat template.
+        tokens: Read no more than so many tokens; None reads everything.
+        chats: `source` is what `optimum_mla.io.documents.read_chats` reads, to be rendered by the tokenizer's chat
+            template.
 
     Raises:
         CalibrationDataError: The text is missing, malformed or shorter than one row.
+        InvalidValueError: `tokens` are fewer than one row.
     """
+    if tokens is not None and tokens < length:
+        raise InvalidValueError("train_tokens", tokens, f"integers from {length}, the tokens of one row")
     wanted = None if tokens is None else tokens // length
-    rows = []
-    for row in packed_rows(tokenizer, source, length, chats):
-        rows.append(row)
-        if len(rows) == wanted:
-            break
+    rows = [torch.tensor(row) for row in islice(packed_rows(tokenizer, source, length, chats), wanted)]
     if not rows:
         raise CalibrationDataError(
             f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."
         )
-    return PackedRows(torch.tensor(rows))
+    return PackedRows(torch.stack(rows))
 
 
 def stream(tokenizer: Any, source: Source, length: int, chats: bool = False) -> StreamedRows:
-    """As `pack`, read while training goes on.
+    """Return packed rows as `pack` makes them, which are read while training goes on.
 
     Raises:
-        CalibrationDataError: As `pack`, found by reading the first row.
+        CalibrationDataError: The first row cannot be read, for the reasons that `pack` has.
     """
     rows = StreamedRows(tokenizer, source, length, chats)
     if next(iter(rows), None) is None:
-        raise CalibrationDataError(f"{FIELD}: {source} holds fewer tokens than one row of {length}.")
+        raise CalibrationDataError(
+            f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."
+        )
     return rows
 
 
 def preferences(source: str | Path) -> Any:
-    """Pairs for DPO, a `datasets.Dataset` of `prompt`, `chosen` and `rejected`.
+    """Return pairs for DPO, a `datasets.Dataset` of `prompt`, `chosen` and `rejected`.
 
     Args:
-        source: A `.jsonl` file or a dataset whose rows have these columns, as strings.
+        source: A file, a folder or a dataset of rows, as for `optimum_mla.io.rows.read_rows`, with these columns as
+            strings.
 
     Raises:
         CalibrationDataError: A column is missing (named with its line), or there is no row.
@@ -134,7 +156,7 @@ def preferences(source: str | Path) -> Any:
 
 
 def check_length(length: int | None, longest: int, default: int) -> int:
-    """Tokens per row, if the model takes so many."""
+    """Return the tokens per row, or refuse a length that the model does not take."""
     length = min(default, longest) if length is None else length
     if not 2 <= length <= longest:
         raise InvalidValueError("sequence_length", length, f"2 to {longest} for this model")

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from optimum_mla.errors import CalibrationDataError, InvalidValueError
@@ -18,9 +21,13 @@ REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_mode
 TOKENIZER = AutoTokenizer.from_pretrained(REFERENCE)
 
 
-@given(count=st.integers(1, 60), length=st.integers(2, 9), tokens=st.none() | st.integers(9, 80))
+@given(count=st.integers(1, 60), length=st.integers(2, 9), tokens=st.none() | st.integers(1, 80))
 def test_rows_are_the_ids_in_order_without_the_rest(count: int, length: int, tokens: int | None) -> None:
     ids = list(range(count))
+    if tokens is not None and tokens < length:
+        with pytest.raises(InvalidValueError, match=f"train_tokens: got {tokens}"):
+            pack(None, ids, length, tokens)
+        return
     if count < length:
         with pytest.raises(CalibrationDataError, match=f"fewer tokens than one row of {length}"):
             pack(None, ids, length, tokens)
@@ -44,6 +51,61 @@ def test_documents_are_packed_end_to_end_with_an_end_token(tmp_path: Path) -> No
     assert [row["input_ids"].tolist() for row in streamed] == packed.ids.tolist()  # it can be read again
     assert streamed.describe() == {"rows": None, "tokens_per_row": 4, "sha256": None}
     assert packed.describe()["rows"] == len(packed)
+
+
+def test_documents_and_rows_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    bos = TOKENIZER("#")["input_ids"][0]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("# $A", special_tokens=[("#", bos)])
+    texts = ["It was a bright morning.", "The old gentleman sat down.", "Nobody spoke."]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    stream_of_ids = [i for text in texts for i in [bos, *TOKENIZER(text)["input_ids"], tokenizer.eos_token_id]]
+    rows = pack(tokenizer, str(tmp_path / "rows.jsonl"), 4).ids
+    assert (rows[:, 0] == bos).all()
+    left = list(stream_of_ids)
+    for row in rows.tolist():
+        taken = row if left[0] == bos else row[1:]
+        assert left[: len(taken)] == taken
+        left = left[len(taken) :]
+    assert len(left) < 4
+
+
+def test_a_streamed_text_is_read_no_further_than_needed(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("wb") as handle:
+        handle.write(b"It was a bright morning. " * 40_000)
+        handle.truncate(10**12)  # The rest is a hole of NUL, which would be refused.
+    source = str(tmp_path / "a.txt")
+    assert pack(TOKENIZER, source, 64, tokens=2048).ids.shape == (32, 64)
+    row = next(iter(stream(TOKENIZER, source, 64)))
+    assert row["input_ids"].tolist() == pack(TOKENIZER, source, 64, tokens=64).ids[0].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_streamed_row_comes_once_whatever_the_workers(workers: int) -> None:
+    rows = stream(None, range(52), 4)
+    loaded = DataLoader(rows, batch_size=2, num_workers=workers)
+    seen = sorted(row.tolist() for batch in loaded for row in batch["input_ids"])
+    assert seen == torch.arange(52).view(13, 4).tolist()
+
+
+def test_every_streamed_row_comes_once_over_processes_with_workers() -> None:
+    rows = stream(None, range(64), 4)
+    seen = [
+        row.tolist()
+        for process in range(2)
+        for batch in DataLoader(
+            IterableDatasetShard(rows, batch_size=2, num_processes=2, process_index=process),
+            batch_size=2,
+            num_workers=2,
+        )
+        for row in batch["input_ids"]
+    ]
+    assert sorted(seen) == torch.arange(64).view(16, 4).tolist()
+
+
+def test_ids_that_can_be_read_only_once_are_not_streamed() -> None:
+    with pytest.raises(CalibrationDataError, match="read only once"):
+        stream(None, iter(range(8)), 4)
 
 
 def test_the_hash_is_that_of_the_tokens() -> None:
