@@ -14,7 +14,7 @@ def quality_warning(before: float | None, after: float | None, text: str | None)
         after: The converted model's perplexity on the same text.
         text: What the text is, such as `evaluation`.
     """
-    if before is None or after is None or after <= before * (1 + LARGEST_RISE):
+    if before is None or after is None or after <= before * (1 + LARGEST_RISE):  # also no number is beyond it
         return None
     rise = 100 * (after / before - 1)
     return (
