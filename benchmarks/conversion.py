@@ -17,8 +17,12 @@ from typing import Any
 
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
-NOT_RECORDED = ("data", "layers", "versions", "machine", "model")
-"""Fields of a conversion report that are left out of the result of each run."""
+NOT_RECORDED = (
+    *("data", "layers", "versions", "machine"),
+    *("model", "source_folder", "source_revision", "source_config_sha256"),
+)
+"""Fields of a conversion report that are left out of the result of each run. The config names the source model, whose
+folder has another path on every machine."""
 
 
 def run_conversion(model: str, output: Path, options: dict[str, Any]) -> Path:

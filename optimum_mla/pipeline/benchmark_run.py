@@ -20,6 +20,7 @@ from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.pipeline.cells import OUT_OF_MEMORY, CellError, run_cell
 from optimum_mla.pipeline.loading import load_config, load_tokenizer
+from optimum_mla.pipeline.origin import NamedModel
 from optimum_mla.progress import progress
 from optimum_mla.report.benchmark import (
     BASELINE,
@@ -96,7 +97,8 @@ class Benchmark:
     """One run: its cells, one after the other, and what they found so far.
 
     Args:
-        model: A hub id or a folder. baseline: Likewise, or None.
+        model: A hub id or a folder.
+        baseline: The model to compare with, or None.
         options: What to measure.
         dtype: `auto` (each checkpoint's own), `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
@@ -106,16 +108,17 @@ class Benchmark:
     def __init__(
         self,
         model: str,
-        baseline: str | None,
+        baseline: NamedModel | None,
         options: BenchmarkOptions,
         dtype: str,
         device: str | None,
         hub: dict[str, Any],
     ) -> None:
         self.model, self.baseline, self.options = model, baseline, options
-        self.common: dict[str, Any] = {"dtype": dtype, "device": device, "hub": hub}
+        self.common: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.hub = {MODEL: hub, BASELINE: {} if baseline is None else baseline.hub(hub)}
         self.config = load_config(model, hub)
-        self.baseline_config = None if baseline is None else load_config(baseline, hub)
+        self.baseline_config = None if baseline is None else load_config(baseline.location, self.hub[BASELINE])
         self._check_caches()
         self.windows, self.data, self.refusal = self._texts(hub)
         if options.tasks:
@@ -165,16 +168,16 @@ class Benchmark:
                 "sha256": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
             }
         }
-        return windows, data, self._tokens_differ(tokenizer, hub)
+        return windows, data, self._tokens_differ(tokenizer)
 
-    def _tokens_differ(self, tokenizer: Any, hub: dict[str, Any]) -> str | None:
-        """Why the baseline's quality cannot be compared, or None."""
+    def _tokens_differ(self, tokenizer: Any) -> str | None:
+        """Return why the baseline's quality cannot be compared, or None."""
         if self.baseline is None or self.baseline_config is None:
             return None
         sizes = [config.get_text_config().vocab_size for config in (self.config, self.baseline_config)]
         if sizes[0] != sizes[1]:
             return f"refused: the baseline has a vocabulary of {sizes[1]} tokens, the model of {sizes[0]}"
-        theirs = load_tokenizer(self.baseline, hub, needed=False)
+        theirs = load_tokenizer(self.baseline.location, self.hub[BASELINE], needed=False)
         if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
             return "refused: the baseline has another tokenizer"
         return None
@@ -189,8 +192,20 @@ class Benchmark:
     def _roles(self) -> list[str]:
         return [MODEL] if self.baseline is None else [BASELINE, MODEL]
 
-    def _name(self, role: str) -> str:
-        return self.model if role == MODEL else str(self.baseline)
+    def _place(self, role: str) -> str | None:
+        """Return what to load for a role: a hub id or a folder; None for a baseline if there is none."""
+        if role == MODEL:
+            return self.model
+        return None if self.baseline is None else self.baseline.location
+
+    def _one(self, role: str) -> dict[str, Any]:
+        """Return the part of a request that says how to load the model of a role."""
+        return {"name": self._place(role), "hub": self.hub[role], **self.common}
+
+    def _both(self, baseline: bool) -> dict[str, Any]:
+        """Return the part of a request that says how to load the model, and the baseline if it takes part."""
+        place = self._place(BASELINE) if baseline else None
+        return {**self._one(MODEL), "baseline": place, "baseline_hub": self.hub[BASELINE]}
 
     def _caches(self, role: str) -> Iterable[str]:
         return self.options.caches if role == MODEL else ("default",)
@@ -215,7 +230,7 @@ class Benchmark:
         row = MemoryRow(role, cache, context, batch)
         problem = self._too_long(role, context)
         if problem is None:
-            request = {"name": self._name(role), "cache": cache, "context": context, "batch": batch, **self.common}
+            request = {"cache": cache, "context": context, "batch": batch, **self._one(role)}
             try:
                 row = replace(row, **run_cell("memory", request))
             except CellError as error:
@@ -238,14 +253,12 @@ class Benchmark:
         rows: list[dict[str, Any]] = []
         if MODEL in able:
             request = {
-                "name": self.model,
-                "baseline": self.baseline if BASELINE in able else None,
                 "caches": list(options.caches),
                 "context": context,
                 "batch": batch,
                 "new_tokens": options.new_tokens,
                 "repeats": options.repeats,
-                **self.common,
+                **self._both(BASELINE in able),
             }
             try:
                 rows = run_cell("speed", request)["rows"]
@@ -265,14 +278,12 @@ class Benchmark:
     def _quality_step(self, cache: str) -> None:
         row = QualityRow(MODEL, cache)
         windows = [] if self.windows is None else self.windows.tolist()
-        baseline = self.baseline if self.refusal is None else None
+        compared = self.baseline is not None and self.refusal is None
         request = {
-            "name": self.model,
-            "baseline": baseline,
             "cache": cache,
             "windows": windows,
             "stride": self.data["eval-data"]["stride_tokens"],
-            **self.common,
+            **self._both(compared),
         }
         try:
             found = run_cell("quality", request)
@@ -281,7 +292,7 @@ class Benchmark:
             return
         if self.baseline is not None and not self.quality:
             theirs = QualityRow(BASELINE, "default", found["baseline_perplexity"], problem=self.refusal)
-            self.quality.append(replace(theirs, scored_tokens=found["tokens"] if baseline else None))
+            self.quality.append(replace(theirs, scored_tokens=found["tokens"] if compared else None))
         self.quality.append(
             replace(
                 row,
@@ -295,12 +306,11 @@ class Benchmark:
     def _tasks_step(self, role: str) -> None:
         options = self.options
         request = {
-            "name": self._name(role),
             "tasks": list(options.tasks),
             "tasks_path": options.tasks_path,
             "batch": min(options.batch_sizes),
             "limit": options.tasks_limit,
-            **self.common,
+            **self._one(role),
         }
         try:
             rows = run_cell("tasks", request)["rows"]
@@ -324,7 +334,7 @@ class Benchmark:
             dtype = str(getattr(self.config, "dtype", None) or torch.float32).removeprefix("torch.")
         return BenchmarkReport(
             model=self.model,
-            baseline=self.baseline,
+            baseline=None if self.baseline is None else self.baseline.name,
             options={name: value for name, value in vars(options).items() if name != "memory_budget"},
             data=self.data,
             dtype=dtype,

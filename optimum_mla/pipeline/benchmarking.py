@@ -9,7 +9,8 @@ from typing import Any
 from optimum_mla.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.pipeline.benchmark_run import Benchmark, BenchmarkOptions
-from optimum_mla.pipeline.loading import check_dtype, source_of
+from optimum_mla.pipeline.loading import check_dtype
+from optimum_mla.pipeline.origin import NamedModel, named_model, recorded_source, source_of
 from optimum_mla.report.benchmark import BenchmarkReport
 from optimum_mla.report.pages import FORMATS, write_pages
 
@@ -26,6 +27,7 @@ def benchmark(
     device: str | None = None,
     overwrite: bool = False,
     hub: dict[str, Any] | None = None,
+    baseline_revision: str | None = None,
 ) -> BenchmarkReport:
     """Measure a model's cache, speed and quality beside a baseline, and write `report.json` and its pages.
 
@@ -42,7 +44,8 @@ def benchmark(
         dtype: `auto` (each checkpoint's own), `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
         overwrite: Replace `output` if it holds a report.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading. The revision is that of `model` alone.
+        baseline_revision: Branch, tag or commit of the baseline on the hub; None takes the main branch.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
@@ -51,11 +54,9 @@ def benchmark(
     check_dtype(dtype)
     formats = check_formats(formats)
     options = options or BenchmarkOptions()
-    chosen = None if baseline == NO_BASELINE else baseline
-    if baseline is None:
-        source = source_of(model, needed=False)
-        chosen = source if source is not None and Path(source).is_dir() else None
-    inputs = {"model": model, "baseline": chosen, "eval-data": options.eval_data, "tasks-path": options.tasks_path}
+    chosen = find_baseline(model, baseline, baseline_revision)
+    place = None if chosen is None else chosen.location
+    inputs = {"model": model, "baseline": place, "eval-data": options.eval_data, "tasks-path": options.tasks_path}
     folder = check_report_folder(output, inputs, overwrite)
     run = Benchmark(model, chosen, options, dtype, device, hub)
     interrupted = True
@@ -69,6 +70,30 @@ def benchmark(
                 report.write(partial)
                 write_pages([(folder.name, report)], partial, formats)
     return report
+
+
+def find_baseline(model: str, baseline: str | None, revision: str | None) -> NamedModel | None:
+    """Return the model to compare with, or None for no comparison.
+
+    Args:
+        model: The model to measure.
+        baseline: What the user named, `none` for no baseline, or None for the folder that the model was converted
+            from, if there still is one.
+        revision: The revision that the user gave for it, or None.
+
+    Raises:
+        InvalidValueError: The folder that the model was converted from holds another model by now, or a revision is
+            given and there is nothing to apply it to.
+        ReportError: The report of the conversion cannot be read.
+    """
+    if baseline not in (None, NO_BASELINE):
+        return named_model("baseline", str(baseline), revision)
+    if revision is not None:
+        raise InvalidValueError("baseline_revision", revision, "None without a baseline", "Name one with --baseline.")
+    source = recorded_source(model) if baseline is None else None
+    if source is None or not Path(source.location).is_dir():
+        return None
+    return source_of(model, "baseline", "Name the model to compare with by --baseline, or give --baseline none.")
 
 
 def compare(

@@ -79,9 +79,15 @@ def run_cell(kind: str, request: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def load(request: dict[str, Any], name: str) -> PreTrainedModel:
-    """A model as every cell loads it."""
-    hub = request["hub"]
+def load(request: dict[str, Any], name: str, hub: dict[str, Any] | None = None) -> PreTrainedModel:
+    """Return a model as every cell loads it.
+
+    Args:
+        request: The keyword arguments that all cells share.
+        name: A hub id or a folder.
+        hub: Keyword arguments for loading it, if they are not those of the request.
+    """
+    hub = request["hub"] if hub is None else hub
     return load_model(name, load_config(name, hub), request["dtype"], request["device"], hub)
 
 
@@ -148,12 +154,13 @@ def speed_cell(
     batch: int,
     new_tokens: int,
     repeats: int,
+    baseline_hub: dict[str, Any] | None = None,
     **common: Any,
 ) -> dict[str, Any]:
     """`rows`: the fields of a `SpeedRow` each, the baseline first."""
     labels, contenders = [], []
     if baseline is not None:
-        other = load(common, baseline)
+        other = load(common, baseline, baseline_hub)
         labels.append((BASELINE, "default"))
         contenders.append(Contender(other, cache_maker(other, "default")))
     model = load(common, name)
@@ -184,11 +191,17 @@ def speed_cell(
 
 
 def quality_cell(
-    name: str, baseline: str | None, cache: str, windows: list[list[int]], stride: int, **common: Any
+    name: str,
+    baseline: str | None,
+    cache: str,
+    windows: list[list[int]],
+    stride: int,
+    baseline_hub: dict[str, Any] | None = None,
+    **common: Any,
 ) -> dict[str, Any]:
     """What `compare_decoding` finds."""
     model = load(common, name)
-    other = None if baseline is None else load(common, baseline)
+    other = None if baseline is None else load(common, baseline, baseline_hub)
     found = compare_decoding(
         model,
         cache_maker(model, cache),

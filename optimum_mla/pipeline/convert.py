@@ -28,6 +28,7 @@ from optimum_mla.pipeline.loading import (
     load_tokenizer,
     read_texts,
 )
+from optimum_mla.pipeline.origin import origin_fields
 from optimum_mla.report.memory import measured_cache_bytes_per_token, peak_memory_bytes
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.render import export_card, model_card
@@ -80,6 +81,7 @@ def convert(
     inputs = {"model": model, "calibration-data": texts.calibration_data, "eval-data": texts.eval_data}
     folder = check_output(output, inputs, overwrite)
     config = load_source_config(model, hub)
+    origin: dict[str, Any] = origin_fields(model, config, hub)
     options = {name: value for name, value in (options or {}).items() if value is not None}
     if export_format is not None:
         check_format(export_format)
@@ -138,6 +140,7 @@ def convert(
         perplexity_text=None if windows is None else text,
         quality_warning=quality_warning(before, after, text),
         verification=asdict(verification),
+        **origin,
     )
     card = model_card(report, folder.name)
     if export_format is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
-from optimum_mla.errors import InvalidValueError, MLAError, OutputError, UnsupportedModelError, first_line
+from optimum_mla.errors import InvalidValueError, MLAError, OutputError, first_line
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.io.inputs import check_inputs_stay
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
@@ -29,8 +30,8 @@ from optimum_mla.pipeline.loading import (
     load_model,
     load_tokenizer,
     read_texts,
-    source_of,
 )
+from optimum_mla.pipeline.origin import NamedModel, mismatch, named_model, recorded_source, source_of
 from optimum_mla.recovery.data import check_length, pack, preferences, stream
 from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
@@ -41,6 +42,8 @@ from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.render import recovery_card
 from optimum_mla.report.schema import RecoveryReport
+
+logger = logging.getLogger(__name__)
 
 TRAINED_DTYPE = "float32"
 """Of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
@@ -60,6 +63,7 @@ def finetune(
     overwrite: bool = False,
     resume: bool = False,
     hub: dict[str, Any] | None = None,
+    teacher_revision: str | None = None,
 ) -> RecoveryReport | None:
     """Train a converted checkpoint and write the result with its model card, loss curve and `recovery_report.json`.
 
@@ -77,7 +81,9 @@ def finetune(
         device: Torch device; None takes CUDA where it is available.
         overwrite: Replace `output` if it is a model folder, and drop the checkpoints of an interrupted run.
         resume: Go on from the newest checkpoint of an interrupted run.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading. The revision is that of `model` alone.
+        teacher_revision: Branch, tag or commit of the teacher on the hub; None takes the main branch, or for the
+            model that the conversion started from the commit that was converted.
 
     Returns:
         The report; None in processes that write nothing.
@@ -90,20 +96,22 @@ def finetune(
     check_dtype(dtype)
     check_training(training)
     check_installed(recipe)
-    source_name = source_of(model, needed=False)
+    source = recorded_source(model)
     inputs = {
         "model": model,
         "train-data": train_data,
         "eval-data": texts.eval_data,
         "teacher": recipe.teacher,
-        "model's source": source_name,
+        "model's source": None if source is None else source.location,
     }
     folder = check_output(output, inputs, overwrite, leading=int(os.environ.get("RANK", 0)) == 0)
     config = load_converted_config(model, hub)
     check_quantized(recipe, config)
-    teacher_name = recipe.teacher or source_of(model) if recipe.taught else None
+    taught_by = find_teacher(model, recipe, teacher_revision)
     origin = train_data if isinstance(train_data, str) else "token ids"
     run = {"model": model, "train_data": origin, **recipe.to_dict(), **training}
+    if teacher_revision is not None:
+        run["teacher_revision"] = teacher_revision
     work = working_folder(folder, run, resume, overwrite, inputs)
 
     tokenizer = load_tokenizer(model, hub, needed=isinstance(train_data, str) or texts.eval_data is not None)
@@ -128,13 +136,16 @@ def finetune(
     precision = "auto" if recipe.train in ADAPTERS or quantized_by(config) else TRAINED_DTYPE
     student: Any = load_model(model, config, precision, place, hub)
     saved_dtype = getattr(torch, dtype) if dtype != "auto" else dtype_of(config, student)
-    teacher = None if teacher_name is None else load_teacher(teacher_name, recipe, config, tokenizer, place, hub)
+    teacher = None if taught_by is None else load_teacher(taught_by, recipe, config, tokenizer, place, hub)
     leading = arguments.process_index == 0
     source_perplexity = before = None
     if leading and evaluation is not None:
         before = perplexity(student, evaluation)
-        if source_name is not None:
-            source_perplexity = perplexity_of_source(source_name, teacher_name, teacher, evaluation, place, hub)
+        if source is not None:
+            # A quantized teacher's perplexity is not that of the source.
+            exact = taught_by is not None and recipe.teacher_bits == 16 and taught_by.same_files(source)
+            loaded = teacher if exact else None
+            source_perplexity = perplexity_of_source(source, loaded, evaluation, place, hub)
 
     set_seed(arguments.seed)  # adapters begin with random numbers
 
@@ -175,7 +186,7 @@ def finetune(
         model=model,
         recipe=recipe.to_dict(),
         training={name: value for name, value in chosen.items() if name != "output_dir"},
-        teacher=teacher_name,
+        teacher=None if taught_by is None else taught_by.name,
         data=data,
         steps=done.steps,
         tokens_seen=done.steps * per_step * length if recipe.objective != "dpo" else done.pair_tokens,
@@ -287,15 +298,37 @@ def make_arguments(chosen: dict[str, Any]) -> TrainingArguments:
         raise InvalidValueError("training", first_line(error), "what transformers.TrainingArguments takes") from error
 
 
+def find_teacher(model: str, recipe: Recipe, revision: str | None) -> NamedModel | None:
+    """Return the teacher that the recipe names, or else the model that the conversion started from.
+
+    Returns:
+        None if the recipe needs no teacher.
+
+    Raises:
+        InvalidValueError: The source is needed and not known, or a revision is given and there is nothing to apply it
+            to.
+        ReportError: The report of the conversion cannot be read.
+    """
+    if not recipe.taught:
+        if revision is not None:
+            raise InvalidValueError("teacher_revision", revision, f"None, as {recipe.objective} has no teacher")
+        return None
+    if recipe.teacher is not None:
+        return named_model("teacher", recipe.teacher, revision)
+    source = source_of(model, "teacher", "Name the model to learn from with --teacher.")
+    return source if revision is None else named_model("teacher", source.location, revision)
+
+
 def load_teacher(
-    name: str, recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, place: str, hub: dict[str, Any]
+    teacher: NamedModel, recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, place: str, hub: dict[str, Any]
 ) -> PreTrainedModel:
-    """A teacher on the student's vocabulary.
+    """Return the teacher, which is of the student's vocabulary.
 
     Raises:
         InvalidValueError: Its vocabulary or its tokenizer is another one.
         UnsupportedModelError: It does not load.
     """
+    name, hub = teacher.location, teacher.hub(hub)
     teacher_config = load_config(name, hub)
     sizes = [c.get_text_config().vocab_size for c in (teacher_config, config)]
     if sizes[0] != sizes[1]:
@@ -318,20 +351,31 @@ def load_teacher(
 
 
 def perplexity_of_source(
-    name: str,
-    teacher_name: str | None,
-    teacher: PreTrainedModel | None,
-    windows: Tensor,
-    place: str,
-    hub: dict[str, Any],
+    source: NamedModel, loaded: PreTrainedModel | None, windows: Tensor, place: str, hub: dict[str, Any]
 ) -> float | None:
-    """The source model's perplexity; None where it is no longer to be found."""
-    if teacher is not None and teacher_name == name:
-        return perplexity(teacher, windows)
-    try:
-        return perplexity(load_model(name, load_config(name, hub), "auto", place, hub), windows)
-    except UnsupportedModelError:
-        return None
+    """Return the source model's perplexity; None, and one line on standard error, where it cannot be measured.
+
+    Args:
+        source: What the report of the conversion names.
+        loaded: The source in full precision if it is in memory already, as the teacher.
+        windows: Token ids [windows, tokens].
+        place: Device to load it on.
+        hub: Keyword arguments for loading the command's own model.
+    """
+    if loaded is not None:
+        return perplexity(loaded, windows)
+    problem = mismatch(source)
+    if problem is None:
+        options = source.hub(hub)
+        try:
+            config = load_config(source.location, options)
+            return perplexity(load_model(source.location, config, "auto", place, options), windows)
+        except MLAError as error:
+            problem = str(error)
+        except torch.OutOfMemoryError:
+            problem = "there is not enough memory for it beside the models that train"
+    logger.warning("warning: the perplexity of the source %s is not measured: %s", source.name, problem)
+    return None
 
 
 def finished(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:

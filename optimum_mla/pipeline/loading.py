@@ -239,23 +239,6 @@ def read_texts(
     return windows.get("calibration-data"), windows.get("eval-data"), data
 
 
-def source_of(model: str, needed: bool = True) -> str | None:
-    """Return what a model was converted from, by the report in its folder; None where there is no report.
-
-    Raises:
-        InvalidValueError: It is needed and not known.
-        ReportError: The report cannot be read.
-    """
-    report = Path(model) / ConversionReport.file_name
-    if report.is_file():
-        return ConversionReport.read(Path(model)).model
-    if needed:
-        raise InvalidValueError(
-            "teacher", None, "a hub id or folder, as the model has no conversion_report.json that names its source"
-        )
-    return None
-
-
 def carried_card(model: str, partial: Path) -> str | None:
     """Take the reports along that lie in a model's folder, and return its model card."""
     source = Path(model)

@@ -81,6 +81,9 @@ class ConversionReport(Report):
 
     Attributes:
         model: Name of the source model as the user gave it.
+        source_folder: Absolute path of the source model's folder; None for a hub id.
+        source_config_sha256: SHA-256 of the config file in that folder; None for a hub id.
+        source_revision: Commit of the source model on the hub, or the revision that the user gave; None for a folder.
         method: Name of the method.
         options: All options of the method, with defaults resolved.
         data: Source, number of tokens and SHA-256 of the token ids of each text.
@@ -125,6 +128,9 @@ class ConversionReport(Report):
     perplexity_text: str | None = None
     quality_warning: str | None = None
     verification: dict[str, Any] | None = None
+    source_folder: str | None = None
+    source_config_sha256: str | None = None
+    source_revision: str | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
@@ -189,7 +195,7 @@ class RecoveryReport(Report):
         model: Name of the trained model as the user gave it.
         recipe: The fields of `optimum_mla.recovery.recipe.Recipe`.
         training: Fields that were passed to `TrainingArguments`.
-        teacher: Name of the teacher as it was loaded, or None.
+        teacher: Name of the teacher as the user or the conversion report gives it, or None.
         data: Source, number of tokens and SHA-256 of the token ids of each text.
         steps: Number of optimizer steps in all stages.
         tokens_seen: Number of training tokens in these steps.

@@ -50,6 +50,11 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
             "converted from, if it is still there.",
         )
         parser.add_argument(
+            "--baseline-revision",
+            metavar="REVISION",
+            help="Branch, tag or commit of the baseline on the hub. Default: the main branch.",
+        )
+        parser.add_argument(
             "--compare",
             nargs="+",
             metavar="FOLDER",
@@ -179,6 +184,7 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
                 device=args.device,
                 overwrite=args.overwrite,
                 hub=hub_options(args),
+                baseline_revision=args.baseline_revision,
             )
             print(terminal([(args.model, report)]))
             print(f"\nSaved to {args.output}")

@@ -149,6 +149,12 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
                 group.add_argument(*spellings(name), dest=name, type=kind, metavar=METAVARS[kind], help=text)
             for name, text in switches.items():
                 group.add_argument(*spellings(name), dest=name, action="store_true", default=None, help=text)
+        recipe.add_argument(
+            *spellings("teacher_revision"),
+            metavar="REVISION",
+            help="Branch, tag or commit of the teacher on the hub. Default: the main branch, or the commit that was "
+            "converted.",
+        )
         training.add_argument(
             "--training", nargs="+", metavar="NAME=VALUE", help="Set any other fields of TrainingArguments."
         )
@@ -190,6 +196,7 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
                 overwrite=args.overwrite,
                 resume=args.resume,
                 hub=hub_options(args),
+                teacher_revision=args.teacher_revision,
             )
             if report is not None:
                 print(recovery_table(report))
