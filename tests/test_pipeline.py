@@ -152,7 +152,11 @@ BAD_INPUT: dict[str, tuple[type[MLAError], str, dict[str, Any]]] = {
     "unknown dtype": (InvalidValueError, "bfloat16", {"dtype": "int3"}),
     "unknown device": (InvalidValueError, "device", {"device": "abacus"}),
     "text too short": (CalibrationDataError, "fewer than one sample", {"texts": TextOptions(eval_data="SHORT")}),
-    "no text file": (CalibrationDataError, "no file", {"texts": TextOptions(calibration_data="missing.txt")}),
+    "no text file": (
+        CalibrationDataError,
+        "missing.txt does not exist",
+        {"texts": TextOptions(calibration_data="missing.txt")},
+    ),
     "window beyond the context": (
         InvalidValueError,
         "2 to 512",
