@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         (tmp_path / "latin.txt", "not UTF-8"),
         (tmp_path / "empty.txt", "0 tokens"),
         (tmp_path / "none", r"holds no \.txt"),
-        (tmp_path / "missing.txt", "does not exist"),
+        (tmp_path / "missing.txt", "there is no file"),
         ("no-such/dataset", "did not load as a dataset"),
         ([1.5, 2], "have to be integers"),
     ):

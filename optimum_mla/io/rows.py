@@ -77,9 +77,9 @@ def files_of(source: str | Path) -> list[Path]:
     path = Path(source)
     if not os.path.isdir(path):
         if not os.path.isfile(path):
-            problem = "is no regular file" if os.path.exists(path) else "does not exist"
+            problem = "this is no regular file:" if os.path.exists(path) else "there is no file"
             raise CalibrationDataError(
-                f"text: the file {source} {problem}. Give a UTF-8 text file, a folder of them, or a dataset name."
+                f"text: {problem} {source}. Give a UTF-8 text file, a folder of them, or a dataset name."
             )
         return [path]
     kinds: dict[str, list[Path]] = {}

@@ -140,8 +140,8 @@ def test_names_that_are_none(tmp_path: Path) -> None:
     for source, words in (
         ("", "empty name"),
         ("a:b:c:d", "NAME:CONFIG:SPLIT"),
-        (tmp_path / "no.csv", "does not exist"),
-        ("x" * 5000 + ".txt", "does not exist"),
+        (tmp_path / "no.csv", "there is no file"),
+        ("x" * 5000 + ".txt", "there is no file"),
         ("/dev/null", "no regular file"),
     ):
         with pytest.raises(CalibrationDataError, match=words):
