@@ -747,7 +747,7 @@ def test_the_command_says_that_the_loss_diverged(
 BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
     "unconverted model": (r"source is not converted\. Run optimum-cli mla-convert", {"model": "{models}/source"}),
     "no such model": (r"model: .*no such folder", {"model": "{models}/nowhere"}),
-    "no such data": (r"the file .*nowhere\.txt does not exist", {"train_data": "{models}/nowhere.txt"}),
+    "no such data": (r"no file .*nowhere\.txt", {"train_data": "{models}/nowhere.txt"}),
     "empty data": (
         r"train-data: .*empty\.txt holds fewer tokens than one row of 32",
         {"train_data": "{bad}/empty.txt"},
