@@ -154,7 +154,7 @@ BAD_INPUT: dict[str, tuple[type[MLAError], str, dict[str, Any]]] = {
     "text too short": (CalibrationDataError, "fewer than one sample", {"texts": TextOptions(eval_data="SHORT")}),
     "no text file": (
         CalibrationDataError,
-        "missing.txt does not exist",
+        "no file missing.txt",
         {"texts": TextOptions(calibration_data="missing.txt")},
     ),
     "window beyond the context": (
