@@ -31,7 +31,7 @@ from optimum_mla.report.benchmark import (
     SpeedRow,
     TaskRow,
 )
-from optimum_mla.report.quality import sliding_windows
+from optimum_mla.report.quality import 
 from optimum_mla.report.sizes import budget_rows, layer_numbers
 from optimum_mla.text import token_windows
 
@@ -153,12 +153,7 @@ class Benchmark:
         if not 1 <= stride < length:
             raise InvalidValueError("stride", stride, f"1 to {length - 1}, below the window of {length} tokens")
         tokenizer = load_tokenizer(self.model, hub, needed=True)
-        # Windows that overlap, from one run of tokens.
-        tokens = length + stride * (options.eval_samples - 1)
-        chunk = token_windows(tokenizer, options.eval_data, 1, tokens, "eval-data").flatten()
-        if len(chunk) < length:
-            token_windows(tokenizer, options.eval_data, length, 1, "eval-data")  # says what is wrong
-        windows = sliding_windows(chunk, length, stride)
+        windows = token_windows(tokenizer, options.eval_data, length, options.eval_samples, "eval-data", stride=stride)
         data = {
             "eval-data": {
                 "source": options.eval_data,

@@ -46,7 +46,7 @@ class TextOptions:
     """Texts to work with.
 
     Attributes:
-        calibration_data: What `optimum_mla.text.read_documents` reads, token ids, or None.
+        calibration_data: What `optimum_mla.io.documents.read_documents` reads, token ids, or None.
         chat_template: The calibration data are chats, to be rendered by the tokenizer's chat template.
         calibration_samples: Windows of calibration text.
         calibration_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
