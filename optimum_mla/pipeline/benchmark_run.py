@@ -31,7 +31,6 @@ from optimum_mla.report.benchmark import (
     SpeedRow,
     TaskRow,
 )
-from optimum_mla.report.quality import 
 from optimum_mla.report.sizes import budget_rows, layer_numbers
 from optimum_mla.text import token_windows
 
