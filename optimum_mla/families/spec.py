@@ -223,8 +223,8 @@ def source_attention(spec: AttentionSpec, model: nn.Module, config: Any, layer: 
         kind = type(spec.part(module, name, layer))
         if kind is not nn.Linear:
             raise UnsupportedModelError(
-                f"model: {spec.attention_path(layer)}.{name} is no plain linear layer but {kind.__name__}. "
-                "Merge adapters and undo quantization first."
+                f"model: {spec.attention_path(layer)}.{name} is no plain linear layer but "
+                f"{kind.__module__}.{kind.__qualname__}. Merge adapters and undo quantization first."
             )
     gain = spec.part(model, f"{spec.layer_path(layer)}.{spec.input_norm}.weight", layer).detach()
     scaling = getattr(spec.part(model, spec.rotary_path, layer), "attention_scaling", 1.0)

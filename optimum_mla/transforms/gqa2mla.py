@@ -11,6 +11,7 @@ from torch import Tensor
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
+from optimum_mla.number_checks import check_integer
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
@@ -75,6 +76,8 @@ class GQA2MLA(MLATransformation):
         for field, value in (("rope_cache", rope_cache), ("qk_rope_head_dim", qk_rope_head_dim)):
             if value is not None and self.positional == "full":
                 raise InvalidValueError(field, value, "nothing with positional full", "Take --positional decoupled.")
+        if qk_rope_head_dim is not None:
+            check_integer("qk_rope_head_dim", qk_rope_head_dim, "even integers from 2")
         self.rope_cache = (rope_cache or "rebuilt") if self.positional == "decoupled" else None
         if self.rope_cache is not None:
             check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))

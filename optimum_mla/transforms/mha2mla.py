@@ -11,6 +11,7 @@ from torch import Tensor
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
+from optimum_mla.number_checks import check_integer
 from optimum_mla.ops.low_rank import singular_values
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs
 from optimum_mla.ops.weighted import WeightedFactorization
@@ -59,9 +60,10 @@ class MHA2MLA(MLATransformation):
         super().__init__(**options)
         if d_kv is not None and any(options.get(name) is not None for name in vars(RankBudget())):
             raise InvalidValueError("d_kv", d_kv, "nothing beside another rank option", "Give one of them.")
-        if d_kv is not None and d_kv < 1:
-            raise InvalidValueError("d_kv", d_kv, "integers from 1")
         if d_kv is not None:
+            check_integer("d_kv", d_kv, "integers from 1")
+            if d_kv < 1:
+                raise InvalidValueError("d_kv", d_kv, "integers from 1")
             self.budget = RankBudget()  # d_kv says it all: no default beside it
         self.d_kv, self.qk_rope_head_dim = d_kv, qk_rope_head_dim
         self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")

@@ -11,6 +11,7 @@ from torch import Tensor
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
+from optimum_mla.number_checks import check_integer, check_number
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs, split_last_columns
@@ -66,8 +67,12 @@ class XEcoMLA(MLATransformation):
         super().__init__(**options)
         if q_lora_rank is not None and q_energy is not None:
             raise InvalidValueError("q_lora_rank and q_energy", (q_lora_rank, q_energy), "one of them")
-        if q_energy is not None and not 0 < q_energy <= 1:
-            raise InvalidValueError("q_energy", q_energy, "above 0, up to 1")
+        if q_lora_rank is not None:
+            check_integer("q_lora_rank", q_lora_rank, "integers from 1")
+        if q_energy is not None:
+            check_number("q_energy", q_energy, "above 0, up to 1")
+            if not 0 < q_energy <= 1:
+                raise InvalidValueError("q_energy", q_energy, "above 0, up to 1")
         self.q_lora_rank, self.q_energy, self.latent_norm = q_lora_rank, q_energy, latent_norm
         self.qk_rope_head_dim = qk_rope_head_dim
         self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")

@@ -28,7 +28,8 @@ def test_an_adapter_is_refused_and_stays_in_the_model() -> None:
     adapted = get_peft_model(model, LoraConfig(target_modules=["k_proj"], init_lora_weights=False)).eval()
     with torch.no_grad():
         expected = model(ids).logits
-        with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn\.k_proj .*Merge adapters"):
+        named = r"layers\.0\.self_attn\.k_proj .*but peft\.tuners\.lora\.layer\.Linear\. Merge adapters"
+        with pytest.raises(UnsupportedModelError, match=named):
             GQA2MLA()(model)
         assert torch.equal(model(ids).logits, expected)
         with adapted.disable_adapter():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,22 @@ def test_bad_choices_list_the_good_ones() -> None:
         MHA2MLA(d_kv=8, kv_cache_ratio=0.5)
     with pytest.raises(InvalidValueError, match="q_lora_rank and q_energy"):
         XEcoMLA(q_lora_rank=8, q_energy=0.5)
+
+
+@pytest.mark.parametrize("received", ["8", 8.0, True, [8]])
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [(MHA2MLA, "d_kv"), (XEcoMLA, "q_lora_rank"), (GQA2MLA, "qk_rope_head_dim")],
+)
+def test_counts_are_integers(method: Any, field: str, received: object) -> None:
+    with pytest.raises(InvalidValueError, match=rf"^{field}: .*integers from .*Give an integer, not a"):
+        method(**{field: received}, calibration=torch.zeros(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("received", ["0.5", True, [0.5]])
+def test_the_energy_of_queries_is_a_number(received: Any) -> None:
+    with pytest.raises(InvalidValueError, match=r"^q_energy: .*above 0, up to 1.*Give a number, not a"):
+        XEcoMLA(q_energy=received)
 
 
 def test_registry_lists_suggests_and_takes_others() -> None:
