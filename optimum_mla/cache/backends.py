@@ -20,12 +20,12 @@ _BACKENDS: dict[str, str] = {
 
 
 class Encoded(NamedTuple):
-    """Quantized columns: number = code·scale + shift.
+    """Quantized columns, where each number is approximated by code·scale + shift.
 
     Attributes:
-        codes: [g, N], not yet packed.
-        scale: [N], in 16 bits.
-        shift: [N], in 16 bits, or None for a symmetric code.
+        codes: The codes before packing, [g, N].
+        scale: The scale of each column in a 16-bit dtype, [N].
+        shift: The shift of each column in a 16-bit dtype, [N], or None for a symmetric code.
     """
 
     codes: Tensor
@@ -34,24 +34,30 @@ class Encoded(NamedTuple):
 
 
 class Backend(ABC):
-    """Affine or symmetric quantization of columns, and how codes are packed.
+    """Base class of the libraries that quantize columns of numbers and pack their codes.
 
-    Every column is one group of one token, with parameters of its own, so tokens and rows of a batch never share any.
-    The codes of a token are packed together, so tokens can be joined, cut and picked.
+    Every column is one group of one token and has its own scale and shift, so the codes of a token do not depend on
+    other tokens or rows. The codes of each token are packed separately, so tokens can be joined, cut and selected
+    without unpacking.
 
     Args:
-        bits: Bits of a code.
+        bits: Bits per code.
+
+    Raises:
+        InvalidValueError: The library has no codes of so many bits.
     """
 
     bits_allowed: tuple[int, ...]
-    """What the library can do."""
+    """Numbers of bits per code that the library supports."""
     package: str
     """Name of the library on the package index, which is also the name of the extra."""
     lanes: tuple[int, ...]
-    """Where in a packed word its codes start, in bits: n packed words hold codes 0 to n-1 in the first lane, then the
-    next n in the second, and so on."""
+    """The bit positions at which the codes of a packed word start.
+
+    Of n packed words, the first lane holds codes 0 to n-1, the second lane the next n codes, and so on.
+    """
     parameters: int = 2
-    """16-bit numbers beside the codes of a group: scale and shift, or the scale alone."""
+    """Number of 16-bit parameters per group: 2 for scale and shift, 1 for the scale alone."""
 
     def __init__(self, bits: int) -> None:
         if bits not in self.bits_allowed:
@@ -60,19 +66,25 @@ class Backend(ABC):
         self.bits = bits
 
     def packed_bits(self, numbers: int) -> int:
-        """Bits that so many codes take, the unused ones of their words included."""
+        """Return the bits that `numbers` packed codes take, including unused bits of their words."""
         return self.bits * numbers
 
     @abstractmethod
     def encode(self, columns: Tensor) -> Encoded:
-        """Quantize columns [g, N]."""
+        """Return the codes and parameters of N columns, [g, N], of g numbers each."""
 
     @abstractmethod
     def pack(self, codes: Tensor) -> Tensor:
-        """Pack codes [w, N] along the first dimension: [words, N]."""
+        """Return codes [w, N] packed along the first dimension, [words, N]."""
 
     def unpack(self, packed: Tensor, out: Tensor) -> None:
-        """Write the codes of packed words [..., words] as numbers into `out` [..., w]; the last lane may be short."""
+        """Unpack codes and write them into `out` as numbers of its dtype.
+
+        Args:
+            packed: Packed words, [..., words].
+            out: The tensor to write into, [..., w]. It may have fewer entries than the words have codes; the further
+                codes are padding.
+        """
         words, width = packed.shape[-1], out.shape[-1]
         for lane, shift in enumerate(self.lanes):
             start, stop = lane * words, min((lane + 1) * words, width)
@@ -86,31 +98,31 @@ class Backend(ABC):
 
 
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit dtype of scales and zeros for a model's dtype."""
+    """Return the 16-bit dtype in which scales and shifts are stored, for the dtype of the model."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends, whether their library is installed or not."""
+    """Return the names of all backends, whether or not their libraries are installed."""
     return tuple(_BACKENDS)
 
 
 def register_backend(name: str, location: str) -> None:
-    """Add a backend.
+    """Add a backend to this process.
 
     Args:
-        name: What users will type.
-        location: `module:Class` of a `Backend`; imported when it is first used.
+        name: The name by which users select it.
+        location: The place of a `Backend` class, as `module:Class`. It is imported when it is first used.
     """
     _BACKENDS[name] = location
 
 
 def make_backend(name: str, bits: int) -> Backend:
-    """The named backend for codes of `bits` bits.
+    """Return the named backend for codes of `bits` bits.
 
     Raises:
-        InvalidValueError: No such backend, or bits that it cannot do.
-        MissingDependencyError: Its library is not installed.
+        InvalidValueError: There is no such backend, or it has no codes of so many bits.
+        MissingDependencyError: The library of the backend is not installed.
     """
     if name not in _BACKENDS:
         near = difflib.get_close_matches(name, _BACKENDS, n=1)
@@ -124,6 +136,11 @@ def make_backend(name: str, bits: int) -> Backend:
 
 
 def check_settings(settings: CacheSettings) -> None:
-    """Raise what `make_backend` raises for what these settings need."""
+    """Check that the backend of these settings exists and can store the bits that they ask for.
+
+    Raises:
+        InvalidValueError: There is no such backend, or it has no codes of so many bits.
+        MissingDependencyError: The library of the backend is not installed.
+    """
     for bits in {settings.bits, settings.rope_bits} - {FULL_BITS}:
         make_backend(settings.backend, bits)

@@ -12,11 +12,15 @@ from optimum_mla.cache.backends import Backend, Encoded, parameter_dtype
 
 
 class HQQBackend(Backend):
-    """Affine codes. 8-bit ones are stored less 128: their products with the scale are then no larger than the numbers.
+    """Affine codes of 8, 4, 3 or 2 bits.
 
-    HQQ's half-quadratic search is off: it is slow (20 times at one block), and stops by the mean error of all columns,
-    so that a row would depend on its batch. HQQ also takes ranges under 1e-4 for zero; columns are brought to range 1
-    first, and near zero, where its zero point loses nothing in 16 bits.
+    From 8-bit codes 128 is subtracted before they are stored, so that their products with the scale are not larger than
+    the numbers themselves.
+
+    HQQ's half-quadratic optimization is switched off. It takes 20 times as long for one block, and it stops by the mean
+    error over all columns, so that a row's codes would depend on the other rows of its batch. HQQ also treats ranges
+    below 1e-4 as zero. Columns are therefore scaled to range 1 before HQQ sees them, and shifted close to zero, where
+    the zero point loses no precision in 16 bits.
     """
 
     bits_allowed = (8, 4, 3, 2)
@@ -25,7 +29,8 @@ class HQQBackend(Backend):
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
         self.centre = 128 if bits == 8 else 0
-        word = 30 if bits == 3 else 8  # ten 3-bit codes in an int32, else as many as a byte holds; highest bits first
+        # HQQ packs ten 3-bit codes into an int32, and other codes into bytes, with the first code in the highest bits.
+        word = 30 if bits == 3 else 8
         self.lanes = tuple(range(word - bits, -1, -bits))
 
     def packed_bits(self, numbers: int) -> int:

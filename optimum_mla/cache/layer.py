@@ -22,13 +22,17 @@ UNQUANTIZED = CacheSettings()
 
 @dataclass(eq=False)
 class StoredBlock:
-    """Some consecutive tokens. Nothing assigns to a block's attributes but Transformers' exporters.
+    """The cached vectors of some consecutive tokens.
+
+    Treat a block as immutable. The dataclass is not frozen only because Transformers' exporters assign to its
+    attributes.
 
     Attributes:
-        plain: What keeps the model's dtype, side by side: first vectors, second vectors, the key norms' factors.
-        first: The first vectors, where they are quantized.
-        second: The second, likewise.
-        widths: Of first, second and factors.
+        plain: The numbers that stay in the model's dtype, side by side: the first vectors, the second vectors, and the
+            factors of the key norms, without the vectors that are quantized.
+        first: The quantized first vectors, or None if the first vectors are in `plain`.
+        second: The quantized second vectors, or None if the second vectors are in `plain`.
+        widths: Number of entries per token in the first vectors, in the second vectors, and in the factors.
     """
 
     plain: DenseStored
@@ -38,22 +42,22 @@ class StoredBlock:
 
     @property
     def tokens(self) -> int:
-        """How many tokens."""
+        """Return the number of tokens."""
         return self.plain.tokens
 
     @property
     def batch(self) -> int:
-        """How many rows."""
+        """Return the number of rows in the batch."""
         return self.plain.batch
 
     @property
     def quantized(self) -> bool:
-        """Whether anything is."""
+        """Return whether the first or the second vectors are quantized."""
         return self.first is not None or self.second is not None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Everything that takes memory."""
+        """Return every tensor that the block holds."""
         return [tensor for part in (self.plain, self.first, self.second) if part for tensor in part.tensors]
 
     def _each(self, change: Callable[[Any], Any]) -> StoredBlock:
@@ -61,25 +65,30 @@ class StoredBlock:
         return StoredBlock(change(self.plain), first, second, self.widths)
 
     def cut(self, start: int, stop: int) -> StoredBlock:
-        """The tokens from `start` to before `stop`."""
+        """Return a block with the tokens from `start` to before `stop`."""
         return self._each(lambda part: part.cut(start, stop))
 
     def rows(self, indices: Tensor) -> StoredBlock:
-        """The given rows of the batch, in that order."""
+        """Return a block with the rows of the batch that `indices` gives, in that order."""
         return self._each(lambda part: part.rows(indices))
 
     def to(self, device: torch.device) -> StoredBlock:
-        """On another device."""
+        """Return the block on another device."""
         return self._each(lambda part: part.to(device))
 
     def joined(self, newer: StoredBlock) -> StoredBlock:
-        """With the tokens of `newer`, stored alike, behind its own."""
+        """Return a block with this block's tokens, followed by those of `newer`, which must be quantized alike."""
         first = self.first and newer.first and self.first.joined(newer.first)
         second = self.second and newer.second and self.second.joined(newer.second)
         return StoredBlock(self.plain.joined(newer.plain), first, second, self.widths)
 
     def encoded(self, backends: tuple[Backend | None, Backend | None], group_size: int) -> StoredBlock:
-        """With first and second vectors, which are plain still, quantized by these backends."""
+        """Return a quantized copy of a block whose first and second vectors are both still in `plain`.
+
+        Args:
+            backends: The backends that quantize the first and the second vectors; None keeps them in the model's dtype.
+            group_size: Largest number of neighbouring numbers that share a scale.
+        """
         *vectors, scales = self.plain.vectors.split(self.widths, dim=-1)
         kept: list[Tensor] = []
         coded: list[QuantizedStored | None] = []
@@ -92,10 +101,10 @@ class StoredBlock:
         return StoredBlock(DenseStored(torch.cat([*kept, scales], dim=-1)), coded[0], coded[1], self.widths)
 
     def open(self, memory: Tensor | None = None) -> Block:
-        """Ready to compute with.
+        """Return the block in the form that attention computes with, decoding what is quantized.
 
         Args:
-            memory: Where to decode to if its shape is right; else new memory is taken.
+            memory: A tensor to decode into. It is used if its shape is right; otherwise new memory is taken.
         """
         coded = (self.first, self.second)
         kept = [0 if part else width for part, width in zip(coded, self.widths, strict=False)]
@@ -105,7 +114,7 @@ class StoredBlock:
         widths = [part.opened_width if part else width for part, width in zip(coded, kept, strict=True)]
         size = (self.batch, self.tokens, sum(widths))
         joined = memory if memory is not None and memory.shape == size else self.plain.buffer.new_empty(size)
-        # Slices, not `split`: where gradients are on, none of several views that come together may be written to.
+        # These are slices because autograd forbids writing to any of the views that one call of `split` returns.
         outs = joined[..., : widths[0]], joined[..., widths[0] :]
         first, second = (
             part.open(out) if part else Latents(out.copy_(vectors))
@@ -115,7 +124,10 @@ class StoredBlock:
 
 
 class BlockView(CacheView):
-    """The blocks of a layer; each is decoded when iteration reaches it, over the one before."""
+    """A view of a layer's blocks that decodes each block when iteration reaches it.
+
+    Without gradients, a block is decoded into the memory of the block before it, so use a block before taking the next.
+    """
 
     def __init__(self, blocks: list[StoredBlock]) -> None:
         self.blocks = blocks
@@ -137,7 +149,8 @@ class BlockView(CacheView):
         for stored in self.blocks:
             block = stored.open(memory)
             yield block
-            # Fresh pages for every block would take longer than decoding it. Autograd needs what it saw, though.
+            # Taking new memory for every block would cost more time than decoding. With gradients on, memory is not
+            # reused, because autograd still needs the earlier blocks in the backward pass.
             memory = block.joined if stored.quantized and not torch.is_grad_enabled() else None
 
     def whole(self) -> Block:
@@ -145,15 +158,15 @@ class BlockView(CacheView):
 
 
 class LatentLayer(CacheLayerMixin):
-    """Cache of one converted layer, behind the Transformers contract.
+    """The cache of one converted layer, with the interface of Transformers' cache layers.
 
-    The newest tokens stay in the model's own dtype, at most `settings.residual_length` of them (without quantization,
-    as many as make a block). Older ones are in blocks of up to `block_tokens` tokens: quantized once, on the way out of
-    that window, and never again. A token's codes depend on nothing but that token.
+    A window of the newest tokens stays in the model's own dtype: at most `settings.residual_length` tokens, or, without
+    quantization, fewer than a block holds. Older tokens are in blocks of up to `block_tokens` tokens. Tokens are
+    quantized once, when they leave the window, and never again. The codes of a token depend on that token only.
 
     Args:
         geometry: Shape of the layer.
-        settings: How its tokens are stored.
+        settings: Settings of how its tokens are stored.
     """
 
     is_croppable = True
@@ -182,17 +195,29 @@ class LatentLayer(CacheLayerMixin):
         return self.geometry.kv_lora_rank or self.geometry.k_lora_rank
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take note of dtype and device."""
+        """Record the dtype and the device of the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, blockwise: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor] | tuple[CacheView, CacheView]:
-        """Append tokens, [B, 1, S, ·] each, and return the whole cache as two dense tensors [B, 1, T, ·].
+        """Append tokens and return the whole cache.
 
-        That is the contract. With `blockwise`, which the attention of this package asks for, no dense copy is made:
-        the view of the blocks stands in both places.
+        Args:
+            key_states: The first vectors of the new tokens, [B, 1, S, width].
+            value_states: The second vectors and the factors of the key norms, [B, 1, S, width].
+            *args: Ignored, as Transformers' interface allows them.
+            blockwise: Whether to return a view of the blocks instead of a dense copy. The attention of this package
+                sets it.
+            **kwargs: Ignored, as Transformers' interface allows them.
+
+        Returns:
+            Two dense tensors [B, 1, T, width], as Transformers expects them; with `blockwise` the same `CacheView`
+            twice.
+
+        Raises:
+            InvalidValueError: The tensors do not fit the layer or the tokens in it; see `append`.
         """
         view = self.append(key_states, value_states)
         if blockwise:
@@ -200,18 +225,22 @@ class LatentLayer(CacheLayerMixin):
         return _dense(view)
 
     def dense(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return a dense copy of both cached tensors, [B, 1, T, ·] each; None for an empty layer."""
+        """Return a dense copy of both cached tensors, [B, 1, T, width] each, or two Nones for an empty layer."""
         blocks = [*self.blocks, *([self.residual] if self.residual else [])]
         return _dense(BlockView(blocks)) if blocks else (None, None)
 
     def append(self, first: Tensor, second: Tensor) -> BlockView:
-        """Append tokens, [B, 1, S, ·] each, and return what their attention sees.
+        """Append tokens and return a view of all tokens, for the attention of the new ones.
 
-        The new tokens are seen as they came, also those that are quantized in the same call.
+        In the view the new tokens are exact, even those that this call quantizes for later calls.
+
+        Args:
+            first: The first vectors of the new tokens, [B, 1, S, width].
+            second: The second vectors and the factors of the key norms, [B, 1, S, width].
 
         Raises:
-            InvalidValueError: The tensors are not of this layer's widths, or not of the batch, dtype and device of the
-                tokens that are there.
+            InvalidValueError: The widths are not those of this layer, or the batch size, dtype or device is not that of
+                the tokens in the cache.
         """
         widths = [self._first_width, sum(self._second_widths)]
         if [first.shape[-1], second.shape[-1]] != widths:
@@ -231,7 +260,7 @@ class LatentLayer(CacheLayerMixin):
         return view
 
     def _check_fits(self, new: Tensor) -> None:
-        """Refuse tokens that cannot stand behind those that are there."""
+        """Refuse tokens whose batch size, dtype or device differs from that of the tokens in the cache."""
         held = self.residual or (self.blocks[-1] if self.blocks else None)
         found = (new.shape[0], new.dtype, new.device)
         if held is not None and found != (expected := (held.batch, self.dtype, held.plain.buffer.device)):
@@ -243,7 +272,7 @@ class LatentLayer(CacheLayerMixin):
             )
 
     def _settle(self, recent: StoredBlock) -> None:
-        """Keep the newest of `recent` as the window and store the rest in blocks."""
+        """Keep the newest tokens of `recent` as the window, and move the others into blocks."""
         settings, leaving = self.settings, 0
         if not settings.quantized:
             leaving = recent.tokens - recent.tokens % self.block_tokens
@@ -269,22 +298,29 @@ class LatentLayer(CacheLayerMixin):
             self.residual = recent
 
     def get_seq_length(self) -> int:
-        """Tokens in the layer."""
+        """Return the number of tokens in the layer."""
         return self.seen
 
     def get_max_length(self) -> int:
-        """-1: no limit."""
+        """Return -1, which stands for no limit in Transformers."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens that the next step attends to, and the position of the first of them."""
+        """Return the number of tokens that the next pass attends to, and the index of the first of them.
+
+        Args:
+            query_length: Number of new tokens in that pass.
+        """
         return self.seen + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens; a negative number says how many.
+        """Remove the newest tokens.
+
+        Args:
+            tokens_to_remove: The number of tokens to remove, as a negative number, as in Transformers.
 
         Raises:
-            ValueError: A positive number.
+            ValueError: The number is positive.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop: got {tokens_to_remove}, allowed: 0 or less, the number of tokens to remove")
@@ -301,7 +337,7 @@ class LatentLayer(CacheLayerMixin):
             remove -= min(remove, last.tokens)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         self._clear()
 
     def _change(self, change: Callable[[StoredBlock], StoredBlock]) -> None:
@@ -309,7 +345,7 @@ class LatentLayer(CacheLayerMixin):
         self.residual = None if self.residual is None else change(self.residual)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Give every row of the batch the tokens of another one."""
+        """Replace row i of the batch by row `beam_idx[i]`, for beam search."""
         self._change(lambda block: block.rows(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -317,27 +353,27 @@ class LatentLayer(CacheLayerMixin):
         self._change(lambda block: block.rows(torch.as_tensor(indices)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
+        """Repeat every row of the batch `repeats` times, with the copies next to each other."""
         self._change(lambda block: block.rows(torch.arange(block.batch).repeat_interleave(repeats)))
 
     def offload(self) -> None:
-        """Move everything to the CPU."""
+        """Move the cached tensors to the CPU."""
         self._change(lambda block: block.to(torch.device("cpu")))
 
     def prefetch(self) -> None:
-        """Move everything back to where it is computed with."""
+        """Move the cached tensors back to the device of the first tokens."""
         if self.is_initialized:
             self._change(lambda block: block.to(self.device))
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Everything that takes memory."""
+        """Return every tensor that the layer holds."""
         blocks = [*self.blocks, *([self.residual] if self.residual else [])]
         return [tensor for block in blocks for tensor in block.tensors]
 
 
 def _dense(view: BlockView) -> tuple[Tensor, Tensor]:
-    """Return all tokens of a view as the two tensors [B, 1, T, ·] of the Transformers contract."""
+    """Return all tokens of a view as the two tensors [B, 1, T, width] that Transformers expects."""
     block = view.whole()
     second = torch.cat([block.second.dense(), block.scales], dim=-1)
     return block.first.dense().unsqueeze(1), second.unsqueeze(1)

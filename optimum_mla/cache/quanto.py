@@ -9,11 +9,11 @@ from torch import Tensor
 from optimum_mla.cache.backends import Backend, Encoded, parameter_dtype
 
 AXIS = -1
-"""Quanto's name for one set of parameters per column."""
+"""The axis argument with which Quanto gives every column its own scale and shift."""
 
 
 class QuantoBackend(Backend):
-    """Affine 4- and 2-bit codes; symmetric 8-bit codes."""
+    """Affine codes of 4 or 2 bits, and symmetric codes of 8 bits."""
 
     bits_allowed = (8, 4, 2)
     package = "quanto"
@@ -31,7 +31,8 @@ class QuantoBackend(Backend):
         kind = qint4 if self.bits == 4 else qint2
         scale, shift = MaxOptimizer()(x, kind, AXIS)
         packed = quantize_weight(x, kind, AXIS, scale, shift, optimized=False)._data
-        return Encoded(packed.unpack(), scale.reshape(-1), -shift.reshape(-1))  # Quanto subtracts its shift
+        # The sign changes because Quanto subtracts its shift, and `Encoded` adds it.
+        return Encoded(packed.unpack(), scale.reshape(-1), -shift.reshape(-1))
 
     def pack(self, codes: Tensor) -> Tensor:
         return codes if self.bits == 8 else PackedTensor.pack(codes, self.bits)._data

@@ -39,7 +39,7 @@ def named_cache(name: str) -> dict[str, Any]:
     return {"bits": int(bits), "backend": backend}
 
 
-@dataclass(frozen=True, slots=True)  # without `__dict__`, which exporters would write to
+@dataclass(frozen=True, slots=True)  # The slots are there because exporters would write to a `__dict__`.
 class CacheSettings:
     """How the cached latents are stored.
 
@@ -74,12 +74,12 @@ class CacheSettings:
 
     @property
     def quantized(self) -> bool:
-        """Whether anything is stored in fewer bits than the model computes with."""
+        """Return whether anything is stored in fewer bits than the model computes with."""
         return self.bits != FULL_BITS or self.rope_bits != FULL_BITS
 
     @property
     def flush_tokens(self) -> int:
-        """Number of tokens that are quantized together, so that not every step has to quantize one."""
+        """Return the number of tokens that are quantized together, so that not every step has to quantize one."""
         return max(1, self.residual_length // 4)
 
     def to_dict(self) -> dict[str, Any]:

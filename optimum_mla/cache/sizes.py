@@ -1,4 +1,4 @@
-"""How large a latent cache will be, from shapes and settings alone."""
+"""Prediction of the bytes of a latent cache from the shapes of the layers and the settings."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from optimum_mla.cache.stored import SPARE_TOKENS, balanced_group
 from optimum_mla.geometry import MLAGeometry
 
 PARAMETER_BITS = 16
-"""Of a group's scale and shift."""
+"""Bits of a scale, and of a shift."""
 
 
 def predicted_bytes(
     geometry: MLAGeometry, settings: CacheSettings, tokens: int, itemsize: int, steps: int = 0
 ) -> float:
-    """Bytes of one converted layer's cache for one row.
+    """Return the bytes of one converted layer's cache for one row of the batch.
 
-    Steps may add room for up to `SPARE_TOKENS` further tokens (`spare_bytes`).
+    A real cache may be larger by up to `spare_bytes`, because it takes room ahead of the tokens that it is given one by
+    one.
 
     Args:
         geometry: Shape of the layer.
-        settings: How its tokens are stored.
-        tokens: In the cache.
+        settings: Settings of how its tokens are stored.
+        tokens: Number of tokens in the cache.
         itemsize: Bytes of a number in the model's dtype.
-        steps: How many of them came one by one, behind the prompt.
+        steps: Number of those tokens that came one by one after the prompt.
     """
     window = settings.window_tokens(tokens - steps, steps)
     first = geometry.kv_lora_rank or geometry.k_lora_rank
@@ -38,12 +39,17 @@ def predicted_bytes(
 
 
 def spare_bytes(geometry: MLAGeometry, itemsize: int) -> int:
-    """Bytes, for one row, by which one layer's cache may exceed what its tokens need: it grows ahead of them."""
+    """Return the bytes that one layer's cache may hold for tokens that are still to come, for one row of the batch.
+
+    Args:
+        geometry: Shape of the layer.
+        itemsize: Bytes of a number in the model's dtype.
+    """
     return SPARE_TOKENS * geometry.cache_numbers * itemsize
 
 
 def _vector_bits(width: int, bits: int, settings: CacheSettings, itemsize: int) -> float:
-    """Bits of one token's vector once it has left the window."""
+    """Return the bits of one token's vector after it has left the window of unquantized tokens."""
     if bits == FULL_BITS or not width:
         return 8 * itemsize * width
     backend = make_backend(settings.backend, bits)

@@ -1,4 +1,4 @@
-"""Cached vectors as they lie in memory: plain, or quantized."""
+"""Containers of cached vectors: plain ones in the model's dtype, and quantized ones."""
 
 from __future__ import annotations
 
@@ -13,34 +13,40 @@ from optimum_mla.cache.backends import Backend
 from optimum_mla.ops.blocks import Latents, ShiftedLatents
 
 SPARE_TOKENS = 16
-"""A tensor that tokens are appended to one by one gets room for so many more, not to be copied at every step."""
+"""Number of further tokens for which a buffer gets room when a single token is appended.
+
+With this room, decoding does not copy the buffer at every step.
+"""
 
 
 class Stored(ABC):
-    """Vectors of some tokens at rest. Operations return new objects that share no memory with dropped tokens."""
+    """Base class of the stored vectors of some consecutive tokens.
+
+    Every operation returns a new object. Its memory does not include that of tokens that the operation has dropped.
+    """
 
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """How many tokens."""
+        """Return the number of tokens."""
 
     @property
     @abstractmethod
     def batch(self) -> int:
-        """How many rows."""
+        """Return the number of rows in the batch."""
 
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that takes memory."""
+        """Return every tensor that the object holds."""
 
     @abstractmethod
     def joined(self, newer: Stored) -> Stored:
-        """With the tokens of `newer` behind its own."""
+        """Return an object with this object's tokens, followed by those of `newer`, which must be of the same kind."""
 
     @abstractmethod
     def cut(self, start: int, stop: int) -> Stored:
-        """The tokens from `start` to before `stop`."""
+        """Return a copy of the tokens from `start` to before `stop`."""
 
     @abstractmethod
     def rows(self, indices: Tensor) -> Stored:
@@ -48,15 +54,15 @@ class Stored(ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> Stored:
-        """On another device."""
+        """Return the same vectors on another device."""
 
 
 class DenseStored(Stored):
-    """Plain vectors.
+    """Vectors that are stored without quantization.
 
     Args:
-        buffer: [B, T or more, w].
-        tokens: How many of them count; None: all.
+        buffer: The vectors, [B, T or more, w].
+        tokens: T, the number of tokens at the start of the buffer that are in use; None takes all of them.
     """
 
     def __init__(self, buffer: Tensor, tokens: int | None = None) -> None:
@@ -65,7 +71,7 @@ class DenseStored(Stored):
 
     @property
     def vectors(self) -> Tensor:
-        """[B, T, w]."""
+        """Return the vectors of the tokens, [B, T, w], as a view of the buffer."""
         return self.buffer[:, : self._tokens]
 
     @property
@@ -85,10 +91,14 @@ class DenseStored(Stored):
         return DenseStored(torch.cat([self.vectors, further[:, : newer.tokens]], dim=1))
 
     def appended(self, *parts: Tensor) -> DenseStored:
-        """With new tokens, whose vectors [B, S, w] come in pieces to be put side by side.
+        """Return an object with this object's tokens, followed by new ones.
 
-        They are written into the spare room where there is some. `self` does not see them, but must not be appended to
-        again.
+        The new tokens are written into the spare room of the buffer if they fit. The returned object then reuses this
+        one's buffer; append only to the returned object.
+
+        Args:
+            *parts: Vectors of the new tokens, [B, S, width] each. They are put side by side along the last dimension,
+                where their widths add up to w.
         """
         count = parts[0].shape[1]
         total = self._tokens + count
@@ -114,18 +124,20 @@ class DenseStored(Stored):
         return DenseStored(self.buffer.to(device, non_blocking=True), self._tokens)
 
     def open(self) -> Latents:
-        """Ready to compute with."""
+        """Return the vectors in the form that attention computes with."""
         return Latents(self.vectors)
 
 
 class QuantizedStored(Stored):
-    """Vectors as codes and parameters of a `Backend`.
+    """Vectors that are stored as the codes and parameters of a `Backend`.
 
     Args:
-        stored: Packed codes [B, T, words], scales [B, T, G] and, for affine codes, shifts [B, T, G], of G groups.
-        backend: Who can unpack them.
-        width: w. group: Numbers in a group; the last one may hold some that do not count.
-        dtype: Of the vectors.
+        stored: Packed codes [B, T, words], scales [B, T, G] and, for affine codes, shifts [B, T, G], where G is the
+            number of groups.
+        backend: The backend that has packed the codes.
+        width: w, the number of entries of a vector.
+        group: Number of entries in a group. The last group of a vector may be padded.
+        dtype: The dtype of the vectors before quantization.
     """
 
     def __init__(self, stored: tuple[Tensor, ...], backend: Backend, width: int, group: int, dtype: torch.dtype):
@@ -134,12 +146,18 @@ class QuantizedStored(Stored):
     @classmethod
     @torch.no_grad()
     def quantize(cls, vectors: Tensor, backend: Backend, group_size: int) -> QuantizedStored:
-        """Quantize vectors [B, T, w]. Codes are constants: no gradient goes through them."""
+        """Return quantized vectors; no gradient flows back through them.
+
+        Args:
+            vectors: The vectors, [B, T, w].
+            backend: The backend that quantizes and packs.
+            group_size: Largest number of neighbouring entries that share a scale; see `balanced_group`.
+        """
         batch, tokens, width = vectors.shape
         group = balanced_group(width, group_size)
         groups = math.ceil(width / group)
         if padding := groups * group - width:
-            # The last number again: it leaves its group's range as it is.
+            # The padding repeats the last entry, so it does not change the range of its group.
             vectors = torch.cat([vectors, vectors[..., -1:].expand(-1, -1, padding)], dim=-1)
         columns = vectors.unflatten(-1, (groups, group)).permute(3, 2, 0, 1)  # [g, G, B, T]
         codes, *parameters = backend.encode(columns.flatten(1))
@@ -166,7 +184,7 @@ class QuantizedStored(Stored):
 
     @property
     def opened_width(self) -> int:
-        """Numbers of a vector as `open` gives it: the scaled codes of all groups, then their shifts."""
+        """Return the number of entries per vector that `open` writes: the scaled codes of all groups and the shifts."""
         groups = self.stored[1].shape[-1]
         return groups * (self.group + len(self.stored) - 2)
 
@@ -184,10 +202,10 @@ class QuantizedStored(Stored):
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def open(self, out: Tensor | None = None) -> Latents:
-        """Ready to compute with.
+        """Return the vectors in the form that attention computes with: scaled codes, to which the shifts are not added.
 
         Args:
-            out: Where to write, [B, T, `opened_width`]; None takes new memory.
+            out: The tensor to write into, [B, T, `opened_width`]; None takes new memory.
         """
         codes, scale, *shift = self.stored
         groups = scale.shape[-1]
@@ -202,6 +220,14 @@ class QuantizedStored(Stored):
 
 
 def balanced_group(width: int, group_size: int) -> int:
-    """Numbers per group so that as many groups as `group_size` asks for are of equal size, a multiple of 4."""
+    """Return the number of entries per group, so that all groups of a vector are of one size.
+
+    The number of groups is the smallest one with groups of at most `group_size` entries. Their size is rounded up to a
+    multiple of 4, so the last group may need padding.
+
+    Args:
+        width: Number of entries of a vector.
+        group_size: Largest number of entries per group.
+    """
     groups = math.ceil(width / group_size)
     return 4 * math.ceil(math.ceil(width / groups) / 4)
