@@ -1,4 +1,4 @@
-"""Where a model family keeps what conversion reads: projections, biases, norms, rotary embedding."""
+"""Descriptions of model families: the names of the projections, biases, norms and rotary embedding that we read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optimum_mla.geometry import MLAGeometry
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One model family, as data.
+    """The description of a model family.
 
     A bias field is True, False, or the name of the config field that says whether the projection has a bias.
 
@@ -52,32 +52,32 @@ class AttentionSpec:
 
     @property
     def mla_model_type(self) -> str:
-        """`model_type` of the converted family."""
+        """Return the `model_type` of the converted family."""
         return f"{self.model_type}_mla"
 
     def layer_path(self, layer: int) -> str:
-        """Dotted name of one decoder layer in the model."""
+        """Return the dotted name of a decoder layer in the model."""
         return f"{self.base}.{self.layers}.{layer}"
 
     def attention_path(self, layer: int) -> str:
-        """Dotted name of one layer's attention in the model."""
+        """Return the dotted name of a layer's attention in the model."""
         return f"{self.layer_path(layer)}.{self.attention}"
 
     @property
     def rotary_path(self) -> str:
-        """Dotted name of the rotary embedding in the model."""
+        """Return the dotted name of the rotary embedding in the model."""
         return f"{self.base}.{self.rotary}"
 
     def part(self, owner: nn.Module, name: str, layer: int) -> Any:
         """Return a module or a parameter that this spec names.
 
         Args:
-            owner: What it is looked up in: the model, or a decoder layer.
-            name: Its dotted name there.
-            layer: The decoder layer that it belongs to, for the message.
+            owner: The module in which it is looked up, such as the model or a decoder layer.
+            name: Its dotted name in that module.
+            layer: Index of the decoder layer to which it belongs, for the message.
 
         Raises:
-            UnsupportedModelError: There is none of that name.
+            UnsupportedModelError: Nothing has that name.
         """
         found: Any = owner
         try:
@@ -91,7 +91,11 @@ class AttentionSpec:
         return found
 
     def features(self, config: Any) -> dict[str, bool]:
-        """The fields of `MLAGeometry` that this family's config does not spell out: biases and norms."""
+        """Return the fields of `MLAGeometry` about biases and norms, which not every family's config has.
+
+        Args:
+            config: The config of a model, or of a layer, of this family.
+        """
 
         def has(field: bool | str) -> bool:
             return bool(getattr(config, field, False)) if isinstance(field, str) else field
@@ -104,12 +108,12 @@ class AttentionSpec:
         }
 
     def geometry(self, layer_config: Any) -> MLAGeometry:
-        """Shape of one layer, of a source model's config or of a converted one's."""
+        """Return the shape of one layer, given its config in a source model or in a converted one."""
         return MLAGeometry.from_config(layer_config, **self.features(layer_config))
 
 
 def sliding_window(config: Any, layer: int) -> int | None:
-    """Window in tokens of one layer, or None for full attention."""
+    """Return the length of a layer's sliding window in tokens, or None for full attention."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and layer_types[layer] != "sliding_attention":
         return None
@@ -117,16 +121,17 @@ def sliding_window(config: Any, layer: int) -> int | None:
 
 
 class SourceAttention:
-    """The weights of one source attention in float64, split by heads.
+    """The weights of a source model's attention in float64, split by heads.
 
-    Cast at each reading and not kept: float64 copies of a whole model would not fit.
+    H is the number of query heads, G the number of key and value heads, D the head dim and d the hidden size. Weights
+    are cast each time that they are read, because float64 copies of a whole model would take too much memory.
 
     Args:
-        spec: The family.
+        spec: The description of the family.
         module: The attention module of the source model.
-        geometry: Its shape.
-        attention_scaling: Factor that the rotary embedding multiplies onto cos and sin (YaRN), 1.0 without.
-        input_gain: [d], gain of the norm before the attention.
+        geometry: The shape of the layer.
+        attention_scaling: The factor by which the rotary embedding multiplies cos and sin, as with YaRN; otherwise 1.0.
+        input_gain: The gain of the norm before the attention, [d].
     """
 
     def __init__(
@@ -156,53 +161,63 @@ class SourceAttention:
 
     @property
     def query(self) -> Tensor:
-        """W_Q, [H, D, d]."""
+        """Return the query weight W_Q, [H, D, d]."""
         return self._heads(self.spec.query)
 
     @property
     def key(self) -> Tensor:
-        """W_K, [G, D, d]."""
+        """Return the key weight W_K, [G, D, d]."""
         return self._heads(self.spec.key)
 
     @property
     def gained_key(self) -> Tensor:
-        """W_K, [G, D, d], times the key norm's gain: with a norm, a key is this times its state, over a factor."""
+        """Return the key weight W_K times the gain of the key norm, [G, D, d].
+
+        With a key norm, a key is this weight times the state, divided by the root mean square of the unnormed key.
+        """
         return self.key * self.norm_gain(self.spec.key_norm)[:, None]
 
     @property
     def gained_key_bias(self) -> Tensor:
-        """[G, D], likewise."""
+        """Return the key bias times the gain of the key norm, [G, D]."""
         return self.key_bias * self.norm_gain(self.spec.key_norm)
 
     @property
     def value(self) -> Tensor:
-        """W_V, [G, D, d]."""
+        """Return the value weight W_V, [G, D, d]."""
         return self._heads(self.spec.value)
 
     @property
     def query_bias(self) -> Tensor:
-        """[H, D], zero without a bias."""
+        """Return the query bias, [H, D], which is zero if the projection has none."""
         return self._bias(self.spec.query)
 
     @property
     def key_bias(self) -> Tensor:
-        """[G, D], zero without a bias."""
+        """Return the key bias, [G, D], which is zero if the projection has none."""
         return self._bias(self.spec.key)
 
     @property
     def value_bias(self) -> Tensor:
-        """[G, D], zero without a bias."""
+        """Return the value bias, [G, D], which is zero if the projection has none."""
         return self._bias(self.spec.value)
 
     def norm_gain(self, name: str | None) -> Tensor:
-        """Gain [D] of the query or key norm."""
+        """Return the gain of a norm on query or key heads, [D].
+
+        Args:
+            name: The name of the norm in the attention module; None gives ones.
+        """
         if name is None:
             device = self._linear(self.spec.query).weight.device
             return torch.ones(self.geometry.head_dim, dtype=torch.float64, device=device)
         return self.module.get_submodule(name).weight.detach().double()  # type: ignore[union-attr, operator]
 
     def output(self) -> dict[str, Tensor]:
-        """The output projection, as it stands in the checkpoint: `o_proj.weight` and, if any, `o_proj.bias`."""
+        """Return the parameters of the output projection as `o_proj.weight` and, if it has one, `o_proj.bias`.
+
+        They keep the dtype of the model.
+        """
         return {f"o_proj.{name}": value.detach() for name, value in self._linear(self.spec.output).named_parameters()}
 
 
@@ -216,7 +231,7 @@ def source_attention(spec: AttentionSpec, model: nn.Module, config: Any, layer: 
         layer: The layer's index.
 
     Raises:
-        UnsupportedModelError: A projection is no plain linear layer, or the spec names what the model does not have.
+        UnsupportedModelError: A projection is not an `nn.Linear`, or the spec names a module that the model lacks.
     """
     module = spec.part(model, spec.attention_path(layer), layer)
     for name in (spec.query, spec.key, spec.value, spec.output):

@@ -1,4 +1,4 @@
-"""From converted layers to a model: its config, and the model object around the untouched rest of the weights."""
+"""Assembly of a converted model from its converted attention layers and the other weights of the source model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from optimum_mla.models.registry import Family, is_converted
 from optimum_mla.nn import LatentAttention
 
 NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")
-"""Keys of a source config that the converted one sets for itself."""
+"""Keys of a source config that the converted config does not take over."""
 
 
 def converted_config(
     family: Family, source: PreTrainedConfig, plans: dict[int, MLAGeometry], method: str
 ) -> PreTrainedConfig:
-    """The config of a model after `plans` are carried out; layers converted before keep their fields.
+    """Return the config of a model whose layers are converted as planned.
 
-    The fields of the commonest layer become the config's own, what differs goes into `per_layer_config`.
+    The shape that most converted layers have goes into the config's own fields, and what differs from it goes into
+    `per_layer_config`. Layers that were converted earlier keep their fields.
+
+    Args:
+        family: The model's family.
+        source: The config before the conversion.
+        plans: The new shapes, by the index of the layer.
+        method: Name of the method, which is recorded for each of these layers.
     """
     layers: list[dict[str, Any]] = []
     for index, layer_config in enumerate(source.per_layer_config):
@@ -66,7 +73,16 @@ def load_attention(
     model: nn.Module,
     geometry: MLAGeometry,
 ) -> LatentAttention:
-    """One layer's attention module with its weights, for a model whose rotary embedding it shares."""
+    """Return the latent attention of one layer with its weights.
+
+    Args:
+        family: The model's family.
+        config: The model's config.
+        layer: Index of the layer.
+        tensors: The parameters and buffers of the attention by their names.
+        model: The model whose rotary embedding the attention shares.
+        geometry: Shape of the layer.
+    """
     rotary = model.get_submodule(family.spec.rotary_path)
     with torch.device("meta"):
         attention = build_attention(family.spec, config, layer, rotary, geometry)
@@ -77,15 +93,16 @@ def load_attention(
 def assemble_model(
     model: PreTrainedModel, family: Family, config: PreTrainedConfig, attentions: dict[int, LatentAttention]
 ) -> PreTrainedModel:
-    """Turn `model` into the converted model, in place: the same object, with the family's MLA class.
+    """Turn `model` into the converted model in place, and return it.
 
-    The converted model is built on the meta device and takes over the source's parameters as they are, so nothing but
-    the converted layers' attention takes new memory.
+    The object stays the same, and its class becomes the family's MLA class. The converted model is built on the meta
+    device and takes over the parameters of the source model, so only the new attentions take further memory.
 
     Args:
-        model: A source model, or one converted in other layers.
-        config: From `converted_config`.
-        attentions: By layer, its new attention.
+        model: A source model, or a model of which other layers are converted.
+        family: The model's family.
+        config: The config that `converted_config` returned.
+        attentions: The new attention modules, by the index of the layer.
     """
     with torch.device("meta"):
         converted = family.model(config)
@@ -101,19 +118,20 @@ def assemble_model(
     converted.load_state_dict(state, assign=True)
     for name, parameter in converted.named_parameters():
         parameter.requires_grad_(name in trained)
-    # The rotary embedding may hold more than buffers: one that follows the length remembers the longest pass.
+    # The module itself is kept, because a rotary embedding that depends on the length also remembers the longest pass.
     rotary = model.get_submodule(family.spec.rotary_path)
     setattr(converted.get_submodule(family.spec.base), family.spec.rotary, rotary)
     for module in converted.modules():
         if isinstance(module, LatentAttention):
             object.__setattr__(module, "rotary", rotary)
-    # Other buffers that are not saved come from the source too.
+    # Other buffers that checkpoints do not hold are taken from the source model as well.
     buffers = dict(model.named_buffers())
     for name, buffer in converted.named_buffers():
         if buffer.is_meta:
             owner, _, attribute = name.rpartition(".")
             setattr(converted.get_submodule(owner), attribute, buffers[name])
-    config.tie_word_embeddings = is_tied(model)  # a checkpoint may hold a head of its own whatever its config says
+    # Whether the head is tied is read from the weights, because a checkpoint may hold a head that its config denies.
+    config.tie_word_embeddings = is_tied(model)
     if config.tie_word_embeddings:
         converted.tie_weights()
     converted.train(model.training)

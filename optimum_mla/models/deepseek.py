@@ -1,15 +1,18 @@
-"""A converted model as a plain `deepseek_v3` one, which Transformers loads without this package.
+"""Export of a converted model as a `deepseek_v3` model, which Transformers loads without this package.
 
-DeepSeek's attention differs from `DecoupledLatentAttention` in four ways, each of which is undone exactly:
+DeepSeek's attention differs from `DecoupledLatentAttention` in four ways. The export compensates each of them:
 
-- *It always norms the latent.* One more channel, with zero weights and the constant bias M, makes the norm's
-  denominator a constant: sqrt((M² + ‖c‖²)/(r + 1)). The latent is scaled by a power of two so that ‖c‖ can nowhere
-  exceed M/2¹⁰, whatever the tokens (the attention's input is RMS-normed, so ‖c‖ is bounded by the weights); the
-  relative error is then at most 2⁻²¹. The channel also carries the biases of the up-projections, for which DeepSeek
-  has no place.
-- *Its logits are divided by sqrt(n + R)*, the source's by sqrt(D): the query weights take the difference.
-- *Its rotary frequencies are a formula.* The `longrope` type multiplies each by a factor, so it can hold any.
-- *Its queries have a bias only on the way into a query latent.* Query biases go through one of full rank.
+- *DeepSeek always norms the latent c.* The export adds one channel to the latent, with zero weights and the constant
+  bias M. The denominator of the norm is then sqrt((M² + ‖c‖²)/(r + 1)), which is almost constant: the latent is scaled
+  by a power of two, so that ‖c‖ is at most M/2¹⁰ for any tokens, and the relative error is at most 2⁻²¹. Such a bound
+  exists because the input of the attention is RMS-normed, so the weights limit ‖c‖. The channel also carries the
+  biases of the up-projections, which DeepSeek does not have.
+- *DeepSeek divides logits by sqrt(n + R)*, and the source model divides them by sqrt(D). The query weights are scaled
+  by the ratio.
+- *DeepSeek computes the rotary frequencies from a formula.* The `longrope` type multiplies each frequency by a factor
+  of its own, so it can express any frequencies.
+- *DeepSeek has a query bias only in the down-projection of a query latent.* Query biases are exported through a query
+  latent of full rank.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 
 CONSTANT = 2.0**14
-"""M: exact in every dtype."""
+"""The constant M, which every dtype represents exactly."""
 LARGEST_LATENT = 2.0**4
-"""Bound of ‖c‖ after scaling: M/2¹⁰."""
+"""The upper bound of ‖c‖ after scaling, which is M/2¹⁰."""
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 UNUSED: dict[str, Any] = {
     "num_mtp_layers": 0,
@@ -45,7 +48,7 @@ UNUSED: dict[str, Any] = {
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
 }
-"""Fields of layers that there are none of."""
+"""Values for the fields of `DeepseekV3Config` about mixture-of-experts layers, which the export never has."""
 CARRIED = (
     "vocab_size",
     "hidden_size",
@@ -63,23 +66,29 @@ CARRIED = (
     "tie_word_embeddings",
     "attention_dropout",
 )
-"""Fields that mean the same in both configs."""
+"""Fields that have the same meaning in the source config and in `DeepseekV3Config`."""
 
 
 def refuse(reason: str, remedy: str) -> UnsupportedModelError:
-    """The error for a model that has no `deepseek_v3` form."""
+    """Return the error for a model that `deepseek_v3` cannot express.
+
+    Args:
+        reason: The reason, as a clause without a period.
+        remedy: A sentence that says what to do.
+    """
     return UnsupportedModelError(f"export: {reason}. {remedy}")
 
 
 def check_exportable(config: Any, pad: bool = False) -> None:
-    """Refuse what `deepseek_v3` cannot express, by the config alone.
+    """Check by its config alone whether `deepseek_v3` can express a model.
 
     Args:
-        config: Of a converted model.
-        pad: Layers may be padded to the largest rank.
+        config: The config of a converted model.
+        pad: Whether layers may be padded to the largest rank.
 
     Raises:
-        UnsupportedModelError: With the option that would make the model exportable.
+        UnsupportedModelError: The model cannot be exported. The message names the options of a conversion that can be
+            exported, if there are any.
     """
     if not is_converted(config):
         raise refuse("the model is not converted", "Run optimum-cli mla-convert on it first.")
@@ -124,14 +133,16 @@ def check_exportable(config: Any, pad: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """What all layers of the export share.
+    """The shape that all layers of the export share.
 
     Attributes:
-        rank: r, the constant channel included. query_rank: r_q likewise, or None.
-        normed: The model norms its latents itself: there is no constant channel.
-        biased: Down-projections have biases.
-        interleaved: Rotary dims lie in pairs side by side, as engines expect them; else half-split.
-        pairs: [R/2], source pair of each rotary pair.
+        rank: Rank of the latent, including the constant channel.
+        query_rank: Rank of the query latent, including the constant channel, or None without a query latent.
+        normed: Whether the model norms its latents itself, so that there is no constant channel.
+        biased: Whether the down-projections have biases.
+        interleaved: Whether the two dims of a rotary pair are neighbours, as inference engines expect them. Otherwise
+            they are R/2 dims apart.
+        pairs: The source's rotary pair from which each rotary pair comes, [R/2].
     """
 
     rank: int
@@ -143,10 +154,10 @@ class Shape:
 
 
 def export_shape(model: PreTrainedModel) -> Shape:
-    """The shape of a model that `check_exportable` has let through.
+    """Return the shape of the export of a model that has passed `check_exportable`.
 
     Raises:
-        UnsupportedModelError: The layers rotate different pairs.
+        UnsupportedModelError: The layers rotate at different frequencies.
     """
     attentions = latent_attentions(model)
     layers = [attention.geometry for attention in attentions]
@@ -171,20 +182,28 @@ def export_shape(model: PreTrainedModel) -> Shape:
 
 
 def latent_attentions(model: PreTrainedModel) -> list[Any]:
-    """The attention module of every layer."""
+    """Return the attention modules of all layers in order."""
     spec: AttentionSpec = family_of(model.config).spec
     return [model.get_submodule(spec.attention_path(layer)) for layer in range(model.config.num_hidden_layers)]
 
 
 def rope_parameters(model: PreTrainedModel, pairs: Tensor) -> dict[str, Any]:
-    """`longrope` factors that turn theta^(-2i/R) into the source's frequencies of `pairs`."""
+    """Return the config's `rope_parameters`, which give the frequencies of some of the source's rotary pairs.
+
+    They are of type `default` where the formula theta^(-2i/R) gives these frequencies, and of type `longrope` with a
+    factor for each frequency otherwise.
+
+    Args:
+        model: A converted model.
+        pairs: Indices of the source's rotary pairs, [R/2].
+    """
     config: Any = model.config
     rotary = model.get_submodule(family_of(config).spec.rotary_path)
     frequencies = rotary.inv_freq.detach().double().cpu()[pairs.cpu()]  # type: ignore[operator, union-attr]
     theta = float(config.rope_parameters["rope_theta"])
     plain = theta ** -(torch.arange(len(pairs), dtype=torch.float64) / len(pairs))
     factors = plain / frequencies
-    if (factors - 1).abs().max() < 1e-6:  # below the precision of the source's table
+    if (factors - 1).abs().max() < 1e-6:  # The source's float32 frequencies are not more precise than this.
         return {"rope_type": "default", "rope_theta": theta}
     return {
         "rope_type": "longrope",
@@ -198,7 +217,7 @@ def rope_parameters(model: PreTrainedModel, pairs: Tensor) -> dict[str, Any]:
 
 
 def deepseek_config(model: PreTrainedModel, shape: Shape) -> DeepseekV3Config:
-    """The config of the export."""
+    """Return the config of the export, given the converted model and the shape of the export."""
     config, g = model.config, latent_attentions(model)[0].geometry
     return DeepseekV3Config(
         **{name: getattr(config, name) for name in CARRIED if hasattr(config, name)},
@@ -219,14 +238,16 @@ def deepseek_config(model: PreTrainedModel, shape: Shape) -> DeepseekV3Config:
 
 @torch.no_grad()
 def export_deepseek(model: PreTrainedModel, pad: bool = False) -> DeepseekV3ForCausalLM:
-    """The same model as `DeepseekV3ForCausalLM`; its weights other than the attention's are shared, not copied.
+    """Return a model as a `DeepseekV3ForCausalLM` that computes the same.
+
+    The two models share all weights other than those of the attention.
 
     Args:
         model: A converted model.
-        pad: Pad layers of lower rank with zeros.
+        pad: Whether to pad layers of lower rank with zeros to the largest rank.
 
     Raises:
-        UnsupportedModelError: `deepseek_v3` cannot express it.
+        UnsupportedModelError: `deepseek_v3` cannot express the model.
     """
     check_exportable(model.config, pad)
     shape = export_shape(model)
@@ -251,20 +272,20 @@ def export_deepseek(model: PreTrainedModel, pad: bool = False) -> DeepseekV3ForC
     exported.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
     if config.tie_word_embeddings:
         exported.tie_weights()
-    # Buffers are not in the checkpoint.
+    # The frequencies are computed again, because the state dict does not hold them and the model is on the meta device.
     exported.model.rotary_emb = type(exported.model.rotary_emb)(exported.config)
     exported.generation_config = model.generation_config
     return exported.to(model.device).eval()
 
 
 def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scaling: float) -> dict[str, Tensor]:
-    """One layer's weights by DeepSeek's names, in float64.
+    """Return the weights of one attention layer by DeepSeek's names, in float64 on the CPU.
 
     Args:
         attention: A `DecoupledLatentAttention`.
-        shape: Of the export.
-        input_gain: Largest gain of the norm before it.
-        rope_scaling: What the source's table multiplies onto cos and sin (YaRN).
+        shape: The shape of the export.
+        input_gain: The largest absolute gain of the norm before the attention.
+        rope_scaling: The factor by which the source's rotary embedding multiplies cos and sin, as with YaRN.
     """
     g: MLAGeometry = attention.geometry
     dtype = attention.o_proj.weight.dtype
@@ -273,9 +294,10 @@ def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scal
     rope_order = torch.cat([order, order + half])
     if shape.interleaved:
         rope_order = rope_order.view(2, half).T.flatten()
-    longest = input_gain * math.sqrt(g.hidden_size)  # of an RMS-normed state, after its gain
+    longest = input_gain * math.sqrt(g.hidden_size)  # An RMS-normed state is not longer than this after its gain.
 
-    # Queries: DeepSeek's order of rotary pairs, the difference in scale, and the table's factor for both sides.
+    # The query weights get DeepSeek's order of rotary pairs and the ratio of the two logit scales. They also get the
+    # factor of the source's rotary embedding twice, because the exported one multiplies neither queries nor keys by it.
     scale = torch.full((g.qk_head_dim,), math.sqrt(g.qk_head_dim / g.head_dim), dtype=torch.float64)
     scale[n:] *= rope_scaling**2
     rows = torch.cat([torch.arange(n), n + rope_order.cpu()])
@@ -301,7 +323,7 @@ def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scal
             made = constant_norm("q_a", "q_b_proj", down, None, weight, bias, longest, len(down), dtype)
         tensors |= made
 
-    # Keys and values.
+    # The down-projection and the up-projection of keys and values follow, and then the rotary key.
     compressed = attention.kv_a_proj_with_mqa
     weight = double(compressed.weight)
     bias = torch.zeros(len(weight), dtype=torch.float64) if compressed.bias is None else double(compressed.bias)
@@ -347,22 +369,33 @@ def constant_norm(
     rank: int,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """A low-rank map up·(down·x + down_bias) + up_bias with an RMSNorm in its middle that changes nothing.
+    """Return weights that compute up·(down·x + down_bias) + up_bias although an RMSNorm follows the down-projection.
+
+    The norm is neutralized by a constant channel, as the docstring of this module explains. Where `dtype` rounds the
+    gain of the norm, the up-projection compensates it.
 
     Args:
-        down_name, up_name: DeepSeek's names: `kv_a` and `kv_b_proj`, or `q_a` and `q_b_proj`.
-        down, down_bias: [r, d] and [r]. up, up_bias: [·, r] and [·].
-        longest_input: ‖x‖ at most.
-        rank: Channels before the constant one; r or more, the rest zero.
-        dtype: That the weights will be saved in: what it rounds is made up for.
+        down_name: DeepSeek's name of the down-projection without `_proj`, `kv_a` or `q_a`.
+        up_name: DeepSeek's name of the up-projection, `kv_b_proj` or `q_b_proj`.
+        down: The weight of the down-projection, [r, d].
+        down_bias: The bias of the down-projection, [r], or None.
+        up: The weight of the up-projection, [m, r].
+        up_bias: The bias of the up-projection, [m], or None.
+        longest_input: An upper bound of ‖x‖.
+        rank: Number of channels before the constant one. It is at least r, and channels beyond r are zero.
+        dtype: The dtype in which the weights will be saved.
+
+    Returns:
+        The parameters of both projections and of the norm by DeepSeek's names, in float64.
     """
     if down_bias is None:
         down_bias = torch.zeros(len(down), dtype=torch.float64)
     bound = torch.linalg.matrix_norm(down, 2).item() * longest_input + down_bias.norm().item()
     factor = 2.0 ** math.floor(math.log2(LARGEST_LATENT / bound)) if bound > 0 else 1.0
     width = rank + 1
-    # What the norm makes of the channels, with the roundings of the dtype. The constant one leaves it as about 1, if it
-    # is needed at all, so that it spoils no neighbour where a cache is quantized.
+    # The gain of the norm multiplies the channels by the norm's denominator again, up to the rounding of the dtype. The
+    # constant channel leaves the norm as about 1, or as 0 if there is no bias to carry, because a large number would
+    # make its neighbours imprecise where a cache is quantized.
     root = torch.tensor(CONSTANT / math.sqrt(width), dtype=torch.float64)
     gain = root.to(dtype).double()
     small = torch.tensor(0.0 if up_bias is None else 1 / math.sqrt(width), dtype=torch.float64).to(dtype)
@@ -383,5 +416,5 @@ def constant_norm(
 
 
 def double(tensor: Tensor) -> Tensor:
-    """In float64 on the CPU."""
+    """Return a tensor in float64 on the CPU, detached from its graph."""
     return tensor.detach().to("cpu", torch.float64)
