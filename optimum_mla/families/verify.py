@@ -120,7 +120,8 @@ def _layer_probe(
 ) -> LayerProbe:
     """Run one layer again, in float32, and note what its parts were given and gave."""
     module = model.get_submodule(spec.layer_path(layer))
-    clone = copy.deepcopy(module).float()
+    config = getattr(spec.part(module, spec.attention, layer), "config", None)
+    clone = copy.deepcopy(module, {id(config): config}).float()  # the weights alone
     wide = {name: _to_float32(value) for name, value in keywords.items()}
     noted: dict[str, Any] = {}
 

@@ -56,7 +56,8 @@ def probe_errors(
 
 def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Return an attention's output in float64, computed in float32 without dropout and without a window."""
-    clone: Any = copy.deepcopy(module).float().eval()
+    shared = [getattr(module, name) for name in ("config", "rotary") if hasattr(module, name)]
+    clone: Any = copy.deepcopy(module, {id(part): part for part in shared}).float().eval()
     clone.config = copy.copy(clone.config)
     clone.config._attn_implementation = "sdpa"  # causal by itself where it gets no mask
     clone.sliding_window = None
