@@ -1,4 +1,4 @@
-"""One run of `mla-benchmark`: every measurement in a process of its own, one after the other."""
+"""A run of `mla-benchmark`, which makes every measurement in a process of its own, one after the other."""
 
 from __future__ import annotations
 
@@ -42,20 +42,27 @@ LONGEST_WINDOW = 512
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What to measure.
+    """Options that say what a benchmark measures.
 
     Attributes:
-        context_lengths: Prompt tokens. batch_sizes: Rows.
+        context_lengths: Numbers of prompt tokens per row.
+        batch_sizes: Numbers of rows.
         caches: Names of caches; see `optimum_mla.cache.settings.named_cache`.
-        new_tokens: Decoding steps after each timed prefill.
-        repeats: Timed prefills.
-        eval_data: Text for the quality, or None.
-        eval_samples: At most so many windows of it.
-        eval_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
-        stride: Tokens at the end of each window that are scored; None takes half of the window.
-        tasks: `lm_eval` tasks. tasks_path: A folder with further ones. tasks_limit: Documents of each, at most.
-        memory_budget: Bytes to fit things into; None takes this machine's memory.
-        parts: Which of `memory`, `speed`, `quality` to measure.
+        new_tokens: Number of decoding steps after each timed prefill.
+        repeats: Number of timed prefills.
+        eval_data: The text on which the quality is measured, or None to leave the quality out.
+        eval_samples: Largest number of windows that are taken from the text.
+        eval_length: Number of tokens per window; None takes 512, or the model's longest context if that is shorter.
+        stride: Number of tokens at the end of each window that are scored; None takes half of the window.
+        tasks: Names of `lm_eval` tasks.
+        tasks_path: A folder with further tasks, or None.
+        tasks_limit: Largest number of documents of each task; None takes all.
+        memory_budget: Bytes of memory for which the report computes the largest contexts and batches; None takes the
+            memory of this machine.
+        parts: The parts to measure: `memory`, `speed` and `quality`.
+
+    Raises:
+        InvalidValueError: An option is out of range.
     """
 
     context_lengths: tuple[int, ...] = CONTEXTS
@@ -93,15 +100,18 @@ class BenchmarkOptions:
 
 
 class Benchmark:
-    """One run: its cells, one after the other, and what they found so far.
+    """A run of measurements, which collects the rows of its report.
 
     Args:
-        model: A hub id or a folder.
+        model: The model to measure, as a hub id or a folder.
         baseline: The model to compare with, or None.
         options: What to measure.
-        dtype: `auto` (each checkpoint's own), `float32`, `bfloat16` or `float16`.
+        dtype: `auto` for the dtype of each checkpoint, or `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        hub: Keyword arguments for loading: `revision`, `cache_dir`, `token` and `trust_remote_code`.
+
+    Raises:
+        MLAError: A model, a tokenizer, a text or a task cannot be used.
     """
 
     def __init__(
@@ -131,7 +141,7 @@ class Benchmark:
         self.tasks: list[TaskRow] = []
 
     def _check_caches(self) -> None:
-        """Refuse what the model cannot cache, before any work."""
+        """Refuse caches that need a converted model if the model is not converted."""
         if is_converted(self.config):
             return
         for name in self.options.caches:
@@ -140,7 +150,12 @@ class Benchmark:
                 raise InvalidValueError("cache", name, "default, as the model is not converted", remedy)
 
     def _texts(self, hub: dict[str, Any]) -> tuple[Tensor | None, dict[str, dict[str, Any]], str | None]:
-        """Windows to score, where they came from, and why the baseline takes no part in that, or None."""
+        """Return the windows to score, their origin, and why the baseline cannot be scored on them.
+
+        Returns:
+            The token ids of the windows [N, L], or None without them; the report's entry about the data; and the reason
+            for which the baseline cannot be scored, or None.
+        """
         options = self.options
         if options.eval_data is None or "quality" not in options.parts:
             return None, {}, None
@@ -177,7 +192,7 @@ class Benchmark:
         return None
 
     def run(self) -> None:
-        """Measure everything; whatever stops it leaves what was found so far."""
+        """Make all measurements. If an exception ends the run, `report` still gives the rows up to then."""
         steps = [*self._memory_steps(), *self._speed_steps(), *self._quality_steps()]
         steps += [(self._tasks_step, (role,)) for role in self._roles() if self.options.tasks]
         for step, arguments in progress(steps, "benchmark"):
@@ -314,7 +329,11 @@ class Benchmark:
         self.tasks += [TaskRow(role, *row) for row in rows]
 
     def report(self, interrupted: bool) -> BenchmarkReport:
-        """What was found so far."""
+        """Return the report with the rows that were measured.
+
+        Args:
+            interrupted: Whether the run ended before all measurements were made.
+        """
         options, budget = self.options, self.options.memory_budget
         budget = machine_memory(self.common["device"]) if budget is None else budget
         source = None
@@ -348,12 +367,16 @@ class Benchmark:
 
 
 def context_limit(config: PreTrainedConfig | None) -> int | None:
-    """Tokens that a model's config allows, or None where it says nothing."""
+    """Return the largest number of tokens that a model's config allows, or None if it gives none."""
     return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def machine_memory(device: str | None) -> int:
-    """Bytes of memory of the device."""
+    """Return the bytes of memory of a CUDA device or, for the CPU, of the machine.
+
+    Args:
+        device: Torch device; None takes CUDA where it is available.
+    """
     if torch.cuda.is_available() and not str(device or "cuda").startswith("cpu"):
         return torch.cuda.get_device_properties(torch.device(device or "cuda")).total_memory
     import psutil

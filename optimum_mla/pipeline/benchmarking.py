@@ -1,4 +1,4 @@
-"""`mla-benchmark`: measure, or merge what was measured, and write the pages."""
+"""The work of `mla-benchmark`: measuring models, merging reports, and writing the pages of reports."""
 
 from __future__ import annotations
 
@@ -31,24 +31,28 @@ def benchmark(
 ) -> BenchmarkReport:
     """Measure a model's cache, speed and quality beside a baseline, and write `report.json` and its pages.
 
-    Every measurement runs in a process of its own. One that fails says so in its row, and the run goes on. If it is
-    interrupted, what was measured by then is written before `KeyboardInterrupt` goes on.
+    Every measurement runs in a process of its own. If a measurement fails, its row says so and the run continues. If
+    the run is interrupted, the rows that were measured are written before `KeyboardInterrupt` is raised again.
 
     Args:
-        model: A hub id or a folder; converted or not.
-        output: Folder to write.
-        baseline: What to compare with; None takes the model that the conversion started from, if its folder is still
-            there, and `none` nothing.
-        options: What to measure.
-        formats: Which pages to write: `json` (always written), `md`, `html`.
-        dtype: `auto` (each checkpoint's own), `float32`, `bfloat16` or `float16`.
+        model: The model to measure, converted or not, as a hub id or a folder.
+        output: The folder to write.
+        baseline: The model to compare with, as a hub id or a folder. None takes the model that was converted, if its
+            folder still exists, and `none` measures without a baseline.
+        options: What to measure; None takes the default options.
+        formats: Names of the pages to write: `json` (which is always written), `md` and `html`.
+        dtype: `auto` for the dtype of each checkpoint, or `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
-        overwrite: Replace `output` if it holds a report.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading. The revision is that of `model` alone.
+        overwrite: Whether `output` may be replaced if it holds a report.
+        hub: Keyword arguments for loading: `revision`, `cache_dir`, `token` and `trust_remote_code`. The revision
+            applies to `model` only.
         baseline_revision: Branch, tag or commit of the baseline on the hub; None takes the main branch.
 
+    Returns:
+        The report that was written.
+
     Raises:
-        MLAError: Bad input of any kind; `output` is as it was.
+        MLAError: An argument or an input file is invalid. `output` is then unchanged.
     """
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     check_dtype(dtype)
@@ -77,13 +81,13 @@ def find_baseline(model: str, baseline: str | None, revision: str | None) -> Nam
 
     Args:
         model: The model to measure.
-        baseline: What the user named, `none` for no baseline, or None for the folder that the model was converted
-            from, if there still is one.
-        revision: The revision that the user gave for it, or None.
+        baseline: The baseline that the user named, `none` for no baseline, or None for the folder from which the model
+            was converted, if it still exists.
+        revision: The revision of the baseline that the user gave, or None.
 
     Raises:
-        InvalidValueError: The folder that the model was converted from holds another model by now, or a revision is
-            given and there is nothing to apply it to.
+        InvalidValueError: The folder from which the model was converted now holds another model, or a revision is given
+            without a baseline.
         ReportError: The report of the conversion cannot be read.
     """
     if baseline not in (None, NO_BASELINE):
@@ -102,13 +106,13 @@ def compare(
     """Merge several reports into one page.
 
     Args:
-        folders: What `benchmark` wrote.
-        output: Folder to write.
-        formats: As for `benchmark`; there is no merged JSON.
-        overwrite: Replace `output` if it holds a comparison.
+        folders: The folders that `benchmark` wrote.
+        output: The folder to write.
+        formats: Names of the pages to write, `md` and `html`. There is no merged JSON, so `json` writes nothing.
+        overwrite: Whether `output` may be replaced if it holds a comparison.
 
     Raises:
-        MLAError: A folder without a report, fewer than two, or an output that exists.
+        MLAError: A folder holds no report, fewer than two different folders are given, or `output` exists.
     """
     places = [Path(folder) for folder in folders]
     formats = check_formats(formats)
@@ -126,7 +130,12 @@ def compare(
 
 
 def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
-    """Refuse a format that is not known, or that needs a package which is not installed."""
+    """Return the formats as a tuple after checking them.
+
+    Raises:
+        InvalidValueError: A format is unknown.
+        MissingDependencyError: The package that a format needs is not installed.
+    """
     chosen = tuple(formats)
     for name in chosen:
         if name not in FORMATS:
@@ -140,6 +149,12 @@ def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_report_folder(output: str | Path, inputs: Mapping[str, object], overwrite: bool) -> Path:
-    """Do what `check_output` does, for a folder of reports."""
+    """Return the output folder after checking with `check_output` that a report may be written there.
+
+    Args:
+        output: The folder to write.
+        inputs: The inputs that the output must not overwrite, by their names in messages.
+        overwrite: Whether the folder may be replaced if it holds a report.
+    """
     files = ("report.json", "report.html", "report.md")
     return check_output(output, inputs, overwrite, files, "report")

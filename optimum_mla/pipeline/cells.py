@@ -1,8 +1,8 @@
-"""Measurements in processes of their own, so that memory is their own and a failure is only theirs.
+"""Measurements that each run in a process of their own, so that they share no memory and fail alone.
 
     python -m optimum_mla.pipeline.cells RESULT < REQUEST
 
-The request and the result are JSON.
+The process reads the request from standard input and writes the result to the file RESULT. Both are JSON.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from optimum_mla.report.speed import Contender, spread, time_in_turn
 from optimum_mla.stack import cache_argument
 
 LARGEST_DIFFERENCE = 0.02
-"""Between live and predicted cache bytes, before a row is flagged."""
+"""The share by which live cache bytes may differ from the predicted ones before a row is flagged."""
 OUT_OF_MEMORY = "out of memory"
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
-"""What torch, its libraries and the system say then."""
+"""Words by which torch, its libraries and the system say that there is no memory left."""
 MODULE = "optimum_mla.pipeline.cells"
 
 
 class CellError(Exception):
-    """Why a cell has no numbers."""
+    """A measurement failed; the message says why in one line."""
 
 
 def run_cell(kind: str, request: dict[str, Any]) -> dict[str, Any]:
     """Run one measurement in a fresh process.
 
     Args:
-        kind: A key of `CELLS`.
-        request: Its keyword arguments.
+        kind: The kind of measurement, a key of `CELLS`.
+        request: The keyword arguments of the function that measures.
 
     Returns:
-        What it returned.
+        The result of that function.
 
     Raises:
-        CellError: It failed; the message is one line.
+        CellError: The measurement failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -92,14 +92,19 @@ def load(request: dict[str, Any], name: str, hub: dict[str, Any] | None = None) 
 
 
 def cache_maker(model: PreTrainedModel, name: str) -> Callable[[], Cache]:
-    """What makes the named cache for a model; a model that is not converted has only its default one."""
+    """Return a function that makes the named cache for a model.
+
+    Args:
+        model: The model.
+        name: Name of the cache; see `named_cache`. A model that is not converted gets its default cache.
+    """
     if is_converted(model.config):
         return lambda: model.make_cache(**named_cache(name))  # type: ignore[operator]
     return lambda: DynamicCache(config=model.config)
 
 
 def prompt(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
-    """Random token ids [batch, tokens]: neither bytes nor times depend on them."""
+    """Return seeded random token ids, [batch, tokens], for measurements that do not depend on the text."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
     return torch.randint(size, (batch, tokens), generator=generator).to(model.device)
@@ -107,7 +112,20 @@ def prompt(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
 
 @torch.no_grad()
 def memory_cell(name: str, cache: str, context: int, batch: int, **common: Any) -> dict[str, Any]:
-    """The fields of a `MemoryRow`. The last token comes as a step of its own, as while a model generates."""
+    """Measure the memory of a cache and of the passes that fill it.
+
+    The last token is decoded in a step of its own, as in generation.
+
+    Args:
+        name: The model, as a hub id or a folder.
+        cache: Name of the cache; see `named_cache`.
+        context: Number of tokens in each row.
+        batch: Number of rows.
+        **common: How to load the model: `hub`, `dtype` and `device`.
+
+    Returns:
+        The measured fields of a `MemoryRow`.
+    """
     model = load(common, name)
     ids, held = prompt(model, batch, context), cache_maker(model, cache)()
     steps = min(1, context - 1)
@@ -157,7 +175,22 @@ def speed_cell(
     baseline_hub: dict[str, Any] | None = None,
     **common: Any,
 ) -> dict[str, Any]:
-    """`rows`: the fields of a `SpeedRow` each, the baseline first."""
+    """Measure the speed of a model with several caches, and of a baseline, in turn.
+
+    Args:
+        name: The model, as a hub id or a folder.
+        baseline: The baseline, as a hub id or a folder, or None.
+        caches: Names of the model's caches; see `named_cache`.
+        context: Number of prompt tokens in each row.
+        batch: Number of rows.
+        new_tokens: Number of decoding steps after each prefill.
+        repeats: Number of timed prefills.
+        baseline_hub: Keyword arguments for loading the baseline; None takes those of the model.
+        **common: How to load the model: `hub`, `dtype` and `device`.
+
+    Returns:
+        A dict whose `rows` hold the fields of a `SpeedRow` each, with the baseline first.
+    """
     labels, contenders = [], []
     if baseline is not None:
         other = load(common, baseline, baseline_hub)
@@ -199,7 +232,20 @@ def quality_cell(
     baseline_hub: dict[str, Any] | None = None,
     **common: Any,
 ) -> dict[str, Any]:
-    """What `compare_decoding` finds."""
+    """Measure the quality of a model with `compare_decoding`.
+
+    Args:
+        name: The model, as a hub id or a folder.
+        baseline: The baseline, as a hub id or a folder, or None.
+        cache: Name of the model's cache; see `named_cache`.
+        windows: Token ids of the windows to score.
+        stride: Number of tokens at the end of each window that are scored.
+        baseline_hub: Keyword arguments for loading the baseline; None takes those of the model.
+        **common: How to load the model: `hub`, `dtype` and `device`.
+
+    Returns:
+        The fields of the result of `compare_decoding`.
+    """
     model = load(common, name)
     other = None if baseline is None else load(common, baseline, baseline_hub)
     found = compare_decoding(
@@ -216,7 +262,19 @@ def quality_cell(
 def tasks_cell(
     name: str, tasks: list[str], tasks_path: str | None, batch: int, limit: int | None, **common: Any
 ) -> dict[str, Any]:
-    """`rows`: task, metric, value and standard error."""
+    """Run tasks of `lm_eval` on a model.
+
+    Args:
+        name: The model, as a hub id or a folder.
+        tasks: Names of the tasks.
+        tasks_path: A folder with further tasks, or None.
+        batch: Batch size.
+        limit: Largest number of documents of each task, or None for all.
+        **common: How to load the model: `hub`, `dtype` and `device`.
+
+    Returns:
+        A dict whose `rows` hold a task, a metric, its value and its standard error each.
+    """
     from optimum_mla.report.tasks import evaluate_tasks, task_manager
 
     model = load(common, name)
@@ -233,7 +291,7 @@ CELLS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, means that there is no memory left."""
+    """Return whether an error, or an error that caused it, means that there was no memory left."""
     while error is not None:
         text = str(error).lower()
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in NO_MEMORY):
@@ -243,7 +301,7 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 
 
 def answer(kind: str, request: dict[str, Any]) -> dict[str, Any]:
-    """What a cell found, or its `problem` in one line."""
+    """Return the result of a measurement; if it fails, return a dict whose `problem` says why in one line."""
     try:
         return CELLS[kind](**request)
     except (MLAError, RuntimeError, MemoryError, ValueError, OSError) as error:
@@ -253,7 +311,7 @@ def answer(kind: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer the request on standard input."""
-    # Imported for the model classes that it registers, also where this module runs as a program.
+    # The import registers the converted model classes, which running this module as a program does not do by itself.
     import optimum_mla  # noqa: F401
     from optimum_mla.cli import quiet_libraries
 

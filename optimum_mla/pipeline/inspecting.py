@@ -1,4 +1,4 @@
-"""`mla-inspect`: what a conversion would give, from the config and the checkpoint's headers alone."""
+"""The work of `mla-inspect`: predicting conversions of a model from its config and the headers of its weight files."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mha2mla", {}),
     ("x-ecomla", {}),
 )
-"""Methods with the options that change what is cached; all calibrated."""
+"""The methods to show, with options that change what is cached. All of them are planned with calibration data."""
 CALIBRATION_TOKENS = 128 * 512
-"""Of a conversion with default options."""
+"""Number of calibration tokens of a conversion with default options."""
 LIBRARIES_BYTES = 450e6
 """Resident memory of a process that has imported torch and Transformers and does nothing."""
 FACTOR_COPIES = 6
-"""Matrices of the size of [W_K ; W_V] in float64 that live while one layer is factorized."""
+"""Number of float64 matrices of the size of [W_K ; W_V] that are in memory while a layer is factorized."""
 
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -48,16 +48,18 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 
 def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | None = None) -> Inspection:
-    """Say what conversions of a model would give. Reads the config and the headers of the safetensors files only.
+    """Return what conversions of a model would give, without loading its weights.
+
+    Only the config and the headers of the safetensors files are read.
 
     Args:
-        model: A hub id or a folder.
-        ratios: Cache sizes to show, as for `kv_cache_ratio`.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        model: The model, as a hub id or a folder.
+        ratios: Sizes of the cache to show, relative to the source model's, as for `kv_cache_ratio`.
+        hub: Keyword arguments for loading: `revision`, `cache_dir`, `token` and `trust_remote_code`.
 
     Raises:
-        UnsupportedModelError: No such model, or one without safetensors files.
-        InvalidValueError: A ratio that no method can have.
+        UnsupportedModelError: There is no such model, or it has no safetensors files.
+        UnreadableModelError: A file of the model is broken.
     """
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     config = load_config(model, hub)
@@ -122,11 +124,15 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
 
 
 def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of every tensor of a checkpoint, without any of its data.
+    """Return the dtype (as safetensors names it) and the shape of every tensor of a checkpoint by the tensor's name.
+
+    Args:
+        model: The model, as a hub id or a folder.
+        hub: Keyword arguments for loading.
 
     Raises:
         UnsupportedModelError: There are no safetensors files.
-        UnreadableModelError: One is broken.
+        UnreadableModelError: A safetensors file is broken.
     """
     from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
 
@@ -135,7 +141,7 @@ def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]
         try:
             found = get_safetensors_metadata(model, revision=hub.get("revision"), token=hub.get("token"))
             files = list(found.files_metadata.values())
-        except Exception as error:  # whatever the network or the hub gives
+        except Exception as error:  # The hub and the network raise errors of many unrelated types.
             folder = downloaded(model, hub)
             if folder is None:
                 raise UnsupportedModelError(
@@ -153,7 +159,13 @@ def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]
 
 
 def frequencies_may_differ(model: str) -> bool:
-    """Whether a conversion let each layer choose which frequencies rotate; False where no report says how it was."""
+    """Return whether the layers of a converted model may rotate at different frequencies.
+
+    This is read from the report of the conversion. Without a report the result is False.
+
+    Args:
+        model: The model's folder.
+    """
     path = Path(model) / ConversionReport.file_name
     if not path.is_file():
         return False
@@ -163,7 +175,7 @@ def frequencies_may_differ(model: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that Transformers would load; others in the folder (adapters, the same weights again) are not."""
+    """Return the weight files of a folder that Transformers would load, without adapters and other files."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
@@ -172,7 +184,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def downloaded(model: str, hub: dict[str, Any]) -> Path | None:
-    """Where a hub id's weights lie on this machine, or None."""
+    """Return the folder of this machine's cache that holds the weights of a hub id, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "model.safetensors.index.json"):
@@ -183,7 +195,14 @@ def downloaded(model: str, hub: dict[str, Any]) -> Path | None:
 
 
 def features(config: PreTrainedConfig, layer: MLAGeometry, windows: bool, rope: str) -> list[str]:
-    """What of a model bears on its conversion."""
+    """Return the names of a model's features that matter to a conversion.
+
+    Args:
+        config: The model's config.
+        layer: Shape of a layer.
+        windows: Whether any layer has a sliding window.
+        rope: The config's `rope_type`.
+    """
     having = {
         "query biases": layer.query_bias,
         "key and value biases": layer.key_value_bias,
@@ -196,7 +215,19 @@ def features(config: PreTrainedConfig, layer: MLAGeometry, windows: bool, rope: 
 
 
 def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> list[ModelGeometry]:
-    """Shapes among which a calibrated conversion chooses (each layer by itself), without any weights."""
+    """Return the shapes from which a calibrated conversion would choose, without reading weights.
+
+    Each returned shape is one of the whole model, in which all layers take the same choice. A conversion chooses for
+    each layer separately.
+
+    Args:
+        config: The config of the source model.
+        method: Name of the method.
+        options: Options of the method.
+
+    Raises:
+        MLAError: The options do not fit the model.
+    """
     family = family_of(config)
     transformation = transform_class(method)(calibration=torch.zeros(1, 2, dtype=torch.long), **options)
     layers = []
@@ -209,7 +240,7 @@ def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> l
 
 
 def spelled(method: str, options: dict[str, Any]) -> str:
-    """A method with its options, as typed."""
+    """Return a method and its options as they are typed on the command line."""
     return " ".join([method, *(f"--{name.replace('_', '-')} {value}" for name, value in options.items())])
 
 
@@ -221,7 +252,16 @@ def choice(
     source: ModelGeometry,
     itemsize: int,
 ) -> Choice:
-    """One method at one size."""
+    """Return what a method with a given size of the cache would give, or why it cannot have that size.
+
+    Args:
+        config: The config of the source model.
+        method: Name of the method.
+        options: Options of the method, without the size.
+        ratio: Size of the cache relative to the source model's.
+        source: Shape of the source model.
+        itemsize: Bytes of a number in the model's dtype.
+    """
     name = spelled(method, options)
     try:
         shapes = planned(config, method, {**options, "kv_cache_ratio": ratio})
@@ -235,7 +275,13 @@ def choice(
 
 
 def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[EngineChoice]:
-    """For each engine the conversion that it can run, or why there is none."""
+    """Return, for each inference engine, the conversion of a model that it can run, or why it can run none.
+
+    Args:
+        source: Shape of the source model.
+        rope: The config's `rope_type`.
+        windows: Whether any layer has a sliding window.
+    """
     first, found = source.layers[0], []
     for engine in ENGINES:
         why = source_blockers(engine, first, rope, windows)
@@ -257,7 +303,16 @@ def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[Engi
 
 
 def conversion_memory(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: int) -> int:
-    """Estimate of a calibrated conversion's peak: the model, its new attention, the two streams, one layer's work."""
+    """Return an estimate of the highest memory of a calibrated conversion on the CPU, in bytes.
+
+    It adds up the libraries, the model, the converted attention, the hidden states of the calibration tokens, and the
+    work on one layer.
+
+    Args:
+        config: The config of the source model.
+        geometry: Shape of the source model.
+        weight_bytes: Bytes of the model's weights.
+    """
     first = geometry.layers[0]
     states = 3 * CALIBRATION_TOKENS * first.hidden_size * 4
     keys = 2 * first.num_key_value_heads * first.head_dim * first.hidden_size * 8
