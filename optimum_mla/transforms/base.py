@@ -1,6 +1,7 @@
-"""The mechanism that every conversion shares: check, plan, collect, convert layer by layer, assemble.
+"""The base class of all conversions, which checks, plans, calibrates, converts layer by layer, and assembles.
 
-A method is a subclass with two answers: `plan_layer` (what shape a layer gets) and `convert_layer` (its weights).
+A method is a subclass that implements `plan_layer`, which returns the shape that a layer gets, and `convert_layer`,
+which returns the layer's weights.
 """
 
 from __future__ import annotations
@@ -40,18 +41,19 @@ from optimum_mla.transforms.shared_rope import SharedRope, choose_shared_rope
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of one layer.
+    """The result of the conversion of one layer.
 
     Attributes:
-        geometry: Its new shape.
-        output_error: Relative root-mean-square error of the attention's output, new against source, on seeded Gaussian
-            states scaled like the layer's normed input (`transforms.probe`). It compares layers and methods without any
-            text; perplexity is what counts.
-        predicted_error: The same error as the factorization's own tensors predict it.
-        key_weight: The weight of key against value errors that was found, or None without calibration.
-        state_error: Error in the hidden state behind the attention on held-back calibration windows, relative to the
-            state, earlier layers' errors included; or None.
-        healed_error: The same after the refit of the output projection, or None where it was not refitted.
+        geometry: The layer's new shape.
+        output_error: Root-mean-square error of the new attention's output relative to the source attention's, on seeded
+            Gaussian states that are scaled like the layer's normed input (see `transforms.probe`). It compares layers
+            and methods without any text, and does not replace perplexity as the measure of quality.
+        predicted_error: The same error, computed from the tensors of the factorization.
+        key_weight: The weight of key errors against value errors that was chosen, or None without a calibrated
+            factorization.
+        state_error: The relative error in the hidden state after the attention on held-back calibration windows, which
+            includes the errors of earlier layers; None without calibration.
+        healed_error: The same error after the refit of the output projection, or None without a refit.
     """
 
     geometry: MLAGeometry
@@ -65,45 +67,48 @@ class LayerResult:
 class MLATransformation(ModelTransformation):
     """Converts attention layers to latent attention.
 
-    Applies to a `PreTrainedModel` or to a `GraphModule` from `optimum_mla.trace`. Both are changed in place and
-    returned; `copy=True` leaves the argument as it was and returns a converted copy.
+    It applies to a `PreTrainedModel` or to a `GraphModule` that `optimum_mla.trace` returned. Both are changed in place
+    and returned. With `copy=True` the argument is left unchanged and a converted copy is returned.
 
     Args:
-        kv_lora_rank: Numbers in the latent, per token and layer.
-        kv_cache_ratio: Cached numbers over the source's, rotary key included.
-        energy: Share of the squared singular values that each layer keeps; ranks then differ between layers.
-        layers: `all`, a list such as `0-3,8`, a preset's name, or indices; see `parse_layers`.
-        calibration: Token ids [N, L] to run through the model, layer by layer; see `transforms.calibration`.
-        factorization: One of the method's `factorizations`. `calibrated` weighs errors by what the layer really reads
-            and writes; it is the default with calibration tokens, the paper's own form without.
-        heal: Refit each layer's output projection in closed form, so that the converted block gives the source's hidden
-            states; kept where it helps on held-back windows. None: with a calibrated factorization.
-        rank_allocation: How calibrated layers share the budget: `uniform`, `energy` (the same share of each layer's
-            weighted energy is lost), or `error` (where the measured error falls most). None: `error` where it can be.
-        shared_rope: All layers rotate as many dims at the same frequencies, which `deepseek_v3` and its engines need;
-            the ranks are then uniform unless `rank_allocation` says otherwise. For methods with one rotary key.
+        kv_lora_rank: Size of the latent in numbers per token and layer.
+        kv_cache_ratio: Size of the cache, including the rotary key, relative to that of the source model.
+        energy: Share of the squared singular values that each layer keeps. The ranks then differ between layers.
+        layers: `all`, a list such as `0-3,8`, the name of a preset, or indices; see `parse_layers`.
+        calibration: Token ids, [N, L], that are run through the model layer by layer; see `transforms.calibration`.
+        factorization: One of the method's `factorizations`. `calibrated` weighs errors by what the layer reads and
+            writes on the calibration tokens. It is the default with calibration tokens; otherwise the default is the
+            form of the method's paper.
+        heal: Whether to refit each layer's output projection in closed form, so that the hidden states come close to
+            the source's. A refit is kept if it helps on held-back windows. None refits with a calibrated factorization.
+        rank_allocation: How the layers share the budget: `uniform`; `energy`, which minimizes the lost shares of the
+            layers' weighted energy; or `error`, which minimizes the measured errors. None takes `error` with a
+            calibrated factorization of fixed size, and `uniform` otherwise.
+        shared_rope: Whether all layers rotate the same number of dims at the same frequencies, which `deepseek_v3` and
+            inference engines need. Ranks are then uniform by default. Only methods with one rotary key have it.
 
     Attributes:
-        results: By layer, what the last call did.
+        results: The results of the last call, by the index of the layer.
 
     Raises:
-        InvalidValueError: An option is out of range; when it is applied, with the range for the model at hand.
-        UnsupportedModelError: The model's family, or its state, does not allow a conversion.
+        InvalidValueError: An option is out of range. Limits that depend on the model are checked when the
+            transformation is applied.
+        UnsupportedModelError: The model's family or state does not allow a conversion.
         CorruptWeightsError: A weight is not finite.
-        VerificationError: A converted layer computes something else than its factorization; the model is as it was.
+        VerificationError: A converted layer computes something other than its factorization. The model is unchanged.
     """
 
     name: ClassVar[str]
-    """Name on the command line, in configs and in reports."""
+    """Name of the method on the command line, in configs and in reports."""
 
     factorizations: ClassVar[tuple[str, ...]] = ("own",)
-    """What `factorization` may be; the first is the default without calibration tokens."""
+    """Values that `factorization` may have. The first one is the default without calibration tokens."""
 
     one_rotary_key: ClassVar[bool] = False
-    """Whether layers have a single rotary key, which they can share the frequencies of."""
+    """Whether each layer has a single rotary key, so that all layers can share its frequencies."""
 
     default_budget: ClassVar[RankBudget] = RankBudget()
-    """Used where the caller sets none."""
+    """The budget if the caller gives none."""
 
     def __init__(
         self,
@@ -148,53 +153,60 @@ class MLATransformation(ModelTransformation):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option, defaults resolved, without the calibration tokens."""
+        """Return the value of every option, with defaults filled in, without the calibration tokens."""
         hidden = ("results", "calibration", "budget", "rope")
         own = {name: value for name, value in vars(self).items() if name not in hidden}
         return {**own, **vars(self.budget)}
 
     @property
     def signature(self) -> int:
-        """Identifies the transformation on the graph nodes that it has changed."""
+        """Return a number that identifies the transformation on the graph nodes that it has changed."""
         return hash((type(self), repr(sorted(self.options.items()))))
 
     @abstractmethod
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
-        """The shape that a layer gets. Raises `InvalidValueError` where the options do not fit it."""
+        """Return the shape that a layer gets.
+
+        Raises:
+            InvalidValueError: The options do not fit the layer.
+        """
 
     @abstractmethod
     def convert_layer(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
-        """The layer's new parameters and buffers by their names in the attention module, in float64.
+        """Return the layer's new parameters and buffers by their names in the attention module, in float64.
 
         Args:
-            source: Weights of the attention to replace.
-            geometry: What `plan_layer` gave, or the chosen one of `candidates`.
+            source: The attention to replace.
+            geometry: The new shape, which is the result of `plan_layer` or one of `candidates`.
             calibration: Measurements at this layer, or None unless `needs_calibration`.
         """
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
-        """Shapes of the same cache size for the calibration data to choose from, cheapest first."""
+        """Return shapes of one cache size, cheapest first, from which calibration data choose the best."""
         return [geometry]
 
     def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
-        """What stopping a rotation costs, [slots, D/2]: for each frequency its components, the costliest first."""
+        """Return the damage that is done if a component stops rotating, [components, D/2].
+
+        Each column holds the components of one frequency, with the most damaging one first.
+        """
         raise NotImplementedError
 
     @property
     def rope_dims(self) -> int | None:
-        """R where it is not each layer's to choose."""
+        """Return the number of rotary dims if it is fixed, or None if each layer chooses it."""
         return self.rope.dims if self.rope is not None else getattr(self, "qk_rope_head_dim", None)
 
     def problem(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
     ) -> WeightedFactorization:
-        """What a calibrated layer factorizes; tells the energy that each rank holds."""
+        """Return the weighted factorization of a calibrated layer, which also gives the energy that each rank holds."""
         raise NotImplementedError
 
     def without_weights(self) -> MLATransformation:
-        """The same transformation, planning without the options that read weights; for `check`."""
+        """Return a copy of the transformation whose `plan_layer` reads no weights; `check` uses it."""
         other = copying.copy(self)
         if self.budget.energy is not None:
             other.budget = RankBudget()
@@ -202,12 +214,12 @@ class MLATransformation(ModelTransformation):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether layers are measured on the calibration tokens."""
+        """Return whether layers are measured on the calibration tokens."""
         return self.factorization == "calibrated" or self.heal
 
     @torch.no_grad()
     def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
-        """Convert in place. Nothing is changed before every layer has been planned and converted."""
+        """Convert a model in place and return it. It is unchanged until all layers have been converted."""
         model, self.rope = graph_module, None
         family, sources, plans = self.plan(model)
         if isinstance(model, PreTrainedModel):  # `trace` has checked what it traced
@@ -220,7 +232,7 @@ class MLATransformation(ModelTransformation):
                 self.rope = choose_shared_rope(self, family, half, sources, plans)
                 plans = {layer: self.plan_layer(source) for layer, source in sources.items()}
             if self.rank_allocation != "uniform":
-                # Errors are only compared here, which half of the windows do as well.
+                # Half of the windows suffice here, because errors are only compared with each other.
                 half = CalibrationWalk(model, family.spec, source_config, self.calibration[::2])
                 plans = self._allocate(family, half, sources, plans)
             walk = CalibrationWalk(model, family.spec, source_config, self.calibration)
@@ -256,14 +268,14 @@ class MLATransformation(ModelTransformation):
         geometry: MLAGeometry,
         walk: CalibrationWalk | None,
     ) -> tuple[LatentAttention, LayerResult]:
-        """One layer's new attention in the source's dtype, and what became of the layer."""
+        """Return the new attention of one layer in the source's dtype, and the result of its conversion."""
         search, key_weight, state_error, healed_error = None, None, None, None
         if walk is not None:
             search = LayerSearch(self, family, model, layer, source, walk.calibrate(source))
         if search is None or self.factorization != "calibrated":
             tensors = self.convert_layer(source, geometry, None if search is None else search.calibration)
         else:
-            if self.rank_allocation == "uniform":  # else the allocation has chosen the shape
+            if self.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
                 geometry = search.best_shape(geometry)
             tensors = search.best_key_weight(geometry)
             key_weight = search.calibration.key_weight
@@ -289,7 +301,7 @@ class MLATransformation(ModelTransformation):
         sources: dict[int, SourceAttention],
         plans: dict[int, MLAGeometry],
     ) -> dict[int, MLAGeometry]:
-        """The plans with the latents' numbers, together as many as before, where they lower the error most."""
+        """Return the plans with the same total of ranks, distributed over the layers so that their errors are small."""
         plans, curves = dict(plans), {}
         for layer, source in progress(sources.items(), f"{self.name}: rank allocation"):
             while walk.layer < layer:
@@ -303,7 +315,7 @@ class MLATransformation(ModelTransformation):
     def plan(
         self, model: PreTrainedModel | GraphModule
     ) -> tuple[Family, dict[int, SourceAttention], dict[int, MLAGeometry]]:
-        """The model's family and, by layer, the attention to convert and the shape that it gets. Changes nothing."""
+        """Return the model's family and, by layer, the attention to convert and its new shape, without changing it."""
         family = check_convertible(model)
         sources = self._sources(family, model)
         if self.calibration is not None:
@@ -311,10 +323,12 @@ class MLATransformation(ModelTransformation):
         return family, sources, {layer: self.plan_layer(source) for layer, source in sources.items()}
 
     def check(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The config that a model of this config would get, without its weights: ranks may differ where they decide.
+        """Return the config that a conversion would give, judging by the source config alone.
+
+        Ranks that depend on the weights, such as those under an energy budget, differ from those of a conversion.
 
         Raises:
-            MLAError: What converting it would raise for its options.
+            MLAError: The options do not fit the model.
         """
         family, weightless, geometries = family_of(config), self.without_weights(), {}
         for layer in parse_layers(self.layers, config.num_hidden_layers):
@@ -326,7 +340,7 @@ class MLATransformation(ModelTransformation):
         return converted_config(family, config, geometries, self.name)
 
     def _sources(self, family: Family, model: nn.Module) -> dict[int, SourceAttention]:
-        """The attention of every layer to convert. Raises where one is converted already or is not finite."""
+        """Return the attention of every layer to convert, and refuse layers that are already converted."""
         spec, config = family.spec, config_of(model)
         sources = {}
         for layer in parse_layers(self.layers, config.num_hidden_layers):
@@ -336,7 +350,7 @@ class MLATransformation(ModelTransformation):
         return sources
 
     def _cast(self, source: SourceAttention, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The layer's tensors in the source weights' dtype and on their device."""
+        """Return a layer's tensors in the dtype and on the device of the source's weights, and refuse infinite ones."""
         like = next(source.module.parameters())
         dtype = {name: like.dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
         cast = {name: tensor.to(like.device, dtype[name]).contiguous() for name, tensor in tensors.items()}
@@ -351,7 +365,7 @@ class MLATransformation(ModelTransformation):
 def attention_nodes(
     graph_module: GraphModule, family: Family, layers: dict[int, SourceAttention]
 ) -> Iterator[tuple[int, torch.fx.Node]]:
-    """Each layer's index and its attention's `call_module` node."""
+    """Yield the index of each layer and the `call_module` node of its attention."""
     targets = {family.spec.attention_path(layer): layer for layer in layers}
     for node in graph_module.graph.nodes:
         if node.op == "call_module" and node.target in targets:

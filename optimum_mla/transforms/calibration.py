@@ -1,13 +1,13 @@
-"""Calibration: one walk through the layers, with the source's hidden states beside the converted prefix's own.
+"""Calibration: a walk through the layers that carries the hidden states of the source and of the converted model.
 
-At each layer the walk gives what a conversion wants to know (`LayerCalibration`): second moments, the damage of stopped
-rotations, the error that a candidate leaves, a closed-form refit of the output projection. The only activations that it
-keeps are the hidden states of the calibration tokens, [N, L, d] in float32 for each of the two streams, so memory does
-not grow with the number of layers; one layer at a time is copied to float32 (or kept in float64). Letters: N windows,
-L tokens in each, C = G·D/2 rotary components.
+At each layer the walk offers measurements to a conversion (`LayerCalibration`): second moments, the damage of stopped
+rotations, the error that a candidate leaves, and a closed-form refit of the output projection. The only activations
+that it keeps are the hidden states of the calibration tokens, [N, L, d] in float32 for each of the two models, so its
+memory does not grow with the number of layers. One layer at a time is copied to float32, or to float64 if the model is
+in float64. N is the number of windows, L the number of tokens in each, and C = G·D/2 the number of rotary components.
 
-Every squared error is weighted by one over the mean square of the source's hidden state at that token: the norms of
-later layers divide by it, and a few tokens with huge states would otherwise decide alone.
+Every squared error is divided by the mean square of the source's hidden state at that token. The norms of later layers
+divide by it too, and otherwise a few tokens with huge hidden states would dominate every measurement.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from optimum_mla.ops.rotary import Rotation, rotate
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 TOKENS_PER_BATCH = 4096
-"""Tokens that go through a layer together."""
+"""Number of tokens that go through a layer in one batch."""
 HELD_BACK = 4
-"""One window in so many is held back from fits and decides between candidates."""
+"""One window of this many is held back from fits and used to compare candidates."""
 DECIDING_WINDOWS = 16
-"""At most so many of the windows held back are used to compare candidates."""
+"""Largest number of held-back windows that are used to compare candidates."""
 DAMAGE_WINDOWS = 16
+"""Largest number of windows on which the damage of stopped rotations is measured."""
 DAMAGE_ROWS = 32
-"""Windows, and query tokens in each, on which the damage of stopped rotations is measured."""
+"""Largest number of query tokens per window on which that damage is measured."""
 DEFAULT_KEY_WEIGHT = 0.5
-"""`LayerCalibration.key_weight` before any was tried."""
+"""The initial value of `LayerCalibration.key_weight`."""
 
 
 def held_back(count: int) -> Tensor:
@@ -59,14 +60,16 @@ def deciding_windows(windows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Second moments of one layer, float64.
+    """Second moments of one layer in float64.
 
     Attributes:
-        inputs: Covariance of the normed inputs [d, d]; tokens count half by number, half by the attention they get.
-        input_mean: Their mean [d], weighted likewise.
-        queries: Of each query head behind its norm and before its rotation, [H, D, D]. A query counts by how much the
-            layer's output moves with its logits: the spread, under its attention, of what the values add to the state.
-        key_scale: Mean square [G] of the factor by which a key norm multiplies each key head; ones without a norm.
+        inputs: Covariance of the normed inputs of the attention, [d, d]. Half of a token's weight is the same for all
+            tokens, and the other half is proportional to the attention that the token receives.
+        input_mean: Mean of the normed inputs with the same weights, [d].
+        queries: Second moments of each query head after its norm and before its rotation, [H, D, D]. The weight of a
+            query is the effect of its logits on the layer's output: the variance, under its attention, of what the
+            values add to the hidden state.
+        key_scale: Mean square of the factor by which the key norm multiplies each key head, [G]; ones without a norm.
     """
 
     inputs: Tensor
@@ -76,13 +79,13 @@ class LayerMoments:
 
     @property
     def raw_inputs(self) -> Tensor:
-        """Second moment [d, d] about zero."""
+        """Return the second moments of the inputs about zero instead of about their mean, [d, d]."""
         return self.inputs + torch.outer(self.input_mean, self.input_mean)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One decoder layer in float32: h + attention(input_norm(h)), then h + mlp(mlp_norm(h))."""
+    """The parts of a decoder layer that computes h + attention(input_norm(h)) and then h + mlp(mlp_norm(h))."""
 
     input_norm: nn.Module
     attention: nn.Module
@@ -91,13 +94,13 @@ class _Block:
 
 
 class CalibrationWalk:
-    """Carries the calibration tokens' hidden states from layer to layer.
+    """Carries the hidden states of the calibration tokens from layer to layer.
 
     Args:
-        model: A model or a traced one; put into no other state.
-        spec: Its family.
-        config: Its config.
-        windows: Token ids [N, L].
+        model: A model or a traced one. It is not changed.
+        spec: The description of the model's family.
+        config: The model's config.
+        windows: Token ids, [N, L].
     """
 
     def __init__(self, model: nn.Module, spec: AttentionSpec, config: Any, windows: Tensor) -> None:
@@ -108,7 +111,7 @@ class CalibrationWalk:
         self.source = embedding(windows.to(self.device)).to(self.dtype)
         self.converted = self.source
         length = windows.shape[1]
-        # A copy: one that follows the length would otherwise remember the windows' length in the model.
+        # The rotary embedding is copied, because one that depends on the length remembers the longest pass.
         rotary = copy.deepcopy(model.get_submodule(spec.rotary_path))
         self.position_embeddings = rotary(self.source[:1], torch.arange(length, device=self.device)[None])
         self._layer, self.middle = -1, self.source
@@ -117,11 +120,11 @@ class CalibrationWalk:
 
     @property
     def layer(self) -> int:
-        """The layer that the states stand before."""
+        """Return the index of the layer whose inputs the states are."""
         return self._layer
 
     def _enter(self, layer: int) -> None:
-        """Copy the layer to float32 and compute the source's states behind its attention."""
+        """Copy the layer to the walk's dtype and compute the source's states after its attention."""
         self._layer = layer
         if layer == self.config.num_hidden_layers:
             return
@@ -133,7 +136,11 @@ class CalibrationWalk:
         self.middle = self.source + torch.cat(list(self.outputs(self._block.attention, self.source)))
 
     def _mask(self, window: int | None) -> Tensor:
-        """[1, 1, L, L], True where a token sees another."""
+        """Return a mask that is True where a token attends to another, [1, 1, L, L].
+
+        Args:
+            window: Length of the sliding window in tokens, or None for full attention.
+        """
         length = self.source.shape[1]
         rows = torch.arange(length, device=self.device)
         distance = rows[:, None] - rows
@@ -142,34 +149,46 @@ class CalibrationWalk:
 
     @property
     def block(self) -> _Block:
-        """The layer that the states stand before."""
+        """Return the copied parts of the layer whose inputs the states are.
+
+        Raises:
+            RuntimeError: The walk has passed the last layer.
+        """
         if self._block is None:
             raise RuntimeError("the walk has no layer left")
         return self._block
 
     def batches(self, states: Tensor) -> tuple[Tensor, ...]:
-        """States in parts of about `TOKENS_PER_BATCH` tokens."""
+        """Return states [N, L, ...] split along N into batches of at most `TOKENS_PER_BATCH` tokens, or one window."""
         return states.split(max(1, TOKENS_PER_BATCH // states.shape[1]))
 
     def outputs(self, attention: nn.Module, states: Tensor) -> Iterator[Tensor]:
-        """The attention's output on normed states, batch by batch."""
+        """Yield the output of an attention for each batch of states, after the norm before the attention."""
         for batch in self.batches(states):
             normed = self.block.input_norm(batch)
             position_ids = torch.arange(batch.shape[1], device=self.device)[None]
             yield attention(
                 normed,
                 position_embeddings=self.position_embeddings,
-                # Without a window the attention is causal by itself, and faster so.
+                # Without a mask the attention is causal, which is all that full attention needs and is faster.
                 attention_mask=self.mask if self.windowed else None,
                 position_ids=position_ids,
             )[0]
 
     def calibrate(self, source: SourceAttention) -> LayerCalibration:
-        """What a conversion of the layer before which the states stand may ask for."""
+        """Return the measurements at the layer whose inputs the states are.
+
+        Args:
+            source: The layer's attention.
+        """
         return LayerCalibration(self, source)
 
     def advance(self, attention: nn.Module | None = None) -> None:
-        """Carry both streams through the layer, the converted one with `attention` where it is given."""
+        """Carry the hidden states of both models through the layer.
+
+        Args:
+            attention: The attention of the converted model in this layer; None takes that of the source.
+        """
         unchanged = attention is None and self.converted is self.source
         new = self.block.attention if attention is None else _working_copy(attention, self.dtype)
         if not unchanged:
@@ -186,14 +205,18 @@ class CalibrationWalk:
 
 
 class LayerCalibration:
-    """Measurements at one layer, on the states that the converted prefix produces.
+    """Measurements at one layer, on the hidden states that the converted layers before it produce.
+
+    Args:
+        walk: The walk, whose states are the inputs of the layer.
+        source: The layer's attention.
 
     Attributes:
-        key_weight: Weight of key errors against value errors in a joint factorization. 1 counts a logit's error by its
-            first-order effect on the output if all tokens' value errors were independent; they are not, so less is
-            better. Found by the caller by trying.
-        dtype: Of the states, and of what is measured on them.
-        memo: For what a method computes once and uses for every candidate.
+        key_weight: Weight of key errors against value errors in a joint factorization. At 1, the error of a logit
+            weighs as much as its first-order effect on the output would if the value errors of all tokens were
+            independent. They are not, so lower values are better; `LayerSearch` tries several.
+        dtype: The dtype of the states and of the modules that are measured on them.
+        memo: Results that a method computes once and uses for every candidate.
     """
 
     def __init__(self, walk: CalibrationWalk, source: SourceAttention) -> None:
@@ -210,12 +233,14 @@ class LayerCalibration:
     def factorization(
         self, key: Any, rows: Callable[[], list[WeightedRows]], centered: bool = True
     ) -> WeightedFactorization:
-        """The factorization of `rows` under the layer's inputs; the last one is kept, for another rank of the same.
+        """Return the factorization of rows of weights, weighted by the moments of the layer's inputs.
+
+        The last factorization is kept, so that other ranks of the same rows cost nothing.
 
         Args:
-            key: Tells the rows apart; `key_weight` is added to it.
-            rows: Makes them.
-            centered: The inputs' mean goes through biases behind the latent; else the latent holds it too.
+            key: Identifies the rows, together with `key_weight` and `centered`.
+            rows: Returns the rows.
+            centered: Whether biases after the latent carry the mean of the inputs. Otherwise the latent carries it.
         """
         key = (key, self.key_weight, centered)
         if self.memo.get("factorization", (None, None))[0] != key:
@@ -227,16 +252,19 @@ class LayerCalibration:
 
     @cached_property
     def _row_weights(self) -> Tensor:
-        """[N, L], see the module."""
+        """Return the weight of each token's squared error, [N, L], which the docstring of this module explains."""
         return self._walk.middle.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
 
     @property
     def logit_scale(self) -> float:
-        """What a product of query and key is multiplied by: D^-½ and a rotary embedding's attention factor, twice."""
+        """Return the factor of the logits: D^-½ times the square of the rotary embedding's attention factor."""
         return self._geometry.head_dim**-0.5 * self._source.attention_scaling**2
 
     def _heads(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normed states [B, L, d], queries [B, H, L, D] and keys [B, G, L, D] behind their norms, values alike."""
+        """Return normed states [B, L, d], queries [B, H, L, D], keys [B, G, L, D] and values [B, G, L, D].
+
+        Queries and keys are taken after their norms and before their rotation.
+        """
         spec, attention = self._source.spec, self._walk.block.attention
         x = self._walk.block.input_norm(states)
         query, key, value = (
@@ -250,23 +278,23 @@ class LayerCalibration:
         return x, query, key, value
 
     def _attend(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and the attention weights [B, H, L, L]."""
+        """Return the rotated queries, the rotated keys, and the attention weights [B, H, L, L]."""
         half = self._geometry.head_dim // 2
         cos, sin = (table[..., :half].unsqueeze(1) for table in self._walk.position_embeddings)
         rotation = Rotation(cos, sin)
         query, key = rotate(query, rotation), rotate(key, rotation)
         share = query.shape[1] // key.shape[1]
-        # cos and sin carry the rotary embedding's attention factor already.
+        # The attention factor of the rotary embedding is already part of cos and sin.
         logits = query @ key.repeat_interleave(share, dim=1).mT * self._geometry.head_dim**-0.5
         return query, key, logits.masked_fill(~self._walk.mask, float("-inf")).softmax(dim=-1)
 
     @cached_property
     def _output_moments(self) -> Tensor:
-        """W_O,hᵀ W_O,h of every query head, [H, D, D], in the states' dtype."""
+        """Return W_O,hᵀ W_O,h of every query head h in the dtype of the states, [H, D, D]."""
         return output_moments(self._source).to(self._walk.dtype)
 
     def _value_spread(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Variance, under each query's attention, of what the values add to the hidden state: [B, H, L]."""
+        """Return the variance, under each query's attention, of what the values add to the hidden state, [B, H, L]."""
         value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)  # [B, H, L, D]
         size = ((value @ self._output_moments) * value).sum(-1, keepdim=True)
         mean = weights @ value
@@ -275,7 +303,7 @@ class LayerCalibration:
 
     @cached_property
     def moments(self) -> LayerMoments:
-        """Gathered in one pass over all windows."""
+        """Return the second moments of the layer, which are gathered in one pass over all windows."""
         g, d, device = self._geometry, self._geometry.hidden_size, self._walk.device
         inputs, mean = (torch.zeros(*size, dtype=torch.float64, device=device) for size in ((d, d), (d,)))
         queries = torch.zeros(g.num_attention_heads, g.head_dim, g.head_dim, dtype=torch.float64, device=device)
@@ -301,7 +329,7 @@ class LayerCalibration:
         return LayerMoments(inputs / total - mean[:, None] * mean, mean, queries / count, key_scale / count)
 
     def _key_factors(self, x: Tensor) -> Tensor:
-        """What the key norm multiplies each key by, [B, G, L]."""
+        """Return the factor by which the key norm multiplies each key, [B, G, L]; ones without a key norm."""
         spec, attention = self._source.spec, self._walk.block.attention
         key = attention.get_submodule(spec.key)(x).unflatten(-1, (-1, self._geometry.head_dim)).transpose(1, 2)
         if spec.key_norm is None:
@@ -310,10 +338,11 @@ class LayerCalibration:
         return torch.rsqrt(key.square().mean(-1) + norm.variance_epsilon)  # type: ignore[operator]
 
     def contribution(self) -> Tensor:
-        """Mean over the tokens of ‖q pair‖·‖k pair‖, averaged over the query heads of a group: [G, D/2].
+        """Return the 2-norm contribution of each rotary pair (MHA2MLA, arXiv 2502.14837, section 3.1), [G, D/2].
 
-        MHA2MLA (arXiv 2502.14837), section 3.1 (2-norm contribution), on the source's own states. Norms of pairs do not
-        change under rotation.
+        It is the mean over the tokens of the product of the norms of the query's pair and of the key's pair, averaged
+        over the query heads of a group. It is measured on the states of the source model. Rotation is left out because
+        it does not change the norm of a pair.
         """
         g = self._geometry
         total = torch.zeros(g.num_key_value_heads, g.head_dim // 2, dtype=torch.float64, device=self._walk.device)
@@ -325,10 +354,14 @@ class LayerCalibration:
         return total / self._walk.source.shape[:2].numel()
 
     def damage(self, mix: RopeMix) -> Tensor:
-        """What it costs that a component stops rotating, [C]: the weighted squared change of the logits.
+        """Return the damage that is done if a component stops rotating, [C].
 
-        Per query row up to a constant shift, which softmax ignores: the variance under the row's attention. In the
-        units of `moments.queries`, logit scale included; summed over heads, averaged over query tokens.
+        The damage is the squared change of the logits, summed over query heads and averaged over query tokens. Softmax
+        ignores a shift that all logits of a query share, so the change is taken as its variance under the query's
+        attention. It is weighted like the queries in `moments.queries`, and includes the scale of the logits.
+
+        Args:
+            mix: The mixing of the key heads that makes the components.
         """
         g, walk = self._geometry, self._walk
         windows = torch.arange(0, len(walk.converted), -(-len(walk.converted) // DAMAGE_WINDOWS), device=walk.device)
@@ -346,7 +379,7 @@ class LayerCalibration:
             _, _, weights = self._attend(query, key)
             effect = self._value_spread(weights, value)[0] * row_weights[window]  # [H, L]
             factors = self._key_factors(x)[0].double()  # [G, L]
-            # Mixed components of the keys before their norm's factor, which belongs to each head: [C, L].
+            # The components are mixed from keys without the factor of the key norm, because each head has its own.
             raw = key[0].double() / factors[..., None] if g.key_norm else key[0].double()
             still = mixed_keys(mix, raw.mT) * scaling
             turn = torch.complex(cos, sin)[0, 0].T.repeat(g.num_key_value_heads, 1)  # [C, L]
@@ -372,8 +405,11 @@ class LayerCalibration:
         return total * g.head_dim**-1.0 / (len(windows) * len(rows))
 
     def error(self, attention: nn.Module) -> float:
-        """Error that `attention` leaves in the hidden state on the held-back windows: root mean square over tokens of
-        its size relative to the state's."""
+        """Return the error that an attention leaves in the hidden state after it, on held-back windows.
+
+        It is the root mean square over tokens of the error's size relative to that of the source's state; infinite if
+        it is not finite.
+        """
         walk = self._walk
         target = (walk.middle - walk.converted)[self._deciding]
         output = torch.cat(list(walk.outputs(attention, walk.converted[self._deciding])))
@@ -382,10 +418,14 @@ class LayerCalibration:
         return error if math.isfinite(error) else math.inf
 
     def heal(self, attention: nn.Module) -> Healing:
-        """Refit `attention.o_proj` by ridge regression, so that the block gives the source's states.
+        """Refit `attention.o_proj` by ridge regression, so that the hidden states after it come close to the source's.
 
-        Target: the source's hidden state behind the attention minus the converted stream before it. The ridge is
-        chosen on the held-back windows; the fit then takes all of them.
+        The target of the regression is the source's hidden state after the attention minus the converted model's hidden
+        state before it. The ridge is chosen on the held-back windows, and the final fit uses all windows. The module
+        is not changed.
+
+        Args:
+            attention: The converted attention of this layer.
         """
         output: nn.Linear = attention.o_proj  # type: ignore[assignment]
         weight = output.weight.detach().double()
@@ -421,13 +461,16 @@ class LayerCalibration:
 
 
 def output_moments(source: SourceAttention) -> Tensor:
-    """W_O,hᵀ W_O,h of every query head, [H, D, D]: what an error of a value adds to the hidden state, squared."""
+    """Return W_O,hᵀ W_O,h of every query head h, [H, D, D].
+
+    With it, the error of a value gives the squared size of the error in the hidden state.
+    """
     heads = source.output()["o_proj.weight"].double().unflatten(1, (source.geometry.num_attention_heads, -1))
     return torch.einsum("ohd,ohe->hde", heads, heads)
 
 
 def _working_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in evaluation mode whose attention is causal by itself and takes a dense mask."""
+    """Return a copy of a module in evaluation mode, with `sdpa` attention, which is causal if it gets no mask."""
     clone = copy.deepcopy(module).to(dtype).eval()
     config = getattr(clone, "config", None)
     if config is not None:
