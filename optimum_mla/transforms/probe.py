@@ -31,14 +31,15 @@ def probe_errors(
     Both are root mean squares relative to the source attention's output, on `PROBE_TOKENS` seeded Gaussian states that
     are scaled like the layer's normed input. The measured one is that of the module, with its weights as they will be
     saved; the predicted one is that of the layer's equations, in float64, with the factorization's own tensors. Modules
-    compute in float32 here.
+    compute in float32 here, or in float64 if that is the model's dtype.
 
     Args:
         source: The attention that was converted.
         attention: The module that takes its place.
         tensors: The layer's tensors before they were cast, by their names in the module.
     """
-    gain = source.input_gain.float()
+    # Weights of a model in float64 may be out of the range of float32.
+    gain = source.input_gain.to(torch.promote_types(attention.o_proj.weight.dtype, torch.float32))
     generator = torch.Generator().manual_seed(PROBE_SEED)
     states = torch.randn(1, PROBE_TOKENS, len(gain), generator=generator).to(gain) * gain
     table = rotary_table(attention.rotary, states, torch.arange(PROBE_TOKENS, device=gain.device)[None])
@@ -55,9 +56,9 @@ def probe_errors(
 
 
 def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Return an attention's output in float64, computed in float32 without dropout and without a window."""
+    """Return an attention's output in float64, computed in the dtype of the states without dropout and without a window."""
     shared = [getattr(module, name) for name in ("config", "rotary") if hasattr(module, name)]
-    clone: Any = copy.deepcopy(module, {id(part): part for part in shared}).float().eval()
+    clone: Any = copy.deepcopy(module, {id(part): part for part in shared}).to(states.dtype).eval()
     clone.config = copy.copy(clone.config)
     clone.config._attn_implementation = "sdpa"  # causal by itself where it gets no mask
     clone.sliding_window = None
