@@ -1,1 +1,1 @@
-"""Conversions as Optimum transformations: one method, one file."""
+"""Conversions as Optimum transformations, with one file per method."""

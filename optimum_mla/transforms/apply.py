@@ -1,4 +1,4 @@
-"""Applying a transformation to models as well as to traced graphs."""
+"""The base class of transformations that apply to models as well as to traced graphs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from torch.fx import GraphModule
 class ModelTransformation(Transformation):
     """An Optimum transformation that takes a `PreTrainedModel` or a `GraphModule`.
 
-    Optimum's own `__call__` and `compose` lint every result, which only a `GraphModule` has.
+    Optimum's own `__call__` and `compose` lint the graph of every result, but only a `GraphModule` has a graph.
     """
 
     def __call__(self, model: Any, lint_and_recompile: bool = True, copy: bool = False) -> Any:
-        """Apply to a `PreTrainedModel` or a traced `GraphModule`, in place unless `copy`."""
+        """Apply the transformation and return the result.
+
+        Args:
+            model: A `PreTrainedModel` or a traced `GraphModule`.
+            lint_and_recompile: Whether to check and recompile the graph of a `GraphModule`.
+            copy: Whether to transform a copy instead of the model itself.
+        """
         model = self.transform(copying.deepcopy(model) if copy else model)
         if lint_and_recompile and isinstance(model, GraphModule):
             model.graph.lint()

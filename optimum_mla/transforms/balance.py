@@ -1,7 +1,8 @@
-"""The scale of latents and rotary keys, which a factorization leaves open.
+"""Balancing of the scales of projections, which a factorization does not determine.
 
-A calibrated factorization may leave a down-projection a hundred times as large as its up-projection. That computes the
-same, but an optimizer like Adam takes steps of one size in both: too large for one, too small for the other.
+A calibrated factorization may give a down-projection that is a hundred times as large as its up-projection. The result
+is the same, but an optimizer such as Adam takes steps of one size in both, which is too large for one of them and too
+small for the other.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from optimum_mla.geometry import MLAGeometry
 
 
 def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry) -> dict[str, Tensor]:
-    """The same layer with down- and up-projections of like size, and rotary queries and keys too.
+    """Return a layer's tensors with down- and up-projections of similar size, and rotary queries and keys too.
 
-    Factors are powers of two, which no rounding notices.
+    The layer computes the same, because the factors are powers of two and so cause no rounding.
 
     Args:
-        tensors: A converted layer's, by name.
-        geometry: Its shape.
+        tensors: The tensors of a converted layer by name.
+        geometry: Shape of the layer.
     """
     g, scaled = geometry, {name: tensor.clone() for name, tensor in tensors.items()}
-    if not g.latent_norm:  # which sets the scale of a latent itself
+    if not g.latent_norm:  # A norm sets the scale of the latent itself.
         if g.attention_form == "decoupled":
             latents = [("kv_a_proj_with_mqa", ["kv_b_proj", "k_rope_proj"])]
         elif g.kv_lora_rank:
@@ -52,12 +53,12 @@ def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry) -> dict[str, Ten
 
 
 def _parts(tensors: dict[str, Tensor], module: str, rows: slice) -> list[Tensor]:
-    """Rows of a linear layer's weight and, where it has one, of its bias; views."""
+    """Return views of some rows of a linear layer's weight and, if it has one, of its bias."""
     return [tensors[name][rows] for name in (f"{module}.weight", f"{module}.bias") if name in tensors]
 
 
 def _trade(one: list[Tensor], other: list[Tensor]) -> None:
-    """Multiply all of `one` and divide all of `other`, in place, so that the first of each are of like size."""
+    """Multiply `one` and divide `other` in place by a factor that brings their first tensors to a similar size."""
     sizes = [parts[0].double().square().mean().sqrt().item() for parts in (one, other)]
     if not all(0 < size < math.inf for size in sizes):
         return

@@ -1,4 +1,4 @@
-"""How large the latent may be: a rank, a share of the source's cache, or a share of the energy."""
+"""The budget of a latent, which is a rank, a share of the source's cache, or a share of the energy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several transformations as one."""
+"""Composition of several transformations into one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from optimum_mla.transforms.base import MLATransformation
 
 
 class ComposedTransformation(ModelTransformation):
-    """Applies its parts in order."""
+    """A transformation that applies its parts in order."""
 
     def __init__(self, *parts: Transformation) -> None:
         self.parts = parts
 
     @property
     def preserves_computation(self) -> bool:  # type: ignore[override]
-        """Whether every part does."""
+        """Return whether every part preserves the computation."""
         return all(part.preserves_computation for part in self.parts)
 
     def transform(self, graph_module: Any) -> Any:
-        """Apply all parts in place. What a part would refuse, or two parts in one layer, is refused before any acts."""
+        """Apply all parts in place.
+
+        Before any part is applied, all conversions are planned, so that a refused one leaves the model unchanged.
+
+        Raises:
+            InvalidValueError: Two parts convert the same layer.
+        """
         seen: set[int] = set()
         for part in self.flattened():
             if isinstance(part, MLATransformation):
@@ -38,11 +44,11 @@ class ComposedTransformation(ModelTransformation):
         return graph_module
 
     def flattened(self) -> list[Transformation]:
-        """The parts, with those of nested compositions in their place."""
+        """Return the parts, in which nested compositions are replaced by their own parts."""
         nested = [p.flattened() if isinstance(p, ComposedTransformation) else [p] for p in self.parts]
         return [part for parts in nested for part in parts]
 
 
 def compose(*transformations: Transformation) -> ComposedTransformation:
-    """One transformation that applies the given ones in order, for example two methods over layers of their own."""
+    """Return a transformation that applies the given ones in order, such as two methods on different layers."""
     return ComposedTransformation(*transformations)

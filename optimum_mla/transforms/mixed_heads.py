@@ -1,4 +1,4 @@
-"""GQA2MLA's decoupled form: key heads mixed inside each frequency, the rotation kept where stopping it would hurt."""
+"""GQA2MLA's decoupled form, which mixes the key heads of each frequency and stops the rotations that matter least."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from optimum_mla.transforms.weighting import key_moments, value_moments
 
 
 class MixedHeads:
-    """One layer's key heads after mixing: C = G·D/2 complex components, the costliest to stop first.
+    """The C = G·D/2 complex components of one layer's keys, which result from mixing the key heads of each frequency.
 
-    A query head reads the shared rotary key through R linear combinations of its own dims, and the position-free rest
-    as a key of D dims: the components that do not rotate, mapped back to its key head.
+    A query head reads the shared rotary key through R linear combinations of its own dims. It reads the components that
+    do not rotate as a position-free key of D dims, into which they are mapped back for its key head.
+
+    Args:
+        source: The layer's attention.
+        calibration: Measurements at the layer.
+        shared: The rotary dims that all layers share, or None if the layer chooses its own.
     """
 
     def __init__(self, source: SourceAttention, calibration: LayerCalibration, shared: SharedRope | None) -> None:
@@ -29,7 +34,7 @@ class MixedHeads:
         g, moments = source.geometry, calibration.moments
         pairs = as_pairs(source.gained_key)  # [G, D/2, d]
         seen = (pairs.flatten(0, 1) @ moments.inputs.to(pairs.dtype)).view_as(pairs)
-        # About zero, not about the mean: a rotating mean does not stay a constant.
+        # The moments are about zero and not about the mean, because a mean that rotates is not constant.
         mean = pairs @ moments.input_mean.to(pairs.dtype) + as_pairs(source.gained_key_bias)  # [G, D/2]
         second_moments = torch.einsum("gpd,hpd->pgh", seen, pairs.conj()) + torch.einsum(
             "gp,hp->pgh", mean, mean.conj()
@@ -42,10 +47,12 @@ class MixedHeads:
 
     @classmethod
     def of(cls, source: SourceAttention, calibration: LayerCalibration, shared: SharedRope | None = None) -> MixedHeads:
-        """The layer's, computed once.
+        """Return the mixed heads of a layer, which are computed once per calibration of the layer.
 
         Args:
-            shared: What rotates in all layers; None leaves it to this one.
+            source: The layer's attention.
+            calibration: Measurements at the layer, which keep the result.
+            shared: The rotary dims that all layers share, or None if the layer chooses its own.
         """
         if "mixed heads" not in calibration.memo:
             calibration.memo["mixed heads"] = cls(source, calibration, shared)
@@ -53,11 +60,11 @@ class MixedHeads:
 
     @cached_property
     def _keys(self) -> tuple[Tensor, Tensor]:
-        """The mixed keys' components of W_K [C, d] and of its bias [C], complex."""
+        """Return the complex components of the key weight, [C, d], and of the key bias, [C]."""
         return mixed_keys(self.mix, self.source.gained_key), mixed_keys(self.mix, self.source.gained_key_bias)
 
     def _split(self, rope_dim: int) -> tuple[Tensor, Tensor]:
-        """Components that rotate and those that do not."""
+        """Return the indices of the components that rotate and of those that do not."""
         if self.shared is not None:
             by_head = self.damage.unflatten(0, (self.source.geometry.num_key_value_heads, -1))  # [G, D/2]
             place = by_head.argsort(dim=0, descending=True).argsort(dim=0)
@@ -67,7 +74,10 @@ class MixedHeads:
         return kept.sort().values, rest.sort().values
 
     def problem(self, geometry: MLAGeometry) -> WeightedFactorization:
-        """The rows that the latent holds: rotating components (if rebuilt), position-free ones, values."""
+        """Return the factorization of the rows that the latent holds.
+
+        These are the rotating components if the rotary key is rebuilt, the position-free components, and the values.
+        """
         rope_dim, rebuilt = geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt"
         return self.calibration.factorization(
             (rope_dim, rebuilt), lambda: self._rows(rope_dim, rebuilt), geometry.latent_bias
@@ -88,13 +98,13 @@ class MixedHeads:
             WeightedRows(self.source.value.flatten(0, 1), value_moments(self.source)),
         ]
         if rebuilt:
-            # Averaged over all rotations both dims of a component weigh the same and components do not mix.
+            # On average over all rotations, both dims of a component weigh the same and components are uncorrelated.
             diagonal = seen_through(kept).diagonal().unflatten(0, (2, -1)).mean(0).repeat(2)
             rows.insert(0, WeightedRows(_stacked(weight[kept]), diagonal[:, None, None]))
         return rows
 
     def tensors(self, geometry: MLAGeometry) -> dict[str, Tensor]:
-        """All parameters of the layer."""
+        """Return all parameters and buffers of the layer by their names in the attention module."""
         g, source = geometry, self.source
         rebuilt, rope_dim = g.rope_cache == "rebuilt", g.qk_rope_head_dim
         kept, rest = self._split(rope_dim)
@@ -103,7 +113,7 @@ class MixedHeads:
         *rope_up, nope_up, value_up = factors.ups
 
         share = g.num_attention_heads // g.num_key_value_heads
-        # The position-free components, mapped back to each key head's own D dims.
+        # These matrices map the position-free components back to the D dims of each key head.
         back = torch.stack([query_map(self.mix, head, rest).T for head in range(g.num_key_value_heads)])
         center = self.calibration.moments.input_mean
         rope_key, rope_bias = _stacked(weight[kept]), _stacked(bias[kept])
@@ -124,12 +134,13 @@ class MixedHeads:
             tensors["k_rope_proj.weight"] = rope_up[0]
             tensors["k_rope_proj.bias"] = rope_bias + rope_key @ center - rope_up[0] @ (factors.down @ center)
 
-        # Queries: the head's own dims for the position-free key, then its view of the shared rotary key.
+        # Each query has the head's own dims for the position-free key, followed by its part for the rotary key.
         gain = source.norm_gain(source.spec.query_norm)
         nope_scale = torch.full_like(gain, source.attention_scaling**2)
         maps = [query_map(self.mix, head, kept) * gain for head in range(g.num_key_value_heads)]
         if g.key_norm:
-            # The norm's factor is the head's own; its gain goes behind it or, for the rotary view, into the weights.
+            # The gain of the query norm stays in the norm for the position-free dims, and moves into the weights for
+            # the rotary dims, which mix dims of different gains.
             own = torch.eye(g.head_dim, dtype=torch.float64, device=gain.device)
             tensors["q_norm.weight"] = torch.cat([gain * nope_scale, torch.ones_like(rope_bias)])[None]
         else:
@@ -142,5 +153,5 @@ class MixedHeads:
 
 
 def _stacked(components: Tensor) -> Tensor:
-    """Complex components [m, ...] as real rows [2·m, ...]: real parts, then imaginary."""
+    """Return complex components [m, ...] as real rows [2·m, ...], with the real parts first."""
     return torch.cat([components.real, components.imag])

@@ -1,4 +1,4 @@
-"""Names of the methods. Imports nothing heavy, so that the command line can list them."""
+"""The registry of methods. It imports no heavy library, so that the command line can list the methods quickly."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ _TRANSFORMS: dict[str, str] = {
 
 
 ENTRY_POINTS = "optimum_mla.transforms"
-"""Entry-point group in which other packages offer methods."""
+"""The entry-point group in which other packages offer methods."""
 
 
 def available_transforms() -> dict[str, str]:
-    """Every method, built in, registered or offered by an installed package: its name and place, as `module:Class`."""
+    """Return the names of all methods and their places as `module:Class`.
+
+    These are the built-in methods, the registered ones, and those that installed packages offer.
+    """
     return _TRANSFORMS | {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
 def register_transform(name: str, location: str) -> None:
     """Add a method of your own to this process.
 
-    A package adds one for the command line too, by an entry point in the group `optimum_mla.transforms`.
+    To offer a method on the command line too, a package declares an entry point in the group `optimum_mla.transforms`.
 
     Args:
-        name: What users will type.
-        location: `module:Class` of an `MLATransformation`; imported when it is first asked for.
+        name: The name by which users select it.
+        location: The place of an `MLATransformation` class, as `module:Class`. It is imported when it is first used.
     """
     _TRANSFORMS[name] = location
 
 
 def transform_class(name: str) -> Any:
-    """The class of a registered method.
+    """Return the class of a method.
 
     Raises:
-        InvalidValueError: No such method; suggests the nearest name.
+        InvalidValueError: There is no such method. The message suggests a similar name if there is one.
     """
     transforms = available_transforms()
     if name not in transforms:

@@ -1,4 +1,4 @@
-"""What calibration decides about a layer by trying: its shape, the weight of its keys, its share of the ranks."""
+"""Search for a layer's shape, the weight of its key errors, and its errors by rank, by measuring candidates."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from optimum_mla.transforms.base import MLATransformation
 
 GOOD_ENOUGH = 1.02
-"""Errors within this factor count as equal, where a cheaper shape is at hand."""
+"""A cheaper shape is preferred if its error is within this factor of the least error."""
 KEY_WEIGHTS = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414)
-"""Weights of key against value errors, in steps of √2."""
+"""Weights of key errors against value errors that are tried, in steps of √2."""
 
 
 @dataclass
@@ -32,11 +32,11 @@ class LayerSearch:
     """Tries conversions of one layer and compares their errors on held-back windows.
 
     Attributes:
-        method: The transformation that converts.
-        family: The model's.
-        model: The model that the layer is in.
-        layer: Its index.
-        source: Its attention.
+        method: The transformation that converts the layer.
+        family: The model's family.
+        model: The model that contains the layer.
+        layer: Index of the layer.
+        source: The layer's attention.
         calibration: Measurements at the layer.
     """
 
@@ -48,11 +48,11 @@ class LayerSearch:
     calibration: LayerCalibration
 
     def convert(self, geometry: MLAGeometry) -> dict[str, Tensor]:
-        """The layer's tensors in this shape, at the calibration's key weight."""
+        """Return the layer's tensors in the given shape, with the key weight that the calibration has."""
         return self.method.convert_layer(self.source, geometry, self.calibration)
 
     def attention(self, geometry: MLAGeometry, tensors: dict[str, Tensor]) -> LatentAttention:
-        """A module to measure: in the calibration's dtype, causal by itself."""
+        """Return the layer's attention as a module in the dtype of the calibration, causal if it gets no mask."""
         config = copy.copy(config_of(self.model))
         config._attn_implementation = "sdpa"
         dtype = self.calibration.dtype
@@ -60,13 +60,13 @@ class LayerSearch:
         return load_attention(self.family, config, self.layer, cast, self.model, geometry).eval()
 
     def error(self, geometry: MLAGeometry) -> float:
-        """What this shape leaves on the held-back windows."""
+        """Return the error that the given shape leaves on the held-back windows."""
         return self.calibration.error(self.attention(geometry, self.convert(geometry)))
 
     def best_shape(self, geometry: MLAGeometry) -> MLAGeometry:
-        """Of the method's candidates, the cheapest whose error is within `GOOD_ENOUGH` of the least.
+        """Return the cheapest of the method's candidates whose error is within `GOOD_ENOUGH` of the least error.
 
-        Under an energy budget its rank then follows from the weighted energies.
+        Under an energy budget, its rank is then set from the weighted energies.
         """
         candidates, energy = self.method.candidates(self.source, geometry), self.method.budget.energy
         best = candidates[0]
@@ -75,7 +75,7 @@ class LayerSearch:
             for candidate in candidates:
                 errors.append(self.error(candidate))
                 if errors[-1] > GOOD_ENOUGH * min(errors):
-                    break  # it rises from here on
+                    break  # The error is taken to rise from here on.
             good = GOOD_ENOUGH * min(errors)
             best = next(shape for shape, error in zip(candidates, errors, strict=False) if error <= good)
         if energy is not None:
@@ -84,7 +84,7 @@ class LayerSearch:
         return best
 
     def best_key_weight(self, geometry: MLAGeometry) -> dict[str, Tensor]:
-        """The layer's tensors at the key weight with the least error, which the calibration then has."""
+        """Return the layer's tensors with the key weight of least error, and leave that weight in the calibration."""
         tried: dict[int, tuple[float, dict[str, Tensor]]] = {}
 
         def error(index: int) -> float:
@@ -106,7 +106,13 @@ class LayerSearch:
 
     @torch.no_grad()
     def rank_curve(self, geometry: MLAGeometry, by: str) -> dict[int, float]:
-        """Squared error at some ranks: the lost share of the weighted energy, or, `by` "error", what is measured."""
+        """Return squared errors by rank.
+
+        Args:
+            geometry: Shape of the layer.
+            by: `energy` for the lost share of the weighted energy at every rank, or `error` for the squares of measured
+                errors at some ranks.
+        """
         problem = self.method.problem(self.source, geometry, self.calibration)
         largest = len(problem.energies)
         if by == "energy":

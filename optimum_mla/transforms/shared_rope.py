@@ -1,4 +1,4 @@
-"""One rotary key for a whole model: as many dims, at the same frequencies, in every layer, as engines want it."""
+"""Choice of the same number of rotary dims and the same frequencies for all layers, which inference engines need."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedRope:
-    """What all layers rotate.
+    """The rotary dims that all layers share.
 
     Attributes:
-        dims: R.
-        counts: [D/2], how many rotary pairs turn with each frequency of the source; R/2 in all.
+        dims: R, the number of rotary dims.
+        counts: Number of rotary pairs that rotate with each of the source's frequencies, [D/2], R/2 in total.
     """
 
     dims: int
@@ -38,14 +38,16 @@ def choose_shared_rope(
     sources: dict[int, SourceAttention],
     plans: dict[int, MLAGeometry],
 ) -> SharedRope:
-    """The R with the least squared error over all layers, and the frequencies whose loss would do the most damage.
+    """Return the number of rotary dims with the least squared error, and the frequencies that would do the most damage.
+
+    Errors and damages are summed over all layers.
 
     Args:
-        method: The transformation; layer by layer it would choose for itself.
-        family: The model's.
-        walk: Before the first layer.
-        sources: The attention of every layer to convert.
-        plans: Their shapes so far.
+        method: The transformation.
+        family: The model's family.
+        walk: A calibration walk that stands before the first layer.
+        sources: The attention of every layer to convert, by the index of the layer.
+        plans: The planned shapes, by the index of the layer.
     """
     errors: dict[int, list[float]] = {}
     damages = []

@@ -1,4 +1,4 @@
-"""A decoder LLM as a `torch.fx.GraphModule` in which every attention is one `call_module` node."""
+"""Tracing of a decoder LLM into a `torch.fx.GraphModule` in which every attention is one `call_module` node."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from optimum_mla.models import family_of
 
 
 class PositionIds(nn.Module):
-    """Position ids [1, S] where the caller gives none."""
+    """A module that supplies position ids if the caller gives none."""
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Return `position_ids`, or 0 to S - 1."""
+        """Return `position_ids`, or the positions 0 to S - 1 as [1, S] if they are None."""
         if position_ids is not None:
             return position_ids
         return torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
@@ -32,13 +32,16 @@ class CausalMask(nn.Module):
         self.config, self.layer_type = config, layer_type
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Any:
-        """Mask for a pass without a cache."""
+        """Return the mask for a pass without a cache."""
         masks = create_masks_for_generate(self.config, hidden_states, attention_mask, None, position_ids)
         return masks[self.layer_type] if isinstance(masks, dict) else masks
 
 
 class _Decoder(nn.Module):
-    """The skeleton around the decoder layers, whose own `forward`s are traced. Names are the model's."""
+    """A causal language model around the source's modules, whose `forward` can be traced.
+
+    Its submodules have the same names as in the source model.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -74,7 +77,7 @@ class _Decoder(nn.Module):
 
 
 class _DecoderTracer(Tracer):
-    """Goes into the decoder layers and no further: attention, MLP, norms and masks stay whole."""
+    """A tracer that traces into decoder layers, but keeps their attention, MLP and norms, and the masks, as modules."""
 
     def __init__(self, layer_class: type[nn.Module]) -> None:
         super().__init__()
@@ -88,15 +91,15 @@ def trace(model: PreTrainedModel) -> GraphModule:
     """Trace a causal language model of a supported family.
 
     Args:
-        model: A source or a converted model; the graph shares its modules.
+        model: A source model or a converted one. The graph shares its modules.
 
     Returns:
-        A module `(input_ids [B, S], attention_mask=None, position_ids=None) -> logits [B, S, vocabulary]`, without a
-        cache, with the model's submodule names and, in `meta["config"]`, its config. Transformations apply to it as to
-        the model.
+        A module that takes `input_ids` [B, S] and optionally `attention_mask` and `position_ids`, and returns logits
+        [B, S, vocabulary]. It has no cache. Its submodules have the model's names, and `meta["config"]` is the model's
+        config. Transformations apply to it as to the model.
 
     Raises:
-        UnsupportedModelError: The family is unknown, or the model computes something else than its spec says.
+        UnsupportedModelError: The family is unknown, or the model computes something other than its spec says.
     """
     family = family_of(model.config)
     spec = family.spec
@@ -107,5 +110,5 @@ def trace(model: PreTrainedModel) -> GraphModule:
     layers = model.get_submodule(f"{spec.base}.{spec.layers}")
     graph = _DecoderTracer(type(layers[0])).trace(root)  # type: ignore[index]
     graph_module = GraphModule(root, graph, class_name=f"Traced{type(model).__name__}")
-    graph_module.meta["config"] = model.config  # a plain attribute would not survive deepcopy
+    graph_module.meta["config"] = model.config  # A copy of the graph keeps `meta`, but not plain attributes.
     return graph_module.train(model.training)
