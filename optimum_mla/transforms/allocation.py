@@ -1,4 +1,4 @@
-"""How calibrated layers share one budget."""
+"""Distribution of a budget of ranks over calibrated layers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import math
 
 ALLOCATIONS = ("uniform", "energy", "error")
 GRID = (0.5, 0.75, 1.0, 1.5)
-"""Ranks at which the error is measured, in uniform ranks."""
+"""Ranks at which the error is measured, as multiples of the uniform rank."""
 SMALLEST_SHARE = 0.25
-"""No layer gets less than this share of the uniform rank: predictions are poor far away from what was measured."""
+"""The smallest rank of a layer as a share of the uniform rank, because errors far from measured ranks are unknown."""
 
 
 def rank_grid(rank: int, largest: int) -> list[int]:
-    """Ranks to measure around `rank`, rising, 1 to `largest`."""
+    """Return the ranks to measure around `rank`, in rising order and from 1 to `largest`."""
     return sorted({min(largest, max(1, round(share * rank))) for share in GRID})
 
 
 def allocate_ranks(curves: dict[int, dict[int, float]], total: int) -> dict[int, int]:
-    """Ranks, by layer, that add up to `total` and make the sum of errors least.
+    """Return ranks by layer that make the sum of errors small and add up to `total`, as far as the curves reach.
 
-    Greedy by the error's fall per number, which is optimal where errors fall ever more slowly; between measured ranks
-    the error's logarithm is taken as linear.
+    Ranks are given out one at a time to the layer whose error falls most, which is optimal if the curves are convex.
+    Between measured ranks the logarithm of the error is interpolated linearly.
 
     Args:
-        curves: By layer, squared error at some ranks, rising.
-        total: Numbers to give away.
+        curves: The squared errors of each layer by rank, by the index of the layer.
+        total: Sum of the ranks.
     """
     floor = max(1, math.floor(SMALLEST_SHARE * total / len(curves)))
     tables = {layer: _every_rank(curve) for layer, curve in curves.items()}
@@ -43,7 +43,7 @@ def allocate_ranks(curves: dict[int, dict[int, float]], total: int) -> dict[int,
 
 
 def _every_rank(curve: dict[int, float]) -> dict[int, float]:
-    """The curve at every rank between its first and last."""
+    """Return the interpolated curve at every rank from its first to its last."""
     known = sorted(curve)
     table = {known[0]: curve[known[0]]}
     tiny = 1e-300

@@ -1,4 +1,4 @@
-"""What every conversion refuses."""
+"""Checks of the model and the calibration tokens that every conversion makes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from optimum_mla.models import Family, family_of
 
 
 def config_of(model: Any) -> PreTrainedConfig:
-    """The config of a model or of a traced one. Raises `UnsupportedModelError` for anything else."""
+    """Return the config of a model or of a traced one.
+
+    Raises:
+        UnsupportedModelError: The argument is neither.
+    """
     config = model.meta.get("config") if isinstance(model, GraphModule) else getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel | GraphModule) or config is None:
         kind = type(model).__name__
@@ -24,10 +28,11 @@ def config_of(model: Any) -> PreTrainedConfig:
 
 
 def check_convertible(model: Any) -> Family:
-    """The family of a model that can be converted.
+    """Return the family of a model after checking that it can be converted.
 
     Raises:
-        UnsupportedModelError: Not a model, an unknown family, or quantized weights.
+        UnsupportedModelError: The argument is not a causal language model of a known family, its weights are quantized,
+            or they are not all on one device.
         CorruptWeightsError: A weight is NaN or infinite.
     """
     config = config_of(model)
@@ -63,6 +68,6 @@ def check_tokens(tokens: Tensor, vocabulary: int) -> None:
 
 
 def converted_already(layer: int) -> InvalidValueError:
-    """The error for a layer that a transformation has been at before."""
+    """Return the error for a layer that is already converted."""
     remedy = "Give each method of a hybrid layers of its own."
     return InvalidValueError("layers", layer, "layers not yet converted", remedy)

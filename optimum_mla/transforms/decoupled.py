@@ -1,4 +1,4 @@
-"""The part that the methods with a decoupled rotary key share: from factors and a partition of the dims to weights."""
+"""Weights of layers with a decoupled rotary key, made from factors and from a split into rotary and other dims."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from optimum_mla.transforms.weighting import key_moments, value_moments
 
 
 class LatentFactors(NamedTuple):
-    """down [r, d] writes the latent; key_up [G, n, r] and value_up [G, D, r] read it.
+    """The factors of a latent.
 
-    center: [d] mean state at which the factors are exact by help of biases behind the up-projections, or None.
+    Attributes:
+        down: The down-projection to the latent, [r, d].
+        key_up: The up-projection to the position-free keys, [G, n, r].
+        value_up: The up-projection to the values, [G, D, r].
+        center: The mean of the inputs, [d], at which biases after the up-projections make the layer exact; None
+            without such biases.
     """
 
     down: Tensor
@@ -29,16 +34,21 @@ class LatentFactors(NamedTuple):
 
 
 def gather_dims(heads: Tensor, dims: Tensor) -> Tensor:
-    """Pick dims of each head: heads [X, D, ...], dims [K, m], X/K consecutive heads to a row of `dims`: [X, m, ...]."""
+    """Return some dims of each head, [X, m, ...].
+
+    Args:
+        heads: Tensors by head and dim, [X, D, ...].
+        dims: Indices of dims, [K, m]. Each row applies to X/K consecutive heads.
+    """
     rows = dims.to(heads.device).repeat_interleave(heads.shape[0] // dims.shape[0], dim=0)  # [X, m]
     return heads[torch.arange(heads.shape[0], device=heads.device)[:, None], rows]
 
 
 def reorder_query(source: SourceAttention, split: RopeSplit) -> tuple[Tensor, Tensor]:
-    """W_Q [H, n + R, d] and its bias [H, n + R] with each head's dims in DeepSeek's order, position-free first.
+    """Return W_Q [H, n + R, d] and its bias [H, n + R] with each head's position-free dims first, as DeepSeek has them.
 
-    A rotary embedding with an attention factor s (YaRN) scales queries and keys by s each. Dims that lose their
-    rotation lose that too: the query gets s² instead.
+    A rotary embedding with an attention factor s, as with YaRN, multiplies queries and keys by s. Position-free dims
+    are no longer multiplied by it, so their query weights are multiplied by s² instead.
     """
     order = torch.cat([split.nope, split.rope], dim=-1)
     scale = torch.ones(order.shape[-1], dtype=torch.float64, device=source.query.device)
@@ -49,7 +59,7 @@ def reorder_query(source: SourceAttention, split: RopeSplit) -> tuple[Tensor, Te
 
 
 def split_factors(source: SourceAttention, split: RopeSplit, rank: int) -> LatentFactors:
-    """Keys and values by a plain SVD each, half the rank for each: a latent of two parts."""
+    """Return the factors of keys and of values by an SVD each with half the rank, as a latent of two parts."""
     key, value = _latent_rows(source, split)
     keys, values = (
         low_rank_factors(key.flatten(0, 1), rank // 2),
@@ -60,7 +70,7 @@ def split_factors(source: SourceAttention, split: RopeSplit, rank: int) -> Laten
 
 
 def joint_factors(source: SourceAttention, split: RopeSplit, rank: int) -> LatentFactors:
-    """[W_K,nope ; W_V] by one plain SVD."""
+    """Return the factors of [W_K,nope ; W_V] by one SVD."""
     key, value = _latent_rows(source, split)
     factors = low_rank_factors(torch.cat([key.flatten(0, 1), value.flatten(0, 1)]), rank)
     return LatentFactors(factors.down, *_by_heads(factors.up, key, value))
@@ -69,7 +79,7 @@ def joint_factors(source: SourceAttention, split: RopeSplit, rank: int) -> Laten
 def calibrated_problem(
     source: SourceAttention, split: RopeSplit, calibration: LayerCalibration, centered: bool = True
 ) -> WeightedFactorization:
-    """[W_K,nope ; W_V], weighted by the queries, by W_O and by the inputs."""
+    """Return the factorization of [W_K,nope ; W_V] with errors weighted by the queries, by W_O and by the inputs."""
 
     def rows() -> list[WeightedRows]:
         key, value = _latent_rows(source, split)
@@ -82,7 +92,7 @@ def calibrated_problem(
 def calibrated_factors(
     source: SourceAttention, split: RopeSplit, rank: int, calibration: LayerCalibration, centered: bool = True
 ) -> LatentFactors:
-    """Best factors of `calibrated_problem`."""
+    """Return the best factors of `calibrated_problem` for a rank."""
     factors = calibrated_problem(source, split, calibration, centered).factors(rank)
     key, value = _latent_rows(source, split)
     up = torch.cat(factors.ups)
@@ -90,7 +100,7 @@ def calibrated_factors(
 
 
 def _latent_rows(source: SourceAttention, split: RopeSplit) -> tuple[Tensor, Tensor]:
-    """Position-free keys [G, n, d] and values [G, D, d]."""
+    """Return the weights of the position-free keys, [G, n, d], and of the values, [G, D, d]."""
     return gather_dims(source.gained_key, split.nope), source.value
 
 
@@ -100,7 +110,10 @@ def _by_heads(up: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def latent_size(down: Tensor, calibration: LayerCalibration) -> Tensor:
-    """Root mean square of the calibration data's latents, as the gain [r] of a norm that then changes them least."""
+    """Return the root mean square of the latents of the calibration tokens, repeated to [r].
+
+    As the gain of a norm on the latent, it makes the norm change these latents least.
+    """
     square = torch.einsum("rd,de,re->r", down, calibration.moments.raw_inputs.to(down.dtype), down)
     return square.mean().sqrt().repeat(len(down))
 
@@ -115,21 +128,23 @@ def latent_tensors(
     rope_bias: Tensor,
     pairs: Tensor,
 ) -> dict[str, Tensor]:
-    """All parameters but the queries' of a `DecoupledLatentAttention` whose rotary key is cached.
+    """Return the tensors of a `DecoupledLatentAttention`, except for those of the queries, by their names.
 
-    Biases need no rank: those of position-free keys and of values move behind the up-projection as they are.
+    The biases of position-free keys and of values become biases of the up-projection, where they take no rank.
 
     Args:
         source: The source attention.
         geometry: The layer's new shape.
-        factors: The latent's.
-        key: What `factors.key_up @ factors.down` stands for, [G, n, d]. key_bias: [G, n].
-        rope_key: Rotary part of the keys, [K, R, d]. rope_bias: [K, R].
-        pairs: [K, R/2], source pair of each rotary pair.
+        factors: The factors of the latent.
+        key: The weight that `factors.key_up @ factors.down` approximates, [G, n, d].
+        key_bias: The bias of the position-free keys, [G, n].
+        rope_key: The weight of the cached rotary keys, [K, R, d].
+        rope_bias: The bias of the cached rotary keys, [K, R].
+        pairs: The source's rotary pair from which each rotary pair comes, [K, R/2].
     """
     g = geometry
     share = g.num_up_heads // g.num_key_value_heads
-    # Heads duplicated share times: the same singular vectors, √share times the singular values.
+    # Repeating heads `share` times multiplies the singular values by √share, which both projections share equally.
     balance = share**0.25
     up = torch.cat([factors.key_up, factors.value_up], dim=1)  # [G, n + D, r]
     tensors = {
@@ -152,7 +167,10 @@ def latent_tensors(
 def decoupled_tensors(
     source: SourceAttention, geometry: MLAGeometry, split: RopeSplit, factors: LatentFactors
 ) -> dict[str, Tensor]:
-    """`latent_tensors` where each rotary head is the mean of the key heads that it stands for, dims as in `split`."""
+    """Return `latent_tensors`, and the query norm, for dims that are split as `split` says.
+
+    Each rotary key is the mean of the key heads that share it.
+    """
     g = geometry
 
     def rotary(heads: Tensor) -> Tensor:
@@ -177,7 +195,7 @@ def decoupled_tensors(
 
 
 def key_scale_tensors(source: SourceAttention) -> dict[str, Tensor]:
-    """The source's key projection, where a key norm needs it; nothing without one."""
+    """Return the source's key projection, from which a key norm computes its factors; nothing without a key norm."""
     if not source.geometry.key_norm:
         return {}
     tensors = {"k_scale_proj.weight": source.key.flatten(0, 1)}

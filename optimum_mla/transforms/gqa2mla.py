@@ -1,4 +1,4 @@
-"""GQA2MLA: grouped-query attention as latent attention, in its paper's form or in forms made for calibration."""
+"""GQA2MLA, which converts grouped-query attention in the form of its paper or in forms made for calibration."""
 
 from __future__ import annotations
 
@@ -22,34 +22,37 @@ from optimum_mla.transforms.options import check_choice, fitting
 from optimum_mla.transforms.weighting import key_moments, rotated_moments, value_moments
 
 ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2, 3, 4)
-"""Rotary dims to choose from where the caller names none, in head dims."""
+"""Numbers of rotary dims from which calibration chooses, as multiples of the head dim."""
 
 
 class GQA2MLA(MLATransformation):
-    """TransMLA's question (arXiv 2502.07864): the same cache, or a smaller one, and more expressive attention.
+    """Latent attention with the same cache as grouped-query attention or a smaller one (TransMLA, arXiv 2502.07864).
 
-    `positional` says where the position goes:
+    `positional` says which keys are rotated:
 
-    - `full`: RoPE acts on the up-projected keys, so the latent carries no position (sections 4.1-4.3). With the paper's
-      `split` factorization W_K is replicated to H heads and factorized, W'_K = U S Vᵀ, into W_K^a = U √S (d × r_k) and
-      W_K^b = √S Vᵀ (r_k × H·D); W_V likewise. At full rank the model's outputs and the size of its cache are the
-      source's, and training can make every query head's keys and values its own. With `joint` or `calibrated` keys and
-      values share one latent.
-    - `decoupled`: the key heads are mixed inside each rotary frequency, the R/2 components whose rotation matters most
-      keep it, in one rotary key that all heads share; the rest is position-free, and decoding can run in latent space.
-      The rotary key is `cached` beside the latent (DeepSeek's structure), or `rebuilt` from it: then nothing but the
-      latent is cached.
+    - `full` rotates all dims of the up-projected keys, so the latent carries no position (sections 4.1-4.3). The
+      paper's `split` factorization replicates W_K to H heads and factorizes it, W'_K = U S Vᵀ, into W_K^a = U √S
+      (d × r_k) and W_K^b = √S Vᵀ (r_k × H·D), and does the same with W_V. At full rank the outputs and the size of the
+      cache are those of the source, and training can give every query head keys and values of its own. With `joint` or
+      `calibrated` keys and values share one latent.
+    - `decoupled` mixes the key heads of each rotary frequency. The R/2 components whose rotation matters most keep it,
+      in one rotary key that all heads share. The other components are position-free, so decoding can run in latent
+      space. The rotary key is `cached` beside the latent, as in DeepSeek, or `rebuilt` from the latent, so that only
+      the latent is cached.
 
-    Without calibration tokens: `full`, `split`. With them: `decoupled`, `rebuilt`, `calibrated`.
+    The default is `full` with `split` without calibration tokens, and `decoupled` with `rebuilt` and `calibrated` with
+    them.
 
     Args:
         positional: `full` or `decoupled`.
-        rope_cache: `cached` or `rebuilt`, for `decoupled`. With `cached`, `rank_allocation` is `uniform` unless given.
-        qk_rope_head_dim: R, for `decoupled`; None chooses it in each layer by the measured error.
-        latent_norm: Put an RMSNorm on the latent, as DeepSeek has, with its gain such that it changes the calibration
-            data's latents as little as it can, and no biases behind it; for `cached`.
-        factorization: `split` (`kv_lora_rank` counts both latents, half each), `joint`, or `calibrated`.
-        **options: Of `MLATransformation`.
+        rope_cache: `cached` or `rebuilt`, with `decoupled` only. With `cached`, the default of `rank_allocation` is
+            `uniform`.
+        qk_rope_head_dim: R, the number of rotary dims, with `decoupled` only. None chooses it in each layer by the
+            measured error.
+        latent_norm: Whether to put an RMSNorm on the latent, as DeepSeek does, with `cached` only. Its gain is chosen
+            so that the norm changes the latents of the calibration tokens least, and there are no biases after it.
+        **options: Options of `MLATransformation`. `factorization` may be `split`, `joint` or `calibrated`. With
+            `split`, `kv_lora_rank` counts both latents, which get half of it each.
     """
 
     name = "gqa2mla"
@@ -65,7 +68,7 @@ class GQA2MLA(MLATransformation):
         **options: Any,
     ) -> None:
         if rope_cache == "cached" and options.get("rank_allocation") is None:
-            options["rank_allocation"] = "uniform"  # engines want layers of one size
+            options["rank_allocation"] = "uniform"  # Inference engines need latents of one size in all layers.
         super().__init__(**options)
         decoupled = self.factorization == "calibrated"
         self.positional = positional or ("decoupled" if decoupled else "full")
@@ -93,7 +96,7 @@ class GQA2MLA(MLATransformation):
 
     @property
     def preserves_computation(self) -> bool:  # type: ignore[override]
-        """True at full rank, where every dim keeps its rotation."""
+        """Return whether the outputs stay the same, which is so at full rank if every dim keeps its rotation."""
         whole = not self.budget.is_set or self.budget.kv_cache_ratio == 1.0 or self.budget.energy == 1.0
         return whole and self.positional == "full" and not self.heal
 
@@ -115,7 +118,7 @@ class GQA2MLA(MLATransformation):
 
     def _rank(self, g: MLAGeometry, overhead: int, largest: int, energies: Any) -> int:
         if self.budget.energy is not None and energies is None:
-            return largest  # known once the layer has been measured
+            return largest  # The rank is set from the weighted energies once the layer has been measured.
         return self.budget.rank(g.source_cache_numbers, overhead, largest, energies)
 
     def _split_ranks(self, source: SourceAttention, full: int) -> list[int]:
@@ -131,7 +134,7 @@ class GQA2MLA(MLATransformation):
         rope = self.rope_dims
         if rope is not None and (rope % 2 or not 2 <= rope <= width - 2):
             raise InvalidValueError("qk_rope_head_dim", rope, f"even integers from 2 to {width - 2} for this model")
-        # A smaller R is always possible where it is still to be chosen, so the smallest one decides what fits.
+        # If R is still to be chosen, the smallest candidate is planned, because it leaves the most room for the latent.
         rope = rope or max(2, int(ROPE_CANDIDATES[0] * g.head_dim) // 2 * 2)
         geometry = replace(
             g,
@@ -145,13 +148,13 @@ class GQA2MLA(MLATransformation):
         return self._with_rope(geometry, rope)
 
     def _with_rope(self, geometry: MLAGeometry, rope: int) -> MLAGeometry:
-        """The same layer with another R, and the rank that the budget then leaves."""
+        """Return the shape with another number of rotary dims, and the rank that the budget then leaves."""
         g = replace(geometry, qk_rope_head_dim=rope)
         held = 2 * g.num_key_value_heads * g.head_dim - (rope if g.rope_cache == "cached" else 0)
         return replace(g, kv_lora_rank=self._rank(g, g.rope_numbers, min(held, g.hidden_size), None))
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
-        """Every R that is to choose from and that the budget allows."""
+        """Return a shape for every number of rotary dims that the budget allows."""
         if self.positional == "full" or self.rope_dims is not None:
             return [geometry]
         width = geometry.num_key_value_heads * geometry.head_dim
@@ -168,7 +171,7 @@ class GQA2MLA(MLATransformation):
         if geometry.attention_form == "decoupled":
             mixed = MixedHeads.of(source, calibration, self.rope)
             return mixed.problem(geometry)
-        # A key norm's gain stays in the norm, between the latent and the rotation.
+        # The gain of a key norm is part of the readers here, because it stays in the norm, after the latent.
         gain = source.norm_gain(source.spec.key_norm).square().repeat(geometry.num_key_value_heads)[:, None, None]
         return calibration.factorization(
             "full",
@@ -193,7 +196,7 @@ class GQA2MLA(MLATransformation):
         return tensors | (self._joint(source, g, calibration) if g.kv_lora_rank else self._split(source, g))
 
     def _split(self, source: SourceAttention, g: MLAGeometry) -> dict[str, Tensor]:
-        """The paper's two latents."""
+        """Return the projections of the paper's two latents, one for keys and one for values."""
         share = g.num_up_heads // g.num_key_value_heads
         tensors = {}
         sides = (
@@ -213,7 +216,7 @@ class GQA2MLA(MLATransformation):
     def _joint(
         self, source: SourceAttention, g: MLAGeometry, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:
-        """One latent for keys and values."""
+        """Return the projections of one latent for both keys and values."""
         biases = torch.cat([source.key_bias.flatten(), source.value_bias.flatten()])
         weight = _stack(source)
         if calibration is None or self.factorization == "joint":
@@ -231,5 +234,5 @@ class GQA2MLA(MLATransformation):
 
 
 def _stack(source: SourceAttention) -> Tensor:
-    """[W_K ; W_V], [2·G·D, d]."""
+    """Return the key and value weights stacked, [2·G·D, d]."""
     return torch.cat([source.key.flatten(0, 1), source.value.flatten(0, 1)])

@@ -1,4 +1,4 @@
-"""MHA2MLA: each key head keeps a few rotary pairs, the rest of keys and values becomes one latent."""
+"""MHA2MLA, which keeps a few rotary pairs of each key head and factorizes the rest of keys and values into a latent."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from optimum_mla.transforms.options import check_rope_dim, choose_selection, fit
 class MHA2MLA(MLATransformation):
     """Partial RoPE and a low-rank latent (arXiv 2502.14837, sections 3.1 and 3.2).
 
-    Of the D/2 rotary pairs of each key head R/2 keep their rotation and are cached as they are, one rotary key a key
-    head (K = G). The position-free rest and the values, [W_K,nope , W_V], are factorized: by one SVD (`joint`), or by
-    two of half the rank (`split`).
+    R/2 of the D/2 rotary pairs of each key head keep their rotation and are cached without compression, so there are as
+    many rotary keys as key heads G. The other key dims and the values, [W_K,nope , W_V], are factorized by one SVD
+    (`joint`), by two SVDs of half the rank each (`split`), or with weights from calibration tokens (`calibrated`).
 
     Args:
-        d_kv: The paper's rank per key head, instead of `kv_lora_rank` = d_kv·G.
-        qk_rope_head_dim: R; the paper's choice is D/8, and the default unless calibration data choose.
-        rope_selection: `high`, `low`, `uniform`, or, measured on calibration tokens, `contribution` or `damage`. By
-            default `damage` with calibration tokens and `high` without.
-        factorization: `joint`, `split` or `calibrated`.
-        **options: Of `MLATransformation`.
+        d_kv: The rank per key head, as the paper counts it; d_kv·G is then the rank of the latent.
+        qk_rope_head_dim: R, the number of rotary dims per head. None takes the paper's D/8, or the best R on the
+            calibration tokens if the factorization is calibrated.
+        rope_selection: The rule that selects the rotary pairs: `high`, `low` or `uniform`, or, measured on calibration
+            tokens, `contribution` or `damage`. The default is `damage` with calibration tokens and `high` without.
+        **options: Options of `MLATransformation`. `factorization` may be `joint`, `split` or `calibrated`.
     """
 
     name = "mha2mla"
@@ -64,7 +64,7 @@ class MHA2MLA(MLATransformation):
             check_integer("d_kv", d_kv, "integers from 1")
             if d_kv < 1:
                 raise InvalidValueError("d_kv", d_kv, "integers from 1")
-            self.budget = RankBudget()  # d_kv says it all: no default beside it
+            self.budget = RankBudget()  # `d_kv` sets the rank, so the default budget does not apply.
         self.d_kv, self.qk_rope_head_dim = d_kv, qk_rope_head_dim
         self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")
 
@@ -94,7 +94,7 @@ class MHA2MLA(MLATransformation):
                 raise InvalidValueError("d_kv", self.d_kv, f"1 to {largest // heads} for this model and method")
             rank = self.d_kv * heads
         else:
-            # Which pairs rotate is not known before they are measured; the energy of the whole weight stands in for it.
+            # The energy is that of the whole weight, because the pairs that rotate are not known before measuring.
             rank = self.budget.rank(
                 g.source_cache_numbers, overhead, largest, lambda: singular_values(_stack(source)), smallest
             )
@@ -140,5 +140,5 @@ class MHA2MLA(MLATransformation):
 
 
 def _stack(source: SourceAttention) -> Tensor:
-    """[W_K ; W_V], [2·G·D, d]."""
+    """Return the key and value weights stacked, [2·G·D, d]."""
     return torch.cat([source.key.flatten(0, 1), source.value.flatten(0, 1)])

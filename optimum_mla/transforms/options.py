@@ -49,7 +49,7 @@ def fitting(shape: Callable[[int], MLAGeometry], rope_dims: Iterable[int]) -> li
     """Return the shapes with these rotary dims, up to the first whose rotary key leaves no room for a latent.
 
     Args:
-        shape: Returns the shape of a layer with so many rotary dims, or raises `InvalidValueError`.
+        shape: Returns the shape of a layer for a number of rotary dims, or raises `InvalidValueError`.
         rope_dims: Rotary dims per head, rising.
     """
     shapes = []

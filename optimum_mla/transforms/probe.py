@@ -1,4 +1,4 @@
-"""The error of a converted layer on seeded random states, as its factorization predicts it and as its module has it."""
+"""Comparison of a converted layer's error on seeded random states with the error that its factorization predicts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def probe_errors(
 
 
 def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Return an attention's output in float64, computed in the dtype of the states without dropout and without a window."""
+    """Return an attention's output in float64, computed in the dtype of the states without dropout or window."""
     shared = [getattr(module, name) for name in ("config", "rotary") if hasattr(module, name)]
     clone: Any = copy.deepcopy(module, {id(part): part for part in shared}).to(states.dtype).eval()
     clone.config = copy.copy(clone.config)
@@ -66,18 +66,19 @@ def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor]) -> 
 
 
 def check_errors(layer: int, measured: float, predicted: float, dtype: torch.dtype) -> None:
-    """Refuse a converted layer that does something else than its factorization says.
+    """Refuse a converted layer that computes something other than its factorization says.
 
     Args:
         layer: The layer's index.
-        measured, predicted: What `probe_errors` gave.
+        measured: The measured error that `probe_errors` returned.
+        predicted: The predicted error that `probe_errors` returned.
         dtype: The dtype of the layer's weights.
 
     Raises:
         VerificationError: The two errors differ by more than `PREDICTED_WITHIN` and the rounding of the dtype.
     """
     allowed = PREDICTED_WITHIN * predicted + ROUNDING[dtype]
-    if not abs(measured - predicted) <= allowed:  # also where one of them is no number
+    if not abs(measured - predicted) <= allowed:  # The negation also catches NaN.
         raise VerificationError(
             f"verify: the attention of layer {layer} has an output error of {measured:.3g}, but its factorization "
             f"predicts {predicted:.3g} (allowed difference: {allowed:.2g})."

@@ -1,4 +1,4 @@
-"""X-EcoMLA: one shared rotary key, low-rank queries if wanted, an initialization for distillation."""
+"""X-EcoMLA, an initialization for distillation with one shared rotary key and optionally low-rank queries."""
 
 from __future__ import annotations
 
@@ -34,19 +34,21 @@ from optimum_mla.transforms.options import check_rope_dim, choose_selection, fit
 class XEcoMLA(MLATransformation):
     """Upcycling by SVD (arXiv 2503.11132, Algorithm 1).
 
-    [W_K, W_V] is factorized into the latent; the up-projection keeps each head's position-free key dims and its values,
-    duplicated to H heads. One rotary key, shared by all heads (K = 1), is the average of the key heads' rotary dims.
-    With `q_lora_rank` or `q_energy` the queries are factorized too. Good at once only near full rank: meant to be
-    distilled from a teacher.
+    [W_K, W_V] is factorized into the latent. The up-projection gives each head's position-free key dims and its values,
+    repeated for H heads. One rotary key, which all heads share, is the average of the rotary dims of the key heads.
+    With `q_lora_rank` or `q_energy` the queries are factorized too. Without distillation from a teacher the quality is
+    good only near full rank.
 
     Args:
-        q_lora_rank: Rank of the query latent; None keeps one full query projection.
-        q_energy: Share of W_Q's energy that the query latent keeps, per layer; instead of `q_lora_rank`.
-        qk_rope_head_dim: R; the paper's choice is D/2, and the default unless calibration data choose.
-        rope_selection: `last`, Algorithm 1's choice (each head's last R dims, with the frequencies of an R-dim head;
-            R must divide D), or whole rotary pairs of the source: `high`, `low`, `uniform`, `contribution`, `damage`.
-        latent_norm: Put an RMSNorm on the latents, as DeepSeek has; its gain starts at the latent's expected size.
-        **options: Of `MLATransformation`.
+        q_lora_rank: Rank of the query latent; None keeps the full query projection.
+        q_energy: Share of the energy of W_Q that each layer's query latent keeps, as an alternative to `q_lora_rank`.
+        qk_rope_head_dim: R, the number of rotary dims. None takes the paper's D/2, or the best R on the calibration
+            tokens if the factorization is calibrated.
+        rope_selection: The rule that selects the rotary dims. `last` is the choice of Algorithm 1, which takes each
+            head's last R dims with the frequencies of a head of R dims; R must then divide D. `high`, `low`, `uniform`,
+            `contribution` and `damage` select rotary pairs of the source.
+        latent_norm: Whether to put an RMSNorm on the latents, as DeepSeek does. Its gain is the latent's expected size.
+        **options: Options of `MLATransformation`. `factorization` may be `joint` or `calibrated`.
     """
 
     name = "x-ecomla"
@@ -124,7 +126,7 @@ class XEcoMLA(MLATransformation):
 
     def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
         scores = pair_scores(self.rope_selection, source, calibration)
-        if scores is None:  # chosen by place, alike in all layers
+        if scores is None:  # The rule takes the same pairs in all layers, whatever their weights.
             return torch.ones(1, source.geometry.head_dim // 2, dtype=torch.float64)
         total = scores.sum(dim=0, keepdim=True)
         return total if self.rope_selection == "damage" else total / total.sum()
@@ -160,7 +162,7 @@ class XEcoMLA(MLATransformation):
             return split_last_columns(g.head_dim, g.qk_rope_head_dim)
         if self.rope is not None and self.rope_selection in SCORED_SELECTIONS:
             return split_by_pairs(self.rope.counts.nonzero()[:, 0][None], g.head_dim)
-        # The rotary key is shared: one selection for all key heads, by their scores together.
+        # All key heads share the rotary key, so one selection is made by the sums of their scores.
         scores = pair_scores(self.rope_selection, source, calibration)
         total = None if scores is None else scores.sum(dim=0, keepdim=True)
         return split_by_pairs(select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, total), g.head_dim)
@@ -182,15 +184,15 @@ class XEcoMLA(MLATransformation):
 
 
 def _stack(source: SourceAttention) -> Tensor:
-    """[W_K ; W_V], [2·G·D, d]."""
+    """Return the key weight, times the gain of the key norm, and the value weight stacked, [2·G·D, d]."""
     return torch.cat([source.gained_key.flatten(0, 1), source.value.flatten(0, 1)])
 
 
 def _norm_on_latent(source: SourceAttention, norm: str, down: Tensor) -> dict[str, Tensor]:
-    """The latent norm's gain: the root mean square that the latent is expected to have.
+    """Return the gain of a norm on a latent, which is the root mean square that the latent is expected to have.
 
-    The attention reads an RMS-normed state times a gain, so its channels have about the gain's size, and the latent's
-    mean square is the mean over rows of ‖down · diag(gain)‖².
+    The attention reads an RMS-normed state times a gain, so its channels have about the size of the gain. The mean
+    square of the latent is then the mean over the rows of ‖down · diag(gain)‖².
     """
     expected = (down * source.input_gain.double()).square().sum(dim=1).mean().sqrt()
     return {f"{norm}.weight": expected.repeat(down.shape[0])}
