@@ -41,7 +41,7 @@ def named_cache(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)  # The slots are there because exporters would write to a `__dict__`.
 class CacheSettings:
-    """How the cached latents are stored.
+    """Settings that say how a cache stores its latents.
 
     Attributes:
         bits: Bits per number of the latent: 8, 4, 2, or with hqq also 3; 16 keeps the model's own dtype.
