@@ -4,9 +4,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# The oldest and the newest versions that pyproject.toml allows have environments of their own, kept between runs.
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+OLDEST_STAMP := $(OLDEST)/.installed
+# The date in its name makes pip look for newer versions at the first run of a day.
+NEWEST_STAMP := $(NEWEST)/.installed-$(shell date +%F)
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup transformers-tests demo test test-slow style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
+.PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
 	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model clean
 
 setup: $(STAMP)
@@ -18,6 +24,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# TORCH: a version of torch other than the locked one.
+lock: setup
+	$(BIN)/python -m tests.compatibility.requirements lock --torch "$(TORCH)"
 
 demo: setup
 	$(RUN) $(BIN)/python -m benchmarks.demo
@@ -31,6 +41,32 @@ test: setup transformers-tests
 
 test-slow: setup transformers-tests
 	$(RUN) $(BIN)/python -m pytest -m slow
+
+# Quanto compiles a kernel at its first use. Where that was killed, a lock is left for which every later run would wait.
+define compile_quanto
+	find $(1) -path "*/quanto/*/build/lock" -delete
+	PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/python -c "from optimum.quanto.library.extensions.cpp import ext; ext.lib"
+endef
+
+$(OLDEST_STAMP): pyproject.toml | $(STAMP)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(BIN)/python -m tests.compatibility.requirements lowest > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[test]"
+	$(call compile_quanto,$(OLDEST))
+	touch $@
+
+$(NEWEST_STAMP): pyproject.toml
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]"
+	$(call compile_quanto,$(NEWEST))
+	rm -f $(NEWEST)/.installed-*
+	touch $@
+
+test-oldest: $(OLDEST_STAMP)
+	$(RUN) PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m tests.compatibility.run oldest
+
+test-newest: $(NEWEST_STAMP)
+	$(RUN) PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m tests.compatibility.run newest
 
 style: setup
 	$(BIN)/ruff format .
@@ -88,4 +124,4 @@ reference-model: setup
 	$(BIN)/python benchmarks/train_reference_model.py --corpus $(CORPUS) --variant $(or $(VARIANT),reference)
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo_output build *.egg-info

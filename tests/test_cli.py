@@ -20,6 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.compat
 def test_convert_prints_a_table_and_is_quiet_off_a_terminal(tmp_path: Path) -> None:
     done = run(
         *("mla-convert", "-m", str(REFERENCE), "--method", "mha2mla", "--kv-cache-ratio", "0.5"),

@@ -210,6 +210,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(("objective", "trained"), CHOICES)
 def test_report_tells_what_the_saved_model_measures(
     objective: str, trained: str, models: Path, train: Callable[..., RecoveryReport], tmp_path: Path
@@ -307,6 +308,7 @@ def test_first_losses_are_the_models_own(models: Path, train: Callable[..., Reco
     assert accumulated.tokens_seen == mixed.tokens_seen == 128
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("trained", "model", "tolerance"),
     [

@@ -33,6 +33,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.compat
 def test_report_tells_what_the_saved_model_measures(converted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = CacheSettings(bits=4, backend="hqq", group_size=32, residual_length=8)

@@ -42,6 +42,7 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
         return model(token_ids() if ids is None else ids).logits.float()
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_converted_models(family: str, method: str) -> None:
@@ -130,6 +131,7 @@ def test_a_latent_norm_of_its_own_is_carried_without_any_bias(method: str) -> No
     assert after.norm().item() == pytest.approx(before.norm().item(), rel=0.2)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("implementation", ["dynamic", "static", "quantized"])
 def test_it_generates_what_the_converted_model_generates(implementation: str) -> None:
     native = METHODS["gqa2mla"]()(source_model("qwen2"))

@@ -31,6 +31,7 @@ def test_supported_families() -> None:
         models.family_of(GPT2Config())
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama multi-head, tied", "mistral with a window", "qwen2", "qwen3"])
 def test_saving_and_loading_changes_nothing(family: str, method: str, tmp_path: Path) -> None:
@@ -73,6 +74,7 @@ def test_base_model_loads_alone(tmp_path: Path) -> None:
         assert torch.allclose(base(token_ids()).last_hidden_state, hidden, atol=1e-6)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("script", "rc"),
     [
@@ -92,6 +94,7 @@ def test_a_fresh_process_loads_it(script: str, rc: int, tmp_path: Path) -> None:
     assert ("Qwen3MLAForCausalLM" in done.stdout) == (rc == 0)
 
 
+@pytest.mark.compat
 def test_text_generation_pipeline(tmp_path: Path) -> None:
     MHA2MLA(kv_cache_ratio=0.5)(source_model("llama", eos_token_id=5)).save_pretrained(tmp_path)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w3"))

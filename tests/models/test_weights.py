@@ -81,6 +81,7 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("choice", QUANTIZED)
 def test_quantized_weights_are_close_small_and_survive_saving(choice: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -132,6 +133,7 @@ def test_quantized_weights_are_close_small_and_survive_saving(choice: str, dtype
     assert bytes_on_disk(folders[1]) == bytes_on_disk(folders[0])
 
 
+@pytest.mark.compat
 def test_fresh_process_loads_and_generates(tmp_path: Path) -> None:
     folders, expected = [], {}
     for choice in QUANTIZED:
@@ -177,6 +179,7 @@ def test_layers_of_unfit_sizes_stay(choice: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("choice", QUANTIZED)
 def test_adapters_train_on_quantized_weights(choice: str, tmp_path: Path) -> None:
     model = quantize_weights(build(tmp_path), choice)

@@ -90,6 +90,7 @@ def in_chunks(model: PreTrainedModel, bounds: list[int], cache: DynamicCache) ->
     return torch.cat(logits, dim=1)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_paths_and_all_ways_of_feeding_agree(family: str, form: str) -> None:
@@ -109,6 +110,7 @@ def test_both_paths_and_all_ways_of_feeding_agree(family: str, form: str) -> Non
                     assert (logits - expected).abs().max() <= 1e-4, (implementation, absorb, bounds)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 def test_live_cache_bytes_are_the_geometry_figure(family: str, form: str) -> None:
@@ -145,6 +147,7 @@ def test_bfloat16_paths_differ_by_rounding_only(form: str) -> None:
     assert max(errors) < 2.5 * min(errors)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("form", FORMS)
 def test_generate_gives_the_same_tokens_with_every_cache(form: str) -> None:
     model = build("Llama", form)
@@ -177,6 +180,7 @@ def test_gradients_do_not_depend_on_the_path(form: str) -> None:
         assert gradient.abs().max() > 0, name
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_checkpointing_changes_nothing(form: str) -> None:
     model = build("Llama", form).train()
@@ -189,6 +193,7 @@ def test_gradient_checkpointing_changes_nothing(form: str) -> None:
     assert all(torch.allclose(p.grad, plain[name], atol=1e-6) for name, p in model.named_parameters())
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("form", FORMS)
 def test_attentions_of_every_layer_are_recorded(form: str) -> None:
     model = build("Llama", form)
@@ -210,6 +215,7 @@ def test_decoding_absorbs_by_itself() -> None:
     assert not attention._absorbing_saves(500, 500)
 
 
+@pytest.mark.compat
 def test_an_adapter_on_the_up_projection_acts_in_decoding() -> None:
     model = build("Llama", "shared rotary key")
     ids, mask, positions = padded_batch()

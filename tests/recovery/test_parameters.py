@@ -71,6 +71,7 @@ def test_kv_attention_and_full(form: str) -> None:
     assert parameter_counts(model) == (numbers, numbers)
 
 
+@pytest.mark.compat
 def test_a_merged_adapter_is_a_plain_converted_model() -> None:
     model, ids = build("Llama", "rotary key rebuilt"), token_ids()
     adapted = prepare(model, "lora", lora_rank=4)

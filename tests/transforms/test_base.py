@@ -14,6 +14,7 @@ from optimum_mla.report.memory import measured_cache_bytes_per_token
 from tests.cases import FAMILIES, METHODS, SIZES, source_model, token_ids
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_converts_every_family(family: str, method: str) -> None:

@@ -10,6 +10,7 @@ from optimum_mla.report.memory import measured_cache_bytes_per_token
 from tests.cases import FAMILIES, SIZES, source_model, token_ids
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_rank_is_the_source_model(family: str, dtype: torch.dtype) -> None:
@@ -30,6 +31,7 @@ def test_full_rank_is_the_source_model(family: str, dtype: torch.dtype) -> None:
         assert measured_cache_bytes_per_token(converted, ids[:1]) == measured_cache_bytes_per_token(source, ids[:1])
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_full_rank_generates_the_source_tokens(family: str) -> None:
     source, ids = source_model(family), token_ids(2, 8)

@@ -18,6 +18,7 @@ from tests.cases import source_model, token_ids
 SETTINGS: dict[str, Any] = {"bits": 4, "backend": "quanto", "group_size": 16, "residual_length": 4, "rope_bits": 8}
 
 
+@pytest.mark.compat
 def test_composes_after_conversions_and_is_saved(tmp_path: Path) -> None:
     parts = GQA2MLA(kv_cache_ratio=0.5, layers="0"), XEcoMLA(kv_lora_rank=20, layers="2")
     composed = compose(*parts, QuantizeLatentCache(**SETTINGS))

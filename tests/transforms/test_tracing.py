@@ -11,6 +11,7 @@ from optimum_mla.errors import InvalidValueError, UnsupportedModelError
 from tests.cases import FAMILIES, METHODS, SIZES, source_model, token_ids
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_traced_model_has_the_same_logits(family: str) -> None:
     model, ids = source_model(family), token_ids()
@@ -45,6 +46,7 @@ def test_a_traced_model_converts_like_the_model(family: str, method: str) -> Non
         assert torch.equal(traced(ids), converted(ids, use_cache=False).logits)
 
 
+@pytest.mark.compat
 def test_copies_and_compositions_of_traced_models() -> None:
     traced, ids = trace(source_model("llama")), token_ids()
     hybrid = compose(GQA2MLA(layers="0"), MHA2MLA(kv_cache_ratio=0.5, layers="1-2"))
