@@ -20,7 +20,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.compat
 def test_convert_prints_a_table_and_is_quiet_off_a_terminal(tmp_path: Path) -> None:
     done = run(
         *("mla-convert", "-m", str(REFERENCE), "--method", "mha2mla", "--kv-cache-ratio", "0.5"),
@@ -40,6 +39,7 @@ def test_convert_prints_a_table_and_is_quiet_off_a_terminal(tmp_path: Path) -> N
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.compat
 def test_bad_input_is_one_line_and_exit_code_two(tmp_path: Path) -> None:
     done = run("mla-convert", "-m", str(tmp_path / "missing"), str(tmp_path / "out"))
     assert done.returncode == 2
@@ -116,6 +116,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert "--kv-cache-ratio" in done.stdout
 
 
+@pytest.mark.compat
 def test_help_lists_the_command() -> None:
     assert "mla-convert" in run("--help").stdout
 

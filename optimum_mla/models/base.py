@@ -18,6 +18,7 @@ from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
 from optimum_mla.nn.decoupled import default_rope_pairs
+from optimum_mla.ops.positions import check_given_positions
 from optimum_mla.stack import (
     CACHE_ARGUMENT,
     cache_name,
@@ -143,7 +144,12 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
         if use_cache and not self.training and len(args) <= position and kwargs.get(name) is None:
             kwargs[name] = latent_cache(self.spec, self.config)
         elif kwargs.get(name) is not None:
-            require_cache(kwargs[name])
+            cache = kwargs[name]
+            require_cache(cache)
+            if not isinstance(cache, LatentCache) and rotates_cached_keys(self):
+                check_given_positions(
+                    kwargs.get("position_ids"), kwargs.get("attention_mask"), cache.get_seq_length()
+                )
         return source_forward(self, *args, **kwargs)
 
     forward.__doc__ = source_forward.__doc__
@@ -208,6 +214,11 @@ class MLAForCausalLMMixin(LatentInitialization):
         model_kwargs[CACHE_ARGUMENT] = cache = self.make_cache(**settings)
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+
+def rotates_cached_keys(model: nn.Module) -> bool:
+    """Return whether a layer rotates keys after they are read from the cache, for which it needs their positions."""
+    return any(isinstance(m, LatentAttention) and m.needs_cached_positions() for m in model.modules())
 
 
 def quantized_settings(cache_config: dict[str, Any]) -> dict[str, Any]:

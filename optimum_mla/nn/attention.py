@@ -92,7 +92,7 @@ class LatentAttention(nn.Module, ABC):
         """The frequencies of this layer's rotary heads, from the source's table."""
 
     @abstractmethod
-    def _needs_cached_positions(self) -> bool:
+    def needs_cached_positions(self) -> bool:
         """Whether keys are rotated after they are read from the cache."""
 
     @abstractmethod
@@ -191,7 +191,7 @@ class LatentAttention(nn.Module, ABC):
             view = TensorView(first, second, self.geometry.scale_numbers)
 
         frames = None
-        if self._needs_cached_positions():
+        if self.needs_cached_positions():
             frames = self._frames(view, rotation, attention_mask, position_ids, seen, length, stored)
         else:
             queries = self._rotate_queries(queries, rotation)
@@ -262,10 +262,11 @@ class LatentAttention(nn.Module, ABC):
         if stored is not None:
             positions = stored.last(view.tokens, device)
         else:
-            # In windowed layers a masked slot may be out of range rather than padding.
-            mask = attention_mask if self.sliding_window is None else None
-            positions = cached_positions(position_ids, mask, seen, length, view.tokens, device)
-            check_positions(positions, position_ids, mask, seen, length)
+            windowed = self.sliding_window is not None
+            positions = cached_positions(
+                position_ids, attention_mask, seen, length, view.tokens, device, windowed=windowed
+            )
+            check_positions(positions, position_ids, attention_mask, seen, length, windowed=windowed)
         return AbsoluteFrames(lambda span: table(positions[:, span]), rotation)
 
     def _expanded(

@@ -69,7 +69,7 @@ class DecoupledLatentAttention(LatentAttention):
         nope, rope = queries.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], dim=-1)
         return torch.cat([nope, rotate(rope, rotation)], dim=-1)
 
-    def _needs_cached_positions(self) -> bool:
+    def needs_cached_positions(self) -> bool:
         return self.geometry.rope_cache == "rebuilt"
 
     def _latents(self, hidden_states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

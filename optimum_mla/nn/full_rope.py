@@ -53,7 +53,7 @@ class FullRopeLatentAttention(LatentAttention):
     def _rotate_queries(self, queries: Tensor, rotation: Rotation) -> Tensor:
         return rotate(queries, rotation)
 
-    def _needs_cached_positions(self) -> bool:
+    def needs_cached_positions(self) -> bool:
         return True
 
     def _latents(self, hidden_states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

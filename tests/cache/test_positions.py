@@ -88,6 +88,29 @@ def test_a_cache_without_positions_refuses_what_it_cannot_know(form: str) -> Non
 
 @pytest.mark.parametrize("form", ["rotary key rebuilt", "full rope"])
 @torch.no_grad()
+def test_windowed_layers_over_such_a_cache_take_padding_and_refuse_the_rest(form: str) -> None:
+    """The window is 9: after 16 tokens, the padding is out of every window and no layer's mask tells of it."""
+    model = build("Mistral", form)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :4] = 0  # padded on the left
+    mask[1, 12:14] = 0  # and in between
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids = token_ids(2, 20)
+    expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    for start, stop in zip([0, 14, 15, 16, 17, 18], [14, 15, 16, 17, 18, 20], strict=True):
+        new = slice(start, stop)
+        keywords = {"position_ids": positions[:, new], "attention_mask": mask[:, :stop]}
+        got = model(ids[:, new], cache=cache, **keywords).logits
+        real = mask[:, new].bool()
+        assert (got - expected[:, new])[real].abs().max() <= 1e-4
+    for wrong in (positions[:, -1:] - 1, positions[:, -1:] + 2):
+        with pytest.raises(InvalidValueError, match=r"position_ids.*make_cache"):
+            model(ids[:, -1:], cache=cache, position_ids=wrong + 1, attention_mask=torch.ones(2, 21))
+
+
+@pytest.mark.parametrize("form", ["rotary key rebuilt", "full rope"])
+@torch.no_grad()
 def test_a_tree_of_drafts_is_verified_at_its_own_positions(form: str) -> None:
     """Two drafts of two tokens follow one prompt: they share positions and do not see each other."""
     model = build("Llama", form)
