@@ -10,6 +10,8 @@ NEWEST := .venv-newest
 OLDEST_STAMP := $(OLDEST)/.installed
 # The date in its name makes pip look for newer versions at the first run of a day.
 NEWEST_STAMP := $(NEWEST)/.installed-$(shell date +%F)
+# Each process of the tests has one thread: the models are tiny.
+TESTS  := --numprocesses logical --maxprocesses 8 --dist worksteal
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
@@ -37,7 +39,7 @@ transformers-tests: setup
 	$(BIN)/python -m tests.transformers_suite.fetch
 
 test: setup transformers-tests
-	$(RUN) $(BIN)/python -m pytest
+	$(RUN) $(BIN)/python -m pytest $(TESTS)
 
 test-slow: setup transformers-tests
 	$(RUN) $(BIN)/python -m pytest -m slow
@@ -63,10 +65,10 @@ $(NEWEST_STAMP): pyproject.toml
 	touch $@
 
 test-oldest: $(OLDEST_STAMP)
-	$(RUN) PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m tests.compatibility.run oldest
+	$(RUN) PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m tests.compatibility.run oldest $(TESTS)
 
 test-newest: $(NEWEST_STAMP)
-	$(RUN) PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m tests.compatibility.run newest
+	$(RUN) PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m tests.compatibility.run newest $(TESTS)
 
 style: setup
 	$(BIN)/ruff format .

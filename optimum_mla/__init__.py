@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`benchmark`, whose libraries only those need who measure."""
+    """Import `benchmark` at its first use: its libraries are needed only by those who measure."""
     if name == "benchmark":
         from optimum_mla.pipeline import benchmark
 

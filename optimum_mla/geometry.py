@@ -86,7 +86,7 @@ class MLAGeometry:
 
     @property
     def up_bias(self) -> bool:
-        """Whether the projections that read the latent have a bias."""
+        """Return whether the projections that read the latent have a bias."""
         return self.key_value_bias or self.latent_bias
 
     @property

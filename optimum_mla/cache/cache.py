@@ -77,7 +77,7 @@ class LatentCache(Cache):
         self.positions.rows(torch.as_tensor(indices))
 
     def update_blocks(self, first: Tensor, second: Tensor, layer_idx: int) -> CacheView:
-        """As `update`, for a converted layer, without a dense copy of its cache.
+        """Store the new tokens of a converted layer as `update` does, and return its blocks instead of a dense copy.
 
         Args:
             first: New tokens' first vectors, [B, 1, S, ·]. second: Their second.

@@ -25,7 +25,7 @@ class CachedPositions:
 
     @property
     def consecutive(self) -> bool:
-        """Whether the positions rise by one from token to token, alike in all rows."""
+        """Return whether the positions rise by one from token to token, alike in all rows."""
         return self.values is None
 
     def note(self, seen: int, length: int, new: Tensor | None) -> None:

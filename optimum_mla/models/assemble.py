@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.geometry import MLAGeometry
-from optimum_mla.models.base import MLA_CONFIG_FIELDS, build_attention
+from optimum_mla.models.base import MLA_CONFIG_FIELDS, build_attention, is_tied
 from optimum_mla.models.registry import Family, is_converted
 from optimum_mla.nn import LatentAttention
 
@@ -143,9 +143,3 @@ def assemble_model(
     model.__dict__.clear()
     model.__dict__.update(converted.__dict__)
     return model
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Return whether the language-model head is the token embedding itself."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)

@@ -70,7 +70,7 @@ class MLAConfigMixin(PreTrainedConfig):
 
     @property
     def qk_head_dim(self) -> int:
-        """n + R; Transformers takes it as the sign of latent attention when it sizes static caches."""
+        """Return n + R; Transformers takes it as the sign of latent attention when it sizes static caches."""
         layer = self.per_layer_config[0]
         return (layer.qk_nope_head_dim + layer.qk_rope_head_dim) or layer.head_dim
 
@@ -87,13 +87,19 @@ class LatentInitialization(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers."""
+        """Load a converted model; arguments and results are those of Transformers' `from_pretrained`."""
         loaded = super().from_pretrained(*args, **kwargs)
         keep_storable(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the model as Transformers does, with the few lines that `auto_map` points at."""
+        """Save the model as Transformers does, with the few lines that `auto_map` points at.
+
+        Whether the head is tied is read from the weights, because merged adapters may have given it weights of its own
+        (`modules_to_save`), which a config that says otherwise would leave out of the checkpoint.
+        """
+        if self.get_output_embeddings() is not None:
+            self.config.tie_word_embeddings = is_tied(self)
         if getattr(self, "hf_quantizer", None) is not None:
             # Undoing what loading did to the names is not written for bitsandbytes, and these models need none of it.
             kwargs.setdefault("save_original_format", False)
@@ -109,7 +115,7 @@ class MLAModelMixin(LatentInitialization):
 
     @staticmethod
     def recorders(source: dict[str, Any], source_attention: type[nn.Module]) -> dict[str, Any]:
-        """What `output_attentions` and `output_hidden_states` record: attentions of both kinds, in layer order."""
+        """Return what `output_attentions` and `output_hidden_states` record: attentions are those of both kinds."""
         return {**source, "attentions": [LatentAttention, source_attention]}
 
     def __init__(self, config: Any) -> None:
@@ -147,9 +153,7 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
             cache = kwargs[name]
             require_cache(cache)
             if not isinstance(cache, LatentCache) and rotates_cached_keys(self):
-                check_given_positions(
-                    kwargs.get("position_ids"), kwargs.get("attention_mask"), cache.get_seq_length()
-                )
+                check_given_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"), cache.get_seq_length())
         return source_forward(self, *args, **kwargs)
 
     forward.__doc__ = source_forward.__doc__
@@ -175,11 +179,11 @@ class MLAForCausalLMMixin(LatentInitialization):
 
     @property
     def geometry(self) -> ModelGeometry:
-        """Shapes of all attention layers."""
+        """Return the shapes of all attention layers."""
         return model_geometry(self.spec, self.config)
 
     def make_cache(self, offloading: bool = False, **settings: Any) -> LatentCache:
-        """A fresh cache for this model, for example to be kept over the turns of a conversation.
+        """Return an empty cache for this model, for example to be kept over the turns of a conversation.
 
         Args:
             offloading: Keep the layers on the CPU between their turns (CUDA only).
@@ -239,6 +243,12 @@ def quantized_settings(cache_config: dict[str, Any]) -> dict[str, Any]:
     return {"bits": 4, "backend": "quanto", **{names[name]: value for name, value in cache_config.items()}}
 
 
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the language-model head is the token embedding itself."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
+
+
 def keep_storable(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU, after which they would be saved wrong.
 
@@ -252,7 +262,7 @@ def keep_storable(model: nn.Module) -> None:
 def build_attention(
     spec: AttentionSpec, config: Any, layer: int, rotary: nn.Module, geometry: MLAGeometry | None = None
 ) -> LatentAttention:
-    """The latent attention module of one converted layer, weights as `torch.nn` initializes them.
+    """Return the latent attention module of one converted layer, with the weights that `torch.nn` starts from.
 
     The module keeps the model's config, not its layer's: `set_attn_implementation` changes the former only.
 
@@ -265,7 +275,7 @@ def build_attention(
 
 
 def latent_cache(spec: AttentionSpec, config: Any, offloading: bool = False, **settings: Any) -> LatentCache:
-    """A fresh cache for a converted model's config.
+    """Return an empty cache for a converted model's config.
 
     Layers that keep the source's attention get what Transformers gives them. So do layers with a sliding window: what
     they hold is bounded by it, and all of a model's windowed layers must hold the same tokens.
@@ -283,7 +293,7 @@ def latent_cache(spec: AttentionSpec, config: Any, offloading: bool = False, **s
 
 
 def quantizable_layers(spec: AttentionSpec, config: Any) -> list[int]:
-    """The layers whose cache is a `LatentLayer`."""
+    """Return the indices of the layers whose cache is a `LatentLayer`."""
     layers = model_geometry(spec, config).layers
     return [
         index
@@ -293,6 +303,6 @@ def quantizable_layers(spec: AttentionSpec, config: Any) -> list[int]:
 
 
 def model_geometry(spec: AttentionSpec, config: Any) -> ModelGeometry:
-    """Shapes of all attention layers of a source or converted model's config."""
+    """Return the shapes of all attention layers of a source or converted model's config."""
     layers: tuple[MLAGeometry, ...] = tuple(spec.geometry(layer) for layer in config.per_layer_config)
     return ModelGeometry(layers)

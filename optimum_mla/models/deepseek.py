@@ -28,8 +28,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedMode
 from optimum_mla.errors import UnsupportedModelError
 from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.geometry import MLAGeometry
-from optimum_mla.models.assemble import is_tied
-from optimum_mla.models.base import model_geometry
+from optimum_mla.models.base import is_tied, model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 
 CONSTANT = 2.0**14

@@ -138,12 +138,12 @@ def _source_classes(spec: AttentionSpec) -> tuple[Any, Any, Any, Any]:
 
 
 def supported_model_types() -> tuple[str, ...]:
-    """`model_type` of every family that can be converted."""
+    """Return the `model_type` of every family that can be converted."""
     return tuple(sorted(_FAMILIES))
 
 
 def family_of(config: Any) -> Family:
-    """The family of a source or a converted model's config.
+    """Return the family of a source or a converted model's config.
 
     Raises:
         UnsupportedModelError: No family has this `model_type`.
@@ -159,7 +159,7 @@ def family_of(config: Any) -> Family:
 
 
 def is_converted(config: Any) -> bool:
-    """Whether a config is a converted model's."""
+    """Return whether a config is a converted model's."""
     return isinstance(config, MLAConfigMixin)
 
 

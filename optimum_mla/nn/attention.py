@@ -77,47 +77,47 @@ class LatentAttention(nn.Module, ABC):
 
     @abstractmethod
     def _queries(self, hidden_states: Tensor) -> Tensor:
-        """Queries [B, H, S, n + R], normed, not yet rotated."""
+        """Return the queries [B, H, S, n + R], normed, not yet rotated."""
 
     @abstractmethod
     def _latents(self, hidden_states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """The two tensors to cache for the new tokens, [B, 1, S, ·]."""
+        """Return the two tensors to cache for the new tokens, [B, 1, S, ·]."""
 
     @abstractmethod
     def _rotate_queries(self, queries: Tensor, rotation: Rotation) -> Tensor:
-        """Queries with their rotary dims rotated."""
+        """Return the queries with their rotary dims rotated."""
 
     @abstractmethod
     def _rotation(self, position_embeddings: tuple[Tensor, Tensor]) -> Rotation:
-        """The frequencies of this layer's rotary heads, from the source's table."""
+        """Return the frequencies of this layer's rotary heads, from the source's table."""
 
     @abstractmethod
     def needs_cached_positions(self) -> bool:
-        """Whether keys are rotated after they are read from the cache."""
+        """Return whether keys are rotated after they are read from the cache."""
 
     @abstractmethod
     def _expand(self, block: Block, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Keys [B, U, T, n + R], rotated, and values [B, U, T, v] of some cached tokens."""
+        """Return keys [B, U, T, n + R], rotated, and values [B, U, T, v] of some cached tokens."""
 
     @abstractmethod
     def _absorbed(
         self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Context [B, H, S, v] and, if asked for, attention weights [B, H, S, T], computed in latent space.
+        """Return context [B, H, S, v] and, if asked for, attention weights [B, H, S, T], computed in latent space.
 
         Queries are rotated already where `frames` is None, that is, where no key is rotated behind the cache.
         """
 
     @abstractmethod
     def _absorbable(self) -> bool:
-        """Whether `_absorbed` may read the up-projection's weight.
+        """Return whether `_absorbed` may read the up-projection's weight.
 
-        Not past an adapter, a quantizer or an offload hook: those act only when the module is called.
+        It may not where an adapter, a quantizer or an offload hook acts only when the module is called.
         """
 
     @abstractmethod
     def _absorbing_saves(self, queries: int, tokens: int) -> bool:
-        """Whether `_absorbed` takes fewer multiply-adds than `_expand` and ordinary attention."""
+        """Return whether `_absorbed` takes fewer multiply-adds than `_expand` and ordinary attention."""
 
     @takes_cache
     def forward(
@@ -272,7 +272,7 @@ class LatentAttention(nn.Module, ABC):
     def _expanded(
         self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """As `_absorbed`, with the cache expanded one block at a time."""
+        """Compute what `_absorbed` computes, with the cache expanded one block at a time."""
         scaled = queries * self.scaling
 
         def partial(block: Block, span: slice, mask: Tensor | None) -> Sums:
@@ -299,7 +299,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention with the signature of Transformers' attention functions.
+    """Compute plain attention, with the signature of Transformers' attention functions.
 
     Args:
         query: [B, H, S, n + R]. key: [B, U, T, n + R]. value: [B, U, T, v]. Heads are grouped, never repeated.

@@ -88,11 +88,11 @@ class DecoupledLatentAttention(LatentAttention):
         return latent, torch.cat(second, dim=-1).unsqueeze(1)
 
     def _rope_heads(self, flat: Tensor) -> Tensor:
-        """[B, T, K·R] as [B, K, T, R]."""
+        """Split [B, T, K·R] into heads [B, K, T, R]."""
         return flat.unflatten(-1, (self.geometry.num_rope_heads, self.geometry.qk_rope_head_dim)).transpose(1, 2)
 
     def _up_project(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Position-free keys [B, U, T, n] and values [B, U, T, v] of latents [B, T, r]."""
+        """Return position-free keys [B, U, T, n] and values [B, U, T, v] of latents [B, T, r]."""
         g = self.geometry
         heads = self.kv_b_proj(latent).unflatten(-1, (g.num_up_heads, -1)).transpose(1, 2)
         nope, value = heads.split([g.qk_nope_head_dim, g.v_head_dim], dim=-1)

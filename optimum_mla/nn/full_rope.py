@@ -38,7 +38,7 @@ class FullRopeLatentAttention(LatentAttention):
             self.k_norm = HeadRMSNorm(1, g.head_dim, eps)
 
     def _heads(self, flat: Tensor) -> Tensor:
-        """[B, T, heads·D] as [B, heads, T, D]."""
+        """Split [B, T, heads·D] into heads [B, heads, T, D]."""
         return flat.unflatten(-1, (-1, self.geometry.head_dim)).transpose(1, 2)
 
     def _queries(self, hidden_states: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class FullRopeLatentAttention(LatentAttention):
         return block.first if self.geometry.kv_lora_rank else block.second
 
     def _keys(self, latent: Tensor, rotation: Rotation | None) -> Tensor:
-        """Keys [B, U, T, D], rotated, of latents [B, T, r]."""
+        """Return keys [B, U, T, D], rotated, of latents [B, T, r]."""
         keys = self._heads(self.k_b_proj(latent))
         keys = self.k_norm(keys) if self.geometry.key_norm else keys
         return rotate(keys, rotation) if rotation is not None else keys

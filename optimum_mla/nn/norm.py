@@ -23,12 +23,12 @@ class HeadRMSNorm(nn.Module):
         self.eps, self.normed_dim = eps, normed_dim or dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, S, dim], normed and multiplied by its head's gain."""
+        """Return x [B, H, S, dim], normed and multiplied by its head's gain."""
         gain = self.weight.repeat_interleave(x.shape[1] // self.weight.shape[0], dim=0).unsqueeze(1)  # [H, 1, dim]
         return x * inverse_rms(x[..., : self.normed_dim], self.eps).unsqueeze(-1) * gain
 
 
 def inverse_rms(heads: Tensor, eps: float) -> Tensor:
-    """The factor [...] that gives heads [..., dim] a root mean square of one."""
+    """Return the factor [...] that gives heads [..., dim] a root mean square of one."""
     squares = heads.to(torch.promote_types(heads.dtype, torch.float32)).square()
     return torch.rsqrt(squares.mean(-1) + eps).to(heads.dtype)

@@ -38,7 +38,7 @@ class Latents:
 
     @property
     def layout(self) -> Hashable:
-        """A key of the stored form; `lift` and `lower` do the same for all latents of one layout."""
+        """Return a key of the stored form; `lift` and `lower` do the same for all latents of one layout."""
         return None
 
     def lift(self, queries: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class CacheView(ABC):
     @property
     @abstractmethod
     def is_dense(self) -> bool:
-        """Whether all tokens lie in memory as plain tensors, so that `whole` has nothing to decode."""
+        """Return whether all tokens lie in memory as plain tensors, so that `whole` has nothing to decode."""
 
     @property
     @abstractmethod

@@ -87,7 +87,7 @@ def export(
 
 
 def exported_model(name: str, native: PreTrainedModel, format: str, pad: bool) -> tuple[PreTrainedModel, ExportReport]:
-    """The export of a converted model in memory, and what it is beside it.
+    """Return the export of a converted model in memory, and what it is beside it.
 
     Raises:
         UnsupportedModelError: The format cannot express it.

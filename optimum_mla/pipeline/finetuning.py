@@ -275,7 +275,7 @@ def working_folder(
 
 
 def training_data(tokenizer: Any, source: Any, recipe: Recipe, length: int) -> tuple[Any, dict[str, Any]]:
-    """Rows to train on, and what the report says about them."""
+    """Return the rows to train on, and what the report says about them."""
     if recipe.objective == "dpo":
         pairs = preferences(source)
         return pairs, {"rows": len(pairs), "tokens_per_row": None, "sha256": pairs._fingerprint}
@@ -287,7 +287,7 @@ def training_data(tokenizer: Any, source: Any, recipe: Recipe, length: int) -> t
 
 
 def make_arguments(chosen: dict[str, Any]) -> TrainingArguments:
-    """`TrainingArguments`, its complaints as ours.
+    """Return `TrainingArguments`, and turn what it complains of into an error with one line.
 
     Raises:
         InvalidValueError: A value that it refuses.
@@ -379,7 +379,7 @@ def perplexity_of_source(
 
 
 def finished(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
-    """The trained model as it is to be saved: adapters merged if asked for, in its dtype, in evaluation mode."""
+    """Return the trained model as it is to be saved: adapters merged if asked for, in its dtype, in evaluation mode."""
     if recipe.train in ADAPTERS:
         if recipe.merge:
             # In float32: a merged update is often below the precision of 16 bits of the weight that it goes into.
@@ -389,12 +389,12 @@ def finished(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model's parameters in a dtype. Buffers stay: rotary frequencies are in float32 whatever the checkpoint."""
+    """Cast a model's parameters to a dtype. Buffers stay: rotary frequencies are in float32 whatever the checkpoint."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def dtype_of(config: PreTrainedConfig, model: PreTrainedModel) -> torch.dtype:
-    """The dtype that a checkpoint was saved in."""
+    """Return the dtype that a checkpoint was saved in."""
     return getattr(config, "dtype", None) or model.dtype

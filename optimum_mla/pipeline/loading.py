@@ -78,7 +78,7 @@ def load_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
 
 
 def load_source_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
-    """The config of a model that can be converted.
+    """Return the config of a model that can be converted.
 
     Raises:
         UnsupportedModelError: Not found, not a supported decoder LM, converted already, or quantized.
@@ -93,7 +93,7 @@ def load_source_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
 
 
 def load_converted_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
-    """The config of a converted model.
+    """Return the config of a converted model.
 
     Raises:
         UnsupportedModelError: Not found, or not converted.

@@ -44,7 +44,7 @@ class MuonAdamW(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The parameter groups of both optimizers, in which schedules set the learning rates."""
+        """Return the parameter groups of both optimizers, in which schedules set the learning rates."""
         return [group for part in self.parts for group in part.param_groups]
 
     @param_groups.setter
@@ -53,7 +53,7 @@ class MuonAdamW(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """The state of both optimizers."""
+        """Return the state of both optimizers."""
         both: defaultdict[Tensor, Any] = defaultdict(dict)
         for part in self.parts:
             both.update(part.state)

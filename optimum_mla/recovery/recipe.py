@@ -117,7 +117,7 @@ class Recipe:
 
     @property
     def taught(self) -> bool:
-        """Whether a teacher takes part."""
+        """Return whether a teacher takes part."""
         return self.objective == "distill" or self.stage1 != "none"
 
     def to_dict(self) -> dict[str, Any]:

@@ -70,10 +70,9 @@ def main() -> int:
     """Run the subset, write the result where it passes, and return pytest's exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("environment", choices=ENVIRONMENTS)
-    parser.add_argument("--durations", default="0", help="slowest tests to list")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()  # the rest are pytest's own
     counter = Counter()
-    code = pytest.main([*SUBSET, f"--durations={arguments.durations}"], plugins=[counter])
+    code = pytest.main([*SUBSET, *options], plugins=[counter])
     if code == pytest.ExitCode.OK:
         result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
         result[arguments.environment] = {"versions": installed(), **counter.counts}

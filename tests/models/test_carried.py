@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +36,21 @@ def test_tied_weights_stay_tied() -> None:
     model = GQA2MLA(kv_cache_ratio=0.5)(source_model("llama", tie_word_embeddings=True))
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_that_merged_adapters_bring_is_saved(tmp_path: Path) -> None:
+    model = GQA2MLA(kv_cache_ratio=0.5)(source_model("llama", tie_word_embeddings=True))
+    adapters = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trained = get_peft_model(model, adapters)
+    with torch.no_grad():
+        trained.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+        merged = trained.merge_and_unload()
+        expected = merged(IDS).logits
+        merged.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not loaded.config.tie_word_embeddings
+        assert torch.equal(loaded.model.embed_tokens.weight * 1.5, loaded.lm_head.weight)
+        assert (loaded(IDS).logits - expected).abs().max() <= 1e-4
 
 
 def test_the_export_has_the_head_of_the_model() -> None:

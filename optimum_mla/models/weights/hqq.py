@@ -58,7 +58,7 @@ class StoredHQQLinear(HQQLinear):
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The description of the codes that HQQ's functions read."""
+        """Return the description of the codes that HQQ's functions read."""
         packing = Quantizer.bit_to_packing[self.bits]
         return {
             "nbits": self.bits,

@@ -75,7 +75,7 @@ class StoredWeightsQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters on the quantized layers can train."""
+        """Return whether adapters on the quantized layers can train."""
         return True
 
 
