@@ -675,7 +675,8 @@ class Poison(TrainerCallback):
         if state.global_step == self.step:
             with torch.no_grad():
                 for parameter in kwargs["model"].parameters():
-                    parameter.mul_(self.factor)
+                    if parameter.requires_grad:  # no optimizer can ruin the others
+                        parameter.mul_(self.factor)
 
 
 @pytest.mark.parametrize("factor", [30.0, math.nan])
@@ -717,7 +718,6 @@ def test_divergent_adapters_go_back_too(
 ) -> None:
     poison = Poison(5, math.nan)
     with_callback(poison)
-    # Merged weights must not carry anything of the spoilt ones; those of the base are frozen, and spoilt here too.
     report = train(training={"max_steps": 12})
     assert (report.diverged_at_step, report.steps) == (6, 4)
     saved = {name.replace(".default", ""): value for name, value in poison.saved[4].items() if "lora" in name}

@@ -18,6 +18,7 @@ from optimum_mla.errors import (
     CorruptWeightsError,
     InvalidValueError,
     MLAError,
+    OptionError,
     OutputError,
     UnsupportedModelError,
 )
@@ -142,7 +143,7 @@ BAD_INPUT: dict[str, tuple[type[MLAError], str, dict[str, Any]]] = {
     "layer beyond the model": (InvalidValueError, "0 to 5", {"options": {"layers": "4-6"}}),
     "malformed layers": (InvalidValueError, "0 to 5", {"options": {"layers": "one"}}),
     "unknown method": (InvalidValueError, "gqa2mla", {"method": "gqa2mlaa"}),
-    "option of another method": (InvalidValueError, "q_lora_rank", {"options": {"q_lora_rank": 8}}),
+    "option of another method": (OptionError, "gqa2mla has no --q-lora-rank option", {"options": {"q_lora_rank": 8}}),
     "query rank too high": (InvalidValueError, "1 to 256", {"method": "x-ecomla", "options": {"q_lora_rank": 257}}),
     "contribution without text": (
         InvalidValueError,

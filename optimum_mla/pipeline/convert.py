@@ -81,7 +81,7 @@ def convert(
     inputs = {"model": model, "calibration-data": texts.calibration_data, "eval-data": texts.eval_data}
     folder = check_output(output, inputs, overwrite)
     config = load_source_config(model, hub)
-    origin: dict[str, Any] = origin_fields(model, config, hub)
+    origin: dict[str, Any] = origin_fields(model, hub)
     options = {name: value for name, value in (options or {}).items() if value is not None}
     if export_format is not None:
         check_format(export_format)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers.utils.hub import extract_commit_hash
 
 from optimum_mla.errors import InvalidValueError
+from optimum_mla.io.reading import local_folder
 from optimum_mla.report.schema import ConversionReport
 
 CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -60,19 +61,20 @@ def named_model(option: str, name: str, revision: str | None) -> NamedModel:
     return NamedModel(name, name, revision)
 
 
-def origin_fields(model: str, config: PreTrainedConfig, hub: dict[str, Any]) -> dict[str, str | None]:
+def origin_fields(model: str, hub: dict[str, Any]) -> dict[str, str | None]:
     """Return the fields of `ConversionReport` that tell where to find the source model again.
 
     Args:
-        model: Its hub id or folder.
-        config: Its config as it was loaded.
+        model: Its hub id or folder, already loaded, so that a download is on this machine.
         hub: Keyword arguments for loading from the hub.
     """
     folder = Path(model)
     if folder.is_dir():
         return {"source_folder": str(folder.resolve()), "source_config_sha256": config_sha256(folder)}
-    # The commit stays the same when the branch moves on.
-    return {"source_revision": getattr(config, "_commit_hash", None) or hub.get("revision")}
+    # The commit stays the same when the branch moves on. It is the name of the download's folder.
+    download = local_folder(model, hub)
+    commit = extract_commit_hash(f"{download}/config.json", None) if download is not None else None
+    return {"source_revision": commit or hub.get("revision")}
 
 
 def config_sha256(folder: Path) -> str | None:

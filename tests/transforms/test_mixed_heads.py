@@ -183,6 +183,7 @@ def trained() -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
     return model, calibration, token_windows(tokenizer, REFERENCE / "evaluation.txt", 256, 16)
 
 
+@pytest.mark.slow
 def test_calibration_beats_the_papers_forms_on_the_trained_model(
     trained: tuple[PreTrainedModel, torch.Tensor, torch.Tensor],
 ) -> None:
