@@ -41,7 +41,7 @@ def working_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", pytest.param("docs/quickstart.md", marks=pytest.mark.slow)])
 def test_commands_and_python_run_as_written(page: str, working_folder: Path) -> None:
     commands = [block for block in blocks(page, "bash") if "optimum-cli" in block]
     scripts = blocks(page, "python")
@@ -62,6 +62,7 @@ def test_commands_and_python_run_as_written(page: str, working_folder: Path) -> 
         assert done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["docs/recover.md", "docs/benchmark.md"])
 def test_python_runs_as_written(page: str, working_folder: Path) -> None:
     for script in blocks(page, "python"):

@@ -92,7 +92,7 @@ def over_a_dense_copy(cache: LatentCache) -> Cache:
     [ALL_QUANTIZED, {"bits": 4, "residual_length": 4, "rope_bits": 8}, {"bits": 4, "backend": "quanto"}],
     ids=["8 bits", "4 bits, window", "quanto, all in the window"],
 )
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Qwen3", marks=pytest.mark.slow)])
 @every_form
 def test_logits_are_those_of_decoding_everything_first(form: str, family: str, settings: dict[str, Any]) -> None:
     model = build(family, form)

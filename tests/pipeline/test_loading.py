@@ -298,8 +298,8 @@ def test_a_broken_converted_model_is_one_line(
     [
         ("mla-convert", "weights that Git LFS keeps"),
         ("mla-inspect", "config that is null"),
-        ("mla-inspect", "weights that Git LFS keeps"),
-        ("mla-convert", "another kind of tokenizer"),
+        pytest.param("mla-inspect", "weights that Git LFS keeps", marks=pytest.mark.slow),
+        pytest.param("mla-convert", "another kind of tokenizer", marks=pytest.mark.slow),
     ],
 )
 def test_the_command_ends_with_one_line_and_code_two(

@@ -220,6 +220,7 @@ def check_sharded(models: Path, tmp_path: Path, choice: str) -> None:
     assert "sharded and plain agree on" in done.stdout
 
 
+@pytest.mark.slow
 def test_sharded_loss_and_gradients_are_the_whole_models(models: Path, tmp_path: Path) -> None:
     check_sharded(models, tmp_path, "full")
 

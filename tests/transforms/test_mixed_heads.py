@@ -203,6 +203,7 @@ def test_calibration_beats_the_papers_forms_on_the_trained_model(
         assert excess(calibrated) < 0.6 * excess(plain)
 
 
+@pytest.mark.slow
 def test_healing_helps_on_text_that_it_has_not_seen(
     trained: tuple[PreTrainedModel, torch.Tensor, torch.Tensor],
 ) -> None:
