@@ -248,8 +248,8 @@ def test_report_tells_what_the_saved_model_measures(
         assert report.tokens_seen == 6 * 2 * 32
         assert report.data["train-data"]["tokens_per_row"] == 32
     else:
-        # The reference is the model itself, so both answers begin equally likely.
-        assert report.losses[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        # The reference is the model itself, so both answers begin equally likely. TRL 1.10 rounds the loss to bfloat16.
+        assert report.losses[0]["loss"] == pytest.approx(math.log(2), abs=2e-3)
     assert report.data["train-data"]["sha256"]
     assert (report.resumed_at_step, report.diverged_at_step) == (None, None)
     assert report.teacher == (str(models / "half_source") if objective == "distill" else None)
