@@ -52,7 +52,8 @@ def installed() -> dict[str, str]:
 def table(result: dict[str, Any]) -> str:
     """Return the Markdown table of a result: one row per package, one column per environment, tests in the last row."""
     columns = [name for name in ENVIRONMENTS if name in result]
-    names = dict.fromkeys(name for column in columns for name in result[column]["versions"])
+    first = ("python", "torch", "transformers")
+    names = [*first, *sorted({name for column in columns for name in result[column]["versions"]} - set(first))]
     rows = [["package", *columns], ["---"] * (len(columns) + 1)]
     rows += [[name, *(result[column]["versions"].get(name, "") for column in columns)] for name in names]
     rows.append(["tests passed", *(str(result[column]["passed"]) for column in columns)])
