@@ -26,7 +26,7 @@ from optimum_mla.geometry import MLAGeometry
 OPENED = (Cache, CacheLayerMixin, CachedPositions, StoredBlock, Stored)
 """Classes whose objects hold tensors."""
 SLOT = {"tensor": True}
-"""What stands in a structure for a tensor."""
+"""The placeholder that takes the place of a tensor in a structure."""
 
 
 def flatten(value: Any) -> tuple[list[Any], Any]:

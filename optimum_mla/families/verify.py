@@ -29,7 +29,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """What one decoder layer was given and gave, in float32.
+    """The inputs and outputs of one decoder layer, in float32.
 
     Attributes:
         layer: The layer's index.

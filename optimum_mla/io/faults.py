@@ -1,4 +1,4 @@
-"""What is wrong with a file of a checkpoint, for the message after a library has refused it."""
+"""Finds out what is wrong with a file of a checkpoint, for the message after a library has refused it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ LARGEST_DEVIATION = 10
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` measured.
+    """The measurements of `verify`.
 
     Attributes:
         cache_bytes_predicted: Bytes of the model's own cache for the probe, from shapes and settings.

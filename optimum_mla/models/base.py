@@ -1,4 +1,4 @@
-"""What the converted models of all families share: config fields, construction, recording, saving."""
+"""The parts that the converted models of all families share: config fields, construction, recording, saving."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from optimum_mla.stack import (
 
 
 class LatentAttention(nn.Module, ABC):
-    """What every latent attention shares: the cache, the choice of path, positions, the output projection.
+    """The base of every latent attention: the cache, the choice of path, positions, the output projection.
 
     A subclass says what is cached (`_latents`) and computes attention over it by expanding the cache to keys and values
     (`_expand`) or in latent space (`_absorbed`). Both give the same result; which runs is decided at each call by

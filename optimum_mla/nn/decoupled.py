@@ -15,7 +15,7 @@ from optimum_mla.ops.kernels import kernel_for
 from optimum_mla.ops.rotary import RotaryFrames, Rotation, gather_rotation, rotate
 
 LATENT_NORM_EPS = 1e-6
-"""Of the norms on latents: DeepSeek's, whatever the model's other norms have."""
+"""The epsilon of the norms on latents. It is DeepSeek's, whatever epsilon the model's other norms have."""
 
 
 class DecoupledLatentAttention(LatentAttention):

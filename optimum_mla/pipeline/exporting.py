@@ -30,7 +30,7 @@ ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "gqa2mla": {"rope_cache": "cached", "shared_rope": True},
     "x-ecomla": {"shared_rope": True},
 }
-"""What makes a method's result exportable; added where the user says nothing else."""
+"""Options that make a method's result exportable. They are added where the user gives no others."""
 
 
 def check_format(name: str) -> None:

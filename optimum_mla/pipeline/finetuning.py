@@ -46,7 +46,7 @@ from optimum_mla.report.schema import RecoveryReport
 logger = logging.getLogger(__name__)
 
 TRAINED_DTYPE = "float32"
-"""Of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
+"""The dtype of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
 RUN_FILE = "run.json"
 """The settings of a run, beside its checkpoints."""
 

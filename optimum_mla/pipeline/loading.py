@@ -1,4 +1,4 @@
-"""What the commands load: models, tokenizers, texts. Bad input becomes an error that says what to do."""
+"""Loads the models, tokenizers and texts of the commands. Bad input becomes an error that says what to do."""
 
 from __future__ import annotations
 

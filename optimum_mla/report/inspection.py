@@ -36,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """Whether an engine can run the result.
+    """The answer to whether an engine can run the result.
 
     Attributes:
         engine: Its name.

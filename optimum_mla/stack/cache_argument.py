@@ -1,4 +1,4 @@
-"""What the installed Transformers calls the cache: as an argument, and in a model's outputs."""
+"""Finds out what the installed Transformers calls the cache: as an argument, and in a model's outputs."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class MLATransformation(ModelTransformation):
     """Values that `factorization` may have. The first one is the default without calibration tokens."""
 
     one_rotary_key: ClassVar[bool] = False
-    """Whether each layer has a single rotary key, so that all layers can share its frequencies."""
+    """True if each layer has a single rotary key, so that all layers can share its frequencies."""
 
     default_budget: ClassVar[RankBudget] = RankBudget()
     """The budget if the caller gives none."""

@@ -89,7 +89,7 @@ RECIPE_SWITCHES = {
     "tokenizer renders.",
 }
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "NAME"}
-"""What the help shows for a value of each type."""
+"""The placeholder that the help shows for a value of each type."""
 
 
 class MLAFinetuneCommand(BaseOptimumCLICommand):
