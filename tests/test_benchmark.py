@@ -89,6 +89,7 @@ def report(models: Path) -> Iterator[BenchmarkReport]:
         eval_length=32,
         stride=8,
         memory_budget=10**9,
+        baselines=("source", "source-hqq-int4"),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark_run, "run_cell", run)
@@ -97,7 +98,7 @@ def report(models: Path) -> Iterator[BenchmarkReport]:
 
 def test_memory_is_what_the_shapes_say(report: BenchmarkReport) -> None:
     rows = {(row.role, row.cache, row.context_tokens): row for row in report.memory}
-    assert len(rows) == 6
+    assert len(rows) == 8
     source, converted, quantized = (
         rows[key] for key in (("baseline", "default", 1024), ("model", "default", 1024), ("model", "hqq-int4", 1024))
     )
@@ -111,6 +112,11 @@ def test_memory_is_what_the_shapes_say(report: BenchmarkReport) -> None:
         assert 100 <= row.live_percent_of_predicted < (105 if row is quantized else 102)
         assert row.prefill_peak_bytes > row.weight_bytes > 0
         assert row.decode_step_peak_bytes is None or row.decode_step_peak_bytes > row.weight_bytes
+    theirs = rows["baseline", "hqq-int4", 1024]
+    # The prompt's codes take 4.5 bits a number, the last token is not coded yet; its empty buffers add little.
+    whole = source.live_cache_bytes / 1024
+    assert theirs.live_cache_bytes == pytest.approx(1023 * whole * (4 + 2 * 32 / 64) / 32 + whole, rel=0.01)
+    assert (theirs.predicted_cache_bytes, theirs.flags) == (None, [])
     for key, row in rows.items():
         assert (row.problem is not None) == (key[2] == 4096)
     assert rows["model", "default", 4096].problem == "skipped: the model's context ends at 2048 tokens"
@@ -134,17 +140,20 @@ def test_speed_is_measured_beside_the_baseline(report: BenchmarkReport) -> None:
             assert (row.repeats, row.steps) == (2, 4)
             assert row.prefill_tokens_per_second > row.decode_tokens_per_second > 0
             assert 0 < row.attention_percent_of_decode < 100
-            assert (row.decode_ratio_to_baseline is None) == (key[0] == "baseline")
+            assert (row.decode_ratio_to_baseline is None) == (key[:2] == ("baseline", "default"))
     source, converted = rows["baseline", "default", 1024], rows["model", "default", 1024]
     ratio = converted.decode_tokens_per_second / source.decode_tokens_per_second
     assert converted.decode_ratio_to_baseline == pytest.approx(ratio)
 
 
 def test_quality_is_that_of_the_live_cache(report: BenchmarkReport) -> None:
-    source, converted, quantized = report.quality
+    source, converted, quantized, theirs = report.quality
     assert [(row.role, row.cache) for row in report.quality] == [
-        *(("baseline", "default"), ("model", "default"), ("model", "hqq-int4"))
+        *(("baseline", "default"), ("model", "default"), ("model", "hqq-int4"), ("baseline", "hqq-int4"))
     ]
+    # Its prompt was coded, so the source with this cache is not quite the source.
+    assert 0 < theirs.kl_nats < converted.kl_nats
+    assert theirs.perplexity == pytest.approx(source.perplexity, rel=0.05)
     assert report.data["eval-data"]["windows"] == 3
     assert {row.scored_tokens for row in report.quality} == {24}
     assert source.perplexity > 1
@@ -268,6 +277,7 @@ def test_another_vocabulary_refuses_quality_alone(models: Path, tmp_path: Path) 
         eval_samples=1,
         eval_length=16,
         parts=("memory", "quality"),
+        baselines=("source",),
     )
     report = benchmark(str(models / "converted"), tmp_path / "out", str(models / "small"), options, formats=("md",))
     assert [row.problem for row in report.memory] == [None, None]
@@ -395,7 +405,12 @@ def test_another_tokenizer_refuses_quality_alone(models: Path, tmp_path: Path) -
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     path.write_text(json.dumps(content))
     options = BenchmarkOptions(
-        (16,), (1,), eval_data=EVALUATION, eval_samples=1, eval_length=16, parts=("memory", "quality")
+        *((16,), (1,)),
+        eval_data=EVALUATION,
+        eval_samples=1,
+        eval_length=16,
+        parts=("memory", "quality"),
+        baselines=("source",),
     )
     report = benchmark(str(models / "converted"), tmp_path / "out", str(tmp_path / "other"), options, formats=())
     assert [row.problem for row in report.memory] == [None, None]
@@ -417,6 +432,7 @@ def test_a_quantized_model_is_measured_as_it_stores(models: Path, tmp_path: Path
         eval_length=16,
         stride=8,
         parts=("memory", "quality"),
+        baselines=("source",),
     )
     report = benchmark(str(tmp_path / "quantized"), tmp_path / "out", str(models / "source"), options, formats=())
     for row in report.memory:

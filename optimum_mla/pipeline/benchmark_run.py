@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from optimum_mla.cache import CacheSettings
 from optimum_mla.cache.backends import check_settings
 from optimum_mla.cache.settings import CACHE_NAMES, named_cache
+from optimum_mla.cache.source import SOURCE, default_baselines, source_cache_name
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
@@ -48,6 +49,9 @@ class BenchmarkOptions:
         context_lengths: Numbers of prompt tokens per row.
         batch_sizes: Numbers of rows.
         caches: Names of caches; see `optimum_mla.cache.settings.named_cache`.
+        baselines: What to compare with: `source`, the baseline with its unquantized cache, which always takes part, and
+            `source-CACHE`, such as `source-hqq-int4`, for the baseline with a quantized cache of Transformers. None
+            takes `source`, and `source-hqq-int4` too if hqq is installed.
         new_tokens: Number of decoding steps after each timed prefill.
         repeats: Number of timed prefills.
         eval_data: The text on which the quality is measured, or None to leave the quality out.
@@ -68,6 +72,7 @@ class BenchmarkOptions:
     context_lengths: tuple[int, ...] = CONTEXTS
     batch_sizes: tuple[int, ...] = BATCHES
     caches: tuple[str, ...] = ("default",)
+    baselines: tuple[str, ...] | None = None
     new_tokens: int = 32
     repeats: int = 5
     eval_data: str | None = None
@@ -97,6 +102,14 @@ class BenchmarkOptions:
             raise InvalidValueError("cache", [], CACHE_NAMES)
         for name in self.caches:
             check_settings(CacheSettings(**named_cache(name)))
+        for name in self.baselines or ():
+            source_cache_name(name)
+
+    @property
+    def baseline_caches(self) -> tuple[str, ...]:
+        """Return the names of the baseline's caches, with its unquantized cache first."""
+        chosen = default_baselines() if self.baselines is None else self.baselines
+        return tuple(dict.fromkeys(source_cache_name(name) for name in (SOURCE, *chosen)))
 
 
 class Benchmark:
@@ -217,7 +230,7 @@ class Benchmark:
         return {**self._one(MODEL), "baseline": place, "baseline_hub": self.hub[BASELINE]}
 
     def _caches(self, role: str) -> Iterable[str]:
-        return self.options.caches if role == MODEL else ("default",)
+        return self.options.caches if role == MODEL else self.options.baseline_caches
 
     def _sizes(self) -> Iterable[tuple[int, int]]:
         return itertools.product(self.options.context_lengths, self.options.batch_sizes)
@@ -263,6 +276,7 @@ class Benchmark:
         if MODEL in able:
             request = {
                 "caches": list(options.caches),
+                "baseline_caches": list(options.baseline_caches),
                 "context": context,
                 "batch": batch,
                 "new_tokens": options.new_tokens,
@@ -282,10 +296,16 @@ class Benchmark:
             self.speed.append(replace(row, **values))
 
     def _quality_steps(self) -> list[Any]:
-        return [] if self.windows is None else [(self._quality_step, (cache,)) for cache in self.options.caches]
+        if self.windows is None:
+            return []
+        # The first comparison also gives the baseline's own perplexity.
+        theirs = [] if self.refusal is not None else self.options.baseline_caches[1:]
+        cells = [(MODEL, cache) for cache in self.options.caches]
+        cells += [(BASELINE, cache) for cache in theirs if self.baseline is not None]
+        return [(self._quality_step, cell) for cell in cells]
 
-    def _quality_step(self, cache: str) -> None:
-        row = QualityRow(MODEL, cache)
+    def _quality_step(self, role: str, cache: str) -> None:
+        row = QualityRow(role, cache)
         windows = [] if self.windows is None else self.windows.tolist()
         compared = self.baseline is not None and self.refusal is None
         request = {
@@ -293,15 +313,16 @@ class Benchmark:
             "windows": windows,
             "stride": self.data["eval-data"]["stride_tokens"],
             **self._both(compared),
+            **self._one(role),
         }
         try:
             found = run_cell("quality", request)
         except CellError as error:
             self.quality.append(replace(row, problem=str(error)))
             return
-        if self.baseline is not None and not self.quality:
+        if self.baseline is not None and all(known.cache != "default" or known.role == MODEL for known in self.quality):
             theirs = QualityRow(BASELINE, "default", found["baseline_perplexity"], problem=self.refusal)
-            self.quality.append(replace(theirs, scored_tokens=found["tokens"] if compared else None))
+            self.quality.insert(0, replace(theirs, scored_tokens=found["tokens"] if compared else None))
         self.quality.append(
             replace(
                 row,

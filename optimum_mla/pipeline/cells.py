@@ -14,15 +14,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from optimum_mla.cache.settings import named_cache
+from optimum_mla.cache.source import source_cache
 from optimum_mla.errors import MLAError, first_line
 from optimum_mla.models.registry import is_converted
 from optimum_mla.models.weights import weight_bytes
@@ -96,11 +97,11 @@ def cache_maker(model: PreTrainedModel, name: str) -> Callable[[], Cache]:
 
     Args:
         model: The model.
-        name: Name of the cache; see `named_cache`. A model that is not converted gets its default cache.
+        name: Name of the cache; see `named_cache`, and for a model that is not converted `source_cache`.
     """
     if is_converted(model.config):
         return lambda: model.make_cache(**named_cache(name))  # type: ignore[operator]
-    return lambda: DynamicCache(config=model.config)
+    return lambda: source_cache(model.config, name)
 
 
 def prompt(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
@@ -172,6 +173,7 @@ def speed_cell(
     batch: int,
     new_tokens: int,
     repeats: int,
+    baseline_caches: Sequence[str] = ("default",),
     baseline_hub: dict[str, Any] | None = None,
     **common: Any,
 ) -> dict[str, Any]:
@@ -185,17 +187,19 @@ def speed_cell(
         batch: Number of rows.
         new_tokens: Number of decoding steps after each prefill.
         repeats: Number of timed prefills.
+        baseline_caches: Names of the baseline's caches; see `source_cache`. The first one is what ratios refer to.
         baseline_hub: Keyword arguments for loading the baseline; None takes those of the model.
         **common: How to load the model: `hub`, `dtype` and `device`.
 
     Returns:
-        A dict whose `rows` hold the fields of a `SpeedRow` each, with the baseline first.
+        A dict whose `rows` hold the fields of a `SpeedRow` each, with the baseline's first.
     """
     labels, contenders = [], []
     if baseline is not None:
         other = load(common, baseline, baseline_hub)
-        labels.append((BASELINE, "default"))
-        contenders.append(Contender(other, cache_maker(other, "default")))
+        for cache in baseline_caches:
+            labels.append((BASELINE, cache))
+            contenders.append(Contender(other, cache_maker(other, cache)))
     model = load(common, name)
     for cache in caches:
         labels.append((MODEL, cache))
@@ -204,7 +208,7 @@ def speed_cell(
     rows = []
     for (role, cache), one in zip(labels, contenders, strict=True):
         prefill, step = median(one.prefill_seconds), median(one.step_seconds)
-        against = contenders[0] if baseline is not None and role == MODEL else None
+        against = contenders[0] if baseline is not None and one is not contenders[0] else None
         rows.append(
             {
                 "role": role,
@@ -304,7 +308,7 @@ def answer(kind: str, request: dict[str, Any]) -> dict[str, Any]:
     """Return the result of a measurement; if it fails, return a dict whose `problem` says why in one line."""
     try:
         return CELLS[kind](**request)
-    except (MLAError, RuntimeError, MemoryError, ValueError, OSError) as error:
+    except Exception as error:  # The libraries raise errors of many types; HQQ, for example, asserts.
         problem = " ".join(str(error).split()) if isinstance(error, MLAError) else first_line(error)
         return {"problem": OUT_OF_MEMORY if ran_out_of_memory(error) else problem}
 

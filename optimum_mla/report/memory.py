@@ -29,6 +29,8 @@ def cache_tensors(cache: Cache) -> list[Tensor]:
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # A wrapper, such as Quanto's, has no memory of its own.
+            return [tensor for name in value.__tensor_flatten__()[0] for tensor in _tensors(getattr(value, name))]
         return [value]
     if isinstance(value, dict):
         return [tensor for item in value.values() for tensor in _tensors(item)]

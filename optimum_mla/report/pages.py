@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from optimum_mla.report.benchmark import BASELINE, BenchmarkReport, BudgetRow
+from optimum_mla.report.comparison import break_even, verdict
 from optimum_mla.report.render import number, table
 
 FORMATS = ("json", "md", "html")
@@ -100,7 +101,7 @@ def summary(reports: Named) -> Section:
                     f"{title}: {label(role, cache)}" if len(reports) > 1 else label(role, cache),
                     size(fits.cache_bytes_per_token) if fits else "-",
                     number(100 * fits.cache_bytes_per_token / own, 1) if fits and own else "-",
-                    f"{fits.longest_context_tokens:,}" if fits else "-",
+                    longest_context(fits.longest_context_tokens, report.model_max_context_tokens) if fits else "-",
                     f"{fits.largest_batch:,}" if fits else "-",
                     number(None if scored is None else scored.perplexity, 3),
                     number(None if scored is None else scored.agreement_percent, 1),
@@ -120,6 +121,11 @@ def summary(reports: Named) -> Section:
         "decoding",
     )
     return Section("Summary", note, header, lines, frozenset(flagged))
+
+
+def longest_context(fitting: int, limit: int | None) -> str:
+    """Return the longest context that fits, or the model's own limit if that is shorter."""
+    return f"{fitting:,}" if limit is None or fitting <= limit else f"{limit:,} (its limit)"
 
 
 def memory(reports: Named) -> Section:
@@ -268,15 +274,23 @@ def heading(reports: Named) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} reports compared"
 
 
+def verdicts(reports: Named) -> list[str]:
+    """Return the verdict and the break-even of each report that has them, with its name where there are several."""
+    found = [(title, text) for title, report in reports for text in (verdict(report), break_even(report))]
+    return [f"{title}: {text}" if len(reports) > 1 else text for title, text in found if text]
+
+
 def terminal(reports: Named) -> str:
-    """Return the summary as plain text for a terminal."""
+    """Return the summary and the verdict as plain text for a terminal."""
     section = summary(reports)
-    return f"{table(section.header, section.rows)}\n{section.note}"
+    return "\n".join([table(section.header, section.rows), section.note, *verdicts(reports)])
 
 
 def markdown(reports: Named) -> str:
     """Return the content of `report.md`."""
     lines = [f"# {heading(reports)}", ""]
+    for text in verdicts(reports):
+        lines += [text, ""]
     for section in sections(reports):
         lines += [f"## {section.title}", "", section.note, ""]
         lines += [_line(section.header), "|".join(["", "---", *["---:"] * (len(section.header) - 1), ""])]
@@ -302,5 +316,9 @@ def html(reports: Named) -> str:
     )
     template = environment.get_template("report.html.jinja")
     return template.render(
-        heading=heading(reports), sections=sections(reports), plots=benchmark_plots(reports), facts=facts(reports)
+        heading=heading(reports),
+        verdicts=verdicts(reports),
+        sections=sections(reports),
+        plots=benchmark_plots(reports),
+        facts=facts(reports),
     )

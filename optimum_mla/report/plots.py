@@ -30,7 +30,8 @@ def loss_curve(report: RecoveryReport, path: Path) -> None:
         axes.plot([e["step"] for e in entries], [e["loss"] for e in entries], marker=".", label=stage)
     axes.set(xlabel="optimizer step", ylabel="loss, nats")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len({entry["stage"] for entry in report.losses}) > 1:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -48,9 +49,9 @@ class Plot:
 
 
 def benchmark_plots(reports: Sequence[tuple[str, BenchmarkReport]]) -> list[Plot]:
-    """Return plots of cache bytes and decoding speed against the context, and of quality against cache bytes.
+    """Return plots of quality against cache bytes, and of cache bytes and decoding speed against the context.
 
-    Plots without measurements are left out.
+    Plots that would show a single point are left out.
     """
     several = len(reports) > 1
     caches: dict[str, list[tuple[float, float]]] = {}
@@ -75,8 +76,8 @@ def benchmark_plots(reports: Sequence[tuple[str, BenchmarkReport]]) -> list[Plot
                 point = (sizes[scored.role, scored.cache], scored.perplexity)
                 qualities.setdefault(name(scored.role, scored.cache), []).append(point)
     drawn = (
-        _svg("Cache against context", caches, CONTEXT, "cache, bytes", True),
         _svg("Quality against cache", qualities, "cache, bytes per token", "perplexity", False),
+        _svg("Cache against context", caches, CONTEXT, "cache, bytes", True),
         _svg("Decoding against context", speeds, CONTEXT, "decoding, tokens per second", True),
     )
     return [plot for plot in drawn if plot is not None]
@@ -85,11 +86,11 @@ def benchmark_plots(reports: Sequence[tuple[str, BenchmarkReport]]) -> list[Plot
 def _svg(
     title: str, lines: dict[str, list[tuple[float, float]]], across: str, up: str, logarithmic: bool
 ) -> Plot | None:
-    """Return a plot of lines with markers, or None without lines.
+    """Return a plot of lines with markers, or None if all points lie at one place of the horizontal axis.
 
     The horizontal axis is logarithmic, and so is the vertical one if `logarithmic` is set.
     """
-    if not lines:
+    if len({x for points in lines.values() for x, _ in points}) < 2:
         return None
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -50,12 +50,12 @@ def predicted_cache_bytes(
         steps: Number of these tokens that came one at a time after the prompt.
 
     Returns:
-        Both numbers of bytes, or None if the kind of attention is not known.
+        Both numbers of bytes, or None if the kind of attention is not known, or if the cache is a quantized one of
+        Transformers.
     """
-    numbers = layer_numbers(config)
-    if numbers is None:
+    numbers, converted = layer_numbers(config), is_converted(config)
+    if numbers is None or (not converted and cache != "default"):
         return None
-    converted = is_converted(config)
     latent = quantizable_layers(family_of(config).spec, config) if converted else []
     settings = CacheSettings.from_dict({**(config.latent_cache or {}), **named_cache(cache)}) if converted else None
     total = spare = 0.0

@@ -36,6 +36,7 @@ def report(name: str = "model <b>bold</b>", flagged: bool = True) -> BenchmarkRe
     speed = [
         SpeedRow("baseline", "default", 1024, 1, 1000.0, 2.0, 50.0, 3.0, 40.0, None, None, 5, 10),
         SpeedRow("model", "default", 1024, 1, 900.0, 2.0, 75.0, 3.0, 30.0, 0.9, 1.5, 5, 10),
+        SpeedRow("baseline", "default", 8192, 1, 800.0, 2.0, 40.0, 3.0, 60.0, None, None, 5, 10),
         SpeedRow("model", "default", 8192, 1, problem="out of memory"),
     ]
     quality = [
@@ -65,7 +66,7 @@ def test_markdown_holds_every_table() -> None:
             for name in ("Summary", "Memory", "What it buys", "Speed", "Quality", "Tasks", "What was measured")
         ),
     ]
-    assert "| baseline | 1.00 kB | 100.0 | 900,000 | 109 | 10.000 | - | - |" in text.replace("1 kB", "1.00 kB")
+    assert "| baseline | 1.00 kB | 100.0 | 4,096 (its limit) | 109 | 10.000 | - |" in text.replace("1 kB", "1.00 kB")
     assert "| 10.500 | 95.2 | 1.50 × at 1,024 |" in text or "| 10.500 | 95.3 | 1.50 × at 1,024 |" in text
     assert "alive \\| after a step" in text
     assert "| **model** |" in text  # flagged
@@ -87,7 +88,11 @@ def test_the_terminal_shows_the_summary() -> None:
     lines = terminal([("run", report())]).splitlines()
     header = "cache/token % of baseline longest context batch at 8k perplexity agreement % decoding"
     assert " ".join(lines[0].split()) == header
-    assert len(lines) == 6
+    assert len(lines) == 8
+    assert lines[-1].endswith("It decodes as fast as the source from 1,024 tokens on (1.50 × at 1,024).")
+    assert lines[-2].startswith(
+        "The model with the cache hqq-int4 keeps 8.0 % of the source's bytes per token for +6.2 %"
+    )
 
 
 def test_formats_are_as_asked(tmp_path: Path) -> None:

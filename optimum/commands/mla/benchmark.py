@@ -50,6 +50,13 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
             "converted from, if it is still there.",
         )
         parser.add_argument(
+            "--baselines",
+            metavar="NAMES",
+            help="What to compare with, separated by commas: source (the baseline, always measured), and the baseline "
+            "with a quantized cache of Transformers: source-hqq-int8, -int4, -int2, source-quanto-int4, -int2. "
+            "Default: source, and source-hqq-int4 if hqq is installed.",
+        )
+        parser.add_argument(
             "--baseline-revision",
             metavar="REVISION",
             help="Branch, tag or commit of the baseline on the hub. Default: the main branch.",
@@ -160,6 +167,7 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
                 "batch_sizes": args.batch_sizes,
                 "parts": args.parts and tuple(args.parts),
                 "tasks": args.tasks and listed(args.tasks),
+                "baselines": args.baselines and listed(args.baselines),
             }
             options = BenchmarkOptions(
                 **{name: value for name, value in named.items() if value is not None},
