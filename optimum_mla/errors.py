@@ -74,6 +74,10 @@ class MissingDependencyError(MLAError, ImportError):
         super().__init__(f"{package} is needed to {purpose}. Install it with: pip install 'optimum-mla[{extra}]'")
 
 
+class UncalibratedWarning(UserWarning):
+    """A conversion below full rank has no calibration data, so its result must be trained before it is of any use."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where it has no message."""
     text = str(error).strip()

@@ -11,6 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, MLATransformation, XEcoMLA
+from optimum_mla.pipeline import TextOptions
+
+UNCALIBRATED = TextOptions(uncalibrated=True)
+"""Conversions as in the papers, which are quick and whose results are of no use."""
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

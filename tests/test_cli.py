@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -27,15 +28,22 @@ def test_convert_prints_a_table_and_is_quiet_off_a_terminal(tmp_path: Path) -> N
         *("--eval-data", str(REFERENCE / "evaluation.txt"), "--eval-samples", "2", str(tmp_path / "out")),
     )
     assert done.returncode == 0, done.stderr
-    header, _, row, *_ = done.stdout.splitlines()
+    announced, report = done.stdout.split("\n\n", 1)
+    assert "6 layers, 5 M parameters, bfloat16 on cpu" in announced
+    assert "calibrated on 2 windows of 512 tokens" in announced
+    assert re.search(r"This should take .* and \d+ MB of memory\.", announced)
+    _, row = report[report.index("method ") :].splitlines()[1:3]
     cells = row.split()
-    assert header.startswith("method")
     assert cells[:4] == ["mha2mla", "64", "768", "50.0"]
     assert float(cells[5]) > float(cells[4]) > 1
     assert "%|" not in done.stderr
     assert "form: cached" in done.stdout
     assert "chosen by the error on held-back calibration text" in done.stdout
     assert "error in the hidden state" in done.stdout
+    assert "\nsource: " in done.stdout
+    assert "\nresult: " in done.stdout
+    assert "The cache is 50 % of the source's" in done.stdout
+    assert f"Next: optimum-cli mla-finetune -m {tmp_path / 'out'} --train-data TEXT" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

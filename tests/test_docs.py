@@ -63,6 +63,30 @@ def test_commands_and_python_run_as_written(page: str, working_folder: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_walkthrough_runs_from_top_to_bottom(working_folder: Path) -> None:
+    text = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.M | re.S)
+    assert len(steps) >= 9
+    said = []
+    for language, block in steps:
+        program = ["bash", "-euc"] if language == "bash" else [sys.executable, "-c"]
+        done = subprocess.run(
+            [*program, block], cwd=working_folder, env=reader_environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        assert_bytes_are_saved(done.stdout)
+        said.append(done.stdout)
+    everything = "\n".join(said)
+    assert "of the source's bytes per token for" in everything
+    assert "DeepseekV3ForCausalLM" in everything
+    made = working_folder / "walkthrough_output"
+    assert {"converted", "recovered", "quantized", "report", "exported", "run"} <= {
+        path.name for path in made.iterdir()
+    }
+    assert (made / "run" / "3-benchmark" / "report.html").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["docs/recover.md", "docs/benchmark.md"])
 def test_python_runs_as_written(page: str, working_folder: Path) -> None:
     for script in blocks(page, "python"):

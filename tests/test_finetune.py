@@ -33,6 +33,7 @@ from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import RecoveryReport
 from optimum_mla.text import token_windows
+from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = str(REFERENCE / "evaluation.txt")
@@ -76,7 +77,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`source` and `converted` in float32, `half_source` and `half` in bfloat16, `train.txt` and `pairs.jsonl`."""
     folder = tmp_path_factory.mktemp("models")
     for source, converted, dtype in (("source", "converted", torch.float32), ("half_source", "half", torch.bfloat16)):
-        convert(source_model(folder / source, dtype), folder / converted, "gqa2mla", {"kv_cache_ratio": 0.5})
+        convert(
+            source_model(folder / source, dtype), folder / converted, "gqa2mla", {"kv_cache_ratio": 0.5}, UNCALIBRATED
+        )
     (folder / "train.txt").write_text((REFERENCE / "calibration.txt").read_text()[:3000])
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in PAIRS))
     return folder
@@ -431,7 +434,7 @@ def test_epochs_go_over_all_the_data(models: Path, train: Callable[..., Recovery
 
 @pytest.mark.slow
 def test_training_recovers_most_of_the_reference_models_loss(tmp_path: Path) -> None:
-    convert(str(REFERENCE), tmp_path / "converted", "gqa2mla", {"kv_cache_ratio": 0.25}, dtype="float32")
+    convert(str(REFERENCE), tmp_path / "converted", "gqa2mla", {"kv_cache_ratio": 0.25}, UNCALIBRATED, dtype="float32")
     report = finetune(
         str(tmp_path / "converted"),
         tmp_path / "out",

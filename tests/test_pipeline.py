@@ -27,6 +27,7 @@ from optimum_mla.report.memory import measured_cache_bytes_per_token
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import ConversionReport
 from optimum_mla.text import token_windows
+from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = REFERENCE / "evaluation.txt"
@@ -92,9 +93,13 @@ def test_full_rank_keeps_the_trained_model_exactly(tmp_path: Path) -> None:
 
 
 def test_default_is_half_the_cache(tmp_path: Path) -> None:
-    report = convert(str(REFERENCE), tmp_path / "out")
+    texts = TextOptions(calibration_samples=8, calibration_length=128)
+    report = convert(str(REFERENCE), tmp_path / "out", texts=texts)
     assert (report.method, report.cache_percent_of_source, report.dtype) == ("gqa2mla", 50.0, "bfloat16")
-    assert (report.perplexity_before, report.perplexity_after) == (None, None)
+    data = report.data["calibration-data"]
+    assert (data["source"], data["windows"], data["tokens_per_window"]) == ("built-in", 8, 128)
+    assert report.perplexity_text == "held-back calibration"
+    assert report.layers[0].state_error is not None
 
 
 def test_same_input_gives_the_same_weights(tmp_path: Path) -> None:
@@ -106,7 +111,7 @@ def test_same_input_gives_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_energy_gives_layers_of_their_own_rank(tmp_path: Path) -> None:
-    report = convert(str(REFERENCE), tmp_path / "out", "x-ecomla", {"energy": 0.9, "q_energy": 0.9})
+    report = convert(str(REFERENCE), tmp_path / "out", "x-ecomla", {"energy": 0.9, "q_energy": 0.9}, UNCALIBRATED)
     ranks = [layer.kv_lora_rank for layer in report.layers]
     assert len(set(ranks)) > 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -116,9 +121,9 @@ def test_energy_gives_layers_of_their_own_rank(tmp_path: Path) -> None:
 
 def test_overwrite_replaces_a_model_and_only_a_model(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    convert(str(REFERENCE), output, options={"kv_cache_ratio": 0.5})
+    convert(str(REFERENCE), output, options={"kv_cache_ratio": 0.5}, texts=UNCALIBRATED)
     (output / "stale.txt").write_text("old")
-    report = convert(str(REFERENCE), output, options={"kv_cache_ratio": 0.25}, overwrite=True)
+    report = convert(str(REFERENCE), output, options={"kv_cache_ratio": 0.25}, texts=UNCALIBRATED, overwrite=True)
     assert ConversionReport.read(output) == report
     assert not (output / "stale.txt").exists()
 
@@ -133,7 +138,7 @@ def test_overwrite_replaces_a_model_and_only_a_model(tmp_path: Path) -> None:
 
 BAD_INPUT: dict[str, tuple[type[MLAError], str, dict[str, Any]]] = {
     "missing folder": (UnsupportedModelError, "no such folder", {"model": "no/such-folder"}),
-    "rank too high": (InvalidValueError, "2 to 128", {"options": {"kv_lora_rank": 129}}),
+    "rank too high": (InvalidValueError, "2 to 128", {"options": {"kv_lora_rank": 129}, "texts": UNCALIBRATED}),
     "rank zero": (InvalidValueError, "from 1", {"options": {"kv_lora_rank": 0}}),
     "ratio too high": (InvalidValueError, "up to 1", {"options": {"kv_cache_ratio": 1.2}}),
     "ratio too low": (InvalidValueError, "0.07031", {"method": "mha2mla", "options": {"kv_cache_ratio": 0.01}}),
@@ -148,7 +153,18 @@ BAD_INPUT: dict[str, tuple[type[MLAError], str, dict[str, Any]]] = {
     "contribution without text": (
         InvalidValueError,
         "calibration",
-        {"method": "mha2mla", "options": {"rope_selection": "contribution"}},
+        {"method": "mha2mla", "options": {"rope_selection": "contribution"}, "texts": UNCALIBRATED},
+    ),
+    "text beside no calibration": (
+        OptionError,
+        "exclude each other",
+        {"texts": TextOptions(calibration_data=str(EVALUATION), uncalibrated=True)},
+    ),
+    "chats without a file": (OptionError, "--calibration-data", {"texts": TextOptions(chat_template=True)}),
+    "a paper's form by default": (
+        OptionError,
+        "uses no calibration data",
+        {"options": {"factorization": "split", "positional": "full"}},
     ),
     "unknown dtype": (InvalidValueError, "bfloat16", {"dtype": "int3"}),
     "unknown device": (InvalidValueError, "device", {"device": "abacus"}),

@@ -19,6 +19,7 @@ from optimum_mla.report.memory import measured_cache_bytes
 from optimum_mla.report.quality import decoding_perplexity, perplexity
 from optimum_mla.report.schema import QuantizationReport
 from optimum_mla.text import token_windows
+from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = str(REFERENCE / "evaluation.txt")
@@ -29,7 +30,7 @@ FEW_WINDOWS = TextOptions(eval_data=EVALUATION, eval_samples=4, eval_length=48)
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model at three quarters of its cache."""
     folder = tmp_path_factory.mktemp("models") / "converted"
-    convert(str(REFERENCE), folder, "gqa2mla", {"kv_cache_ratio": 0.75}, dtype="float32")
+    convert(str(REFERENCE), folder, "gqa2mla", {"kv_cache_ratio": 0.75}, UNCALIBRATED, dtype="float32")
     return folder
 
 

@@ -21,7 +21,7 @@ from optimum_mla.pipeline.loading import (
     load_model,
     load_tokenizer,
 )
-from optimum_mla.report.render import export_card
+from optimum_mla.report.cards import export_card, with_section
 from optimum_mla.report.schema import ExportReport
 
 FORMATS = ("deepseek_v3",)
@@ -80,9 +80,9 @@ def export(
         exported.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        card = carried_card(model, partial) or f"# {folder.name}\n\n`{model}`, exported.\n"
+        card = with_section(carried_card(model, partial, folder.name), export_card(report))
         report.write(partial)
-        (partial / "README.md").write_text(card + export_card(report), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return report
 
 

@@ -20,9 +20,12 @@ from optimum_mla.io.reading import reading
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
-from optimum_mla.pipeline.loading import check_buildable, load_config
+from optimum_mla.pipeline.estimate import conversion_memory
+from optimum_mla.pipeline.loading import LONGEST_DEFAULT_WINDOW, check_buildable, load_config
+from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers
 from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
+from optimum_mla.report.quality import TOKENS_PER_BATCH
 from optimum_mla.report.schema import ConversionReport
 from optimum_mla.transforms.registry import transform_class
 
@@ -35,14 +38,8 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("x-ecomla", {}),
 )
 """The methods to show, with options that change what is cached. All of them are planned with calibration data."""
-CALIBRATION_TOKENS = 128 * 512
-"""Number of calibration tokens of a conversion with default options."""
-LIBRARIES_BYTES = 450e6
-"""Resident memory of a process that has imported torch and Transformers and does nothing."""
-FACTOR_COPIES = 6
-"""Number of float64 matrices of the size of [W_K ; W_V] that are in memory while a layer is factorized."""
-
-
+CALIBRATION_WINDOWS = 128
+"""Number of calibration windows of a conversion with default options."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -119,7 +116,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         state="convertible",
         choices=choices,
         engines=engine_choices(geometry, rope, windows),
-        conversion_memory_bytes=conversion_memory(config, geometry, weight_bytes),
+        conversion_memory_bytes=default_memory(config, geometry, weight_bytes),
     )
 
 
@@ -269,8 +266,16 @@ def choice(
         return Choice(name, ratio, problem=first_line(error))
     numbers = max(shape.cache_numbers for shape in shapes)
     added = [shape.parameters_added for shape in shapes]
+    saved = (source.cache_numbers - numbers) * itemsize
     return Choice(
-        name, ratio, numbers, numbers * itemsize, 100 * numbers / source.cache_numbers, min(added), max(added)
+        name,
+        ratio,
+        numbers,
+        numbers * itemsize,
+        100 * numbers / source.cache_numbers,
+        min(added),
+        max(added),
+        break_even_tokens(max(added) * itemsize, saved),
     )
 
 
@@ -302,21 +307,7 @@ def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[Engi
     return found
 
 
-def conversion_memory(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: int) -> int:
-    """Return an estimate of the highest memory of a calibrated conversion on the CPU, in bytes.
-
-    It adds up the libraries, the model, the converted attention, the hidden states of the calibration tokens, and the
-    work on one layer.
-
-    Args:
-        config: The config of the source model.
-        geometry: Shape of the source model.
-        weight_bytes: Bytes of the model's weights.
-    """
-    first = geometry.layers[0]
-    states = 3 * CALIBRATION_TOKENS * first.hidden_size * 4
-    keys = 2 * first.num_key_value_heads * first.head_dim * first.hidden_size * 8
-    layer = 4 * (first.source_parameters + 3 * first.hidden_size * getattr(config, "intermediate_size", 0))
-    attention = sum(one.source_parameters for one in geometry.layers)
-    share = weight_bytes * attention // max(1, attention + config.vocab_size * first.hidden_size)
-    return int(LIBRARIES_BYTES + weight_bytes + share + states + layer + FACTOR_COPIES * keys)
+def default_memory(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: int) -> int:
+    """Return about how many bytes of memory a conversion with default options needs, evaluation included."""
+    length = min(LONGEST_DEFAULT_WINDOW, getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
+    return conversion_memory(config, geometry, weight_bytes, CALIBRATION_WINDOWS * length, TOKENS_PER_BATCH)

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.errors import (
     CorruptWeightsError,
     InvalidValueError,
@@ -31,6 +32,7 @@ from optimum_mla.errors import (
 from optimum_mla.io.faults import TOKENIZER_FILES
 from optimum_mla.io.reading import local_folder, reading
 from optimum_mla.models import family_of, is_converted
+from optimum_mla.report.cards import renamed, shown
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 from optimum_mla.text import token_windows
 
@@ -47,6 +49,8 @@ class TextOptions:
 
     Attributes:
         calibration_data: What `optimum_mla.io.documents.read_documents` reads, token ids, or None.
+        uncalibrated: Whether to convert without calibration if `calibration_data` is None. Otherwise a text that comes
+            with the package is taken.
         chat_template: The calibration data are chats, to be rendered by the tokenizer's chat template.
         calibration_samples: Windows of calibration text.
         calibration_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
@@ -56,6 +60,7 @@ class TextOptions:
     """
 
     calibration_data: str | Iterable[int] | None = None
+    uncalibrated: bool = False
     chat_template: bool = False
     calibration_samples: int = 128
     calibration_length: int | None = None
@@ -235,21 +240,29 @@ def read_texts(
             ids = windows[field] = token_windows(tokenizer, source, length, samples, field, chats)
             digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             origin = str(source) if isinstance(source, str | Path) else "token ids"
+            origin = "built-in" if origin == str(BUILT_IN_TEXT) else origin
             data[field] = {"source": origin, "windows": len(ids), "tokens_per_window": length, "sha256": digest}
     return windows.get("calibration-data"), windows.get("eval-data"), data
 
 
-def carried_card(model: str, partial: Path) -> str | None:
-    """Take the reports along that lie in a model's folder, and return its model card."""
+def carried_card(model: str, partial: Path, name: str) -> str:
+    """Take the reports along that lie in a model's folder, and return its model card for the folder of the result.
+
+    Args:
+        model: The model, as a hub id or a folder.
+        partial: The folder that is being written.
+        name: The name that it will have.
+    """
     source = Path(model)
-    for name in (ConversionReport.file_name, RecoveryReport.file_name):
-        if (source / name).is_file():
-            shutil.copy(source / name, partial)
+    for report in (ConversionReport.file_name, RecoveryReport.file_name):
+        if (source / report).is_file():
+            shutil.copy(source / report, partial)
     card = source / "README.md"
     if not card.is_file():
-        return None
+        return f"# {name}\n\nMade from `{shown(model)}`.\n"
     try:
-        return card.read_text(encoding="utf-8")
+        text = card.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         logger.warning("warning: %s is not UTF-8 (byte %d); the copy marks what cannot be read.", card, error.start)
-        return card.read_text(encoding="utf-8", errors="replace")
+        text = card.read_text(encoding="utf-8", errors="replace")
+    return renamed(text, name)

@@ -77,6 +77,25 @@ def origin_fields(model: str, hub: dict[str, Any]) -> dict[str, str | None]:
     return {"source_revision": commit or hub.get("revision")}
 
 
+def source_metadata(model: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of the source's model card, such as its licence; empty where there is none that can be read.
+
+    Args:
+        model: Its hub id or folder.
+        hub: Keyword arguments for loading from the hub.
+    """
+    from huggingface_hub import hf_hub_download, metadata_load
+
+    card = Path(model) / "README.md"
+    try:
+        if not Path(model).is_dir():
+            known = {name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub}
+            card = Path(hf_hub_download(model, "README.md", **known))
+        return metadata_load(card) or {}
+    except Exception:  # The hub, the network and YAML raise errors of many unrelated types. A card is never needed.
+        return {}
+
+
 def config_sha256(folder: Path) -> str | None:
     """Return the SHA-256 of the config file in a folder, or None where there is none."""
     for name in CONFIG_FILES:

@@ -25,9 +25,9 @@ from optimum_mla.pipeline.loading import (
     load_tokenizer,
     read_texts,
 )
+from optimum_mla.report.cards import quantization_card, with_section
 from optimum_mla.report.memory import measured_cache_bytes, peak_memory_bytes
 from optimum_mla.report.quality import decoding_perplexity
-from optimum_mla.report.render import quantization_card
 from optimum_mla.report.schema import QuantizationReport
 from optimum_mla.transforms.quantize_cache import QuantizeLatentCache
 
@@ -114,6 +114,6 @@ def quantize(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         report.write(partial)
-        card = carried_card(model, partial) or f"# {folder.name}\n\n`{model}` with quantized storage.\n"
-        (partial / "README.md").write_text(card + quantization_card(report), encoding="utf-8")
+        card = with_section(carried_card(model, partial, folder.name), quantization_card(report))
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return report

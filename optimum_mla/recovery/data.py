@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from optimum_mla.errors import CalibrationDataError, InvalidValueError
 from optimum_mla.io.rows import read_rows
+from optimum_mla.progress import progress
 from optimum_mla.text import cut_windows, token_documents
 
 FIELD = "train-data"
@@ -114,7 +115,8 @@ def pack(tokenizer: Any, source: Source, length: int, tokens: int | None = None,
     if tokens is not None and tokens < length:
         raise InvalidValueError("train_tokens", tokens, f"integers from {length}, the tokens of one row")
     wanted = None if tokens is None else tokens // length
-    rows = [torch.tensor(row) for row in islice(packed_rows(tokenizer, source, length, chats), wanted)]
+    reading = progress(islice(packed_rows(tokenizer, source, length, chats), wanted), "reading the training text, rows")
+    rows = [torch.tensor(row) for row in reading]
     if not rows:
         raise CalibrationDataError(
             f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from optimum_mla.report.break_even import tokens_text
 from optimum_mla.report.pages import size
 from optimum_mla.report.render import number, table
 
@@ -21,6 +22,8 @@ class Choice:
         cache_percent_of_source: Resulting size in percent of the source's cache.
         parameters_added: Smallest number of parameters that the conversion adds; negative if it removes some.
         parameters_added_most: Largest such number; calibration chooses how many dims keep their rotation.
+        break_even_tokens: Tokens in the cache from which the result takes less memory than the source, its added
+            parameters included, and reads less of it in a decoding step; None if it never does.
         problem: Why this conversion is impossible, or None.
     """
 
@@ -31,6 +34,7 @@ class Choice:
     cache_percent_of_source: float | None = None
     parameters_added: int | None = None
     parameters_added_most: int | None = None
+    break_even_tokens: int | None = None
     problem: str | None = None
 
 
@@ -126,11 +130,21 @@ def inspection_text(found: Inspection) -> str:
                 number(row.cache_percent_of_source, 1),
                 f"{row.parameters_added:+,}"
                 + (f" to {row.parameters_added_most:+,}" if row.parameters_added_most != row.parameters_added else ""),
+                tokens_text(row.break_even_tokens),
             )
             for row in found.choices
             if row.problem is None
         ]
-        lines += ["", table(("method, ratio", "numbers/token", "bytes/token", "% of source", "parameters"), rows)]
+        lines += [
+            "",
+            table(
+                ("method, ratio", "numbers/token", "bytes/token", "% of source", "parameters", "pays from, tokens"),
+                rows,
+            ),
+        ]
+        lines.append(
+            "pays from: so many tokens in the cache, all rows together, save more memory than the added parameters take"
+        )
         lines += [f"{row.method}, {row.kv_cache_ratio:g}: {row.problem}" for row in found.choices if row.problem]
     lines.append("")
     for engine in found.engines:

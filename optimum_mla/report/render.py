@@ -62,6 +62,7 @@ FORM_RULES = {
     "rebuilt": "only the latent is cached, and each step rebuilds the rotary dims of every cached key, which gives the "
     "best quality for its size at any length",
     "cached": "the structure of DeepSeek, which decodes fastest and which engines run, at lower quality for its size",
+    "per head": "each key head keeps a rotary key of its own in the cache, which no engine but Transformers runs",
 }
 """Advice on each form, by `LayerReport.rope_cache` or, without a decoupled rotary key, by `attention_form`."""
 
@@ -77,6 +78,8 @@ def choices(report: ConversionReport) -> str:
     """Return a few lines on what was chosen for the layers and why."""
     layers = report.layers
     form = layers[0].rope_cache or layers[0].attention_form
+    if layers[0].num_rope_heads > 1 and form == "cached":
+        form = "per head"
     lines = [f"form: {form}; {FORM_RULES[form]}."]
     if any(layer.rope_cache for layer in layers):
         rotary = _span(layer.qk_rope_head_dim for layer in layers)
@@ -90,59 +93,22 @@ def choices(report: ConversionReport) -> str:
         lines.append(f"error in the hidden state, layer by layer: {_span([100 * v for v in before], 2)} %{healed}.")
     else:
         lines.append("there were no calibration data; with them the same cache gives far better quality.")
+    if report.break_even_tokens:
+        lines.append(
+            f"{report.parameters_added:+,} parameters: with more than {report.break_even_tokens:,} tokens in the cache "
+            "the whole takes less memory than the source."
+        )
+    elif report.break_even_tokens is None:
+        lines.append(f"{report.parameters_added:+,} parameters, and no smaller cache that would make up for them.")
     return "\n".join(lines)
 
 
-MODEL_CARD = """\
----
-library_name: transformers
-base_model: {model}
-tags:
-- optimum-mla
-- mla
-- kv-cache
----
-
-# {name}
-
-{warning}`{model}` with Multi-head Latent Attention, converted by optimum-mla {version} with the method `{method}`.
-
-| | source | this model |
-|---|---|---|
-| cache, bytes per token (measured, {dtype}) | {source_bytes:g} | {bytes:g} ({percent:.1f} %) |
-| perplexity on the {text} text | {before} | {after} |
-| parameters | | {added:+,} |
-
-```python
-import optimum_mla  # registers the model classes
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-With `trust_remote_code=True` the import is not needed where optimum-mla is installed. `conversion_report.json` holds
-every option, the rank and error of each layer, data hashes and versions. The licence of the source model applies.
-"""
-
-
-def model_card(report: ConversionReport, name: str) -> str:
-    """Return the model card of a conversion, which is the README.md of the output folder."""
-    return MODEL_CARD.format(
-        name=name,
-        warning="" if report.quality_warning is None else f"**{report.quality_warning}**\n\n",
-        text=report.perplexity_text or "evaluation",
-        model=report.model,
-        version=report.versions["optimum-mla"],
-        method=report.method,
-        dtype=report.dtype,
-        source_bytes=report.source_cache_bytes_per_token,
-        bytes=report.cache_bytes_per_token,
-        percent=report.cache_percent_of_source,
-        before=number(report.perplexity_before),
-        after=number(report.perplexity_after),
-        added=report.parameters_added,
-    )
+def sample_lines(report: ConversionReport) -> str:
+    """Return what the source model and the result say to the same prompt, as lines of text."""
+    if report.sample is None:
+        return ""
+    said = {name: " ".join(text.split()) for name, text in report.sample.items()}
+    return f"\nprompt: {said['prompt']}\nsource: {said['source']}\nresult: {said['result']}"
 
 
 def quantization_table(report: QuantizationReport) -> str:
@@ -159,24 +125,6 @@ def quantization_table(report: QuantizationReport) -> str:
         ("perplexity, token by token", number(report.perplexity_before, 3), number(report.perplexity_after, 3)),
     ]
     return table(("", "before", "after"), rows)
-
-
-QUANTIZATION_CARD = """
-## Quantized
-
-The cache takes {bits} bits per number of the latent ({backend}, groups of {group_size}) and {rope_bits} bits per number
-of a rotary key beside it. At most the newest {residual_length} tokens stay unquantized. Weights: {weights}. `generate`
-uses this cache by default, and `cache_implementation` overrides it. Measured:
-
-```
-{table}
-```
-"""
-
-
-def quantization_card(report: QuantizationReport) -> str:
-    """Return the section that `mla-quantize` adds to a model card."""
-    return QUANTIZATION_CARD.format(**report.cache, weights=report.weights, table=quantization_table(report))
 
 
 def closed(report: RecoveryReport) -> float | None:
@@ -203,39 +151,6 @@ def recovery_table(report: RecoveryReport) -> str:
     return table(("", f"{report.recipe['objective']}, {report.recipe['train']}"), rows)
 
 
-RECOVERY_CARD = """
-## Recovered
-
-Trained with the objective `{objective}`, {train}, on {tokens:,} tokens of `{source}`{teacher}. All settings, the data's
-hash and the loss curve are in `recovery_report.json`.
-
-```
-{table}
-```
-
-![loss](loss.png)
-"""
-TRAINED = {
-    "lora": "LoRA adapters on the latent projections",
-    "dora": "DoRA adapters on the latent projections",
-    "kv": "the latent projections alone",
-    "attention": "the attention, everything else frozen",
-    "full": "all parameters",
-}
-
-
-def recovery_card(report: RecoveryReport) -> str:
-    """Return the section that `mla-finetune` adds to a model card."""
-    return RECOVERY_CARD.format(
-        objective=report.recipe["objective"],
-        train=TRAINED[report.recipe["train"]],
-        tokens=report.tokens_seen,
-        source=report.data["train-data"]["source"],
-        teacher=f", taught by `{report.teacher}`" if report.teacher else "",
-        table=recovery_table(report),
-    )
-
-
 def export_table(report: ExportReport) -> str:
     """Return the table that an export prints at its end."""
     rows = [
@@ -247,20 +162,3 @@ def export_table(report: ExportReport) -> str:
         ("  largest logit", f"{report.largest_logit:.2g}"),
     ]
     return table(("", report.format), rows)
-
-
-EXPORT_CARD = """
-## Exported
-
-This folder is a plain `{format}` model: Transformers loads it by `AutoModelForCausalLM.from_pretrained` without
-optimum-mla and without remote code, and caches only its latent. Compared with the converted model:
-
-```
-{table}
-```
-"""
-
-
-def export_card(report: ExportReport) -> str:
-    """Return the section that an export adds to a model card."""
-    return EXPORT_CARD.format(format=report.format, table=export_table(report))

@@ -53,6 +53,22 @@ class LayerReport:
     predicted_error: float | None = None
 
 
+@dataclass(frozen=True)
+class StageReport:
+    """The time and memory of one stage of a run.
+
+    Attributes:
+        name: Name of the stage.
+        seconds: Wall time of the stage.
+        peak_bytes: Highest memory of the process during the stage (on CUDA: of the allocator); None if the system
+            cannot reset its mark.
+    """
+
+    name: str
+    seconds: float
+    peak_bytes: int | None
+
+
 class Report:
     """Base of the reports, which are dataclasses that are saved as one JSON file each."""
 
@@ -101,9 +117,14 @@ class ConversionReport(Report):
         dtype: Dtype of the saved weights.
         seed: Seed that the user gave.
         layers: One entry per converted layer.
-        perplexity_text: The text of both perplexities: `evaluation`, `held-back calibration`, or None.
+        perplexity_text: The text of both perplexities: `evaluation`, `held-back calibration`, `built-in`, or None.
         quality_warning: A line that says that the perplexity rose beyond the limit, or None.
         verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
+        break_even_tokens: Tokens in the cache from which the converted model takes less memory than its source, added
+            parameters included; None if it never does.
+        sample: A prompt and its greedy continuations by both models; the fields of `optimum_mla.measure.sample.Sample`,
+            or None without a tokenizer.
+        stages: Time and memory of loading, measuring, converting and verifying.
         machine: Processor architecture and operating system.
         versions: Versions of Python and of the packages that matter.
     """
@@ -128,6 +149,9 @@ class ConversionReport(Report):
     perplexity_text: str | None = None
     quality_warning: str | None = None
     verification: dict[str, Any] | None = None
+    break_even_tokens: int | None = None
+    sample: dict[str, str] | None = None
+    stages: list[StageReport] = field(default_factory=list)
     source_folder: str | None = None
     source_config_sha256: str | None = None
     source_revision: str | None = None

@@ -7,6 +7,7 @@ which returns the layer's weights.
 from __future__ import annotations
 
 import copy as copying
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import CorruptWeightsError, InvalidValueError
+from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UncalibratedWarning
 from optimum_mla.families.spec import source_attention
 from optimum_mla.families.verify import verify_family
 from optimum_mla.geometry import MLAGeometry
@@ -37,6 +38,7 @@ from optimum_mla.transforms.options import check_choice
 from optimum_mla.transforms.probe import check_errors, probe_errors
 from optimum_mla.transforms.search import LayerSearch
 from optimum_mla.transforms.shared_rope import SharedRope, choose_shared_rope
+from optimum_mla.transforms.signature import whole_signature
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ class MLATransformation(ModelTransformation):
 
     default_budget: ClassVar[RankBudget] = RankBudget()
     """The budget if the caller gives none."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = whole_signature(cls)  # type: ignore[attr-defined]
 
     def __init__(
         self,
@@ -221,6 +227,13 @@ class MLATransformation(ModelTransformation):
     def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
         """Convert a model in place and return it. It is unchanged until all layers have been converted."""
         model, self.rope = graph_module, None
+        if not self.needs_calibration and not self.preserves_computation:
+            warnings.warn(
+                f"{self.name} without calibration data below full rank: the result is of no use until it is trained. "
+                "Give token ids of ordinary text as calibration, such as optimum_mla.text.token_windows returns.",
+                UncalibratedWarning,
+                stacklevel=4,  # Behind `__call__` and the decorator of this method.
+            )
         family, sources, plans = self.plan(model)
         if isinstance(model, PreTrainedModel):  # `trace` has checked what it traced
             verify_family(model, family.spec, sources)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
@@ -19,6 +20,7 @@ from optimum_mla.transforms.base import MLATransformation
 from optimum_mla.transforms.calibration import LayerCalibration
 from optimum_mla.transforms.mixed_heads import MixedHeads
 from optimum_mla.transforms.options import check_choice, fitting
+from optimum_mla.transforms.signature import MLAOptions
 from optimum_mla.transforms.weighting import key_moments, rotated_moments, value_moments
 
 ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2, 3, 4)
@@ -65,7 +67,7 @@ class GQA2MLA(MLATransformation):
         rope_cache: str | None = None,
         qk_rope_head_dim: int | None = None,
         latent_norm: bool = False,
-        **options: Any,
+        **options: Unpack[MLAOptions],
     ) -> None:
         if rope_cache == "cached" and options.get("rank_allocation") is None:
             options["rank_allocation"] = "uniform"  # Inference engines need latents of one size in all layers.

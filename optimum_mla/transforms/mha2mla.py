@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
@@ -27,6 +27,7 @@ from optimum_mla.transforms.decoupled import (
     split_factors,
 )
 from optimum_mla.transforms.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
+from optimum_mla.transforms.signature import MLAOptions
 
 
 class MHA2MLA(MLATransformation):
@@ -55,7 +56,7 @@ class MHA2MLA(MLATransformation):
         d_kv: int | None = None,
         qk_rope_head_dim: int | None = None,
         rope_selection: str | None = None,
-        **options: Any,
+        **options: Unpack[MLAOptions],
     ) -> None:
         super().__init__(**options)
         if d_kv is not None and any(options.get(name) is not None for name in vars(RankBudget())):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from optimum_mla.errors import InvalidValueError
 from optimum_mla.geometry import MLAGeometry
@@ -29,6 +29,7 @@ from optimum_mla.transforms.decoupled import (
     reorder_query,
 )
 from optimum_mla.transforms.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
+from optimum_mla.transforms.signature import MLAOptions
 
 
 class XEcoMLA(MLATransformation):
@@ -64,7 +65,7 @@ class XEcoMLA(MLATransformation):
         qk_rope_head_dim: int | None = None,
         rope_selection: str | None = None,
         latent_norm: bool = False,
-        **options: Any,
+        **options: Unpack[MLAOptions],
     ) -> None:
         super().__init__(**options)
         if q_lora_rank is not None and q_energy is not None:

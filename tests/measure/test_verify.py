@@ -19,7 +19,7 @@ from optimum_mla.measure.quality_limit import quality_warning
 from optimum_mla.nn import LatentAttention
 from optimum_mla.pipeline import TextOptions, convert, export, quantize
 from optimum_mla.report.schema import ConversionReport, ExportReport, QuantizationReport
-from tests.cases import FAMILIES, METHODS, source_model, token_ids
+from tests.cases import FAMILIES, METHODS, UNCALIBRATED, source_model, token_ids
 from tests.nn.test_attention import FORMS, build
 
 REFERENCE = "benchmarks/reference_model"
@@ -161,7 +161,7 @@ def test_reports_say_what_was_verified_and_a_failure_writes_nothing(
     assert report.perplexity_before is not None
     swallowing_the_cache(monkeypatch)
     for write in (
-        lambda: convert(REFERENCE, tmp_path / "new"),
+        lambda: convert(REFERENCE, tmp_path / "new", texts=UNCALIBRATED),
         lambda: quantize(str(tmp_path / "converted"), tmp_path / "new"),
     ):
         with pytest.raises(VerificationError):
@@ -170,7 +170,8 @@ def test_reports_say_what_was_verified_and_a_failure_writes_nothing(
 
 
 def test_a_perplexity_beyond_the_limit_is_said(tmp_path: Path) -> None:
-    texts = TextOptions(eval_data=f"{REFERENCE}/evaluation.txt", eval_samples=8, eval_length=128)
+    evaluation = {"eval_data": f"{REFERENCE}/evaluation.txt", "eval_samples": 8, "eval_length": 128}
+    texts = TextOptions(uncalibrated=True, **evaluation)
     report = convert(REFERENCE, tmp_path / "bad", "x-ecomla", {"kv_cache_ratio": 0.25}, texts)
     assert report.quality_warning is not None
     assert f"rose from {report.perplexity_before:.2f} to {report.perplexity_after:.2f}" in report.quality_warning

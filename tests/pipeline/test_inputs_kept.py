@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from optimum_mla.errors import OutputError
 from optimum_mla.pipeline import BenchmarkOptions, TextOptions, benchmark, compare, convert, export, finetune, quantize
 from optimum_mla.recovery.recipe import Recipe
-from tests.cases import source_model
+from tests.cases import UNCALIBRATED, source_model
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 
@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     source_model("llama", vocab_size=4096).save_pretrained(folder / "source")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / "source")
-    convert(str(folder / "source"), folder / "converted", "x-ecomla", {"kv_cache_ratio": 0.5})
+    convert(str(folder / "source"), folder / "converted", "x-ecomla", {"kv_cache_ratio": 0.5}, UNCALIBRATED)
     (folder / "converted" / "text.txt").write_text("To be kept. " * 500)
     (folder / "converted" / "report.json").write_text("{}")
     (folder / "converted" / "report").mkdir()

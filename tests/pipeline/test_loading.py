@@ -21,7 +21,7 @@ from optimum_mla.errors import InvalidValueError, MLAError
 from optimum_mla.io.reading import reading
 from optimum_mla.pipeline import TextOptions, convert, export, finetune, inspect, quantize
 from optimum_mla.pipeline.loading import load_tokenizer
-from tests.cases import source_model
+from tests.cases import UNCALIBRATED, source_model
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
@@ -192,7 +192,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.save_pretrained(folder / "sharded", max_shard_size="300KB")
     for name in ("one", "sharded"):
         AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / name)
-    convert(str(folder / "one"), folder / "converted", "x-ecomla", {"kv_cache_ratio": 0.5})
+    convert(str(folder / "one"), folder / "converted", "x-ecomla", {"kv_cache_ratio": 0.5}, UNCALIBRATED)
     return folder
 
 
@@ -223,7 +223,7 @@ def test_a_broken_model_is_one_line_of_convert(case: str, broken: Callable[..., 
     words, harm = {**CONFIGS, **HEADERS, **WEIGHT_DATA}[case]
     model = broken(case, harm)
     with pytest.raises(MLAError) as caught:
-        convert(model, tmp_path / "out", options={"kv_cache_ratio": 0.5})
+        convert(model, tmp_path / "out", options={"kv_cache_ratio": 0.5}, texts=UNCALIBRATED)
     check_line(caught.value, words, tmp_path)
 
 
@@ -307,7 +307,7 @@ def test_the_command_ends_with_one_line_and_code_two(
 ) -> None:
     words, harm = {**CONFIGS, **HEADERS, **TOKENIZERS}[case]
     model = broken(case, harm)
-    arguments = ["mla-inspect", model]
+    arguments = ["mla-inspect", "-m", model]
     if command == "mla-convert":
         arguments = [command, "-m", model, "--eval-data", str(REFERENCE / "evaluation.txt"), str(tmp_path / "out")]
     done = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, check=False)
@@ -322,7 +322,7 @@ def test_the_command_ends_with_one_line_and_code_two(
 def test_the_command_says_in_one_line_that_a_tokenizer_was_left_out(broken: Callable[..., str], tmp_path: Path) -> None:
     model = broken("tokenizer", text("tokenizer.json", "{}"))
     done = subprocess.run(
-        [PROGRAM, "mla-convert", "-m", model, "--method", "x-ecomla", str(tmp_path / "out")],
+        [PROGRAM, "mla-convert", "-m", model, "--method", "x-ecomla", "--uncalibrated", str(tmp_path / "out")],
         capture_output=True,
         text=True,
         check=False,
@@ -344,4 +344,4 @@ def test_what_is_not_about_the_input_passes_through(error: BaseException) -> Non
 def test_a_file_that_may_not_be_read_is_named(broken: Callable[..., str], tmp_path: Path) -> None:
     model = broken("unreadable", lambda f: (f / WEIGHTS).chmod(0))
     with pytest.raises(MLAError, match=r"model\.safetensors cannot be read \(Permission denied\)"):
-        convert(model, tmp_path / "out")
+        convert(model, tmp_path / "out", texts=UNCALIBRATED)

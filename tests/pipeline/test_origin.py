@@ -20,7 +20,7 @@ from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 from optimum_mla.text import token_windows
-from tests.cases import source_model
+from tests.cases import UNCALIBRATED, source_model
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 TEXTS = TextOptions(eval_data=str(REFERENCE / "evaluation.txt"), eval_samples=1, eval_length=16)
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_source(folder / "elsewhere" / "source", num_hidden_layers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        convert("source", "converted", "x-ecomla", {"kv_cache_ratio": 0.5})
+        convert("source", "converted", "x-ecomla", {"kv_cache_ratio": 0.5}, UNCALIBRATED)
     return folder
 
 
@@ -207,7 +207,9 @@ def test_the_revision_is_that_of_the_model_alone(hub: str, tmp_path: Path, made:
 
 def test_the_source_of_a_hub_id_is_the_commit_that_was_converted(hub: str, tmp_path: Path, made: Path) -> None:
     options = {"cache_dir": hub, "revision": "other"}
-    report = convert("owner/source", tmp_path / "converted", "x-ecomla", {"kv_cache_ratio": 0.5}, hub=options)
+    report = convert(
+        "owner/source", tmp_path / "converted", "x-ecomla", {"kv_cache_ratio": 0.5}, UNCALIBRATED, hub=options
+    )
     assert (report.model, report.source_revision) == ("owner/source", COMMITS["other"])
     assert report.source_folder is report.source_config_sha256 is None
     trained = train(tmp_path / "converted", tmp_path / "out", hub={"cache_dir": hub})
@@ -229,7 +231,14 @@ def test_a_revision_that_nothing_can_use_is_refused(made: Path, tmp_path: Path) 
 def test_a_recorded_hub_id_that_is_a_folder_here_is_refused(
     made: Path, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert("owner/source", tmp_path / "converted", "x-ecomla", {"kv_cache_ratio": 0.5}, hub={"cache_dir": hub})
+    convert(
+        "owner/source",
+        tmp_path / "converted",
+        "x-ecomla",
+        {"kv_cache_ratio": 0.5},
+        UNCALIBRATED,
+        hub={"cache_dir": hub},
+    )
     shutil.copytree(made / "elsewhere" / "source", tmp_path / "owner" / "source")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidValueError, match="the report does not say that the folder owner/source here is this"):

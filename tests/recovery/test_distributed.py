@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from optimum_mla.pipeline import TextOptions, convert, finetune
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.report.schema import RecoveryReport
+from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 SIZES: dict[str, Any] = {
@@ -43,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder / "source")
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder / "source")
-    convert(str(folder / "source"), folder / "converted", "gqa2mla", {"kv_cache_ratio": 0.5})
+    convert(str(folder / "source"), folder / "converted", "gqa2mla", {"kv_cache_ratio": 0.5}, UNCALIBRATED)
     (folder / "train.txt").write_text((REFERENCE / "calibration.txt").read_text()[:3000])
     return folder
 

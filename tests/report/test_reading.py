@@ -20,7 +20,7 @@ from optimum_mla.pipeline import benchmark, compare, convert, finetune, inspect
 from optimum_mla.report.benchmark import BenchmarkReport, MemoryRow
 from optimum_mla.report.reading import read_report
 from optimum_mla.report.schema import ConversionReport, LayerReport
-from tests.cases import source_model
+from tests.cases import UNCALIBRATED, source_model
 
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
 LAYER = LayerReport(0, "decoupled", 8, 8, 8, None, 4, 1, 12, 0.5)
@@ -126,7 +126,7 @@ COMMANDS: dict[str, Callable[[str, Path], Any]] = {
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     source_model("llama").save_pretrained(folder / "source")
-    convert(str(folder / "source"), folder / "converted", "x-ecomla", {"kv_cache_ratio": 0.5})
+    convert(str(folder / "source"), folder / "converted", "x-ecomla", {"kv_cache_ratio": 0.5}, UNCALIBRATED)
     return folder / "converted"
 
 

@@ -126,7 +126,16 @@ def test_installed_packages_offer_methods_to_the_command(tmp_path: Path) -> None
     program = Path(sys.executable).with_name("optimum-cli")
     reference = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
     done = subprocess.run(
-        [str(program), "mla-convert", "-m", str(reference), "--method", "mine", str(tmp_path / "out")],
+        [
+            str(program),
+            "mla-convert",
+            "-m",
+            str(reference),
+            "--method",
+            "mine",
+            "--uncalibrated",
+            str(tmp_path / "out"),
+        ],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

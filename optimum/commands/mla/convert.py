@@ -51,9 +51,10 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "Convert the attention of a pretrained decoder LLM to Multi-head Latent\n"
             "Attention (MLA), so that generation caches one small latent per token instead\n"
             "of all keys and values.\n\n"
-            "By default the method is gqa2mla and half of the cache is kept. Give\n"
-            "--calibration-data: the model then loses many times less quality at the same\n"
-            "cache size.",
+            "By default the method is gqa2mla, half of the cache is kept, and a text that\n"
+            "comes with the package calibrates the conversion. Text like what the model\n"
+            "will read is better: give it with --calibration-data.",
+            "optimum-cli mla-convert -m Qwen/Qwen3-0.6B OUTPUT",
             "optimum-cli mla-convert -m Qwen/Qwen3-0.6B --kv-cache-ratio 0.25 \\\n"
             "      --calibration-data train.txt --eval-data test.txt OUTPUT",
             "optimum-cli mla-convert -m MODEL --export-format deepseek_v3 \\\n"
@@ -104,7 +105,16 @@ class MLAConvertCommand(BaseOptimumCLICommand):
 
         calibration = parser.add_argument_group("calibration")
         calibration.add_argument(
-            "--calibration-data", metavar="TEXT", help=f"Text to calibrate on: {TEXT_HELP}. Default: no calibration."
+            "--calibration-data",
+            metavar="TEXT",
+            help=f"Text to calibrate on: {TEXT_HELP}. Default: a text that comes with the package, of books, thirty "
+            "languages, program code, and questions with answers.",
+        )
+        calibration.add_argument(
+            "--uncalibrated",
+            action="store_true",
+            help="Convert without calibration, as the papers do. The result is of no use until it is trained. Default: "
+            "off, but at full rank with --positional full, where nothing is lost, there is no calibration.",
         )
         calibration.add_argument(
             "--calibration-samples", type=int, default=128, metavar="N", help="Windows of text to use. Default: 128."
@@ -119,8 +129,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         calibration.add_argument(
             "--factorization",
             help="How weights are factorized: calibrated (errors are weighted by what the layer reads and writes), or "
-            "by plain SVD with one joint latent or with split latents for keys and values. Default: calibrated with "
-            "calibration data; otherwise split for gqa2mla and joint for the others.",
+            "by plain SVD with one joint latent or with split latents for keys and values. Default: calibrated; with "
+            "--uncalibrated split for gqa2mla and joint for the others.",
         )
         calibration.add_argument(
             "--heal",
@@ -133,8 +143,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--rank-allocation",
             metavar="RULE",
             help="How the layers share the cache: error (where the measured error falls most), energy (each layer "
-            "loses the same share of its energy) or uniform. Default: error with calibration data, but uniform with "
-            "--rope-cache cached or --shared-rope.",
+            "loses the same share of its energy) or uniform. Default: error, but uniform with --rope-cache cached, "
+            "--shared-rope or --uncalibrated.",
         )
 
         position = parser.add_argument_group("position (rotary embedding)")
@@ -142,8 +152,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--positional",
             metavar="FORM",
             help="gqa2mla: where the position is added. full rotates all up-projected key dims; decoupled has a small "
-            "rotary key beside the position-free rest and needs calibration data. Default: decoupled with calibration "
-            "data, otherwise full.",
+            "rotary key beside the position-free rest and needs calibration. Default: decoupled, but full with "
+            "--uncalibrated.",
         )
         position.add_argument(
             "--rope-cache",
@@ -155,15 +165,15 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--qk-rope-head-dim",
             type=int,
             metavar="N",
-            help="Dims of each rotary key head. Default: chosen for each layer by the measured error with calibration "
-            "data; otherwise 1/8 of the head dim for mha2mla and 1/2 for x-ecomla.",
+            help="Dims of each rotary key head. Default: chosen for each layer by the measured error; with "
+            "--uncalibrated 1/8 of the head dim for mha2mla and 1/2 for x-ecomla.",
         )
         position.add_argument(
             "--rope-selection",
             metavar="RULE",
             help="mha2mla and x-ecomla: which dims keep their rotation. high or low frequencies, uniform strides, last "
             "(x-ecomla only: the last dims of each head), or those with the largest contribution or damage, which need "
-            "calibration data. Default: damage with calibration data, otherwise high.",
+            "calibration. Default: damage, but high with --uncalibrated.",
         )
         position.add_argument(
             "--shared-rope",
@@ -201,7 +211,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--eval-data",
             metavar="TEXT",
             help="Text to measure the perplexity on before and after the conversion, in the same formats as "
-            "--calibration-data. Default: calibration windows that were held back.",
+            "--calibration-data. Default: calibration windows that were held back, or with --uncalibrated the text "
+            "that comes with the package.",
         )
         evaluation.add_argument(
             "--eval-samples",
@@ -223,7 +234,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         with exit_on_bad_input():
             from optimum_mla.errors import InvalidValueError
             from optimum_mla.pipeline import TextOptions, convert
-            from optimum_mla.report.render import choices, summary_table
+            from optimum_mla.report.render import choices, sample_lines, summary_table
+            from optimum_mla.report.verdict import next_command, verdict
 
             args = self.args
             if args.latent_norm not in (None, "calibrated"):
@@ -236,6 +248,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 options={name: getattr(args, name) for name in METHOD_OPTIONS},
                 texts=TextOptions(
                     calibration_data=args.calibration_data,
+                    uncalibrated=args.uncalibrated,
                     chat_template=args.chat_template,
                     calibration_samples=args.calibration_samples,
                     calibration_length=args.calibration_length,
@@ -249,7 +262,11 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 overwrite=args.overwrite,
                 hub=hub_options(args),
                 export_format=args.export_format,
+                announce=lambda text: print(text, flush=True),
             )
             print(summary_table([report]))
             print(choices(report))
-            print(f"\nSaved to {args.output}")
+            print(sample_lines(report))
+            print(f"\n{verdict(report)}")
+            print(f"Saved to {args.output}")
+            print(f"Next: {next_command(report, args.output)}")

@@ -176,6 +176,7 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
             from optimum_mla.pipeline import TextOptions, finetune
             from optimum_mla.recovery.recipe import Recipe
             from optimum_mla.report.render import recovery_table
+            from optimum_mla.report.verdict import recovery_verdict
 
             args = self.args
             extra = read_config(args) | read_fields(args.training or [])
@@ -200,9 +201,10 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
             )
             if report is not None:
                 print(recovery_table(report))
+                print(f"\n{recovery_verdict(report)}")
                 if report.diverged_at_step is not None:
                     print(f"\nThe loss diverged at step {report.diverged_at_step}: this is the checkpoint before it.")
-                print(f"\nSaved to {args.output}")
+                print(f"Saved to {args.output}")
 
 
 def spellings(name: str) -> list[str]:

@@ -24,10 +24,11 @@ class MLAInspectCommand(BaseOptimumCLICommand):
             "Say whether a model can be converted, how large its cache would be with each\n"
             "method, and which engines could run the result. Only the config and the\n"
             "headers of the weights are read.",
-            "optimum-cli mla-inspect MODEL",
-            "optimum-cli mla-inspect MODEL --kv-cache-ratios 0.5 0.1 --json",
+            "optimum-cli mla-inspect -m MODEL",
+            "optimum-cli mla-inspect -m MODEL --kv-cache-ratios 0.5 0.1 --json",
         )
-        parser.add_argument("model", metavar="MODEL", help="Hub id or folder of the model.")
+        parser.add_argument("-m", "--model", dest="named_model", metavar="MODEL", help="Hub id or folder of the model.")
+        parser.add_argument("model", nargs="?", metavar="MODEL", help="The same without -m.")
         parser.add_argument(
             "--kv-cache-ratios",
             type=float,
@@ -45,8 +46,12 @@ class MLAInspectCommand(BaseOptimumCLICommand):
         with exit_on_bad_input():
             import json
 
+            from optimum_mla.errors import OptionError
             from optimum_mla.pipeline.inspecting import RATIOS, inspect
             from optimum_mla.report.inspection import inspection_text
 
-            found = inspect(self.args.model, tuple(self.args.kv_cache_ratios or RATIOS), hub_options(self.args))
+            names = [name for name in (self.args.named_model, self.args.model) if name is not None]
+            if len(names) != 1:
+                raise OptionError("one MODEL is needed. Name it with -m.")
+            found = inspect(names[0], tuple(self.args.kv_cache_ratios or RATIOS), hub_options(self.args))
             print(json.dumps(found.to_dict(), indent=2) if self.args.json else inspection_text(found))
