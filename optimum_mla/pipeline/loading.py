@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from optimum_mla.calibrate import BUILT_IN_TEXT
+from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows
 from optimum_mla.errors import (
     CorruptWeightsError,
     InvalidValueError,
@@ -237,7 +237,11 @@ def read_texts(
         if source is not None:
             field = f"{kind}-data"
             chats = texts.chat_template and kind == "calibration"
-            ids = windows[field] = token_windows(tokenizer, source, length, samples, field, chats)
+            if source == str(BUILT_IN_TEXT):
+                ids = built_in_windows(tokenizer, length, samples)
+            else:
+                ids = token_windows(tokenizer, source, length, samples, field, chats)
+            windows[field] = ids
             digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             origin = str(source) if isinstance(source, str | Path) else "token ids"
             origin = "built-in" if origin == str(BUILT_IN_TEXT) else origin
