@@ -177,7 +177,7 @@ def recovered() -> str:
         f"{runs['full']['percent_of_excess_closed']:.1f} % of its excess log-perplexity where everything trains, and "
         f"{runs['lora']['percent_of_excess_closed']:.1f} % where only adapters on the latent projections do, "
         f"{runs['lora']['trainable_percent']:.1f} % of the parameters (`make bench-recovery-2m`, "
-        "[more](docs/recover.md))."
+        "[more](recover.md))."
     )
 
 
@@ -312,6 +312,64 @@ def export() -> str:
     return table(("form", "dtype", "source", "converted", "exported", "largest logit difference of the export"), rows)
 
 
+def _rises(row: dict[str, Any], whole: dict[str, float]) -> list[str]:
+    """Return by how many percent the perplexity of a row is above that of the source, for every text."""
+    return [f"{100 * (value / whole[name] - 1):+.1f} %" for name, value in row["perplexity"].items()]
+
+
+def _named(row: dict[str, Any]) -> str:
+    """Return the name of a row of the experiment on the real model: who stores what."""
+    if "series" in row:
+        return f"{row['series']}" + ("" if row["cache"] == "16bit" else f", latent in {row['cache']}")
+    return f"unconverted, {row['cache']}" + (f", first {row['sinks']} tokens in 16 bits" if row["sinks"] else "")
+
+
+def real_quality() -> str:
+    """Return a few rows of the experiment on the real model: what a user would choose between."""
+    found = result("real_quality")
+    whole = found["source"][0]["perplexity"]
+    chosen = {("hqq-int4", 0), ("kivi-int4", 4), ("kivi-int2", 4), ("hqq-int2", 0)}
+    theirs = [row for row in found["source"] if (row["cache"], row["sinks"]) in chosen]
+    names = {("gqa2mla-50", "16bit"), ("gqa2mla-25", "16bit"), ("gqa2mla-50", "hqq-int4")}
+    ours = [row for row in found["ours"] if (row["name"], row["cache"]) in names]
+    rows = sorted([*theirs, *ours], key=lambda row: -row["percent"])
+    header = ("SmolLM2-135M-Instruct", "cache", *(f"perplexity, {name}" for name in whole))
+    return table(header, [(_named(row), f"{row['percent']:.0f} %", *_rises(row, whole)) for row in rows])
+
+
+def real_quality_all() -> str:
+    """Return every row of the experiment on the real model, the largest cache first."""
+    found = result("real_quality")
+    whole = found["source"][0]["perplexity"]
+    header = ("cache", "% of the source's bytes", *(f"perplexity, {name}" for name in whole))
+    sides = []
+    for rows in (found["source"][1:], found["ours"]):
+        ordered = sorted(rows, key=lambda row: -row["percent"])
+        sides.append(table(header, [(_named(row), f"{row['percent']:.1f}", *_rises(row, whole)) for row in ordered]))
+    tokens = ", ".join(f"{count:,} of {name}" for name, count in found["tokens"].items())
+    return "\n\n".join(
+        [
+            sides[0],
+            sides[1],
+            prose(f"Measured by `make bench-real-quality` on {tokens}, {found['machine']}."),
+        ]
+    )
+
+
+def real_conversion() -> str:
+    """Return the time and memory of each stage of the conversions of the real model."""
+    found = result("real_quality")
+    runs = [row for row in found["ours"] if "conversion" in row]
+    names = [stage["name"] for stage in runs[0]["conversion"]["stages"]]
+    rows = []
+    for row in runs:
+        stages = {stage["name"]: stage for stage in row["conversion"]["stages"]}
+        peaks = [stage["peak_bytes"] for stage in stages.values() if stage["peak_bytes"] is not None]
+        peak = f"{max(peaks) / 1e9:.1f}" if peaks else "-"
+        rows.append((f"`{row['name']}`", *(f"{stages[name]['seconds']:.0f}" for name in names), peak))
+    return table(("conversion", *(f"{name}, s" for name in names), "peak, GB"), rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -327,6 +385,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
         teacher_memory,
         memory,
         export,
+        real_quality,
+        real_quality_all,
+        real_conversion,
     )
 }
 """The functions that render blocks, by the names that pages use."""
