@@ -20,7 +20,7 @@ from optimum_mla.models.deepseek import export_deepseek
 from optimum_mla.pipeline import TextOptions, convert, export, finetune
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.text import token_windows
-from tests.cases import source_model, token_ids
+from tests.cases import UNCALIBRATED, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
@@ -103,7 +103,9 @@ def test_an_export_runs_where_this_package_is_not(converted: Path, tmp_path: Pat
     assert config["model_type"] == "deepseek_v3"
     assert config["first_k_dense_replace"] == config["num_hidden_layers"] == 6
     assert not any(isinstance(value, int) and value > 10**6 for value in config.values())
-    assert "## Exported" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "This folder is a plain `deepseek_v3` model" in card
+    assert "import optimum_mla" not in card
     saved = json.loads((tmp_path / "out" / "export_report.json").read_text())
     assert saved["largest_logit_difference"] == report.largest_logit_difference < 1e-4
     assert report.kv_lora_rank == 64 - 16 + 1
@@ -250,7 +252,7 @@ def test_a_form_that_cannot_be_exported_is_refused_before_any_work(tmp_path: Pat
     with pytest.raises(UnsupportedModelError, match=r"rebuilt from the latent\. Convert with .*--shared-rope"):
         export(str(tmp_path / "rebuilt"), tmp_path / "out")
     with pytest.raises(InvalidValueError, match=r"export_format: .*Give calibration data, or take --method x-ecomla"):
-        convert(str(REFERENCE), tmp_path / "out", export_format="deepseek_v3")
+        convert(str(REFERENCE), tmp_path / "out", texts=UNCALIBRATED, export_format="deepseek_v3")
 
 
 @pytest.mark.parametrize(

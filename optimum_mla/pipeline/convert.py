@@ -53,7 +53,7 @@ DEFAULT_CACHE_RATIO = 0.5
 CACHE_PROBE_TOKENS = 16
 """Tokens that the live cache is filled with to weigh it."""
 BUILT_IN_WINDOWS = 8
-"""Windows of the built-in text on which an uncalibrated conversion is measured if the user gives no text."""
+"""Largest number of windows of the built-in text on which an uncalibrated conversion without text is measured."""
 SMALL_CACHE_RATIO = 0.1
 """Share of the source's cache below which a conversion is announced with a warning."""
 
@@ -114,7 +114,7 @@ def convert(
         model, hub, needed=isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
     )
     if tokenizer is not None and texts.calibration_data is None and texts.eval_data is None:
-        texts = replace(texts, eval_data=str(BUILT_IN_TEXT), eval_samples=BUILT_IN_WINDOWS)
+        texts = replace(texts, eval_data=str(BUILT_IN_TEXT), eval_samples=min(texts.eval_samples, BUILT_IN_WINDOWS))
     calibration, evaluation, data = read_texts(tokenizer, config, texts)
     transformation = build_transformation(method, options, calibration)
     check_calibration_is_used(transformation, texts, method)

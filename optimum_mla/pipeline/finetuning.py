@@ -37,7 +37,7 @@ from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
 from optimum_mla.recovery.recipe import DEFAULT_LENGTH, Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
-from optimum_mla.report.cards import recovery_card, with_section
+from optimum_mla.report.cards import recovery_card
 from optimum_mla.report.memory import PeakMemory
 from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.quality import perplexity
@@ -211,7 +211,8 @@ def finetune(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         # Before the report: a model that was trained before brings its own one along.
-        card = with_section(carried_card(model, partial, folder.name), recovery_card(report))
+        # Each training has a section of its own, so that the card keeps their history.
+        card = f"{carried_card(model, partial, folder.name).rstrip()}\n\n{recovery_card(report)}"
         report.write(partial)
         loss_curve(report, partial / "loss.png")
         (partial / "README.md").write_text(card, encoding="utf-8")

@@ -15,6 +15,8 @@ from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.report.benchmark import BudgetRow, MemoryRow
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+UNQUANTIZED = ("default", "16bit")
+"""Names of the caches that a model has which is not converted, other than Transformers' quantized ones."""
 BATCH_CONTEXT = 8192
 """Tokens per row that the largest batch is computed for."""
 
@@ -54,7 +56,7 @@ def predicted_cache_bytes(
         Transformers.
     """
     numbers, converted = layer_numbers(config), is_converted(config)
-    if numbers is None or (not converted and cache != "default"):
+    if numbers is None or (not converted and cache not in UNQUANTIZED):
         return None
     latent = quantizable_layers(family_of(config).spec, config) if converted else []
     settings = CacheSettings.from_dict({**(config.latent_cache or {}), **named_cache(cache)}) if converted else None

@@ -322,7 +322,18 @@ def test_the_command_ends_with_one_line_and_code_two(
 def test_the_command_says_in_one_line_that_a_tokenizer_was_left_out(broken: Callable[..., str], tmp_path: Path) -> None:
     model = broken("tokenizer", text("tokenizer.json", "{}"))
     done = subprocess.run(
-        [PROGRAM, "mla-convert", "-m", model, "--method", "x-ecomla", "--uncalibrated", str(tmp_path / "out")],
+        [
+            PROGRAM,
+            "mla-convert",
+            "-m",
+            model,
+            "--method",
+            "x-ecomla",
+            "--uncalibrated",
+            "--eval-samples",
+            "1",
+            str(tmp_path / "out"),
+        ],
         capture_output=True,
         text=True,
         check=False,
