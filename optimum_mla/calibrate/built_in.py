@@ -20,9 +20,9 @@ BUILT_IN_TEXT = Path(__file__).parent / "general.jsonl.xz"
 All of it is in the public domain or was written for this project. `benchmarks/calibration_text.py` made it.
 """
 QUESTION, ANSWER = "Question: ", "\nAnswer: "
-"""What begins a question and its answer in the passages that hold such."""
+"""The words before a question and before its answer in the passages that hold questions."""
 GO_ON = "Go on with this text:\n\n"
-"""What a user says in the chats that are made of plain passages."""
+"""The user's words in the chats that are made of plain passages."""
 
 
 def built_in_windows(tokenizer: Any, length: int, samples: int) -> Tensor:

@@ -13,7 +13,7 @@ SAME = 1.002
 
 @dataclass(frozen=True)
 class Place:
-    """What one model with one cache stores and how good it is.
+    """The size and the quality of one model with one cache.
 
     Attributes:
         role: `model` or `baseline`.
