@@ -17,6 +17,8 @@ from optimum_mla.stack.cache_argument import ACCEPTED_NAMES
 
 HANDLED_BY_DECORATORS = ("return_dict",)
 """Keywords that Transformers' own decorators around a `forward` take out before it runs."""
+HANDED_ON_BY_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments of `generate`, which uses them itself and hands them to every `forward` all the same."""
 GIVEN_BY_THE_ATTENTION = ("module", "query", "key", "value", "dropout", "scaling", "sliding_window")
 """Arguments of an attention function that the attention module sets itself, so that nobody else may."""
 
@@ -34,7 +36,7 @@ def shared_keywords() -> frozenset[str]:
 
     A model passes what it does not use itself on to its layers, so all of these reach every attention.
     """
-    names = set(HANDLED_BY_DECORATORS) | set(TransformersKwargs.__annotations__)
+    names = {*HANDLED_BY_DECORATORS, *HANDED_ON_BY_GENERATE} | set(TransformersKwargs.__annotations__)
     names |= set(FlashAttentionKwargs.__annotations__) | parameter_names(ForCausalLMLoss)
     for function in ALL_ATTENTION_FUNCTIONS.values():
         names |= parameter_names(function)
