@@ -15,7 +15,7 @@ TESTS  := --numprocesses logical --maxprocesses 8 --dist worksteal
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality clean
+	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-real-abilities bench-real-speed bench-real-recovery clean
 
 setup: $(STAMP)
 
@@ -134,6 +134,19 @@ real-model: setup
 bench-real-quality: real-model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,quanto,report]"
 	$(RUN) $(BIN)/python -m benchmarks.real_quality $(if $(ENCYCLOPEDIA),--encyclopedia $(ENCYCLOPEDIA))
+
+# Uses the conversions of bench-real-quality and makes those that are missing.
+bench-real-abilities: real-model
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq,eval]"
+	$(RUN) $(BIN)/python -m benchmarks.real_abilities
+
+bench-real-speed: real-model
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq]"
+	$(RUN) $(BIN)/python -m benchmarks.real_speed
+
+# CORPUS: a folder of books; the recipe trains on 2 M tokens of it, TOKENS asks for fewer.
+bench-real-recovery: real-model
+	$(RUN) $(BIN)/python -m benchmarks.recovery --corpus $(CORPUS) --config benchmarks/configs/real_recovery.json $(if $(TOKENS),--tokens $(TOKENS))
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo_output build *.egg-info

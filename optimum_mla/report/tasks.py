@@ -57,8 +57,13 @@ def evaluate_tasks(
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, limit=limit, log_samples=False)
+    return metric_rows(found["results"])
+
+
+def metric_rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, float, float | None]]:
+    """Return the task, metric, value and standard error for every metric in the `results` of an evaluation."""
     rows = []
-    for task, metrics in found["results"].items():
+    for task, metrics in results.items():
         for name, value in metrics.items():
             metric, _, filter_ = name.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, int | float) or isinstance(value, bool):
