@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 import optimum_mla  # noqa: F401
 from benchmarks.coded_caches import coded_cache
-from benchmarks.real_quality import converted, earlier
+from benchmarks.real_quality import conversion_of, earlier
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 from optimum_mla.report.tasks import metric_rows, task_manager
 from optimum_mla.stack import cache_argument
@@ -108,7 +108,9 @@ def run(config: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
         else:
             cache = lambda: coded_cache(model.config, line["cache"], 0)  # noqa: E731
     else:
-        model = AutoModelForCausalLM.from_pretrained(conversion(config, line["model"]), dtype=torch.float32).eval()
+        quality = json.loads((ROOT / config["conversions"]).read_text(encoding="utf-8"))
+        folder = conversion_of(quality, line["model"])
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         options: dict[str, Any] = {}
         if line["cache"] != "16bit":
             backend, _, bits = line["cache"].rpartition("-int")
@@ -151,13 +153,6 @@ def by_depth(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         }
         for depth, hits in sorted(found.items())
     ]
-
-
-def conversion(config: dict[str, Any], name: str) -> Path:
-    """Return the folder of a conversion of the experiment on quality, which is made where it is missing."""
-    quality = json.loads((ROOT / config["conversions"]).read_text(encoding="utf-8"))
-    (line,) = (line for line in quality["conversions"] if line["name"] == name)
-    return converted(config["model"], name, {**quality["common"], **line["options"]})
 
 
 def write_answers(config: dict[str, Any]) -> None:

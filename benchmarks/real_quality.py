@@ -45,6 +45,17 @@ def converted(model: str, name: str, options: dict[str, Any]) -> Path:
     return folder
 
 
+def conversion_of(config: dict[str, Any], name: str) -> Path:
+    """Return the folder of a conversion of this experiment, which is made where it is missing.
+
+    Args:
+        config: The config of this experiment.
+        name: Name of one of its conversions.
+    """
+    (line,) = (line for line in config["conversions"] if line["name"] == name)
+    return converted(config["model"], name, {**config["common"], **line["options"]})
+
+
 def answers(model: Any, tokenizer: Any, instructions: list[str]) -> list[list[dict[str, str]]]:
     """Return chats of each instruction and the model's greedy answer to it."""
     import torch
@@ -135,7 +146,7 @@ def conversion_rows(config: dict[str, Any], line: dict[str, Any], windows: dict[
     from optimum_mla.report.schema import ConversionReport
     from optimum_mla.report.sizes import layer_numbers, predicted_cache_bytes
 
-    folder = converted(config["model"], line["name"], {**config["common"], **line["options"]})
+    folder = conversion_of(config, line["name"])
     report = asdict(ConversionReport.read(folder))
     about = {name: value for name, value in report.items() if name not in NOT_RECORDED}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()

@@ -3,6 +3,7 @@
     python -m benchmarks.recovery --corpus DIR [--config ...] [--output ...]
 
     python -m benchmarks.recovery --config benchmarks/configs/recovery_memory.json
+    python -m benchmarks.recovery --config benchmarks/configs/real_recovery.json --corpus DIR [--tokens 32768]
 
 DIR holds the books (`*.txt`) that the reference model was trained on; the two held-out books of its card are left out.
 Every run sees the same rows, drawn evenly from all books. Perplexity is that of the held-out `evaluation.txt`. Memory
@@ -24,20 +25,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_quality import conversion_of
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 HELD_OUT = ("evaluation", "calibration")
 
 
-def token_rows(corpus: Path, model: Path, length: int, tokens: int) -> list[int]:
+def texts_of(config: dict[str, Any]) -> Path:
+    """Return the folder of the held-out texts, which is that of the model if the config names none."""
+    return ROOT / config.get("texts", config["model"])
+
+
+def token_rows(corpus: Path, config: dict[str, Any], tokens: int) -> list[int]:
     """Return the token ids of evenly spaced rows of all books but the held-out ones."""
     import torch
     from transformers import AutoTokenizer
 
     from optimum_mla.recovery.data import packed_rows
 
-    held_out = [(model / f"{name}.txt").read_text(encoding="utf-8")[:200] for name in HELD_OUT]
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    length = config["row_tokens"]
+    held_out = [(texts_of(config) / f"{name}.txt").read_text(encoding="utf-8")[:200] for name in HELD_OUT]
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / config["model"])
     rows: list[list[int]] = []
     for path in sorted(corpus.glob("*.txt")):
         if not any(start in path.read_text(encoding="utf-8") for start in held_out):
@@ -62,9 +70,13 @@ def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], fol
 
     from optimum_mla.pipeline import TextOptions, convert
 
+    if "made" in spec:
+        quality = json.loads((ROOT / spec["made"]["config"]).read_text(encoding="utf-8"))
+        shutil.copytree(conversion_of(quality, spec["made"]["name"]), folder)
+        return
     model = ROOT / config["model"]
     texts = TextOptions(
-        calibration_data=str(model / "calibration.txt") if spec["calibrated"] else None,
+        calibration_data=str(texts_of(config) / "calibration.txt") if spec["calibrated"] else None,
         uncalibrated=not spec["calibrated"],
         calibration_samples=config["calibration_windows"],
         calibration_length=config["row_tokens"],
@@ -152,8 +164,8 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
 
     length = config["row_tokens"]
     recipe = Recipe(sequence_length=length, train_tokens=case["tokens"], **case["recipe"])
-    evaluation = None if "random_model" in config else str(ROOT / config["model"] / "evaluation.txt")
-    texts = TextOptions(eval_data=evaluation, eval_length=length, eval_samples=10**6)
+    evaluation = None if "random_model" in config else str(texts_of(config) / "evaluation.txt")
+    texts = TextOptions(eval_data=evaluation, eval_length=length, eval_samples=config.get("evaluation_windows", 10**6))
     training = {**config["training"], **case.get("training", {})}
     report = finetune(str(model), output, ids, recipe, training, texts, overwrite=True)
     if report is None:
@@ -182,7 +194,7 @@ def run(config: dict[str, Any], corpus: Path | None, workers: int) -> list[dict[
             config = {**config, "model": str(place / "random")}
             ids = [token % config["random_model"]["vocab_size"] for token in range(most)]
         else:
-            ids = token_rows(corpus, ROOT / config["model"], length, most)
+            ids = token_rows(corpus, config, most)
         folders = {"source": place / "source"}
         for name in dict.fromkeys(case["conversion"] for case in config["runs"]):
             if name != "source":
@@ -233,6 +245,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--config", type=Path, default=CONFIGS / "recovery.json")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--tokens", type=int, help="Train on so many tokens instead of those of the config.")
     parser.add_argument("--workers", type=int, default=2, help="Runs at a time; they share the cores.")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -246,6 +259,8 @@ def main() -> None:
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
     if "random_model" not in config and (arguments.corpus is None or not any(arguments.corpus.glob("*.txt"))):
         parser.error("--corpus: name a folder of .txt books")
+    if arguments.tokens:
+        config["runs"] = [{**case, "tokens": arguments.tokens} for case in config["runs"]]
     runs = run(config, arguments.corpus, arguments.workers)
     save_result(arguments.output or RESULTS / arguments.config.name, config, runs=runs)
 

@@ -1,0 +1,54 @@
+"""Measure the speed and the memory of SmolLM2-135M-Instruct at 1k to 8k tokens by `mla-benchmark`.
+
+    python -m benchmarks.real_speed [--config ...] [--output ...]
+
+Models and caches take turns in one process, and each cell of the memory table runs in a process of its own. The
+conversions are those of the experiment on quality, which are made where they are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real_quality import conversion_of
+from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
+
+
+def run(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tables of speed, of memory and of the memory budget for each conversion of the config."""
+    from optimum_mla.pipeline import BenchmarkOptions, benchmark
+    from optimum_mla.report.pages import terminal
+
+    quality = json.loads((ROOT / config["quality"]).read_text(encoding="utf-8"))
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config["benchmark"].items()
+    }
+    found = []
+    for name in config["conversions"]:
+        folder = conversion_of(quality, name)
+        with tempfile.TemporaryDirectory() as scratch:
+            output, source = Path(scratch) / "report", str(ROOT / config["model"])
+            report = benchmark(str(folder), output, source, BenchmarkOptions(**options), dtype=config["dtype"])
+        print(terminal([(name, report)]), flush=True)
+        content = asdict(report)
+        found.append({"name": name, **{table: content[table] for table in ("speed", "memory", "budget")}})
+    return found
+
+
+def main() -> None:
+    """Run the config and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, default=CONFIGS / "real_speed.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "real_speed.json")
+    arguments = parser.parse_args()
+    config = json.loads(arguments.config.read_text(encoding="utf-8"))
+    save_result(arguments.output, config, runs=run(config))
+
+
+if __name__ == "__main__":
+    main()
