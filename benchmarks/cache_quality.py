@@ -20,10 +20,10 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the measurements of every cache of the config on every conversion."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from optimum_mla.calibrate.text import token_windows
     from optimum_mla.pipeline import build_transformation
     from optimum_mla.report.memory import measured_cache_bytes
     from optimum_mla.report.quality import decoding_perplexity
-    from optimum_mla.text import token_windows
 
     folder = ROOT / config["model"]
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -20,10 +20,10 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from optimum_mla.calibrate.text import token_windows
     from optimum_mla.pipeline import build_transformation
     from optimum_mla.pipeline.exporting import exported_model
     from optimum_mla.report.quality import perplexity
-    from optimum_mla.text import token_windows
 
     path, length = ROOT / config["model"], config["row_tokens"]
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -4,8 +4,8 @@
 
 Papers: MHA2MLA (arXiv 2502.14837v1), X-EcoMLA (arXiv 2503.11132v4) and TransMLA (arXiv 2502.07864v1). The script needs
 no weights and no network: the models are rows of numbers from their public `config.json`, and every computed value
-comes from `optimum_mla.geometry`. It prints each printed figure beside the computed one and exits with status 1 if one
-is off by more than one unit of its last printed digit (papers round, and sometimes truncate: -96.87 for -96.875).
+comes from `optimum_mla.core.geometry`. It prints each printed figure beside the computed one and exits with status 1 if
+one is off by more than one unit of its last printed digit (papers round, and sometimes truncate: -96.87 for -96.875).
 
 Not recomputed: figures of dynamic rank selection (X-EcoMLA Table 7 and the `Dynamic` rows), whose ranks depend on the
 weights and are not printed, and X-EcoMLA's cache sizes of 42.91 % and 25.00 % for Llama-3.2-3B in Table 8, printed
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
-from optimum_mla.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 
 SOURCE_BITS = 16  # bits per cached number without quantization
 

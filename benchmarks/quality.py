@@ -48,11 +48,11 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from optimum_mla.errors import InvalidValueError
+    from optimum_mla.calibrate.text import token_windows
+    from optimum_mla.core.errors import InvalidValueError
     from optimum_mla.pipeline import build_transformation
     from optimum_mla.report.memory import measured_cache_bytes_per_token, peak_memory_bytes
     from optimum_mla.report.quality import perplexity
-    from optimum_mla.text import token_windows
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -100,7 +100,7 @@ def draw_windows(tokenizer: Any, text: Path, count: int, length: int, seed: int)
     """Return windows at random places of the text, [count, length]."""
     import torch
 
-    from optimum_mla.text import token_windows
+    from optimum_mla.calibrate.text import token_windows
 
     stream = token_windows(tokenizer, text, 1).flatten()
     generator = torch.Generator().manual_seed(seed)

@@ -75,7 +75,7 @@ def windows_of(config: dict[str, Any], model: Any, tokenizer: Any, encyclopedia:
     """Return the token ids to score by the name of their text."""
     import torch
 
-    from optimum_mla.text import cut_windows, token_windows
+    from optimum_mla.calibrate.text import cut_windows, token_windows
 
     length, samples = config["tokens_per_window"], config["windows"]
     found = {"books": token_windows(tokenizer, str(ROOT / config["books"]), length, samples, "books")}

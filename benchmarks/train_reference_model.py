@@ -211,8 +211,8 @@ def main() -> None:
         text = excerpt((arguments.corpus / book).read_text(encoding="utf-8"))
         (arguments.output / f"{name}.txt").write_text(text, encoding="utf-8")
 
+    from optimum_mla.calibrate.text import token_windows
     from optimum_mla.report.quality import perplexity
-    from optimum_mla.text import token_windows
 
     model = AutoModelForCausalLM.from_pretrained(arguments.output, dtype=torch.float32)
     measured = {

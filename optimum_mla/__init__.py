@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_mla import models as models
 from optimum_mla.cache import LatentCache
-from optimum_mla.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.models import AttentionSpec, register_family, supported_model_types
 from optimum_mla.transforms.base import MLATransformation
 from optimum_mla.transforms.compose import compose

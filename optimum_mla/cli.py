@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from optimum_mla.errors import MLAError
+from optimum_mla.core.errors import MLAError
 
 BAD_INPUT = 2
 """Exit code of a command that was given bad input."""

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 from optimum_mla import XEcoMLA
 from optimum_mla.cache import CacheSettings
-from optimum_mla.errors import InvalidValueError, MLAError, OutputError, ReportError
+from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, ReportError
 from optimum_mla.pipeline import BenchmarkOptions, benchmark, benchmark_run, cells, compare, quantize
 from optimum_mla.pipeline.cells import CellError, memory_cell, quality_cell, ran_out_of_memory, run_cell, speed_cell
 from optimum_mla.report.benchmark import BenchmarkReport

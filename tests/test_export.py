@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mla import XEcoMLA
-from optimum_mla.errors import InvalidValueError, OutputError, UnsupportedModelError
+from optimum_mla.calibrate.text import token_windows
+from optimum_mla.core.errors import InvalidValueError, OutputError, UnsupportedModelError
 from optimum_mla.models.deepseek import export_deepseek
 from optimum_mla.pipeline import TextOptions, convert, export, finetune
 from optimum_mla.recovery.recipe import Recipe
-from optimum_mla.text import token_windows
 from tests.cases import UNCALIBRATED, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"

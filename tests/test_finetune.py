@@ -26,14 +26,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from optimum_mla.errors import InvalidValueError, OutputError, TrainingError
+from optimum_mla.calibrate.text import token_windows
+from optimum_mla.core.errors import InvalidValueError, OutputError, TrainingError
 from optimum_mla.pipeline import TextOptions, convert, finetune, quantize
 from optimum_mla.recovery.data import pack, stream
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.report.cards import renamed
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import RecoveryReport
-from optimum_mla.text import token_windows
 from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"

@@ -18,7 +18,7 @@ from optimum.commands.optimum_cli import main
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.pipeline import TextOptions, convert, inspect
 from optimum_mla.pipeline.inspecting import METHODS, spelled
 from optimum_mla.report.inspection import inspection_text

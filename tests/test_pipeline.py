@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
-from optimum_mla.errors import (
+from optimum_mla.calibrate.text import token_windows
+from optimum_mla.core.errors import (
     CalibrationDataError,
     CorruptWeightsError,
     InvalidValueError,
@@ -26,7 +27,6 @@ from optimum_mla.pipeline import TextOptions, convert
 from optimum_mla.report.memory import measured_cache_bytes_per_token
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import ConversionReport
-from optimum_mla.text import token_windows
 from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"

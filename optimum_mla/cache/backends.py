@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import NamedTuple
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from optimum_mla.cache.settings import FULL_BITS, CacheSettings
-from optimum_mla.errors import InvalidValueError, MissingDependencyError
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
+from optimum_mla.core.suggestions import did_you_mean
 
 _BACKENDS: dict[str, str] = {
     "hqq": "optimum_mla.cache.hqq:HQQBackend",
@@ -125,8 +125,7 @@ def make_backend(name: str, bits: int) -> Backend:
         MissingDependencyError: The library of the backend is not installed.
     """
     if name not in _BACKENDS:
-        near = difflib.get_close_matches(name, _BACKENDS, n=1)
-        raise InvalidValueError("backend", name, ", ".join(_BACKENDS), f"Did you mean {near[0]}?" if near else "")
+        raise InvalidValueError("backend", name, ", ".join(_BACKENDS), did_you_mean(name, _BACKENDS))
     module, _, attribute = _BACKENDS[name].partition(":")
     try:
         backend = getattr(import_module(module), attribute)

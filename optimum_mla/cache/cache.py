@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from optimum_mla.cache import pytree
 from optimum_mla.cache.layer import LatentLayer
 from optimum_mla.cache.positions import CachedPositions
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.ops.blocks import CacheView
 
 

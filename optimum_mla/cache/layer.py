@@ -13,8 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 from optimum_mla.cache.backends import Backend, make_backend
 from optimum_mla.cache.settings import FULL_BITS, CacheSettings
 from optimum_mla.cache.stored import DenseStored, QuantizedStored
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.ops.blocks import Block, CacheView, Latents, block_tokens, concatenate
 
 UNQUANTIZED = CacheSettings()

@@ -21,7 +21,7 @@ from optimum_mla.cache.layer import StoredBlock
 from optimum_mla.cache.positions import CachedPositions
 from optimum_mla.cache.settings import CacheSettings
 from optimum_mla.cache.stored import Stored
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 
 OPENED = (Cache, CacheLayerMixin, CachedPositions, StoredBlock, Stored)
 """Classes whose objects hold tensors."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.number_checks import check_integer
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.number_checks import check_integer
 
 FULL_BITS = 16
 """Number of bits that stands for the dtype in which the model computes, without quantization."""

@@ -7,7 +7,7 @@ import math
 from optimum_mla.cache.backends import make_backend
 from optimum_mla.cache.settings import FULL_BITS, CacheSettings
 from optimum_mla.cache.stored import SPARE_TOKENS, balanced_group
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 
 PARAMETER_BITS = 16
 """Bits of a scale, and of a shift."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 from transformers.cache_utils import HQQQuantizedLayer
 
-from optimum_mla.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError, first_line
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError, first_line
 
 SOURCE = "source"
 """Name of a source model with its unquantized cache; `source-NAME` is the source model with another cache."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_mla.errors import CalibrationDataError
-from optimum_mla.text import text_beginning
+from optimum_mla.calibrate.text import text_beginning
+from optimum_mla.core.errors import CalibrationDataError
 
 BUILT_IN_TEXT = Path(__file__).parent / "general.jsonl.xz"
 """A file of passages, each with its source: books, thirty languages, program code, and questions with answers.

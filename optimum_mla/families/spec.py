@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.errors import UnsupportedModelError
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.errors import UnsupportedModelError
+from optimum_mla.core.geometry import MLAGeometry
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.spec import AttentionSpec, SourceAttention, sliding_window, source_attention
 
 PROBE_TOKENS = 16

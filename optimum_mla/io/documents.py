@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from optimum_mla.errors import CalibrationDataError
+from optimum_mla.core.errors import CalibrationDataError
 from optimum_mla.io.rows import ROW_FILES, files_of, is_dataset_name, kind_of, read_rows
 from optimum_mla.io.text_files import open_text, text_pieces
 

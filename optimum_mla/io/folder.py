@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from optimum_mla.errors import MLAError, OutputError
+from optimum_mla.core.errors import MLAError, OutputError
 from optimum_mla.io.inputs import check_inputs_stay
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from optimum_mla.errors import OutputError
+from optimum_mla.core.errors import OutputError
 
 
 def check_inputs_stay(folder: Path, inputs: Mapping[str, object]) -> None:

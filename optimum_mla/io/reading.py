@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optimum_mla.errors import MLAError, UnreadableModelError
+from optimum_mla.core.errors import MLAError, UnreadableModelError
 from optimum_mla.io.faults import first_fault
 
 PLAIN = (OSError, ValueError, RuntimeError)

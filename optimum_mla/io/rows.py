@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from optimum_mla.errors import CalibrationDataError, MissingDependencyError, first_line
+from optimum_mla.core.errors import CalibrationDataError, MissingDependencyError, first_line
 from optimum_mla.io.text_files import ARCHIVES, COMPRESSIONS, open_text
 
 PlacedRows = Iterator[tuple[str, Any]]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from optimum_mla.errors import CalibrationDataError, first_line
+from optimum_mla.core.errors import CalibrationDataError, first_line
 
 COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Functions that open a compressed file, by its suffix."""

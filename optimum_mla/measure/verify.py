@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from optimum_mla.cache.settings import CacheSettings
-from optimum_mla.errors import VerificationError
+from optimum_mla.core.errors import VerificationError
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.models.registry import is_converted
 from optimum_mla.report.memory import live_cache_bytes

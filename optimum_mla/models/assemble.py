@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.models.base import MLA_CONFIG_FIELDS, build_attention, is_tied
 from optimum_mla.models.registry import Family, is_converted
 from optimum_mla.nn import LatentAttention

@@ -13,9 +13,9 @@ from transformers import initialization as init
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
-from optimum_mla.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.families.spec import AttentionSpec, sliding_window
-from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
 from optimum_mla.nn.decoupled import default_rope_pairs
 from optimum_mla.ops.positions import check_given_positions
@@ -53,7 +53,7 @@ SHIM_NAME = "modeling_mla"
 class MLAConfigMixin(PreTrainedConfig):
     """Config fields of a converted model, on top of the source family's own.
 
-    The fields are those of `optimum_mla.geometry.MLAGeometry`. They hold for every layer unless `per_layer_config`
+    The fields are those of `optimum_mla.core.geometry.MLAGeometry`. They hold for every layer unless `per_layer_config`
     (Transformers' own mechanism for layers that differ) says otherwise; a layer whose `attention_form` is `source`
     keeps the attention of the source model. `num_key_value_heads` and `head_dim` stay the source's.
     """

@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.core.errors import UnsupportedModelError
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.families.spec import AttentionSpec, sliding_window
-from optimum_mla.geometry import MLAGeometry
 from optimum_mla.models.base import is_tied, model_geometry
 from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.stack import FIXED_ROPE_TYPES, rope_type
 
 CONSTANT = 2.0**14
 """The constant M, which every dtype represents exactly."""
 LARGEST_LATENT = 2.0**4
 """The upper bound of ‖c‖ after scaling, which is M/2¹⁰."""
-FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 UNUSED: dict[str, Any] = {
     "num_mtp_layers": 0,
     "n_routed_experts": 1,
@@ -123,8 +123,8 @@ def check_exportable(config: Any, pad: bool = False) -> None:
     if len(ranks) > 1 and (not pad or layers[0].latent_norm):
         remedy = "Pad them to the largest with --pad, or convert with --rank-allocation uniform."
         raise refuse(f"the layers' latents have ranks from {ranks[0]} to {ranks[-1]}", remedy)
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in FIXED_ROPE:
+    rope = rope_type(config)
+    if rope not in FIXED_ROPE_TYPES:
         raise refuse(f"{rope} rotary scaling depends on the length at hand", "Such models run in this package.")
     if getattr(config, "mlp_bias", False):
         raise refuse("the feed-forward layers have biases, DeepSeek's do not", "Such models run in this package.")

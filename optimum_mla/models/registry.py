@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import UnsupportedModelError, first_line
+from optimum_mla.core.errors import UnsupportedModelError, first_line
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.base import (
     MLA_CONFIG_FIELDS,

@@ -1,7 +1,7 @@
 """Multi-head Latent Attention behind the Transformers attention and cache contracts.
 
-The letters are those of `optimum_mla.geometry`; B, S, T are batch, query tokens and cached tokens. Parameter names and
-the order of dims in a head (position-free first) are DeepSeek's (`DeepseekV3Attention` in Transformers).
+The letters are those of `optimum_mla.core.geometry`; B, S, T are batch, query tokens and cached tokens. Parameter names
+and the order of dims in a head (position-free first) are DeepSeek's (`DeepseekV3Attention` in Transformers).
 
 A layer caches two single-head 4-D tensors through the ordinary `Cache.update`, so every Transformers cache class works;
 expanded keys and values live only for the length of one forward pass. A cache that has `update_blocks`
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
 from optimum_mla.ops.blockwise import Sums, attend, masked_softmax, softmax_sums

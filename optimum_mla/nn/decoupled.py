@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.nn.attention import LatentAttention, is_plain
 from optimum_mla.nn.norm import HeadRMSNorm, inverse_rms
 from optimum_mla.ops import absorb

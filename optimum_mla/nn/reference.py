@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 
 
 def reference_attention(

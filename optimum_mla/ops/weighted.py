@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_mla.errors import CalibrationDataError
+from optimum_mla.core.errors import CalibrationDataError
 
 DAMPING = 1e-6
 """Share of the largest row norm that is added to the diagonal of a second moment, so that it can be inverted even if

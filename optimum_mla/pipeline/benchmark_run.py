@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.cache.backends import check_settings
 from optimum_mla.cache.settings import CACHE_NAMES, named_cache
 from optimum_mla.cache.source import SOURCE, default_baselines, source_cache_name
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.calibrate.text import context_limit, token_windows, window_length
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.progress import progress
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.pipeline.cells import OUT_OF_MEMORY, CellError, run_cell
 from optimum_mla.pipeline.loading import load_config, load_tokenizer
 from optimum_mla.pipeline.origin import NamedModel
-from optimum_mla.progress import progress
 from optimum_mla.report.benchmark import (
     BASELINE,
     MODEL,
@@ -33,12 +33,10 @@ from optimum_mla.report.benchmark import (
     TaskRow,
 )
 from optimum_mla.report.sizes import budget_rows, layer_numbers
-from optimum_mla.text import token_windows
 
 PARTS = ("memory", "speed", "quality")
 CONTEXTS = (1024, 4096, 8192, 32768)
 BATCHES = (1, 8)
-LONGEST_WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -172,10 +170,7 @@ class Benchmark:
         options = self.options
         if options.eval_data is None or "quality" not in options.parts:
             return None, {}, None
-        longest = context_limit(self.config) or LONGEST_WINDOW
-        length = min(LONGEST_WINDOW, longest) if options.eval_length is None else options.eval_length
-        if not 2 <= length <= longest:
-            raise InvalidValueError("eval_length", length, f"2 to {longest} for this model")
+        length = window_length(self.config, options.eval_length, "eval_length")
         stride = max(1, length // 2) if options.stride is None else options.stride
         if not 1 <= stride < length:
             raise InvalidValueError("stride", stride, f"1 to {length - 1}, below the window of {length} tokens")
@@ -385,11 +380,6 @@ class Benchmark:
             interrupted=interrupted,
             threads=torch.get_num_threads(),
         )
-
-
-def context_limit(config: PreTrainedConfig | None) -> int | None:
-    """Return the largest number of tokens that a model's config allows, or None if it gives none."""
-    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def machine_memory(device: str | None) -> int:

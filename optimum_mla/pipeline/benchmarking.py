@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum_mla.errors import InvalidValueError, MissingDependencyError
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.pipeline.benchmark_run import Benchmark, BenchmarkOptions
 from optimum_mla.pipeline.loading import check_dtype

@@ -24,7 +24,7 @@ from transformers import Cache, PreTrainedModel
 
 from optimum_mla.cache.settings import named_cache
 from optimum_mla.cache.source import source_cache
-from optimum_mla.errors import MLAError, first_line
+from optimum_mla.core.errors import MLAError, first_line
 from optimum_mla.models.registry import is_converted
 from optimum_mla.models.weights import weight_bytes
 from optimum_mla.pipeline.loading import load_config, load_model, load_tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
-from optimum_mla.errors import InvalidValueError, OptionError, UncalibratedWarning
+from optimum_mla.core.errors import InvalidValueError, OptionError, UncalibratedWarning
+from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.quality_limit import quality_warning
 from optimum_mla.measure.sample import Sample, continuation, sample_prompt
@@ -43,13 +43,13 @@ from optimum_mla.report.pages import size
 from optimum_mla.report.quality import TOKENS_PER_BATCH, perplexity
 from optimum_mla.report.schema import ConversionReport, LayerReport
 from optimum_mla.transforms.base import MLATransformation
+from optimum_mla.transforms.budget import DEFAULT_CACHE_RATIO
 from optimum_mla.transforms.calibration import deciding_windows
 from optimum_mla.transforms.checks import check_convertible
 from optimum_mla.transforms.registry import transform_class
 from optimum_mla.transforms.signature import whole_signature
 
 RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "energy", "d_kv"}
-DEFAULT_CACHE_RATIO = 0.5
 CACHE_PROBE_TOKENS = 16
 """Tokens that the live cache is filled with to weigh it."""
 BUILT_IN_WINDOWS = 8
@@ -302,10 +302,9 @@ def build_transformation(method: str, options: dict[str, Any], calibration: Tens
     known = option_names(cls)
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, known)
             raise OptionError(
-                f"{method} has no --{name.replace('_', '-')} option.{remedy} "
+                f"{method} has no --{name.replace('_', '-')} option. {hint}{' ' if hint else ''}"
                 f"Its options, as they are named in Python, are: {', '.join(known)}."
             )
     return cls(calibration=calibration, **options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.geometry import ModelGeometry
+from optimum_mla.core.geometry import ModelGeometry
 from optimum_mla.transforms.base import MLATransformation
 
 LIBRARIES_BYTES = 450e6

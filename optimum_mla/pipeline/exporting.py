@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_mla.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.deepseek import check_exportable, export_deepseek

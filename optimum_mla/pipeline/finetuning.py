@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
-from optimum_mla.errors import InvalidValueError, MLAError, OutputError, first_line
+from optimum_mla.calibrate.text import window_length
+from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, first_line
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.io.inputs import check_inputs_stay
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
@@ -32,10 +33,10 @@ from optimum_mla.pipeline.loading import (
     read_texts,
 )
 from optimum_mla.pipeline.origin import NamedModel, mismatch, named_model, recorded_source, source_of
-from optimum_mla.recovery.data import check_length, pack, preferences, stream
+from optimum_mla.recovery.data import pack, preferences, stream
 from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
-from optimum_mla.recovery.recipe import DEFAULT_LENGTH, Recipe, check_installed, check_training, training_arguments
+from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
 from optimum_mla.report.cards import recovery_card
 from optimum_mla.report.memory import PeakMemory
@@ -116,8 +117,7 @@ def finetune(
 
     tokenizer = load_tokenizer(model, hub, needed=isinstance(train_data, str) or texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
-    longest = getattr(config, "max_position_embeddings", DEFAULT_LENGTH)
-    length = check_length(recipe.sequence_length, longest, DEFAULT_LENGTH)
+    length = window_length(config, recipe.sequence_length, "sequence_length")
     rows, description = training_data(tokenizer, train_data, recipe, length)
     data["train-data"] = {"source": origin, **description}
 

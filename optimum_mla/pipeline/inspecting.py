@@ -13,20 +13,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from optimum_mla.errors import MLAError, UnreadableModelError, UnsupportedModelError, first_line
+from optimum_mla.calibrate.text import window_length
+from optimum_mla.core.errors import MLAError, UnreadableModelError, UnsupportedModelError, first_line
+from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.families.spec import SourceAttention, sliding_window
-from optimum_mla.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.io.reading import reading
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.pipeline.estimate import conversion_memory
-from optimum_mla.pipeline.loading import LONGEST_DEFAULT_WINDOW, check_buildable, load_config
+from optimum_mla.pipeline.loading import check_buildable, load_config
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers
 from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
 from optimum_mla.report.quality import TOKENS_PER_BATCH
 from optimum_mla.report.schema import ConversionReport
+from optimum_mla.stack import rope_type
 from optimum_mla.transforms.registry import transform_class
 
 RATIOS = (0.5, 0.25, 0.125)
@@ -85,7 +87,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         return replace(known, reason=first_line(error))
     first = geometry.layers[0]
     windows = any(sliding_window(config, index) is not None for index in range(config.num_hidden_layers))
-    rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+    rope = rope_type(config)
     known = replace(
         known,
         layers=config.num_hidden_layers,
@@ -309,5 +311,5 @@ def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[Engi
 
 def default_memory(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: int) -> int:
     """Return about how many bytes of memory a conversion with default options needs, evaluation included."""
-    length = min(LONGEST_DEFAULT_WINDOW, getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
+    length = window_length(config, None, "calibration_length")
     return conversion_memory(config, geometry, weight_bytes, CALIBRATION_WINDOWS * length, TOKENS_PER_BATCH)

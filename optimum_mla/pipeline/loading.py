@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows
-from optimum_mla.errors import (
+from optimum_mla.calibrate.text import token_windows, window_length
+from optimum_mla.core.errors import (
     CorruptWeightsError,
     InvalidValueError,
     UnreadableModelError,
@@ -34,13 +35,10 @@ from optimum_mla.io.reading import local_folder, reading
 from optimum_mla.models import family_of, is_converted
 from optimum_mla.report.cards import renamed, shown
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
-from optimum_mla.text import token_windows
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LONGEST_DEFAULT_WINDOW = 512
-"""Tokens per sample where the user names no length and the model can take so many."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +220,6 @@ def read_texts(
         InvalidValueError: The number of windows or their length is not possible.
         CalibrationDataError: A text is missing, malformed or shorter than one window.
     """
-    longest = getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW)
     windows: dict[str, Tensor] = {}
     data: dict[str, dict[str, Any]] = {}
     for kind, source, samples, length in (
@@ -231,9 +228,7 @@ def read_texts(
     ):
         if samples < 1:
             raise InvalidValueError(f"{kind}_samples", samples, "integers from 1")
-        length = min(LONGEST_DEFAULT_WINDOW, longest) if length is None else length
-        if not 2 <= length <= longest:
-            raise InvalidValueError(f"{kind}_length", length, f"2 to {longest} for this model")
+        length = window_length(config, length, f"{kind}_length")
         if source is not None:
             field = f"{kind}-data"
             chats = texts.chat_template and kind == "calibration"

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.hub import extract_commit_hash
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.io.reading import local_folder
 from optimum_mla.report.schema import ConversionReport
 

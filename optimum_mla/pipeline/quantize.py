@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from optimum_mla.cache import CacheSettings
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import tolerance_of, verify
 from optimum_mla.models.base import model_geometry

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from optimum_mla.errors import InvalidValueError, OptionError, OutputError, first_line
+from optimum_mla.core.errors import InvalidValueError, OptionError, OutputError, first_line
 
 COMMANDS = ("mla-convert", "mla-finetune", "mla-quantize", "mla-export", "mla-benchmark")
 """The commands that a recipe may have as steps."""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from optimum_mla.errors import CalibrationDataError, InvalidValueError
+from optimum_mla.calibrate.text import cut_windows, token_documents
+from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
+from optimum_mla.core.progress import progress
 from optimum_mla.io.rows import read_rows
-from optimum_mla.progress import progress
-from optimum_mla.text import cut_windows, token_documents
 
 FIELD = "train-data"
 Source = str | Path | Iterable[int]
@@ -155,11 +155,3 @@ def preferences(source: str | Path) -> Any:
     if not rows:
         raise CalibrationDataError(f"{FIELD}: {source} holds no rows. DPO needs prompt, chosen and rejected in each.")
     return Table.from_list(rows)
-
-
-def check_length(length: int | None, longest: int, default: int) -> int:
-    """Return the tokens per row, or refuse a length that the model does not take."""
-    length = min(default, longest) if length is None else length
-    if not 2 <= length <= longest:
-        raise InvalidValueError("sequence_length", length, f"2 to {longest} for this model")
-    return length

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.recovery.losses import distillation_loss, hidden_state_loss
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from optimum_mla.errors import MissingDependencyError
+from optimum_mla.core.errors import MissingDependencyError
 
 
 def dpo_trainer(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_mla.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
-from optimum_mla.layers import LayerChoice, parse_layers
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
+from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.nn import LatentAttention

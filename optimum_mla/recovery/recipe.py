@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from optimum_mla.errors import InvalidValueError, MissingDependencyError
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.recovery.distill import check_loss
 from optimum_mla.recovery.optimizers import OPTIMIZERS
 from optimum_mla.recovery.parameters import ADAPTERS, TRAIN_CHOICES
@@ -25,8 +25,6 @@ LEARNING_RATES = {"lora": 1.5e-3, "dora": 1.5e-3, "kv": 5e-4, "attention": 5e-4,
 DPO_SHARE = 0.01
 SCHEDULE = "cosine"
 BATCH_SIZE = 8
-DEFAULT_LENGTH = 512
-"""Default number of tokens per row, unless the context of the model is shorter."""
 WARMUP_SHARE = 0.05
 LOGS, CHECKPOINTS = 50, 5
 """Default numbers of logged losses and of checkpoints over a training."""

@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from optimum_mla.errors import InvalidValueError, MLAError, TrainingError, first_line
+from optimum_mla.calibrate.text import DEFAULT_WINDOW
+from optimum_mla.core.errors import InvalidValueError, MLAError, TrainingError, first_line
 from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
 from optimum_mla.recovery.dpo import dpo_trainer
 from optimum_mla.recovery.guard import DivergenceGuard
 from optimum_mla.recovery.optimizers import trainer_options
-from optimum_mla.recovery.recipe import DEFAULT_LENGTH, Recipe
+from optimum_mla.recovery.recipe import Recipe
 
 CHECKPOINTS = "*/checkpoint-*"
 """Pattern of the folders of checkpoints in the folder of a run."""
@@ -116,7 +117,7 @@ def make_trainer(
 ) -> Trainer:
     """Return the trainer of one stage."""
     if name == "dpo":
-        return dpo_trainer(model, rows, tokenizer, {"max_length": recipe.sequence_length or DEFAULT_LENGTH, **options})
+        return dpo_trainer(model, rows, tokenizer, {"max_length": recipe.sequence_length or DEFAULT_WINDOW, **options})
     arguments = TrainingArguments(**{**options, "remove_unused_columns": False})
     common = {"args": arguments, "train_dataset": rows, **trainer_options(recipe.optimizer, arguments)}
     if name == "sft":

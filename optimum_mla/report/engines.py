@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optimum_mla.geometry import MLAGeometry
-
-LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary scalings whose frequencies depend on the length of the context."""
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.stack import FIXED_ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def source_blockers(engine: Engine, layer: MLAGeometry, rope_type: str, windows:
         found.append("norms on queries and keys")
     if windows:
         found.append("sliding windows")
-    if rope_type in LENGTH_DEPENDENT:
+    if rope_type not in FIXED_ROPE_TYPES:
         found.append(f"{rope_type} rotary scaling")
     if engine.plain_keys and (layer.query_bias or layer.key_value_bias):
         found.append("biases on queries, keys or values")

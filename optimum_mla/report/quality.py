@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from optimum_mla.progress import progress
+from optimum_mla.core.progress import progress
 from optimum_mla.stack import cache_argument
 
 LARGEST_MEAN_LOSS = 700.0

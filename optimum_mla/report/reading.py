@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from optimum_mla.errors import ReportError
+from optimum_mla.core.errors import ReportError
 
 T = TypeVar("T")
 

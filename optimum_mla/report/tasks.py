@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from optimum_mla.errors import InvalidValueError, MissingDependencyError
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
 
 
 def task_manager(tasks: list[str], include: str | None) -> Any:

@@ -16,11 +16,12 @@ from optimum_mla.stack.cache_argument import (
 from optimum_mla.stack.foreign import check_cache, require_cache
 from optimum_mla.stack.hooks import only_moves_inputs
 from optimum_mla.stack.keywords import changes_attention, check_keywords, forward_keywords
-from optimum_mla.stack.rotary import rotary_table
+from optimum_mla.stack.rotary import FIXED_ROPE_TYPES, rope_type, rotary_table
 from optimum_mla.stack.tables import enter_class_names
 
 __all__ = [
     "CACHE_ARGUMENT",
+    "FIXED_ROPE_TYPES",
     "cache_argument",
     "cache_name",
     "cache_of",
@@ -33,6 +34,7 @@ __all__ = [
     "only_moves_inputs",
     "renamed_cache",
     "require_cache",
+    "rope_type",
     "rotary_table",
     "takes_cache",
 ]

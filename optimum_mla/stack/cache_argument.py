@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from transformers import Cache, GenerationMixin
 
-from optimum_mla.errors import InvalidValueError, UnsupportedStackError
+from optimum_mla.core.errors import InvalidValueError, UnsupportedStackError
 
 RELEASED_NAMES = ("past_key_values", "cache")
 """The names that released versions of Transformers have given to the argument, the oldest first."""

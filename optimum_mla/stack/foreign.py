@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 
 REMEDY = "Make one with the model's make_cache()."
 

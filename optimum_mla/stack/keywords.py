@@ -12,7 +12,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs
 
-from optimum_mla.errors import UnknownKeywordError
+from optimum_mla.core.errors import UnknownKeywordError
 from optimum_mla.stack.cache_argument import ACCEPTED_NAMES
 
 HANDLED_BY_DECORATORS = ("return_dict",)

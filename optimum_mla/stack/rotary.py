@@ -1,4 +1,4 @@
-"""Tables of a model's rotary embedding beyond those that the model itself asks for."""
+"""The type of a model's rotary embedding, and its tables beyond those that the model itself asks for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Types of rotary embeddings whose frequencies do not depend on the length of the sequence."""
+
+
+def rope_type(config: Any) -> str:
+    """Return the type of a config's rotary embedding, such as `default` or `yarn`."""
+    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
 
 
 def rotary_table(rotary: Callable[..., Any], like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 
 
 def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry) -> dict[str, Tensor]:

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UncalibratedWarning
+from optimum_mla.core.errors import CorruptWeightsError, InvalidValueError, UncalibratedWarning
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.layers import LayerChoice, parse_layers
+from optimum_mla.core.progress import progress
 from optimum_mla.families.spec import source_attention
 from optimum_mla.families.verify import verify_family
-from optimum_mla.geometry import MLAGeometry
-from optimum_mla.layers import LayerChoice, parse_layers
 from optimum_mla.models import Family, SourceAttention, family_of
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
 from optimum_mla.nn import LatentAttention
 from optimum_mla.ops.weighted import WeightedFactorization
-from optimum_mla.progress import progress
 from optimum_mla.transforms.allocation import ALLOCATIONS, allocate_ranks
 from optimum_mla.transforms.apply import ModelTransformation
 from optimum_mla.transforms.balance import balanced
@@ -230,7 +230,7 @@ class MLATransformation(ModelTransformation):
         if not self.needs_calibration and not self.preserves_computation:
             warnings.warn(
                 f"{self.name} without calibration data below full rank: the result is of no use until it is trained. "
-                "Give token ids of ordinary text as calibration, such as optimum_mla.text.token_windows returns.",
+                "Give token ids of ordinary text as calibration; optimum_mla.calibrate.built_in_windows returns some.",
                 UncalibratedWarning,
                 stacklevel=4,  # Behind `__call__` and the decorator of this method.
             )

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.number_checks import check_integer, check_number
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.number_checks import check_integer, check_number
 from optimum_mla.ops.rank_allocation import rank_for_energy
+
+DEFAULT_CACHE_RATIO = 0.5
+"""Share of the source's cache that a conversion keeps where nobody asks for a size."""
 
 
 @dataclass(frozen=True)

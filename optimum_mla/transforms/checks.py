@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
 from optimum_mla.models import Family, family_of
 
 

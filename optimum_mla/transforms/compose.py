@@ -6,7 +6,7 @@ from typing import Any
 
 from optimum.fx.optimization import Transformation
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.transforms.apply import ModelTransformation
 from optimum_mla.transforms.base import MLATransformation
 

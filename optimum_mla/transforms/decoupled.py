@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors
 from optimum_mla.ops.rope_split import RopeSplit

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.number_checks import check_integer
 from optimum_mla.models import SourceAttention
-from optimum_mla.number_checks import check_integer
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.number_checks import check_integer
 from optimum_mla.models import SourceAttention
-from optimum_mla.number_checks import check_integer
 from optimum_mla.ops.low_rank import singular_values
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.transforms.base import MLATransformation
-from optimum_mla.transforms.budget import RankBudget
+from optimum_mla.transforms.budget import DEFAULT_CACHE_RATIO, RankBudget
 from optimum_mla.transforms.calibration import LayerCalibration
 from optimum_mla.transforms.decoupled import (
     calibrated_factors,
@@ -47,7 +47,7 @@ class MHA2MLA(MLATransformation):
     """
 
     name = "mha2mla"
-    default_budget = RankBudget(kv_cache_ratio=0.5)
+    default_budget = RankBudget(kv_cache_ratio=DEFAULT_CACHE_RATIO)
     rope_selections = ("high", "low", "uniform", "contribution", "damage")
     factorizations = ("joint", "split", "calibrated")
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.rope_mix import as_pairs, mixed_keys, query_aware_mix, query_map
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.number_checks import check_integer
 from optimum_mla.models import SourceAttention
-from optimum_mla.number_checks import check_integer
 from optimum_mla.ops.rope_mix import identity_mix
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.transforms.calibration import LayerCalibration

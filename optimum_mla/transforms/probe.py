@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.errors import VerificationError
+from optimum_mla.core.errors import VerificationError
 from optimum_mla.families.spec import SourceAttention
 from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.decoupled import LATENT_NORM_EPS

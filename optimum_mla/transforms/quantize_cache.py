@@ -6,7 +6,7 @@ from typing import Any
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.cache.backends import check_settings
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.models import is_converted
 from optimum_mla.models.base import quantizable_layers
 from optimum_mla.models.registry import family_of

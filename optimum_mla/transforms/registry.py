@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.suggestions import did_you_mean
 
 _TRANSFORMS: dict[str, str] = {
     "gqa2mla": "optimum_mla.transforms.gqa2mla:GQA2MLA",
@@ -48,8 +48,6 @@ def transform_class(name: str) -> Any:
     """
     transforms = available_transforms()
     if name not in transforms:
-        near = difflib.get_close_matches(name, transforms, n=1)
-        remedy = f"Did you mean {near[0]}?" if near else ""
-        raise InvalidValueError("method", name, ", ".join(transforms), remedy)
+        raise InvalidValueError("method", name, ", ".join(transforms), did_you_mean(name, transforms))
     module, _, attribute = transforms[name].partition(":")
     return getattr(import_module(module), attribute)

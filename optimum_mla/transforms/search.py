@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.models import Family, SourceAttention
 from optimum_mla.models.assemble import load_attention
 from optimum_mla.nn import LatentAttention

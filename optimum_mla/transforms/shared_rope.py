@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.progress import progress
 from optimum_mla.models import Family, SourceAttention
-from optimum_mla.progress import progress
 from optimum_mla.transforms.calibration import CalibrationWalk
 from optimum_mla.transforms.search import LayerSearch
 

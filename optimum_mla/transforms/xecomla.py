@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.number_checks import check_integer, check_number
 from optimum_mla.models import SourceAttention
-from optimum_mla.number_checks import check_integer, check_number
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs, split_last_columns
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.transforms.base import MLATransformation
-from optimum_mla.transforms.budget import RankBudget
+from optimum_mla.transforms.budget import DEFAULT_CACHE_RATIO, RankBudget
 from optimum_mla.transforms.calibration import LayerCalibration
 from optimum_mla.transforms.decoupled import (
     LatentFactors,
@@ -53,7 +53,7 @@ class XEcoMLA(MLATransformation):
     """
 
     name = "x-ecomla"
-    default_budget = RankBudget(kv_cache_ratio=0.5)
+    default_budget = RankBudget(kv_cache_ratio=DEFAULT_CACHE_RATIO)
     rope_selections = ("last", "high", "low", "uniform", "contribution", "damage")
     one_rotary_key = True
     factorizations = ("joint", "calibrated")

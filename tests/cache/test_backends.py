@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optimum_mla.cache import CacheSettings, available_backends, register_backend
 from optimum_mla.cache.backends import _BACKENDS, Backend, Encoded, check_settings, make_backend
-from optimum_mla.errors import InvalidValueError, MissingDependencyError
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
 
 KINDS = [("hqq", 8), ("hqq", 4), ("hqq", 3), ("hqq", 2), ("quanto", 8), ("quanto", 4), ("quanto", 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from optimum_mla.cache import LatentCache, LatentLayer
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from tests.cases import token_ids
 from tests.nn.test_attention import FORMS, build, forced, padded_batch
 

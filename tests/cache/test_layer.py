@@ -17,8 +17,8 @@ from transformers.cache_utils import DynamicLayer
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
 from optimum_mla.cache.layer import BlockView
 from optimum_mla.cache.stored import SPARE_TOKENS, balanced_group
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.report.memory import live_cache_bytes
 
 SHAPE: dict[str, int] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

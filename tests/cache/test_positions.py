@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from optimum_mla import GQA2MLA
 from optimum_mla.cache.positions import CachedPositions
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.stack import cache_argument
 from tests.cases import source_model, token_ids
 from tests.nn.test_attention import FORMS, build

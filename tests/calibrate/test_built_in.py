@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows
-from optimum_mla.errors import CalibrationDataError
+from optimum_mla.core.errors import CalibrationDataError
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 

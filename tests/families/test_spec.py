@@ -20,7 +20,7 @@ from optimum_mla import (
     register_transform,
     trace,
 )
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.models import SourceAttention, family_of
 from optimum_mla.transforms.calibration import LayerCalibration

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, AttentionSpec, XEcoMLA, register_family, trace
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.verify import verify_family
 from optimum_mla.models import family_of, registry
 from optimum_mla.pipeline import convert

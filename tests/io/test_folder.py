@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_mla.errors import OutputError
+from optimum_mla.core.errors import OutputError
 from optimum_mla.io.folder import atomic_folder, check_output
 
 NOBODY = 65534
@@ -83,7 +83,7 @@ def test_weights_that_the_system_refuses_to_write_are_one_clear_error(tmp_path: 
         "import resource, signal, sys, torch\n"
         "from pathlib import Path\n"
         "from safetensors.torch import save_file\n"
-        "from optimum_mla.errors import OutputError\n"
+        "from optimum_mla.core.errors import OutputError\n"
         "from optimum_mla.io.folder import atomic_folder\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

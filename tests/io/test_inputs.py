@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_mla.errors import OutputError
+from optimum_mla.core.errors import OutputError
 from optimum_mla.io.inputs import check_inputs_stay
 
 # Input, output (both relative to a folder that is made below), and what is said.

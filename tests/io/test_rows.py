@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.errors import CalibrationDataError
+from optimum_mla.core.errors import CalibrationDataError
 from optimum_mla.io.documents import read_chats, read_documents
 from optimum_mla.io.rows import read_rows
 
@@ -154,7 +154,7 @@ def test_what_needs_datasets_says_so_and_the_rest_does_not_need_it(tmp_path: Pat
     program = f"""
 import sys
 sys.modules["datasets"] = None
-from optimum_mla.errors import MissingDependencyError
+from optimum_mla.core.errors import MissingDependencyError
 from optimum_mla.io.documents import read_documents
 for name in ("a.txt", "a.jsonl", "a.csv"):
     assert ["".join(d) for d in read_documents({str(tmp_path)!r} + "/" + name)] == ["a"]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.errors import CalibrationDataError
+from optimum_mla.core.errors import CalibrationDataError
 from optimum_mla.io.text_files import PIECE_CHARACTERS, open_text, text_pieces
 
 

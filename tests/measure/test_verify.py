@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_mla import GQA2MLA, MHA2MLA, QuantizeLatentCache
 from optimum_mla.cache import LatentLayer
-from optimum_mla.errors import VerificationError
+from optimum_mla.core.errors import VerificationError
 from optimum_mla.measure import reference_logits, verify
 from optimum_mla.measure.quality_limit import quality_warning
 from optimum_mla.nn import LatentAttention

@@ -16,7 +16,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.models.deepseek import CONSTANT, LARGEST_LATENT, constant_norm, export_deepseek
 from tests.cases import source_model, token_ids
 

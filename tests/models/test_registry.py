@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, pipeline
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA, compose, models, supported_model_types
-from optimum_mla.errors import UnsupportedModelError
+from optimum_mla.core.errors import UnsupportedModelError
 from tests.cases import FAMILIES, METHODS, SIZES, source_model, token_ids
 
 

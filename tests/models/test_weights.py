@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from optimum_mla import models
-from optimum_mla.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.models.weights import WEIGHT_CHOICES, quantize_weights, unquantized_layers, weight_bytes
 from optimum_mla.models.weights.choices import UP_PROJECTIONS
 from tests.cases import SIZES, token_ids

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from optimum_mla import MHA2MLA
 from optimum_mla.cache import CacheSettings, LatentLayer
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.ops import kernels
 from optimum_mla.ops.blockwise import Attended, LatentDecode, RotaryRebuild, latent_decode
 from optimum_mla.ops.kernels import cpu_decode, register_kernel

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimum_mla.errors import CalibrationDataError
+from optimum_mla.core.errors import CalibrationDataError
 from optimum_mla.ops.low_rank import low_rank_factors
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedFactors, WeightedRows, damped_cholesky
 

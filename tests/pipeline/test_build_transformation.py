@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from optimum_mla.errors import InvalidValueError, OptionError
+from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.pipeline.convert import build_transformation, option_names
 from optimum_mla.transforms.mha2mla import MHA2MLA
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from optimum_mla.errors import OutputError
+from optimum_mla.core.errors import OutputError
 from optimum_mla.pipeline import BenchmarkOptions, TextOptions, benchmark, compare, convert, export, finetune, quantize
 from optimum_mla.recovery.recipe import Recipe
 from tests.cases import UNCALIBRATED, source_model

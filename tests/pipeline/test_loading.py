@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from optimum_mla.errors import InvalidValueError, MLAError
+from optimum_mla.core.errors import InvalidValueError, MLAError
 from optimum_mla.io.reading import reading
 from optimum_mla.pipeline import TextOptions, convert, export, finetune, inspect, quantize
 from optimum_mla.pipeline.loading import load_tokenizer

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.calibrate.text import token_windows
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.pipeline import BenchmarkOptions, TextOptions, benchmark, convert, finetune
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
-from optimum_mla.text import token_windows
 from tests.cases import UNCALIBRATED, source_model
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"

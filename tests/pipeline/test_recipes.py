@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optimum_mla.errors import InvalidValueError, MLAError, OptionError, OutputError
+from optimum_mla.core.errors import InvalidValueError, MLAError, OptionError, OutputError
 from optimum_mla.pipeline.recipes import Journal, pending, read_recipe
 from optimum_mla.report.schema import ConversionReport, QuantizationReport
 

@@ -14,8 +14,8 @@ from tokenizers import processors
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from optimum_mla.errors import CalibrationDataError, InvalidValueError
-from optimum_mla.recovery.data import check_length, pack, packed_rows, preferences, stream
+from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
+from optimum_mla.recovery.data import pack, packed_rows, preferences, stream
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 TOKENIZER = AutoTokenizer.from_pretrained(REFERENCE)
@@ -144,12 +144,3 @@ def test_preference_pairs(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(CalibrationDataError, match="no rows"):
         preferences(path)
-
-
-def test_lengths_that_the_model_takes() -> None:
-    assert check_length(None, 2048, 512) == 512
-    assert check_length(None, 256, 512) == 256
-    assert check_length(100, 256, 512) == 100
-    for wrong in (1, 257):
-        with pytest.raises(InvalidValueError, match="2 to 256"):
-            check_length(wrong, 256, 512)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from optimum_mla import GQA2MLA
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.recovery import prepare
 from optimum_mla.recovery.optimizers import MuonAdamW, muon
 from optimum_mla.recovery.recipe import Recipe

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from optimum_mla.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.models import quantize_weights
 from optimum_mla.recovery import kv_parameters, mla_lora_config, prepare
 from optimum_mla.recovery.parameters import parameter_counts

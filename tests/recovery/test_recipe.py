@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.recovery.data import pack
 from optimum_mla.recovery.guard import DivergenceGuard
 from optimum_mla.recovery.recipe import Recipe, check_training, training_arguments

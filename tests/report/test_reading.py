@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.errors import ReportError
+from optimum_mla.core.errors import ReportError
 from optimum_mla.pipeline import benchmark, compare, convert, finetune, inspect
 from optimum_mla.report.benchmark import BenchmarkReport, MemoryRow
 from optimum_mla.report.reading import read_report

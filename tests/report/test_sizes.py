@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.report.benchmark import MemoryRow
 from optimum_mla.report.sizes import budget_rows, parse_bytes
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from optimum_mla import XEcoMLA
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.pipeline import cells
 from optimum_mla.report.pages import markdown
 from optimum_mla.report.tasks import evaluate_tasks, task_manager

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from optimum_mla import GQA2MLA, LatentCache
-from optimum_mla.errors import InvalidValueError, UnknownKeywordError, UnsupportedStackError
+from optimum_mla.core.errors import InvalidValueError, UnknownKeywordError, UnsupportedStackError
 from optimum_mla.stack import CACHE_ARGUMENT, cache_argument, cache_name, cache_of, cache_position, renamed_cache
 from optimum_mla.stack.cache_argument import ACCEPTED_NAMES, OUTDATED_NAMES, cache_parameter
 from tests.cases import source_model, token_ids

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimum_mla.geometry import MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.transforms.balance import balanced
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

@@ -9,7 +9,7 @@ import torch
 from optimum.fx.optimization import Transformation
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA, compose
-from optimum_mla.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
 from optimum_mla.report.memory import measured_cache_bytes_per_token
 from tests.cases import FAMILIES, METHODS, SIZES, source_model, token_ids
 

@@ -6,7 +6,7 @@ import pytest
 from optimum.fx.optimization import Transformation
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA, compose
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from tests.cases import source_model
 
 

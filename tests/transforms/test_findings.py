@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, PreTrainedModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, MLATransformation, XEcoMLA, compose
-from optimum_mla.errors import InvalidValueError, MLAError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, MLAError, UnsupportedModelError
 from tests.cases import source_model, token_ids
 
 

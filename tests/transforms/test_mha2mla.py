@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_mla import MHA2MLA, MLATransformation
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.report.memory import measured_cache_bytes_per_token
 from optimum_mla.transforms.calibration import CalibrationWalk
 from tests.cases import FAMILIES, source_model, token_ids

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
-from optimum_mla.errors import CalibrationDataError, InvalidValueError
+from optimum_mla.calibrate.text import token_windows
+from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
 from optimum_mla.report.memory import measured_cache_bytes_per_token
 from optimum_mla.report.quality import perplexity
-from optimum_mla.text import token_windows
 from tests.cases import FAMILIES, SIZES, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA, available_transforms, register_transform
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.layers import parse_layers
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.layers import parse_layers
 from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.registry import transform_class
 

@@ -11,7 +11,7 @@ from optimum.fx.optimization import Transformation
 from transformers import AutoModelForCausalLM
 
 from optimum_mla import GQA2MLA, MHA2MLA, LatentCache, QuantizeLatentCache, XEcoMLA, compose
-from optimum_mla.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.report.memory import live_cache_bytes
 from tests.cases import source_model, token_ids
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.models import family_of
 from optimum_mla.transforms.calibration import CalibrationWalk
 from optimum_mla.transforms.shared_rope import choose_shared_rope

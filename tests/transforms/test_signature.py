@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from optimum_mla import GQA2MLA, MHA2MLA, MLATransformation, XEcoMLA
-from optimum_mla.errors import UncalibratedWarning
+from optimum_mla.core.errors import UncalibratedWarning
 from optimum_mla.transforms.signature import MLAOptions
 from tests.cases import source_model, token_ids
 

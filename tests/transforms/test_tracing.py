@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule
 
 from optimum_mla import GQA2MLA, MHA2MLA, compose, trace
-from optimum_mla.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from tests.cases import FAMILIES, METHODS, SIZES, source_model, token_ids
 
 

@@ -142,7 +142,7 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
         from optimum_mla.cli import exit_on_bad_input
 
         with exit_on_bad_input("OUTPUT holds what was measured before, if anything"):
-            from optimum_mla.errors import OptionError
+            from optimum_mla.core.errors import OptionError
             from optimum_mla.pipeline import BenchmarkOptions, benchmark, compare
             from optimum_mla.pipeline.benchmark_run import PARTS
             from optimum_mla.report.pages import FORMATS, terminal
@@ -227,7 +227,7 @@ def integers(args: Namespace, field: str) -> tuple[int, ...] | None:
     words = list(getattr(args, field) or [])
     if args.output is None and words and not words[-1].lstrip("-").isdigit():
         args.output = words.pop()
-    from optimum_mla.errors import InvalidValueError
+    from optimum_mla.core.errors import InvalidValueError
 
     try:
         return tuple(int(word) for word in words) or None

@@ -232,7 +232,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         from optimum_mla.cli import exit_on_bad_input
 
         with exit_on_bad_input():
-            from optimum_mla.errors import InvalidValueError
+            from optimum_mla.core.errors import InvalidValueError
             from optimum_mla.pipeline import TextOptions, convert
             from optimum_mla.report.render import choices, sample_lines, summary_table
             from optimum_mla.report.verdict import next_command, verdict

@@ -170,7 +170,7 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         again = "OUTPUT was not written. Continue from the newest checkpoint with --resume"
         with exit_on_bad_input(interrupted=again):
-            from optimum_mla.errors import OptionError
+            from optimum_mla.core.errors import OptionError
             from optimum_mla.io.folder import located
             from optimum_mla.io.inputs import check_inputs_stay
             from optimum_mla.pipeline import TextOptions, finetune
@@ -232,7 +232,7 @@ def read_config(args: Namespace) -> dict[str, Any]:
 
     import yaml
 
-    from optimum_mla.errors import InvalidValueError
+    from optimum_mla.core.errors import InvalidValueError
 
     try:
         content = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
@@ -257,7 +257,7 @@ def converted(name: str, value: Any) -> Any:
     kind, _ = {**RECIPE_FLAGS, **TRAINING_FLAGS}.get(name, (None, ""))
     if kind is None or value is None:
         return value
-    from optimum_mla.errors import InvalidValueError
+    from optimum_mla.core.errors import InvalidValueError
 
     try:
         return kind(value)
@@ -269,7 +269,7 @@ def read_fields(pairs: list[str]) -> dict[str, Any]:
     """Return the fields in `NAME=VALUE` pairs, whose values are read as YAML."""
     import yaml
 
-    from optimum_mla.errors import InvalidValueError
+    from optimum_mla.core.errors import InvalidValueError
 
     found = {}
     for pair in pairs:

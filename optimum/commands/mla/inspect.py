@@ -46,7 +46,7 @@ class MLAInspectCommand(BaseOptimumCLICommand):
         with exit_on_bad_input():
             import json
 
-            from optimum_mla.errors import OptionError
+            from optimum_mla.core.errors import OptionError
             from optimum_mla.pipeline.inspecting import RATIOS, inspect
             from optimum_mla.report.inspection import inspection_text
 

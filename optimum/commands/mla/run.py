@@ -35,7 +35,7 @@ class StepParser(ArgumentParser):
         Raises:
             OptionError: Always.
         """
-        from optimum_mla.errors import OptionError
+        from optimum_mla.core.errors import OptionError
 
         raise OptionError(f"{self.prog}: {message}")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from optimum_mla.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.models.weights.library import WeightLibrary, make_library
 
@@ -36,8 +36,7 @@ def check_weights(choice: str) -> None:
         MissingDependencyError: The library is not installed.
     """
     if choice not in WEIGHT_CHOICES:
-        near = difflib.get_close_matches(choice, WEIGHT_CHOICES, n=1)
-        raise InvalidValueError(FIELD, choice, ", ".join(WEIGHT_CHOICES), f"Did you mean {near[0]}?" if near else "")
+        raise InvalidValueError(FIELD, choice, ", ".join(WEIGHT_CHOICES), did_you_mean(choice, WEIGHT_CHOICES))
     if choice != "none":
         make_library(CHOICES[choice][0])
 

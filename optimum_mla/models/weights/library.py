@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_mla.errors import MissingDependencyError
+from optimum_mla.core.errors import MissingDependencyError
 
 LIBRARIES: dict[str, str] = {
     "bitsandbytes": "optimum_mla.models.weights.bnb:BitsAndBytesWeights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 
 LAYER_PRESETS: dict[str, tuple[int, ...]] = {"x-ecomla-hybrid": (1, 3, 5, 7, 8, 10, 12, 14)}
 """Layers by the name of a preset. `x-ecomla-hybrid` has 8 of 16 layers (arXiv 2503.11132, hybrids of Llama-3.2-1B)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimum_mla.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError
 
 
 def check_integer(field: str, received: object, allowed: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 
 # d 64, 4 query heads, 2 key heads, head dim 16: 2·2·16 = 64 numbers cached per token.
 SOURCE = MLAGeometry(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)

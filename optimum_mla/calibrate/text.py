@@ -10,12 +10,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from optimum_mla.errors import CalibrationDataError, first_line
+from optimum_mla.core.errors import CalibrationDataError, InvalidValueError, first_line
 from optimum_mla.io.documents import read_chats, read_documents
 
+DEFAULT_WINDOW = 512
+"""Tokens of a window where the user gives no length and the model can take so many."""
 IDS_PER_PIECE = 16_384
 """Token ids that are taken at once from an iterable of them."""
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """Return the largest number of tokens that a model's config allows, or None if the config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def window_length(config: PreTrainedConfig, length: int | None, field: str) -> int:
+    """Return the tokens of a window: the given number, or `DEFAULT_WINDOW` as far as the model's context allows.
+
+    Args:
+        config: The model's config.
+        length: What the user gave, or None.
+        field: Name of the option that gave it, for the error message.
+
+    Raises:
+        InvalidValueError: The model does not take so many tokens, or there are fewer than 2.
+    """
+    longest = context_limit(config) or DEFAULT_WINDOW
+    length = min(DEFAULT_WINDOW, longest) if length is None else length
+    if not 2 <= length <= longest:
+        raise InvalidValueError(field, length, f"2 to {longest} for this model")
+    return length
 
 
 def token_windows(

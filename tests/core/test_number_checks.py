@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from optimum_mla.cache import CacheSettings
-from optimum_mla.errors import InvalidValueError
-from optimum_mla.number_checks import check_integer, check_number
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.number_checks import check_integer, check_number
 from optimum_mla.transforms.budget import RankBudget
 from optimum_mla.transforms.options import check_rope_dim
 

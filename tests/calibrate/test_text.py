@@ -12,15 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from optimum_mla.errors import CalibrationDataError
+from optimum_mla.calibrate.text import cut_windows, text_beginning, token_windows, window_length
+from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
 from optimum_mla.io import text_files
 from optimum_mla.io.documents import read_chats, read_documents
 from optimum_mla.io.text_files import PIECE_CHARACTERS
-from optimum_mla.text import cut_windows, text_beginning, token_windows
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 REFERENCE = BENCHMARKS / "reference_model"
 BOS, EOS = 0, 1
 
@@ -254,3 +254,13 @@ def test_chats_that_cannot_be_rendered_are_named(tmp_path: Path) -> None:
         bad.write_text(text)
         with pytest.raises(CalibrationDataError, match=words):
             list(read_chats(bad))
+
+
+def test_a_window_has_512_tokens_or_as_many_as_the_model_takes() -> None:
+    long, short = LlamaConfig(max_position_embeddings=2048), LlamaConfig(max_position_embeddings=256)
+    assert window_length(long, None, "eval_length") == 512
+    assert window_length(short, None, "eval_length") == 256
+    assert window_length(short, 100, "eval_length") == 100
+    for wrong in (1, 257):
+        with pytest.raises(InvalidValueError, match=rf"eval_length: got {wrong}, allowed: 2 to 256 for this model"):
+            window_length(short, wrong, "eval_length")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from optimum_mla import errors
 from optimum_mla.cli import BAD_INPUT, exit_on_bad_input
-from optimum_mla.errors import InvalidValueError, MissingDependencyError, MLAError
+from optimum_mla.core import errors
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, MLAError
 
 KINDS = sorted(
     (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MLAError)),
