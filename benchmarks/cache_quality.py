@@ -21,9 +21,9 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_mla.calibrate.text import token_windows
+    from optimum_mla.measure.memory import measured_cache_bytes
+    from optimum_mla.measure.quality import decoding_perplexity
     from optimum_mla.pipeline import build_transformation
-    from optimum_mla.report.memory import measured_cache_bytes
-    from optimum_mla.report.quality import decoding_perplexity
 
     folder = ROOT / config["model"]
     tokenizer = AutoTokenizer.from_pretrained(folder)

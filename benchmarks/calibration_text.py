@@ -37,7 +37,7 @@ BOOKS = (
 )
 CODE = (
     *("optimum_mla/ops/low_rank.py", "optimum_mla/ops/rotary.py", "optimum_mla/io/faults.py", "optimum_mla/cli.py"),
-    *("optimum_mla/nn/norm.py", "optimum_mla/report/sizes.py", "optimum_mla/io/text_files.py"),
+    *("optimum_mla/nn/norm.py", "optimum_mla/measure/sizes.py", "optimum_mla/io/text_files.py"),
 )
 BOOK_CHARACTERS = 4_000
 """Characters of a passage of a book; each book gives two passages, at one and at two thirds."""

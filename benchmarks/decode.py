@@ -253,7 +253,7 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Every shape at every context."""
     import torch
 
-    from optimum_mla.report.memory import live_cache_bytes
+    from optimum_mla.measure.memory import live_cache_bytes
 
     runs: list[dict[str, Any]] = []
     for index, shape in enumerate(config["shapes"]):

@@ -21,9 +21,9 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_mla.calibrate.text import token_windows
+    from optimum_mla.measure.quality import perplexity
     from optimum_mla.pipeline import build_transformation
     from optimum_mla.pipeline.exporting import exported_model
-    from optimum_mla.report.quality import perplexity
 
     path, length = ROOT / config["model"], config["row_tokens"]
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -21,8 +21,8 @@ def measure(layer: dict[str, Any], ratio: float) -> dict[str, Any]:
     """Factorize one layer and return the seconds and the peak memory."""
     import torch
 
+    from optimum_mla.measure.memory import peak_memory_bytes
     from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
-    from optimum_mla.report.memory import peak_memory_bytes
 
     generator = torch.Generator().manual_seed(0)
 

@@ -50,9 +50,9 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
     from optimum_mla.calibrate.text import token_windows
     from optimum_mla.core.errors import InvalidValueError
+    from optimum_mla.measure.memory import measured_cache_bytes_per_token, peak_memory_bytes
+    from optimum_mla.measure.quality import perplexity
     from optimum_mla.pipeline import build_transformation
-    from optimum_mla.report.memory import measured_cache_bytes_per_token, peak_memory_bytes
-    from optimum_mla.report.quality import perplexity
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()

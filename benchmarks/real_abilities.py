@@ -27,7 +27,7 @@ import optimum_mla  # noqa: F401
 from benchmarks.coded_caches import coded_cache
 from benchmarks.real_quality import conversion_of, earlier
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
-from optimum_mla.report.tasks import metric_rows, task_manager
+from optimum_mla.measure.tasks import metric_rows, task_manager
 from optimum_mla.stack import cache_argument
 
 TASKS = ROOT / "benchmarks" / "abilities"

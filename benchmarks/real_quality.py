@@ -94,7 +94,7 @@ def source_rows(config: dict[str, Any], model: Any, windows: dict[str, Any]) -> 
 
     from benchmarks.coded_caches import coded_cache, kivi_percent
     from optimum_mla.cache.source import source_cache
-    from optimum_mla.report.memory import measured_cache_bytes
+    from optimum_mla.measure.memory import measured_cache_bytes
 
     rows = [{"cache": "16bit", "sinks": 0, "percent": 100.0}]
     probe = windows["books"][:1]
@@ -120,7 +120,7 @@ def one_pass_perplexity(model: Any, windows: Any, make_cache: Any) -> float:
     """Return the perplexity in one pass, whose keys and values go through a cache if there is one."""
     import torch
 
-    from optimum_mla.report.quality import perplexity
+    from optimum_mla.measure.quality import perplexity
     from optimum_mla.stack import cache_argument
 
     if make_cache is None:
@@ -142,9 +142,9 @@ def conversion_rows(config: dict[str, Any], line: dict[str, Any], windows: dict[
 
     from transformers import AutoModelForCausalLM
 
-    from optimum_mla.report.quality import decoding_perplexity, perplexity
+    from optimum_mla.measure.quality import decoding_perplexity, perplexity
+    from optimum_mla.measure.sizes import layer_numbers, predicted_cache_bytes
     from optimum_mla.report.schema import ConversionReport
-    from optimum_mla.report.sizes import layer_numbers, predicted_cache_bytes
 
     folder = conversion_of(config, line["name"])
     report = asdict(ConversionReport.read(folder))

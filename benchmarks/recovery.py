@@ -121,10 +121,10 @@ def train_source(
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
     from optimum_mla.calibrate.text import token_windows
+    from optimum_mla.measure.memory import PeakMemory
+    from optimum_mla.measure.quality import perplexity
     from optimum_mla.recovery.data import pack
     from optimum_mla.recovery.recipe import Recipe, training_arguments
-    from optimum_mla.report.memory import PeakMemory
-    from optimum_mla.report.quality import perplexity
 
     path = ROOT / config["model"]
     length = config["row_tokens"]

@@ -4,7 +4,7 @@
 
 A page holds a pair of HTML comments for each block, `<!-- results: NAME -->` and `<!-- end of results -->`. What is
 between them is rendered from `benchmarks/results/*.json` by the function NAME of this file, so that no number is copied
-by hand. `tests/test_docs.py` checks that the pages are up to date.
+by hand. `tests/benchmarks/test_tables.py` checks that the pages are up to date.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def main() -> None:
         (arguments.output / f"{name}.txt").write_text(text, encoding="utf-8")
 
     from optimum_mla.calibrate.text import token_windows
-    from optimum_mla.report.quality import perplexity
+    from optimum_mla.measure.quality import perplexity
 
     model = AutoModelForCausalLM.from_pretrained(arguments.output, dtype=torch.float32)
     measured = {

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_mla import models as models
 from optimum_mla.cache import LatentCache
+from optimum_mla.convert.compose import compose
+from optimum_mla.convert.tracing import trace
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.methods.base import MLATransformation
+from optimum_mla.methods.gqa2mla import GQA2MLA
+from optimum_mla.methods.mha2mla import MHA2MLA
+from optimum_mla.methods.quantize_cache import QuantizeLatentCache
+from optimum_mla.methods.registry import available_transforms, register_transform
+from optimum_mla.methods.xecomla import XEcoMLA
 from optimum_mla.models import AttentionSpec, register_family, supported_model_types
-from optimum_mla.transforms.base import MLATransformation
-from optimum_mla.transforms.compose import compose
-from optimum_mla.transforms.gqa2mla import GQA2MLA
-from optimum_mla.transforms.mha2mla import MHA2MLA
-from optimum_mla.transforms.quantize_cache import QuantizeLatentCache
-from optimum_mla.transforms.registry import available_transforms, register_transform
-from optimum_mla.transforms.tracing import trace
-from optimum_mla.transforms.xecomla import XEcoMLA
 
 if TYPE_CHECKING:
     from optimum_mla.pipeline import benchmark as benchmark

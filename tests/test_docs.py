@@ -103,7 +103,7 @@ def test_extension_examples_convert_a_model(page: str, working_folder: Path) -> 
         "docs/add_a_method.md": (
             "import torch\n"
             "from transformers import AutoModelForCausalLM\n"
-            "from optimum_mla.transforms.registry import transform_class\n"
+            "from optimum_mla.methods.registry import transform_class\n"
             "source = AutoModelForCausalLM.from_pretrained('benchmarks/reference_model', dtype=torch.float32)\n"
             "ids = torch.arange(40)[None]\n"
             "whole = KeysOnly()(source, copy=True)\n"

@@ -28,11 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from optimum_mla.calibrate.text import token_windows
 from optimum_mla.core.errors import InvalidValueError, OutputError, TrainingError
+from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import TextOptions, convert, finetune, quantize
 from optimum_mla.recovery.data import pack, stream
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.report.cards import renamed
-from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import RecoveryReport
 from tests.cases import UNCALIBRATED
 

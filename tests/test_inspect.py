@@ -19,11 +19,11 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.core.errors import UnsupportedModelError
+from optimum_mla.measure.memory import resident_peak_bytes
+from optimum_mla.methods.registry import transform_class
 from optimum_mla.pipeline import TextOptions, convert, inspect
 from optimum_mla.pipeline.inspecting import METHODS, spelled
 from optimum_mla.report.inspection import inspection_text
-from optimum_mla.report.memory import resident_peak_bytes
-from optimum_mla.transforms.registry import transform_class
 from tests.cases import FAMILIES, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"

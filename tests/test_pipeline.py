@@ -23,9 +23,9 @@ from optimum_mla.core.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import TextOptions, convert
-from optimum_mla.report.memory import measured_cache_bytes_per_token
-from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import ConversionReport
 from tests.cases import UNCALIBRATED
 

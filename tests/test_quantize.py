@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_mla.cache import CacheSettings
 from optimum_mla.calibrate.text import token_windows
 from optimum_mla.core.errors import InvalidValueError, OutputError, UnsupportedModelError
+from optimum_mla.measure.memory import measured_cache_bytes
+from optimum_mla.measure.quality import decoding_perplexity, perplexity
 from optimum_mla.models import weight_bytes
 from optimum_mla.pipeline import TextOptions, convert, quantize
-from optimum_mla.report.memory import measured_cache_bytes
-from optimum_mla.report.quality import decoding_perplexity, perplexity
 from optimum_mla.report.schema import QuantizationReport
 from tests.cases import UNCALIBRATED
 

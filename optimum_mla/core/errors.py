@@ -48,7 +48,7 @@ class ReportError(MLAError, ValueError):
 
 
 class VerificationError(MLAError, RuntimeError):
-    """A model that was about to be written does not do what it must; see `optimum_mla.verify`."""
+    """A model that was about to be written does not do what it must; see `optimum_mla.measure.verify`."""
 
 
 class CorruptWeightsError(MLAError, ValueError):

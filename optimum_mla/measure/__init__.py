@@ -1,4 +1,4 @@
-"""Measurements of a model: what it does, beside what it must do."""
+"""Measurements of memory, speed and quality, and the checks that a model passes before it is written."""
 
 from optimum_mla.measure.verify import Verification, reference_logits, tolerance_of, verify
 

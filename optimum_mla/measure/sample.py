@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from optimum_mla.report.quality import evaluating
+from optimum_mla.measure.quality import evaluating
 
 NEW_TOKENS = 24
 QUESTION = "What is the capital of France?"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from optimum_mla.report.memory import PeakMemory, peak_memory_bytes
+from optimum_mla.measure.memory import PeakMemory, peak_memory_bytes
 from optimum_mla.report.schema import StageReport
 
 

@@ -24,10 +24,10 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from optimum_mla.cache.settings import CacheSettings
 from optimum_mla.core.errors import VerificationError
 from optimum_mla.families.spec import sliding_window
+from optimum_mla.measure.memory import live_cache_bytes
+from optimum_mla.measure.quality import evaluating
+from optimum_mla.measure.sizes import predicted_cache_bytes
 from optimum_mla.models.registry import is_converted
-from optimum_mla.report.memory import live_cache_bytes
-from optimum_mla.report.quality import evaluating
-from optimum_mla.report.sizes import predicted_cache_bytes
 from optimum_mla.stack import CACHE_ARGUMENT, cache_argument, cache_of
 
 PROBE_ROWS = 2

@@ -34,7 +34,7 @@ def select_pairs(selection: str, head_dim: int, rope_dim: int, scores: Tensor | 
     """Return the rotary pairs to keep, in rising order, [K, R/2].
 
     `high` and `low` frequencies, `uniform` strides and the largest `contribution` are from MHA2MLA (arXiv 2502.14837,
-    section 3.1). The largest `damage` is defined in `optimum_mla.transforms.calibration`.
+    section 3.1). The largest `damage` is defined in `optimum_mla.calibrate.walk`.
 
     Args:
         selection: One of `high`, `low`, `uniform`, `contribution`, `damage`.

@@ -18,6 +18,7 @@ from optimum_mla.cache.source import SOURCE, default_baselines, source_cache_nam
 from optimum_mla.calibrate.text import context_limit, token_windows, window_length
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.progress import progress
+from optimum_mla.measure.sizes import budget_rows, layer_numbers
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.pipeline.cells import OUT_OF_MEMORY, CellError, run_cell
@@ -32,7 +33,6 @@ from optimum_mla.report.benchmark import (
     SpeedRow,
     TaskRow,
 )
-from optimum_mla.report.sizes import budget_rows, layer_numbers
 
 PARTS = ("memory", "speed", "quality")
 CONTEXTS = (1024, 4096, 8192, 32768)
@@ -142,7 +142,7 @@ class Benchmark:
         self._check_caches()
         self.windows, self.data, self.refusal = self._texts(hub)
         if options.tasks:
-            from optimum_mla.report.tasks import task_manager
+            from optimum_mla.measure.tasks import task_manager
 
             task_manager(list(options.tasks), options.tasks_path)
             load_tokenizer(model, hub, needed=True)

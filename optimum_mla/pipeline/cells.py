@@ -25,14 +25,14 @@ from transformers import Cache, PreTrainedModel
 from optimum_mla.cache.settings import named_cache
 from optimum_mla.cache.source import source_cache
 from optimum_mla.core.errors import MLAError, first_line
+from optimum_mla.measure.memory import PeakMemory, large_tensors, live_cache_bytes, living_storages
+from optimum_mla.measure.quality import compare_decoding
+from optimum_mla.measure.sizes import predicted_cache_bytes
+from optimum_mla.measure.speed import Contender, spread, time_in_turn
 from optimum_mla.models.registry import is_converted
 from optimum_mla.models.weights import weight_bytes
 from optimum_mla.pipeline.loading import load_config, load_model, load_tokenizer
 from optimum_mla.report.benchmark import BASELINE, MODEL
-from optimum_mla.report.memory import PeakMemory, large_tensors, live_cache_bytes, living_storages
-from optimum_mla.report.quality import compare_decoding
-from optimum_mla.report.sizes import predicted_cache_bytes
-from optimum_mla.report.speed import Contender, spread, time_in_turn
 from optimum_mla.stack import cache_argument
 
 LARGEST_DIFFERENCE = 0.02
@@ -279,7 +279,7 @@ def tasks_cell(
     Returns:
         A dict whose `rows` hold a task, a metric, its value and its standard error each.
     """
-    from optimum_mla.report.tasks import evaluate_tasks, task_manager
+    from optimum_mla.measure.tasks import evaluate_tasks, task_manager
 
     model = load(common, name)
     tokenizer = load_tokenizer(name, common["hub"], needed=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,14 +13,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
-from optimum_mla.core.errors import InvalidValueError, OptionError, UncalibratedWarning
+from optimum_mla.calibrate.windows import deciding_windows
+from optimum_mla.convert import Run
+from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.io.folder import atomic_folder, check_output
-from optimum_mla.measure.quality_limit import quality_warning
+from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.quality import TOKENS_PER_BATCH, perplexity
 from optimum_mla.measure.sample import Sample, continuation, sample_prompt
 from optimum_mla.measure.stages import Stages
 from optimum_mla.measure.verify import reference_logits, verify
+from optimum_mla.methods.base import MLATransformation
+from optimum_mla.methods.registry import transform_class
+from optimum_mla.methods.signature import whole_signature
 from optimum_mla.models.base import model_geometry
+from optimum_mla.models.checks import check_convertible
 from optimum_mla.models.deepseek import check_exportable
 from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.estimate import conversion_memory, conversion_seconds, duration
@@ -36,18 +42,12 @@ from optimum_mla.pipeline.loading import (
     read_texts,
 )
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
+from optimum_mla.plan.budget import DEFAULT_CACHE_RATIO
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
-from optimum_mla.report.memory import measured_cache_bytes_per_token
 from optimum_mla.report.pages import size
-from optimum_mla.report.quality import TOKENS_PER_BATCH, perplexity
+from optimum_mla.report.quality_limit import quality_warning
 from optimum_mla.report.schema import ConversionReport, LayerReport
-from optimum_mla.transforms.base import MLATransformation
-from optimum_mla.transforms.budget import DEFAULT_CACHE_RATIO
-from optimum_mla.transforms.calibration import deciding_windows
-from optimum_mla.transforms.checks import check_convertible
-from optimum_mla.transforms.registry import transform_class
-from optimum_mla.transforms.signature import whole_signature
 
 RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "energy", "d_kv"}
 CACHE_PROBE_TOKENS = 16
@@ -137,10 +137,10 @@ def convert(
         before = None if windows is None else perplexity(source, windows)
         said = None if prompt is None else continuation(source, tokenizer, prompt[1])
     reference = reference_logits(source) if transformation.preserves_computation else None
+    run = Run(transformation, source)
     start = time.perf_counter()
-    with stages.stage("convert"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UncalibratedWarning)  # The user has asked for it.
-        converted: Any = transformation(source)
+    with stages.stage("convert"):
+        converted: Any = run.convert()
     seconds = time.perf_counter() - start
     with stages.stage("verify"):
         verification = verify(converted, reference)
@@ -168,7 +168,7 @@ def convert(
         peak_memory_bytes=stages.peak(),
         dtype=str(converted.dtype).removeprefix("torch."),
         seed=seed,
-        layers=[_layer_report(layer, result) for layer, result in transformation.results.items()],
+        layers=[_layer_report(layer, result) for layer, result in run.results.items()],
         perplexity_text=None if windows is None else text,
         quality_warning=quality_warning(before, after, text),
         verification=asdict(verification),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.core.geometry import ModelGeometry
-from optimum_mla.transforms.base import MLATransformation
+from optimum_mla.methods.base import MLATransformation
 
 LIBRARIES_BYTES = 450e6
 """Resident memory of a process that has imported torch and Transformers and does nothing."""

@@ -19,6 +19,8 @@ from optimum_mla.calibrate.text import window_length
 from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, first_line
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.io.inputs import check_inputs_stay
+from optimum_mla.measure.memory import PeakMemory
+from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
 from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.pipeline.loading import (
@@ -39,9 +41,7 @@ from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
 from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
 from optimum_mla.report.cards import recovery_card
-from optimum_mla.report.memory import PeakMemory
 from optimum_mla.report.plots import loss_curve
-from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import RecoveryReport
 
 logger = logging.getLogger(__name__)

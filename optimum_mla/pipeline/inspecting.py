@@ -18,6 +18,8 @@ from optimum_mla.core.errors import MLAError, UnreadableModelError, UnsupportedM
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.families.spec import SourceAttention, sliding_window
 from optimum_mla.io.reading import reading
+from optimum_mla.measure.quality import TOKENS_PER_BATCH
+from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
@@ -26,10 +28,8 @@ from optimum_mla.pipeline.loading import check_buildable, load_config
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers
 from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
-from optimum_mla.report.quality import TOKENS_PER_BATCH
 from optimum_mla.report.schema import ConversionReport
 from optimum_mla.stack import rope_type
-from optimum_mla.transforms.registry import transform_class
 
 RATIOS = (0.5, 0.25, 0.125)
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (

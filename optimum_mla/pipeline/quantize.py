@@ -12,7 +12,10 @@ import torch
 from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.io.folder import atomic_folder, check_output
+from optimum_mla.measure.memory import measured_cache_bytes, peak_memory_bytes
+from optimum_mla.measure.quality import decoding_perplexity
 from optimum_mla.measure.verify import tolerance_of, verify
+from optimum_mla.methods.quantize_cache import QuantizeLatentCache
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.weights import check_weights, quantize_weights, weight_bytes
 from optimum_mla.pipeline.loading import (
@@ -26,10 +29,7 @@ from optimum_mla.pipeline.loading import (
     read_texts,
 )
 from optimum_mla.report.cards import quantization_card, with_section
-from optimum_mla.report.memory import measured_cache_bytes, peak_memory_bytes
-from optimum_mla.report.quality import decoding_perplexity
 from optimum_mla.report.schema import QuantizationReport
-from optimum_mla.transforms.quantize_cache import QuantizeLatentCache
 
 LONGEST_PROBE = 4096
 """Tokens, at most, in the caches that are weighed."""

@@ -1,1 +1,1 @@
-"""Measurements of memory, speed and quality, and the reports that show them."""
+"""The forms of reports, the sentences and pages that show them, and the model cards."""

@@ -32,7 +32,7 @@ REPORTED_PACKAGES = (
 class LayerReport:
     """The shape and the errors of one converted layer.
 
-    The errors and `key_weight` are those of `optimum_mla.transforms.base.LayerResult`. `rope_cache` is `cached` or
+    The errors and `key_weight` are those of `optimum_mla.methods.base.LayerResult`. `rope_cache` is `cached` or
     `rebuilt` if the rotary key is decoupled, and None otherwise.
     """
 

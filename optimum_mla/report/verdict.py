@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from optimum_mla.measure.quality_limit import LARGEST_RISE
+from optimum_mla.report.quality_limit import LARGEST_RISE
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 
 NOTHING_LOST = 0.01

@@ -19,7 +19,7 @@ from optimum_mla.cache.layer import BlockView
 from optimum_mla.cache.stored import SPARE_TOKENS, balanced_group
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.report.memory import live_cache_bytes
+from optimum_mla.measure.memory import live_cache_bytes
 
 SHAPE: dict[str, int] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 DECOUPLED: dict[str, Any] = {

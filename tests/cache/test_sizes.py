@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.cache.settings import named_cache
 from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.report.memory import live_cache_bytes
-from optimum_mla.report.sizes import predicted_cache_bytes
+from optimum_mla.measure.memory import live_cache_bytes
+from optimum_mla.measure.sizes import predicted_cache_bytes
 from tests.cases import FAMILIES, METHODS, source_model, token_ids
 
 TOKENS = 100

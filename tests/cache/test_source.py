@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from optimum_mla.cache.source import SOURCE_NAMES, default_baselines, source_cache, source_cache_name
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
-from optimum_mla.report.memory import measured_cache_bytes
+from optimum_mla.measure.memory import measured_cache_bytes
 from optimum_mla.stack import cache_argument
 
 CONFIG = LlamaConfig(

@@ -28,7 +28,7 @@ import torch, transformers
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaModel
 from optimum_mla import GQA2MLA
-from optimum_mla.report.memory import live_cache_bytes
+from optimum_mla.measure.memory import live_cache_bytes
 from tests.cases import source_model, token_ids
 
 parameters = inspect.signature(LlamaModel.forward).parameters

@@ -9,8 +9,8 @@ import pytest
 from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import check_integer, check_number
-from optimum_mla.transforms.budget import RankBudget
-from optimum_mla.transforms.options import check_rope_dim
+from optimum_mla.methods.options import check_rope_dim
+from optimum_mla.plan.budget import RankBudget
 
 
 @pytest.mark.parametrize("value", ["8", True, 8.0, None, [8]])

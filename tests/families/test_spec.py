@@ -20,11 +20,11 @@ from optimum_mla import (
     register_transform,
     trace,
 )
+from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.families.spec import sliding_window
+from optimum_mla.methods.registry import transform_class
 from optimum_mla.models import SourceAttention, family_of
-from optimum_mla.transforms.calibration import LayerCalibration
-from optimum_mla.transforms.registry import transform_class
 from tests.cases import FAMILIES, SIZES, source_model, token_ids
 
 

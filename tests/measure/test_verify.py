@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from optimum_mla import GQA2MLA, MHA2MLA, QuantizeLatentCache
 from optimum_mla.cache import LatentLayer
+from optimum_mla.convert import Run
 from optimum_mla.core.errors import VerificationError
 from optimum_mla.measure import reference_logits, verify
-from optimum_mla.measure.quality_limit import quality_warning
 from optimum_mla.nn import LatentAttention
 from optimum_mla.pipeline import TextOptions, convert, export, quantize
+from optimum_mla.report.quality_limit import quality_warning
 from optimum_mla.report.schema import ConversionReport, ExportReport, QuantizationReport
 from tests.cases import FAMILIES, METHODS, UNCALIBRATED, source_model, token_ids
 from tests.nn.test_attention import FORMS, build
@@ -42,8 +43,9 @@ def test_conversions_pass_and_have_the_error_that_they_predict(family: str, meth
     model = source_model(family)
     reference = reference_logits(model)
     transformation = METHODS[method](token_ids(6, 24))
-    verify(transformation(model), reference if transformation.preserves_computation else None)
-    for result in transformation.results.values():
+    run = Run(transformation, model)
+    verify(run.convert(), reference if transformation.preserves_computation else None)
+    for result in run.results.values():
         assert result.output_error == pytest.approx(result.predicted_error, rel=0.01, abs=1e-4)
 
 

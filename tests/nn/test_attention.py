@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from optimum_mla import models
+from optimum_mla.measure.memory import live_cache_bytes
 from optimum_mla.nn import LatentAttention
-from optimum_mla.report.memory import live_cache_bytes
 from tests.cases import SIZES, token_ids
 
 DECOUPLED = {

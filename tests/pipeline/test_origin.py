@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mla.calibrate.text import token_windows
 from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import BenchmarkOptions, TextOptions, benchmark, convert, finetune
 from optimum_mla.recovery.recipe import Recipe
-from optimum_mla.report.quality import perplexity
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 from tests.cases import UNCALIBRATED, source_model
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from optimum_mla.measure.sizes import budget_rows
 from optimum_mla.report.benchmark import BenchmarkReport, MemoryRow, QualityRow, SpeedRow, TaskRow
 from optimum_mla.report.pages import html, markdown, size, terminal, write_pages
 from optimum_mla.report.plots import COLOURS
-from optimum_mla.report.sizes import budget_rows
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

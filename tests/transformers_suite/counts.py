@@ -31,21 +31,26 @@ HEADINGS = {
 
 INTRODUCTION = """# Transformers' own tests on our classes
 
-The source distribution of Transformers carries the tests that every model in the library has to pass: saving and
-loading, gradients, attention implementations, resizing, offloading, training, FSDP and tensor parallelism.
-`make transformers-tests` fetches those of the installed release into an ignored folder. `make test-slow` runs each of
-them on the source class and on ours, for every family and every form of the attention; `make test` runs a selection.
-**Every test that passes for the source class has to pass for ours**, or a test of ours stands in its place.
+This page is for those who want to know how far a converted model behaves as a model of Transformers. The source
+distribution of Transformers carries the tests that every model in the library has to pass: saving and loading,
+gradients, attention implementations, resizing, offloading, training, FSDP and tensor parallelism. We run them on the
+class of Transformers, which we call the source class, and on our class of converted models. **Every test that passes
+for the source class has to pass for ours**, or a test of ours stands in its place.
 
-Left out are the mixin of pipelines, which takes its models from the Hub, that of expert parallelism, which is for
-mixtures of experts, and the tests of tokenizers and processors, which a conversion does not touch.
+`make transformers-tests` fetches the tests of the installed release into an ignored folder. `make test-slow` runs each
+of them for every family and every form of the attention, and then writes this page. `make test` runs a selection.
+
+Three groups are left out: the mixin of pipelines, which takes its models from the Hub; the mixin of expert
+parallelism, which is for mixtures of experts; and the tests of tokenizers and processors, which a conversion does not
+touch.
 """
 
 MATRIX = """## Generation, caches and exporters
 
-What the distribution lacks is a matrix of our own: `tests/transformers_suite/test_modes.py` runs each of these modes on
-the source class and on ours, for every family and form. A mode has to give what the model gives in a plainer way, most
-often without any cache, and a model converted at full rank has to give what its source gives.
+For what the distribution has no tests of, there is a matrix of our own. `tests/transformers_suite/test_modes.py` runs
+each mode of the list below on the source class and on ours, for every family and form; the exporters, which are the
+slowest, run for Llama and Qwen3 only. A mode has to give what the model gives in a plainer way, most often without any
+cache. A model converted at full rank has to give what its source gives.
 """
 
 
@@ -96,10 +101,15 @@ def page(results: dict[str, Any]) -> str:
         INTRODUCTION,
         f"## Transformers {results['transformers']}, torch {results['torch']}, CPU",
         "",
-        "A test is counted once for each class. *Source* is the number of tests that pass for the source class, *ours*",
-        "of those that pass for ours, *overridden* of those that a test of ours stands for, *missing* of those that",
-        "pass for the source and neither pass for ours nor are overridden. The rest skip themselves, for the reasons",
-        "below.",
+        "Each row counts the tests for one family and form, first for the base model and then for the language model:",
+        "",
+        "- *source*: the tests that pass for the source class,",
+        "- *ours*: the tests that pass for our class,",
+        "- *overridden*: the tests that a test of ours stands for,",
+        "- *missing*: the tests that pass for the source class and neither pass for ours nor are overridden. There",
+        "  must be none.",
+        "",
+        "All other tests skip themselves, for the reasons at the end of this page.",
         "",
         f"| family | form | {' | '.join(heading for kind in HEADINGS for heading in (kind, *HEADINGS[kind]))} |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -113,13 +123,21 @@ def page(results: dict[str, Any]) -> str:
                 for name in ("source_passed", "passed", "overridden", "missing")
             ]
             lines.append(f"| {family} | {form} | {' | '.join(cells)} |")
-    lines += ["", "The forms:", ""]
+    lines += ["", "The forms of the attention are:", ""]
     lines += [f"- `{form}`: {text}" for form, text in DESCRIPTIONS.items()]
     lines += ["", MATRIX]
     lines += [f"- {mode}" for mode in MODES]
     lines += ["", "## Overridden", ""]
+    lines += ["These tests of Transformers cannot pass for our class, so a test of ours stands for each of them:", ""]
     lines += [f"- `{name}`: {reason}" for name, reason in results["overrides"].items()]
-    lines += ["", "## Why tests skip themselves for the source class", "", "| reason | tests |", "|---|---|"]
+    lines += ["", "## Why tests skip themselves for the source class", ""]
+    lines += [
+        f"The table counts the tests that skip themselves for the {FAMILIES[0]} classes of Transformers, by the reason",
+        "that they give. Most reasons are hardware, or parts of models that these classes do not have.",
+        "",
+        "| reason | tests |",
+        "|---|---|",
+    ]
     lines += [
         f"| {' '.join(reason.split()).replace('|', '/')} | {n} |" for reason, n in results["source_skips"].items()
     ]

@@ -143,10 +143,10 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
 
         with exit_on_bad_input("OUTPUT holds what was measured before, if anything"):
             from optimum_mla.core.errors import OptionError
+            from optimum_mla.measure.sizes import parse_bytes
             from optimum_mla.pipeline import BenchmarkOptions, benchmark, compare
             from optimum_mla.pipeline.benchmark_run import PARTS
             from optimum_mla.report.pages import FORMATS, terminal
-            from optimum_mla.report.sizes import parse_bytes
 
             args = self.args
             give_back(args, "parts", PARTS)

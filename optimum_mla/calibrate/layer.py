@@ -1,0 +1,103 @@
+"""The measurements that a conversion makes at one layer of a calibration walk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_mla.calibrate.damage import rotary_damage
+from optimum_mla.calibrate.healing import refit_output
+from optimum_mla.calibrate.moments import LayerMoments, contribution, gather_moments
+from optimum_mla.calibrate.states import LayerStates
+from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.calibrate.windows import deciding
+from optimum_mla.families.spec import SourceAttention
+from optimum_mla.ops.ridge import Healing
+from optimum_mla.ops.rope_mix import RopeMix
+from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
+
+DEFAULT_KEY_WEIGHT = 0.5
+"""The initial value of `LayerCalibration.key_weight`."""
+
+
+class LayerCalibration:
+    """Measurements at one layer, on the hidden states that the converted layers before it produce.
+
+    Args:
+        walk: The walk, whose states are the inputs of the layer.
+        source: The layer's attention.
+
+    Attributes:
+        key_weight: Weight of key errors against value errors in a joint factorization. At 1, the error of a logit
+            weighs as much as its first-order effect on the output would if the value errors of all tokens were
+            independent. They are not, so lower values are better; the search tries several.
+        dtype: The dtype of the states and of the modules that are measured on them.
+        memo: Results that a method computes once and uses for every candidate.
+    """
+
+    def __init__(self, walk: CalibrationWalk, source: SourceAttention) -> None:
+        self.dtype = walk.dtype
+        self.key_weight = DEFAULT_KEY_WEIGHT
+        self.memo: dict[str, Any] = {}
+        self._walk, self._source = walk, source
+        self._states = LayerStates(walk, source)
+
+    @cached_property
+    def moments(self) -> LayerMoments:
+        """Return the second moments of the layer."""
+        return gather_moments(self._states)
+
+    @property
+    def logit_scale(self) -> float:
+        """Return the factor of the logits: D^-½ times the square of the rotary embedding's attention factor."""
+        return self._source.geometry.head_dim**-0.5 * self._source.attention_scaling**2
+
+    def factorization(
+        self, key: Any, rows: Callable[[], list[WeightedRows]], centered: bool = True
+    ) -> WeightedFactorization:
+        """Return the factorization of rows of weights, weighted by the moments of the layer's inputs.
+
+        The last factorization is kept, so that other ranks of the same rows cost nothing.
+
+        Args:
+            key: Identifies the rows, together with `key_weight` and `centered`.
+            rows: Returns the rows.
+            centered: Whether biases after the latent carry the mean of the inputs. Otherwise the latent carries it.
+        """
+        key = (key, self.key_weight, centered)
+        if self.memo.get("factorization", (None, None))[0] != key:
+            self.memo["factorization"] = (
+                key,
+                WeightedFactorization(rows(), self.moments.inputs if centered else self.moments.raw_inputs),
+            )
+        return self.memo["factorization"][1]
+
+    def contribution(self) -> Tensor:
+        """Return the 2-norm contribution of each rotary pair on the source's states, [G, D/2]; see `moments`."""
+        return contribution(self._states)
+
+    def damage(self, mix: RopeMix) -> Tensor:
+        """Return the damage that is done to the logits if a component stops rotating, [C]; see `rotary_damage`."""
+        return rotary_damage(self._states, mix)
+
+    def error(self, attention: nn.Module) -> float:
+        """Return the error that an attention leaves in the hidden state after it, on held-back windows.
+
+        It is the root mean square over tokens of the error's size relative to that of the source's state; infinite if
+        it is not finite.
+        """
+        walk, windows = self._walk, deciding(len(self._walk.source))
+        target = (walk.middle - walk.converted)[windows]
+        output = torch.cat(list(walk.outputs(attention, walk.converted[windows])))
+        squares = (output - target).double().square().mean(-1) * self._states.row_weights[windows]
+        error = float(squares.mean().sqrt())
+        return error if math.isfinite(error) else math.inf
+
+    def heal(self, attention: nn.Module) -> Healing:
+        """Return a refit of `attention.o_proj` to the source's hidden states; see `refit_output`."""
+        return refit_output(self._states, attention)

@@ -1,0 +1,78 @@
+"""Second moments of one layer, which weigh the errors of its factorization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_mla.calibrate.states import LayerStates
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Second moments of one layer in float64.
+
+    Attributes:
+        inputs: Covariance of the normed inputs of the attention, [d, d]. Half of a token's weight is the same for all
+            tokens, and the other half is proportional to the attention that the token receives.
+        input_mean: Mean of the normed inputs with the same weights, [d].
+        queries: Second moments of each query head after its norm and before its rotation, [H, D, D]. The weight of a
+            query is the effect of its logits on the layer's output: the variance, under its attention, of what the
+            values add to the hidden state.
+        key_scale: Mean square of the factor by which the key norm multiplies each key head, [G]; ones without a norm.
+    """
+
+    inputs: Tensor
+    input_mean: Tensor
+    queries: Tensor
+    key_scale: Tensor
+
+    @property
+    def raw_inputs(self) -> Tensor:
+        """Return the second moments of the inputs about zero instead of about their mean, [d, d]."""
+        return self.inputs + torch.outer(self.input_mean, self.input_mean)
+
+
+def gather_moments(layer: LayerStates) -> LayerMoments:
+    """Return the second moments of a layer, which are gathered in one pass over all windows of the converted stream."""
+    walk, g = layer.walk, layer.geometry
+    d, device = g.hidden_size, walk.device
+    inputs, mean = (torch.zeros(*size, dtype=torch.float64, device=device) for size in ((d, d), (d,)))
+    queries = torch.zeros(g.num_attention_heads, g.head_dim, g.head_dim, dtype=torch.float64, device=device)
+    key_scale = torch.zeros(g.num_key_value_heads, dtype=torch.float64, device=device)
+    rows, total = layer.relative_weights, 0.0
+    for states, row in zip(walk.batches(walk.converted), walk.batches(rows), strict=True):
+        heads = layer.heads(states)
+        weights = layer.weights(heads.query, heads.key)
+        received = (weights * row[:, None, :, None]).sum((1, 2)) / g.num_attention_heads  # [B, L]
+        share = (0.5 + 0.5 * received).flatten().double()[:, None]
+        flat = heads.normed.flatten(0, 1).double()
+        inputs += (flat * share).T @ flat
+        mean += (flat * share).sum(0)
+        total += float(share.sum())
+        effect = (layer.value_spread(weights, heads.value) * row[:, None]).double()[..., None]  # [B, H, L, 1]
+        query = heads.query.double()
+        queries += ((query * effect).mT @ query).sum(0)
+        key_scale += heads.key_factor.double().square().sum((0, 2))
+    mean = mean / total
+    count = rows.numel()
+    return LayerMoments(inputs / total - mean[:, None] * mean, mean, queries / count, key_scale / count)
+
+
+def contribution(layer: LayerStates) -> Tensor:
+    """Return the 2-norm contribution of each rotary pair (MHA2MLA, arXiv 2502.14837, section 3.1), [G, D/2].
+
+    It is the mean over the tokens of the product of the norms of the query's pair and of the key's pair, averaged
+    over the query heads of a group. It is measured on the states of the source model. Rotation is left out because
+    it does not change the norm of a pair.
+    """
+    g, walk = layer.geometry, layer.walk
+    total = torch.zeros(g.num_key_value_heads, g.head_dim // 2, dtype=torch.float64, device=walk.device)
+    for states in walk.batches(walk.source):
+        heads = layer.heads(states)
+        sizes = [x.double().unflatten(-1, (2, -1)).norm(dim=-2) for x in (heads.query, heads.key)]  # [B, X, L, D/2]
+        grouped = sizes[0].unflatten(1, (g.num_key_value_heads, -1)).mean(2)
+        total += (grouped * sizes[1]).sum((0, 2))
+    return total / walk.source.shape[:2].numel()

@@ -1,0 +1,107 @@
+"""The heads and the attention weights of a layer of the source model on the states of a calibration walk."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.families.spec import SourceAttention
+from optimum_mla.ops.rotary import Rotation, rotate
+
+
+class HeadStates(NamedTuple):
+    """The states of the heads of one batch of windows.
+
+    Attributes:
+        normed: Inputs of the attention, after the norm before it, [B, L, d].
+        query: Queries after their norm and before their rotation, [B, H, L, D].
+        key: Keys after their norm and before their rotation, [B, G, L, D].
+        value: Values, [B, G, L, D].
+        key_factor: Factor by which the key norm multiplies each key, [B, G, L]; ones without a key norm.
+    """
+
+    normed: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_factor: Tensor
+
+
+class LayerStates:
+    """Computes the heads of the layer that a walk stands before, and what its attention does with them.
+
+    Args:
+        walk: The walk, whose states are the inputs of the layer.
+        source: The layer's attention.
+    """
+
+    def __init__(self, walk: CalibrationWalk, source: SourceAttention) -> None:
+        self.walk, self.source, self.geometry = walk, source, source.geometry
+
+    @cached_property
+    def row_weights(self) -> Tensor:
+        """Return the weight of each token's squared error, [N, L]; see `CalibrationWalk.row_weights`."""
+        return self.walk.row_weights
+
+    @cached_property
+    def relative_weights(self) -> Tensor:
+        """Return the row weights divided by their mean, [N, L]."""
+        return self.row_weights / self.row_weights.mean()
+
+    def heads(self, states: Tensor) -> HeadStates:
+        """Return the heads on hidden states before the layer, [B, L, d]."""
+        spec, attention = self.source.spec, self.walk.block.attention
+        x = self.walk.block.input_norm(states)
+        query, key, value = (
+            attention.get_submodule(name)(x).unflatten(-1, (-1, self.geometry.head_dim)).transpose(1, 2)
+            for name in (spec.query, spec.key, spec.value)
+        )
+        factor = torch.ones_like(key[..., 0])
+        if spec.query_norm is not None:
+            query = attention.get_submodule(spec.query_norm)(query)
+        if spec.key_norm is not None:
+            norm = attention.get_submodule(spec.key_norm)
+            factor = torch.rsqrt(key.square().mean(-1) + norm.variance_epsilon)  # type: ignore[operator]
+            key = norm(key)
+        return HeadStates(x, query, key, value, factor)
+
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the attention weights, [B, H, L, L], of queries [B, H, L, D] and keys [B, G, L, D]."""
+        half = self.geometry.head_dim // 2
+        cos, sin = (table[..., :half].unsqueeze(1) for table in self.walk.position_embeddings)
+        rotation = Rotation(cos, sin)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        share = query.shape[1] // key.shape[1]
+        # The attention factor of the rotary embedding is already part of cos and sin.
+        logits = query @ key.repeat_interleave(share, dim=1).mT * self.geometry.head_dim**-0.5
+        return logits.masked_fill(~self.walk.mask, float("-inf")).softmax(dim=-1)
+
+    @cached_property
+    def _output_moments(self) -> Tensor:
+        return output_moments(self.source).to(self.walk.dtype)
+
+    def value_spread(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Return the variance, under each query's attention, of what the values add to the hidden state, [B, H, L].
+
+        Args:
+            weights: Attention weights, [B, H, L, L].
+            value: Values, [B, G, L, D].
+        """
+        value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)  # [B, H, L, D]
+        size = ((value @ self._output_moments) * value).sum(-1, keepdim=True)
+        mean = weights @ value
+        mean_size = ((mean @ self._output_moments) * mean).sum(-1)
+        return ((weights @ size)[..., 0] - mean_size).clamp_min(0)
+
+
+def output_moments(source: SourceAttention) -> Tensor:
+    """Return W_O,hᵀ W_O,h of every query head h, [H, D, D].
+
+    With it, the error of a value gives the squared size of the error in the hidden state.
+    """
+    heads = source.output()["o_proj.weight"].double().unflatten(1, (source.geometry.num_attention_heads, -1))
+    return torch.einsum("ohd,ohe->hde", heads, heads)

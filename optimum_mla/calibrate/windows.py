@@ -1,0 +1,43 @@
+"""Checks of calibration windows, and their division into those that fits see and those that choices are made on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optimum_mla.core.errors import InvalidValueError
+
+HELD_BACK = 4
+"""One window of this many is held back from fits and used to compare candidates."""
+DECIDING_WINDOWS = 16
+"""Largest number of held-back windows that are used to compare candidates."""
+
+
+def held_back(count: int) -> Tensor:
+    """Return which of `count` calibration windows are held back from fits, [count] boolean; all, if they are few."""
+    held = torch.zeros(count, dtype=torch.bool)
+    held[HELD_BACK - 1 :: HELD_BACK] = True
+    return held if held.any() else ~held
+
+
+def deciding(count: int) -> Tensor:
+    """Return the indices of the windows on which candidates are compared: at most `DECIDING_WINDOWS` held-back ones."""
+    held = held_back(count).nonzero().flatten()
+    return held[:: -(-len(held) // DECIDING_WINDOWS)]
+
+
+def deciding_windows(windows: Tensor) -> Tensor:
+    """Return those calibration windows [N, L] on which candidates and whole conversions are compared."""
+    return windows[deciding(len(windows))]
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Raise `InvalidValueError` unless `tokens` are token ids [N, L] of a vocabulary."""
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        received = f"a {tokens.dtype} tensor of shape {list(tokens.shape)}"
+        raise InvalidValueError("calibration", received, "token ids of shape [windows, tokens]")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise InvalidValueError(
+            "calibration", f"ids {low} to {high}", f"0 to {vocabulary - 1}", "Use the model's own tokenizer."
+        )

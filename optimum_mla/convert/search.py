@@ -1,0 +1,119 @@
+"""Search for a layer's shape, the weight of its key errors, and its errors by rank, by measuring candidates."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.methods.base import MLATransformation
+from optimum_mla.models import Family, SourceAttention
+from optimum_mla.models.assemble import load_attention
+from optimum_mla.models.checks import config_of
+from optimum_mla.nn import LatentAttention
+from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.plan.allocation import rank_grid
+
+GOOD_ENOUGH = 1.02
+"""A cheaper shape is preferred if its error is within this factor of the least error."""
+KEY_WEIGHTS = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414)
+"""Weights of key errors against value errors that are tried, in steps of √2."""
+
+
+@dataclass
+class LayerSearch:
+    """Tries conversions of one layer and compares their errors on held-back windows.
+
+    Attributes:
+        method: The transformation that converts the layer.
+        family: The model's family.
+        model: The model that contains the layer.
+        layer: Index of the layer.
+        source: The layer's attention.
+        calibration: Measurements at the layer.
+    """
+
+    method: MLATransformation
+    family: Family
+    model: nn.Module
+    layer: int
+    source: SourceAttention
+    calibration: LayerCalibration
+
+    def convert(self, geometry: MLAGeometry) -> dict[str, Tensor]:
+        """Return the layer's tensors in the given shape, with the key weight that the calibration has."""
+        return self.method.convert_layer(self.source, geometry, self.calibration)
+
+    def attention(self, geometry: MLAGeometry, tensors: dict[str, Tensor]) -> LatentAttention:
+        """Return the layer's attention as a module in the dtype of the calibration, causal if it gets no mask."""
+        config = copy.copy(config_of(self.model))
+        config._attn_implementation = "sdpa"
+        dtype = self.calibration.dtype
+        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        return load_attention(self.family, config, self.layer, cast, self.model, geometry).eval()
+
+    def error(self, geometry: MLAGeometry) -> float:
+        """Return the error that the given shape leaves on the held-back windows."""
+        return self.calibration.error(self.attention(geometry, self.convert(geometry)))
+
+    def best_shape(self, geometry: MLAGeometry) -> MLAGeometry:
+        """Return the cheapest of the method's candidates whose error is within `GOOD_ENOUGH` of the least error.
+
+        Under an energy budget, its rank is then set from the weighted energies.
+        """
+        candidates, energy = self.method.candidates(self.source, geometry), self.method.budget.energy
+        best = candidates[0]
+        if len(candidates) > 1:
+            errors: list[float] = []
+            for candidate in candidates:
+                errors.append(self.error(candidate))
+                if errors[-1] > GOOD_ENOUGH * min(errors):
+                    break  # The error is taken to rise from here on.
+            good = GOOD_ENOUGH * min(errors)
+            best = next(shape for shape, error in zip(candidates, errors, strict=False) if error <= good)
+        if energy is not None:
+            energies = self.method.problem(self.source, best, self.calibration).energies
+            best = replace(best, kv_lora_rank=rank_for_energy(energies.sqrt(), energy))
+        return best
+
+    def best_key_weight(self, geometry: MLAGeometry) -> dict[str, Tensor]:
+        """Return the layer's tensors with the key weight of least error, and leave that weight in the calibration."""
+        tried: dict[int, tuple[float, dict[str, Tensor]]] = {}
+
+        def error(index: int) -> float:
+            if index not in tried:
+                self.calibration.key_weight = KEY_WEIGHTS[index]
+                tensors = self.convert(geometry)
+                tried[index] = (self.calibration.error(self.attention(geometry, tensors)), tensors)
+            return tried[index][0]
+
+        best = KEY_WEIGHTS.index(self.calibration.key_weight)
+        while True:
+            beside = [index for index in (best - 1, best + 1) if 0 <= index < len(KEY_WEIGHTS)]
+            nearest = min(beside, key=error)
+            if error(nearest) >= error(best):
+                break
+            best = nearest
+        self.calibration.key_weight = KEY_WEIGHTS[best]
+        return tried[best][1]
+
+    @torch.no_grad()
+    def rank_curve(self, geometry: MLAGeometry, by: str) -> dict[int, float]:
+        """Return squared errors by rank.
+
+        Args:
+            geometry: Shape of the layer.
+            by: `energy` for the lost share of the weighted energy at every rank, or `error` for the squares of measured
+                errors at some ranks.
+        """
+        problem = self.method.problem(self.source, geometry, self.calibration)
+        largest = len(problem.energies)
+        if by == "energy":
+            total = problem.error(0) or 1.0
+            return {rank: problem.error(rank) / total for rank in range(1, largest + 1)}
+        ranks = rank_grid(geometry.kv_lora_rank, largest)
+        return {rank: self.error(replace(geometry, kv_lora_rank=rank)) ** 2 for rank in ranks}

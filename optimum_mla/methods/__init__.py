@@ -1,0 +1,1 @@
+"""The methods, one idea a file. A method answers with shapes and tensors, and holds options only."""

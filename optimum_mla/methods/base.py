@@ -1,0 +1,228 @@
+"""The base class of all methods, which holds their common options.
+
+A method is a subclass that implements `plan_layer`, which returns the shape that a layer gets, and `convert_layer`,
+which returns the layer's weights. `optimum_mla.convert.Run` applies it to a model.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.layers import LayerChoice, parse_layers
+from optimum_mla.methods.options import check_choice
+from optimum_mla.methods.shared_rope import SharedRope
+from optimum_mla.methods.signature import whole_signature
+from optimum_mla.methods.transformation import ModelTransformation
+from optimum_mla.models import SourceAttention, family_of
+from optimum_mla.models.assemble import converted_config
+from optimum_mla.models.checks import converted_already
+from optimum_mla.ops.weighted import WeightedFactorization
+from optimum_mla.plan.allocation import ALLOCATIONS
+from optimum_mla.plan.budget import RankBudget
+
+
+class MLATransformation(ModelTransformation):
+    """Converts attention layers to latent attention.
+
+    It applies to a `PreTrainedModel` or to a `GraphModule` that `optimum_mla.trace` returned. Both are changed in place
+    and returned. With `copy=True` the argument is left unchanged and a converted copy is returned.
+
+    Args:
+        kv_lora_rank: Size of the latent in numbers per token and layer.
+        kv_cache_ratio: Size of the cache, including the rotary key, relative to that of the source model.
+        energy: Share of the squared singular values that each layer keeps. The ranks then differ between layers.
+        layers: `all`, a list such as `0-3,8`, the name of a preset, or indices; see `parse_layers`.
+        calibration: Token ids, [N, L], that are run through the model layer by layer; see `optimum_mla.calibrate.walk`.
+        factorization: One of the method's `factorizations`. `calibrated` weighs errors by what the layer reads and
+            writes on the calibration tokens. It is the default with calibration tokens; otherwise the default is the
+            form of the method's paper.
+        heal: Whether to refit each layer's output projection in closed form, so that the hidden states come close to
+            the source's. A refit is kept if it helps on held-back windows. None refits with a calibrated factorization.
+        rank_allocation: How the layers share the budget: `uniform`; `energy`, which minimizes the lost shares of the
+            layers' weighted energy; or `error`, which minimizes the measured errors. None takes `error` with a
+            calibrated factorization of fixed size, and `uniform` otherwise.
+        shared_rope: Whether all layers rotate the same number of dims at the same frequencies, which `deepseek_v3` and
+            inference engines need. Ranks are then uniform by default. Only methods with one rotary key have it.
+
+    The transformation holds options and nothing of a conversion: what `optimum_mla.convert.Run` finds, it keeps itself.
+
+    Raises:
+        InvalidValueError: An option is out of range. Limits that depend on the model are checked when the
+            transformation is applied.
+        UnsupportedModelError: The model's family or state does not allow a conversion.
+        CorruptWeightsError: A weight is not finite.
+        VerificationError: A converted layer computes something other than its factorization. The model is unchanged.
+    """
+
+    name: ClassVar[str]
+    """Name of the method on the command line, in configs and in reports."""
+
+    factorizations: ClassVar[tuple[str, ...]] = ("own",)
+    """Values that `factorization` may have. The first one is the default without calibration tokens."""
+
+    one_rotary_key: ClassVar[bool] = False
+    """True if each layer has a single rotary key, so that all layers can share its frequencies."""
+
+    default_budget: ClassVar[RankBudget] = RankBudget()
+    """The budget if the caller gives none."""
+
+    rope: SharedRope | None = None
+    """The rotary dims that all layers share, in a copy that `sharing` returned."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = whole_signature(cls)  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        kv_lora_rank: int | None = None,
+        kv_cache_ratio: float | None = None,
+        energy: float | None = None,
+        layers: LayerChoice = "all",
+        calibration: Tensor | None = None,
+        factorization: str | None = None,
+        heal: bool | None = None,
+        rank_allocation: str | None = None,
+        shared_rope: bool = False,
+    ) -> None:
+        budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy)
+        self.budget = budget if budget.is_set else self.default_budget
+        self.layers = (
+            layers if isinstance(layers, str) else tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        )
+        self.calibration = calibration
+        measured = calibration is not None
+        best = "calibrated" if measured and "calibrated" in self.factorizations else self.factorizations[0]
+        self.factorization = factorization or best
+        check_choice("factorization", self.factorization, self.factorizations)
+        self.heal = self.factorization == "calibrated" if heal is None else heal
+        if shared_rope and not self.one_rotary_key:
+            raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
+        self.shared_rope = shared_rope
+        shared = self.factorization == "calibrated" and self.budget.energy is None
+        self.rank_allocation = rank_allocation or ("error" if shared and not shared_rope else "uniform")
+        check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
+        for field, value, needs in (
+            ("factorization", self.factorization, self.factorization == "calibrated"),
+            ("heal", self.heal, self.heal),
+        ):
+            if needs and not measured:
+                raise InvalidValueError(field, value, "other values without calibration data", "Give calibration data.")
+        if self.rank_allocation != "uniform" and not shared:
+            remedy = "Others need a calibrated factorization and a fixed size."
+            raise InvalidValueError("rank_allocation", rank_allocation, "uniform here", remedy)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the value of every option, with defaults filled in, without the calibration tokens."""
+        hidden = ("calibration", "budget", "rope")
+        own = {name: value for name, value in vars(self).items() if name not in hidden}
+        return {**own, **vars(self.budget)}
+
+    @property
+    def signature(self) -> int:
+        """Return a number that identifies the transformation on the graph nodes that it has changed."""
+        return hash((type(self), repr(sorted(self.options.items()))))
+
+    @abstractmethod
+    def plan_layer(self, source: SourceAttention) -> MLAGeometry:
+        """Return the shape that a layer gets.
+
+        Raises:
+            InvalidValueError: The options do not fit the layer.
+        """
+
+    @abstractmethod
+    def convert_layer(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
+    ) -> dict[str, Tensor]:
+        """Return the layer's new parameters and buffers by their names in the attention module, in float64.
+
+        Args:
+            source: The attention to replace.
+            geometry: The new shape, which is the result of `plan_layer` or one of `candidates`.
+            calibration: Measurements at this layer, or None unless `needs_calibration`.
+        """
+
+    def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
+        """Return shapes of one cache size, cheapest first, from which calibration data choose the best."""
+        return [geometry]
+
+    def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
+        """Return the damage that is done if a component stops rotating, [components, D/2].
+
+        Each column holds the components of one frequency, with the most damaging one first.
+        """
+        raise NotImplementedError
+
+    @property
+    def rope_dims(self) -> int | None:
+        """Return the number of rotary dims if it is fixed, or None if each layer chooses it."""
+        return self.rope.dims if self.rope is not None else getattr(self, "qk_rope_head_dim", None)
+
+    def problem(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+    ) -> WeightedFactorization:
+        """Return the weighted factorization of a calibrated layer, which also gives the energy that each rank holds."""
+        raise NotImplementedError
+
+    def without_weights(self) -> MLATransformation:
+        """Return a copy of the transformation whose `plan_layer` reads no weights; `check` uses it."""
+        other = copying.copy(self)
+        if self.budget.energy is not None:
+            other.budget = RankBudget()
+        return other
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Return whether layers are measured on the calibration tokens."""
+        return self.factorization == "calibrated" or self.heal
+
+    def sharing(self, rope: SharedRope) -> MLATransformation:
+        """Return a copy of the transformation whose layers all have the given rotary dims."""
+        other = copying.copy(self)
+        other.rope = rope
+        return other
+
+    def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
+        """Convert a model in place and return it. It is unchanged until all layers have been converted."""
+        # Imported here, because runs drive methods and not the other way round.
+        from optimum_mla.convert.run import Run
+
+        if not self.needs_calibration and not self.preserves_computation:
+            warnings.warn(
+                f"{self.name} without calibration data below full rank: the result is of no use until it is trained. "
+                "Give token ids of ordinary text as calibration; optimum_mla.calibrate.built_in_windows returns some.",
+                UncalibratedWarning,
+                stacklevel=3,  # Behind `__call__`.
+            )
+        return Run(self, graph_module).convert()
+
+    def check(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the config that a conversion would give, judging by the source config alone.
+
+        Ranks that depend on the weights, such as those under an energy budget, differ from those of a conversion.
+
+        Raises:
+            MLAError: The options do not fit the model.
+        """
+        family, weightless, geometries = family_of(config), self.without_weights(), {}
+        for layer in parse_layers(self.layers, config.num_hidden_layers):
+            geometry = family.spec.geometry(config.per_layer_config[layer])
+            if geometry.attention_form != "source":
+                raise converted_already(layer)
+            source = SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0))
+            geometries[layer] = weightless.plan_layer(source)
+        return converted_config(family, config, geometries, self.name)

@@ -1,0 +1,157 @@
+"""GQA2MLA's decoupled form, which mixes the key heads of each frequency and stops the rotations that matter least."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.methods.decoupled import LatentFactors, latent_size, latent_tensors
+from optimum_mla.methods.shared_rope import SharedRope
+from optimum_mla.methods.weighting import key_moments, value_moments
+from optimum_mla.models import SourceAttention
+from optimum_mla.ops.rope_mix import as_pairs, mixed_keys, query_aware_mix, query_map
+from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
+
+
+class MixedHeads:
+    """The C = G·D/2 complex components of one layer's keys, which result from mixing the key heads of each frequency.
+
+    A query head reads the shared rotary key through R linear combinations of its own dims. It reads the components that
+    do not rotate as a position-free key of D dims, into which they are mapped back for its key head.
+
+    Args:
+        source: The layer's attention.
+        calibration: Measurements at the layer.
+        shared: The rotary dims that all layers share, or None if the layer chooses its own.
+    """
+
+    def __init__(self, source: SourceAttention, calibration: LayerCalibration, shared: SharedRope | None) -> None:
+        self.source, self.calibration, self.shared = source, calibration, shared
+        g, moments = source.geometry, calibration.moments
+        pairs = as_pairs(source.gained_key)  # [G, D/2, d]
+        seen = (pairs.flatten(0, 1) @ moments.inputs.to(pairs.dtype)).view_as(pairs)
+        # The moments are about zero and not about the mean, because a mean that rotates is not constant.
+        mean = pairs @ moments.input_mean.to(pairs.dtype) + as_pairs(source.gained_key_bias)  # [G, D/2]
+        second_moments = torch.einsum("gpd,hpd->pgh", seen, pairs.conj()) + torch.einsum(
+            "gp,hp->pgh", mean, mean.conj()
+        )
+        queries = moments.queries.unflatten(0, (g.num_key_value_heads, -1)).sum(1) * moments.key_scale[:, None, None]
+        energy = queries.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(1)  # [G, D/2]
+        self.mix = query_aware_mix(second_moments, energy)
+        self.damage = calibration.damage(self.mix)
+        self._order = self.damage.argsort(descending=True)
+
+    @classmethod
+    def of(cls, source: SourceAttention, calibration: LayerCalibration, shared: SharedRope | None = None) -> MixedHeads:
+        """Return the mixed heads of a layer, which are computed once per calibration of the layer.
+
+        Args:
+            source: The layer's attention.
+            calibration: Measurements at the layer, which keep the result.
+            shared: The rotary dims that all layers share, or None if the layer chooses its own.
+        """
+        if "mixed heads" not in calibration.memo:
+            calibration.memo["mixed heads"] = cls(source, calibration, shared)
+        return calibration.memo["mixed heads"]
+
+    @cached_property
+    def _keys(self) -> tuple[Tensor, Tensor]:
+        """Return the complex components of the key weight, [C, d], and of the key bias, [C]."""
+        return mixed_keys(self.mix, self.source.gained_key), mixed_keys(self.mix, self.source.gained_key_bias)
+
+    def _split(self, rope_dim: int) -> tuple[Tensor, Tensor]:
+        """Return the indices of the components that rotate and of those that do not."""
+        if self.shared is not None:
+            by_head = self.damage.unflatten(0, (self.source.geometry.num_key_value_heads, -1))  # [G, D/2]
+            place = by_head.argsort(dim=0, descending=True).argsort(dim=0)
+            rotating = (place < self.shared.counts.to(place.device)).flatten()
+            return rotating.nonzero()[:, 0], (~rotating).nonzero()[:, 0]
+        kept, rest = self._order.split([rope_dim // 2, len(self._order) - rope_dim // 2])
+        return kept.sort().values, rest.sort().values
+
+    def problem(self, geometry: MLAGeometry) -> WeightedFactorization:
+        """Return the factorization of the rows that the latent holds.
+
+        These are the rotating components if the rotary key is rebuilt, the position-free components, and the values.
+        """
+        rope_dim, rebuilt = geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt"
+        return self.calibration.factorization(
+            (rope_dim, rebuilt), lambda: self._rows(rope_dim, rebuilt), geometry.latent_bias
+        )
+
+    def _rows(self, rope_dim: int, rebuilt: bool) -> list[WeightedRows]:
+        g = self.source.geometry
+        kept, rest = self._split(rope_dim)
+        weight, _ = self._keys
+        readers = key_moments(self.source, self.calibration)
+
+        def seen_through(components: Tensor) -> Tensor:
+            maps = [query_map(self.mix, head, components) for head in range(g.num_key_value_heads)]
+            return torch.stack([b @ m @ b.T for b, m in zip(maps, readers, strict=True)]).sum(0)
+
+        rows = [
+            WeightedRows(_stacked(weight[rest]), seen_through(rest)[None]),
+            WeightedRows(self.source.value.flatten(0, 1), value_moments(self.source)),
+        ]
+        if rebuilt:
+            # On average over all rotations, both dims of a component weigh the same and components are uncorrelated.
+            diagonal = seen_through(kept).diagonal().unflatten(0, (2, -1)).mean(0).repeat(2)
+            rows.insert(0, WeightedRows(_stacked(weight[kept]), diagonal[:, None, None]))
+        return rows
+
+    def tensors(self, geometry: MLAGeometry) -> dict[str, Tensor]:
+        """Return all parameters and buffers of the layer by their names in the attention module."""
+        g, source = geometry, self.source
+        rebuilt, rope_dim = g.rope_cache == "rebuilt", g.qk_rope_head_dim
+        kept, rest = self._split(rope_dim)
+        weight, bias = self._keys
+        factors = self.problem(g).factors(g.kv_lora_rank)
+        *rope_up, nope_up, value_up = factors.ups
+
+        share = g.num_attention_heads // g.num_key_value_heads
+        # These matrices map the position-free components back to the D dims of each key head.
+        back = torch.stack([query_map(self.mix, head, rest).T for head in range(g.num_key_value_heads)])
+        center = self.calibration.moments.input_mean
+        rope_key, rope_bias = _stacked(weight[kept]), _stacked(bias[kept])
+        pairs = (kept % (source.geometry.head_dim // 2))[None]
+        tensors = latent_tensors(
+            source,
+            g,
+            LatentFactors(factors.down, back @ nope_up, value_up.unflatten(0, (-1, g.v_head_dim)), center),
+            key=back @ _stacked(weight[rest]),
+            key_bias=back @ _stacked(bias[rest]),
+            rope_key=rope_key[None, :0] if rebuilt else rope_key[None],
+            rope_bias=rope_bias[None, :0] if rebuilt else rope_bias[None],
+            pairs=pairs,
+        )
+        if g.latent_norm:
+            tensors["kv_a_layernorm.weight"] = latent_size(factors.down, self.calibration)
+        if rebuilt:
+            tensors["k_rope_proj.weight"] = rope_up[0]
+            tensors["k_rope_proj.bias"] = rope_bias + rope_key @ center - rope_up[0] @ (factors.down @ center)
+
+        # Each query has the head's own dims for the position-free key, followed by its part for the rotary key.
+        gain = source.norm_gain(source.spec.query_norm)
+        nope_scale = torch.full_like(gain, source.attention_scaling**2)
+        maps = [query_map(self.mix, head, kept) * gain for head in range(g.num_key_value_heads)]
+        if g.key_norm:
+            # The gain of the query norm stays in the norm for the position-free dims, and moves into the weights for
+            # the rotary dims, which mix dims of different gains.
+            own = torch.eye(g.head_dim, dtype=torch.float64, device=gain.device)
+            tensors["q_norm.weight"] = torch.cat([gain * nope_scale, torch.ones_like(rope_bias)])[None]
+        else:
+            own = nope_scale.diag()
+        views = torch.stack([torch.cat([own, view]) for view in maps]).repeat_interleave(share, dim=0)  # [H, D + R, D]
+        tensors["q_proj.weight"] = (views @ source.query).flatten(0, 1)
+        if g.query_bias:
+            tensors["q_proj.bias"] = (views @ source.query_bias[..., None]).flatten()
+        return tensors
+
+
+def _stacked(components: Tensor) -> Tensor:
+    """Return complex components [m, ...] as real rows [2·m, ...], with the real parts first."""
+    return torch.cat([components.real, components.imag])

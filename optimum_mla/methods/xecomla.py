@@ -1,0 +1,199 @@
+"""X-EcoMLA, an initialization for distillation with one shared rotary key and optionally low-rank queries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.number_checks import check_integer, check_number
+from optimum_mla.methods.base import MLATransformation
+from optimum_mla.methods.decoupled import (
+    LatentFactors,
+    calibrated_factors,
+    calibrated_problem,
+    decoupled_tensors,
+    gather_dims,
+    latent_size,
+    reorder_query,
+)
+from optimum_mla.methods.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
+from optimum_mla.methods.signature import MLAOptions
+from optimum_mla.models import SourceAttention
+from optimum_mla.ops.low_rank import low_rank_factors, singular_values
+from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs, split_last_columns
+from optimum_mla.ops.weighted import WeightedFactorization
+from optimum_mla.plan.budget import DEFAULT_CACHE_RATIO, RankBudget
+
+
+class XEcoMLA(MLATransformation):
+    """Upcycling by SVD (arXiv 2503.11132, Algorithm 1).
+
+    [W_K, W_V] is factorized into the latent. The up-projection gives each head's position-free key dims and its values,
+    repeated for H heads. One rotary key, which all heads share, is the average of the rotary dims of the key heads.
+    With `q_lora_rank` or `q_energy` the queries are factorized too. Without distillation from a teacher the quality is
+    good only near full rank.
+
+    Args:
+        q_lora_rank: Rank of the query latent; None keeps the full query projection.
+        q_energy: Share of the energy of W_Q that each layer's query latent keeps, as an alternative to `q_lora_rank`.
+        qk_rope_head_dim: R, the number of rotary dims. None takes the paper's D/2, or the best R on the calibration
+            tokens if the factorization is calibrated.
+        rope_selection: The rule that selects the rotary dims. `last` is the choice of Algorithm 1, which takes each
+            head's last R dims with the frequencies of a head of R dims; R must then divide D. `high`, `low`, `uniform`,
+            `contribution` and `damage` select rotary pairs of the source.
+        latent_norm: Whether to put an RMSNorm on the latents, as DeepSeek does. Its gain is the latent's expected size.
+        **options: Options of `MLATransformation`. `factorization` may be `joint` or `calibrated`.
+    """
+
+    name = "x-ecomla"
+    default_budget = RankBudget(kv_cache_ratio=DEFAULT_CACHE_RATIO)
+    rope_selections = ("last", "high", "low", "uniform", "contribution", "damage")
+    one_rotary_key = True
+    factorizations = ("joint", "calibrated")
+
+    def __init__(
+        self,
+        q_lora_rank: int | None = None,
+        q_energy: float | None = None,
+        qk_rope_head_dim: int | None = None,
+        rope_selection: str | None = None,
+        latent_norm: bool = False,
+        **options: Unpack[MLAOptions],
+    ) -> None:
+        super().__init__(**options)
+        if q_lora_rank is not None and q_energy is not None:
+            raise InvalidValueError("q_lora_rank and q_energy", (q_lora_rank, q_energy), "one of them")
+        if q_lora_rank is not None:
+            check_integer("q_lora_rank", q_lora_rank, "integers from 1")
+        if q_energy is not None:
+            check_number("q_energy", q_energy, "above 0, up to 1")
+            if not 0 < q_energy <= 1:
+                raise InvalidValueError("q_energy", q_energy, "above 0, up to 1")
+        self.q_lora_rank, self.q_energy, self.latent_norm = q_lora_rank, q_energy, latent_norm
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return super().needs_calibration or self.rope_selection in SCORED_SELECTIONS
+
+    def without_weights(self) -> MLATransformation:
+        other = super().without_weights()
+        other.q_energy = None  # type: ignore[attr-defined]
+        return other
+
+    def plan_layer(self, source: SourceAttention) -> MLAGeometry:
+        head_dim, only_divisors = source.geometry.head_dim, self.rope_selection == "last"
+        return self._shape(source, check_rope_dim(self.rope_dims, head_dim, head_dim // 2, only_divisors))
+
+    def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
+        if self.rope_dims is not None or self.rope_selection == "last":
+            return [geometry]
+        return fitting(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
+
+    def _shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
+        g = source.geometry
+        overhead = rope + (g.num_key_value_heads if g.key_norm else 0)
+        largest = min(g.hidden_size, 2 * g.num_key_value_heads * g.head_dim)
+        rank = self.budget.rank(g.source_cache_numbers, overhead, largest, lambda: singular_values(_stack(source)))
+        return replace(
+            g,
+            attention_form="decoupled",
+            kv_lora_rank=rank,
+            q_lora_rank=self._query_rank(source),
+            qk_nope_head_dim=g.head_dim - rope,
+            qk_rope_head_dim=rope,
+            num_rope_heads=1,
+            v_head_dim=g.head_dim,
+            num_up_heads=g.num_attention_heads,
+            latent_norm=self.latent_norm,
+            latent_bias=self.factorization == "calibrated" and not self.latent_norm,
+        )
+
+    def _query_rank(self, source: SourceAttention) -> int | None:
+        if self.q_energy is not None:
+            return rank_for_energy(singular_values(source.query.flatten(0, 1)), self.q_energy)
+        largest = min(source.geometry.hidden_size, source.geometry.num_attention_heads * source.geometry.head_dim)
+        if self.q_lora_rank is not None and not 1 <= self.q_lora_rank <= largest:
+            raise InvalidValueError("q_lora_rank", self.q_lora_rank, f"1 to {largest} for this model")
+        return self.q_lora_rank
+
+    def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
+        scores = pair_scores(self.rope_selection, source, calibration)
+        if scores is None:  # The rule takes the same pairs in all layers, whatever their weights.
+            return torch.ones(1, source.geometry.head_dim // 2, dtype=torch.float64)
+        total = scores.sum(dim=0, keepdim=True)
+        return total if self.rope_selection == "damage" else total / total.sum()
+
+    def problem(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+    ) -> WeightedFactorization:
+        split = self._split(source, geometry, calibration)
+        return calibrated_problem(source, split, calibration, geometry.latent_bias)
+
+    def convert_layer(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
+    ) -> dict[str, Tensor]:
+        g = geometry
+        split = self._split(source, g, calibration)
+        if self.factorization == "calibrated" and calibration is not None:
+            factors = calibrated_factors(source, split, g.kv_lora_rank, calibration, g.latent_bias)
+        else:
+            down, up = low_rank_factors(_stack(source), g.kv_lora_rank)
+            key_up, value_up = up.view(2, g.num_key_value_heads, g.head_dim, -1)  # each [G, D, r]
+            factors = LatentFactors(down, gather_dims(key_up, split.nope), value_up)
+        tensors = decoupled_tensors(source, g, split, factors)
+        if g.latent_norm:
+            down = tensors["kv_a_proj_with_mqa.weight"][: g.kv_lora_rank]
+            if calibration is None:
+                tensors |= _norm_on_latent(source, "kv_a_layernorm", down)
+            else:
+                tensors["kv_a_layernorm.weight"] = latent_size(down, calibration)
+        return tensors | self._query_tensors(source, g, split)
+
+    def _split(self, source: SourceAttention, g: MLAGeometry, calibration: LayerCalibration | None) -> RopeSplit:
+        if self.rope_selection == "last":
+            return split_last_columns(g.head_dim, g.qk_rope_head_dim)
+        if self.rope is not None and self.rope_selection in SCORED_SELECTIONS:
+            return split_by_pairs(self.rope.counts.nonzero()[:, 0][None], g.head_dim)
+        # All key heads share the rotary key, so one selection is made by the sums of their scores.
+        scores = pair_scores(self.rope_selection, source, calibration)
+        total = None if scores is None else scores.sum(dim=0, keepdim=True)
+        return split_by_pairs(select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, total), g.head_dim)
+
+    def _query_tensors(self, source: SourceAttention, g: MLAGeometry, split: RopeSplit) -> dict[str, Tensor]:
+        weight, bias = reorder_query(source, split)
+        if g.q_lora_rank is None:
+            tensors = {"q_proj.weight": weight.flatten(0, 1)}
+            biased = "q_proj.bias"
+        else:
+            down, up = low_rank_factors(weight.flatten(0, 1), g.q_lora_rank)
+            tensors = {"q_a_proj.weight": down, "q_b_proj.weight": up}
+            biased = "q_b_proj.bias"
+            if g.latent_norm:
+                tensors |= _norm_on_latent(source, "q_a_layernorm", down)
+        if g.query_bias:
+            tensors[biased] = bias.flatten()
+        return tensors
+
+
+def _stack(source: SourceAttention) -> Tensor:
+    """Return the key weight, times the gain of the key norm, and the value weight stacked, [2·G·D, d]."""
+    return torch.cat([source.gained_key.flatten(0, 1), source.value.flatten(0, 1)])
+
+
+def _norm_on_latent(source: SourceAttention, norm: str, down: Tensor) -> dict[str, Tensor]:
+    """Return the gain of a norm on a latent, which is the root mean square that the latent is expected to have.
+
+    The attention reads an RMS-normed state times a gain, so its channels have about the size of the gain. The mean
+    square of the latent is then the mean over the rows of ‖down · diag(gain)‖².
+    """
+    expected = (down * source.input_gain.double()).square().sum(dim=1).mean().sqrt()
+    return {f"{norm}.weight": expected.repeat(down.shape[0])}

@@ -1,1 +1,0 @@
-"""Conversions as Optimum transformations, with one file per method."""

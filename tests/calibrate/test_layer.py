@@ -1,0 +1,100 @@
+"""The error that a candidate leaves, and on how much it is measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from optimum_mla.calibrate.damage import DAMAGE_WINDOWS
+from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.windows import DECIDING_WINDOWS, HELD_BACK
+from optimum_mla.ops.rope_mix import identity_mix
+from tests.calibrate.walked import (
+    FAMILIES,
+    GROUPS,
+    HELD,
+    LAYERS,
+    PAIRS,
+    Walked,
+    disturbed,
+    middle_states,
+    sources_of,
+    walk_through,
+)
+from tests.cases import source_model, token_ids
+
+
+def test_many_tokens_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = source_model("qwen3", torch.float64)
+    changed, sources = disturbed(model, 0), sources_of(model)
+
+    def measured() -> list[Tensor]:
+        walk = walk_through(model)
+        walk.advance(changed.model.layers[0].self_attn)
+        calibration = LayerCalibration(walk, sources[1])
+        healing = calibration.heal(model.model.layers[1].self_attn)
+        assert healing.weight is not None
+        errors = [healing.error_before, healing.error_after, calibration.error(changed.model.layers[1].self_attn)]
+        moments = calibration.moments
+        return [
+            walk.source,
+            walk.converted,
+            moments.inputs,
+            moments.input_mean,
+            moments.queries,
+            moments.key_scale,
+            calibration.contribution(),
+            healing.weight,
+            torch.tensor(errors, dtype=torch.float64),
+        ]
+
+    whole = measured()
+    for tokens in (1, 4 * 24):  # one window at a time; four, then the other two
+        monkeypatch.setattr("optimum_mla.calibrate.walk.TOKENS_PER_BATCH", tokens)
+        assert all(
+            torch.allclose(part, all_at_once, rtol=1e-9, atol=1e-11)
+            for part, all_at_once in zip(measured(), whole, strict=True)
+        )
+
+
+@pytest.mark.parametrize("count", [1, 15, 17, 31, 33, 100])
+def test_no_more_windows_are_measured_than_said(count: int) -> None:
+    model = source_model("llama")
+    walk = walk_through(model, token_ids(HELD_BACK * count, 3))
+    calibration = LayerCalibration(walk, sources_of(model)[0])
+    seen: list[Tensor] = []
+    hook = walk.block.attention.get_submodule("q_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    calibration.error(walk.block.attention)
+    deciding = torch.cat(seen)
+    seen.clear()
+    calibration.damage(identity_mix(GROUPS, PAIRS))
+    damaged = len(torch.cat(seen))
+    hook.remove()
+    normed = walk.block.input_norm(walk.source)[HELD_BACK - 1 :: HELD_BACK]
+    assert all(any(torch.allclose(window, held) for held in normed) for window in deciding)
+    assert min(count, DECIDING_WINDOWS // 2) <= len(deciding) <= DECIDING_WINDOWS
+    assert min(HELD_BACK * count, DAMAGE_WINDOWS // 2) <= damaged <= DAMAGE_WINDOWS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sources_own_attention_leaves_no_error(family: str) -> None:
+    model = source_model(family)
+    sources, walk = sources_of(model), walk_through(model)
+    for layer in range(LAYERS):
+        calibration = LayerCalibration(walk, sources[layer])
+        assert calibration.error(model.model.layers[layer].self_attn) < 1e-5
+        assert calibration.error(walk.block.attention) < 1e-5
+        walk.advance()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_error_is_relative_to_the_states_of_the_held_back_windows(family: str) -> None:
+    walked = Walked(family)
+    candidate = disturbed(walked.model, 1)
+    candidate.model.layers[0] = walked.changed.model.layers[0]
+    target, actual = middle_states(walked.model, 1)[HELD], middle_states(candidate, 1)[HELD]
+    relative = (actual - target).square().sum(-1) / target.square().sum(-1)
+    error = walked.calibration.error(candidate.model.layers[1].self_attn)
+    assert error == pytest.approx(float(relative.mean().sqrt()), rel=1e-8)
+    assert error > 1e-3
