@@ -1,11 +1,13 @@
 """optimum-mla: convert pretrained decoder LLMs to Multi-head Latent Attention.
 
-Importing the package registers the converted models' classes with the Transformers Auto classes.
+Importing the package registers the classes of converted models with the Transformers Auto classes, and the quantization
+of their weights with its quantizers.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from optimum_mla import models as models
+from optimum_mla import weights as weights
 from optimum_mla.cache import LatentCache
 from optimum_mla.convert.compose import compose
 from optimum_mla.convert.tracing import trace

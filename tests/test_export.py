@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_mla import XEcoMLA
 from optimum_mla.calibrate.text import token_windows
 from optimum_mla.core.errors import InvalidValueError, OutputError, UnsupportedModelError
-from optimum_mla.models.deepseek import export_deepseek
+from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.pipeline import TextOptions, convert, export, finetune
 from optimum_mla.recovery.recipe import Recipe
 from tests.cases import UNCALIBRATED, source_model, token_ids

@@ -16,9 +16,9 @@ from optimum_mla.calibrate.text import token_windows
 from optimum_mla.core.errors import InvalidValueError, OutputError, UnsupportedModelError
 from optimum_mla.measure.memory import measured_cache_bytes
 from optimum_mla.measure.quality import decoding_perplexity, perplexity
-from optimum_mla.models import weight_bytes
 from optimum_mla.pipeline import TextOptions, convert, quantize
 from optimum_mla.report.schema import QuantizationReport
+from optimum_mla.weights import weight_bytes
 from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"

@@ -16,6 +16,7 @@ FLOORS = (
     {"nn", "cache"},
     {"families", "io"},
     {"models"},
+    {"weights", "export"},
     {"calibrate", "plan"},
     {"methods"},
     {"convert"},

@@ -17,6 +17,7 @@ from optimum_mla.calibrate.windows import deciding_windows
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
+from optimum_mla.export.checks import check_exportable
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.memory import measured_cache_bytes_per_token
 from optimum_mla.measure.quality import TOKENS_PER_BATCH, perplexity
@@ -28,7 +29,6 @@ from optimum_mla.methods.registry import transform_class
 from optimum_mla.methods.signature import whole_signature
 from optimum_mla.models.base import model_geometry
 from optimum_mla.models.checks import check_convertible
-from optimum_mla.models.deepseek import check_exportable
 from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.estimate import conversion_memory, conversion_seconds, duration
 from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model

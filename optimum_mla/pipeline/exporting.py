@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.export.checks import check_exportable
+from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
-from optimum_mla.models.deepseek import check_exportable, export_deepseek
 from optimum_mla.models.registry import is_converted
 from optimum_mla.pipeline.loading import (
     carried_card,

@@ -22,7 +22,6 @@ from optimum_mla.io.inputs import check_inputs_stay
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
-from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
@@ -43,6 +42,7 @@ from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
 from optimum_mla.report.cards import recovery_card
 from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.schema import RecoveryReport
+from optimum_mla.weights.choices import quantized_by
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from optimum_mla.measure.quality import decoding_perplexity
 from optimum_mla.measure.verify import tolerance_of, verify
 from optimum_mla.methods.quantize_cache import QuantizeLatentCache
 from optimum_mla.models.base import model_geometry
-from optimum_mla.models.weights import check_weights, quantize_weights, weight_bytes
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
@@ -30,6 +29,7 @@ from optimum_mla.pipeline.loading import (
 )
 from optimum_mla.report.cards import quantization_card, with_section
 from optimum_mla.report.schema import QuantizationReport
+from optimum_mla.weights import check_weights, quantize_weights, weight_bytes
 
 LONGEST_PROBE = 4096
 """Tokens, at most, in the caches that are weighed."""

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.models.registry import family_of, is_converted
-from optimum_mla.models.weights.choices import quantized_by
 from optimum_mla.nn import LatentAttention
+from optimum_mla.weights.choices import quantized_by
 
 if TYPE_CHECKING:
     from peft import LoraConfig

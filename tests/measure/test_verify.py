@@ -123,13 +123,13 @@ def test_other_logits_than_the_sources_are_found() -> None:
 def test_a_layer_that_differs_from_its_factorization_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = source_model("llama")
     expected = model(token_ids()).logits
-    cast = MHA2MLA._cast
+    cast = Run._cast
 
     def wrong(self: Any, source: Any, tensors: Any) -> Any:
         found = cast(self, source, tensors)
         return {**found, "kv_b_proj.weight": 1.3 * found["kv_b_proj.weight"]}
 
-    monkeypatch.setattr(MHA2MLA, "_cast", wrong)
+    monkeypatch.setattr(Run, "_cast", wrong)
     with pytest.raises(VerificationError, match=r"layer 0 has an output error of .* but its factorization predicts"):
         MHA2MLA(kv_cache_ratio=0.5, rope_selection="high")(model)
     assert torch.equal(model(token_ids()).logits, expected)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_mla import GQA2MLA
-from optimum_mla.models.deepseek import export_deepseek
+from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.pipeline.loading import load_config, load_model
 from tests.cases import source_model, token_ids
 

@@ -8,9 +8,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
-from optimum_mla.models import quantize_weights
 from optimum_mla.recovery import kv_parameters, mla_lora_config, prepare
 from optimum_mla.recovery.parameters import parameter_counts
+from optimum_mla.weights import quantize_weights
 from tests.cases import source_model, token_ids
 from tests.nn.test_attention import FORMS, build
 

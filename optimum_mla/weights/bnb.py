@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 
 from optimum_mla.models.base import keep_storable
-from optimum_mla.models.weights.library import WeightLibrary
+from optimum_mla.weights.library import WeightLibrary
 
 GROUP = 64
 """Numbers in a block of 4-bit codes."""

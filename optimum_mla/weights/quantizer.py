@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_mla.models.weights.library import StoredLibrary, make_library
+from optimum_mla.weights.library import StoredLibrary, make_library
 
 METHODS = {"mla_hqq": "hqq", "mla_quanto": "quanto"}
 """The library of each `quant_method` in a checkpoint's config."""

@@ -17,7 +17,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.core.errors import UnsupportedModelError
-from optimum_mla.models.deepseek import CONSTANT, LARGEST_LATENT, constant_norm, export_deepseek
+from optimum_mla.export.constant_channel import CONSTANT, LARGEST_LATENT, constant_norm
+from optimum_mla.export.deepseek import export_deepseek
 from tests.cases import source_model, token_ids
 
 FAMILIES = (

@@ -12,9 +12,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_mla.core.errors import MissingDependencyError
 
 LIBRARIES: dict[str, str] = {
-    "bitsandbytes": "optimum_mla.models.weights.bnb:BitsAndBytesWeights",
-    "hqq": "optimum_mla.models.weights.hqq:HQQWeights",
-    "quanto": "optimum_mla.models.weights.quanto:QuantoWeights",
+    "bitsandbytes": "optimum_mla.weights.bnb:BitsAndBytesWeights",
+    "hqq": "optimum_mla.weights.hqq:HQQWeights",
+    "quanto": "optimum_mla.weights.quanto:QuantoWeights",
 }
 """The class of each library as `module:Class`, imported when it is first used; the names are also those of extras."""
 
@@ -46,7 +46,7 @@ class WeightLibrary(ABC):
 
 
 class StoredLibrary(WeightLibrary):
-    """A library whose layers `optimum_mla.models.weights.quantizer` loads."""
+    """A library whose layers `optimum_mla.weights.quantizer` loads."""
 
     @abstractmethod
     def empty(self, linear: nn.Linear, bits: int) -> nn.Module:

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from optimum_mla import models
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
-from optimum_mla.models.weights import WEIGHT_CHOICES, quantize_weights, unquantized_layers, weight_bytes
-from optimum_mla.models.weights.choices import UP_PROJECTIONS
+from optimum_mla.weights import WEIGHT_CHOICES, quantize_weights, unquantized_layers, weight_bytes
+from optimum_mla.weights.choices import UP_PROJECTIONS
 from tests.cases import SIZES, token_ids
 from tests.nn.test_attention import FORMS, latent_attentions
 
@@ -247,7 +247,7 @@ def test_missing_library_is_named(
 ) -> None:
     model, saved = build(tmp_path), build(tmp_path)
     quantize_weights(saved, choice).save_pretrained(tmp_path / "quantized")
-    name = f"optimum_mla.models.weights.{module}"
+    name = f"optimum_mla.weights.{module}"
     assert importlib.import_module(name)
     monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -263,6 +263,6 @@ def test_importing_the_models_imports_no_library() -> None:
     # HQQ itself is imported by Transformers where it is installed.
     code = (
         "import optimum_mla, optimum_mla.models, sys;"
-        "assert not {'optimum.quanto', 'bitsandbytes', 'optimum_mla.models.weights.hqq'} & set(sys.modules)"
+        "assert not {'optimum.quanto', 'bitsandbytes', 'optimum_mla.weights.hqq'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -8,8 +8,8 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 from torch import nn
 
-from optimum_mla.models.weights.library import StoredLibrary
-from optimum_mla.models.weights.quantizer import StoredWeightsConfig
+from optimum_mla.weights.library import StoredLibrary
+from optimum_mla.weights.quantizer import StoredWeightsConfig
 
 GROUP = 64
 

@@ -6,8 +6,8 @@ import torch
 from optimum.quanto import QLinear, qint4, qint8
 from torch import nn
 
-from optimum_mla.models.weights.library import StoredLibrary
-from optimum_mla.models.weights.quantizer import StoredWeightsConfig
+from optimum_mla.weights.library import StoredLibrary
+from optimum_mla.weights.quantizer import StoredWeightsConfig
 
 KINDS = {4: qint4, 8: qint8}
 GROUP = 64

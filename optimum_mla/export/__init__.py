@@ -1,0 +1,1 @@
+"""Converted models in the forms of other software, which run without this package."""

@@ -1,0 +1,73 @@
+"""Which converted models `deepseek_v3` can express."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optimum_mla.core.errors import UnsupportedModelError
+from optimum_mla.families.spec import sliding_window
+from optimum_mla.models.base import model_geometry
+from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.stack import FIXED_ROPE_TYPES, rope_type
+
+
+def refuse(reason: str, remedy: str) -> UnsupportedModelError:
+    """Return the error for a model that `deepseek_v3` cannot express.
+
+    Args:
+        reason: The reason, as a clause without a period.
+        remedy: A sentence that says what to do.
+    """
+    return UnsupportedModelError(f"export: {reason}. {remedy}")
+
+
+def check_exportable(config: Any, pad: bool = False) -> None:
+    """Check by its config alone whether `deepseek_v3` can express a model.
+
+    Args:
+        config: The config of a converted model.
+        pad: Whether layers may be padded to the largest rank.
+
+    Raises:
+        UnsupportedModelError: The model cannot be exported. The message names the options of a conversion that can be
+            exported, if there are any.
+    """
+    if not is_converted(config):
+        raise refuse("the model is not converted", "Run optimum-cli mla-convert on it first.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise refuse("the model's weights are quantized", "Export the unquantized model.")
+    layers = model_geometry(family_of(config).spec, config).layers
+    engine_form = "Convert with --method gqa2mla --rope-cache cached --shared-rope."
+    for index, g in enumerate(layers):
+        if g.attention_form == "source":
+            raise refuse(f"layer {index} keeps the source's attention", "Convert all layers.")
+        if g.attention_form == "full":
+            raise refuse("the rotation acts on up-projected keys (positional full)", engine_form)
+        if g.key_norm:
+            raise refuse("the model norms its queries and keys, DeepSeek does not", "Such models run in this package.")
+        if g.num_rope_heads > 1:
+            raise refuse(f"every layer has {g.num_rope_heads} rotary keys, DeepSeek one", engine_form)
+        if g.rope_cache == "rebuilt":
+            raise refuse("the rotary key is rebuilt from the latent", engine_form)
+        if sliding_window(config, index) is not None:
+            raise refuse(f"layer {index} has a sliding window", "Such models run in this package.")
+        if g.latent_norm and g.up_bias:
+            raise refuse("a latent that is normed leaves no place for biases", "Convert without the latent norm.")
+        if g.latent_norm and g.query_bias:
+            raise refuse("a query latent that is normed leaves no place for biases", "Convert without the latent norm.")
+    for field, values in (
+        ("rotary dims", {g.qk_rope_head_dim for g in layers}),
+        ("query ranks", {g.q_lora_rank for g in layers}),
+        ("latent norms", {g.latent_norm for g in layers}),
+    ):
+        if len(values) > 1:
+            raise refuse(f"layers differ in their {field} ({', '.join(sorted(map(str, values)))})", engine_form)
+    ranks = sorted({g.kv_lora_rank for g in layers})
+    if len(ranks) > 1 and (not pad or layers[0].latent_norm):
+        remedy = "Pad them to the largest with --pad, or convert with --rank-allocation uniform."
+        raise refuse(f"the layers' latents have ranks from {ranks[0]} to {ranks[-1]}", remedy)
+    rope = rope_type(config)
+    if rope not in FIXED_ROPE_TYPES:
+        raise refuse(f"{rope} rotary scaling depends on the length at hand", "Such models run in this package.")
+    if getattr(config, "mlp_bias", False):
+        raise refuse("the feed-forward layers have biases, DeepSeek's do not", "Such models run in this package.")

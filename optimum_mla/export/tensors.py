@@ -1,0 +1,158 @@
+"""The shape and the weights of the attention of an export."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.export.checks import refuse
+from optimum_mla.export.constant_channel import constant_norm
+from optimum_mla.families.spec import AttentionSpec
+from optimum_mla.models.registry import family_of
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape that all layers of the export share.
+
+    Attributes:
+        rank: Rank of the latent, including the constant channel.
+        query_rank: Rank of the query latent, including the constant channel, or None without a query latent.
+        normed: Whether the model norms its latents itself, so that there is no constant channel.
+        biased: Whether the down-projections have biases.
+        interleaved: Whether the two dims of a rotary pair are neighbours, as inference engines expect them. Otherwise
+            they are R/2 dims apart.
+        pairs: The source's rotary pair from which each rotary pair comes, [R/2].
+    """
+
+    rank: int
+    query_rank: int | None
+    normed: bool
+    biased: bool
+    interleaved: bool
+    pairs: Tensor
+
+
+def export_shape(model: PreTrainedModel) -> Shape:
+    """Return the shape of the export of a model that has passed `check_exportable`.
+
+    Raises:
+        UnsupportedModelError: The layers rotate at different frequencies.
+    """
+    attentions = latent_attentions(model)
+    layers = [attention.geometry for attention in attentions]
+    orders = [attention.rope_pairs[0].sort().values for attention in attentions]
+    if any(not torch.equal(order, orders[0]) for order in orders):
+        remedy = "Convert with --shared-rope, which gives all layers the same."
+        raise refuse("the layers rotate at different frequencies, DeepSeek's all at the same", remedy)
+    g, normed = layers[0], layers[0].latent_norm
+    query_rank = g.q_lora_rank
+    if g.query_bias and query_rank is None:
+        query_rank = g.hidden_size
+    constant = 0 if normed else 1
+    biased = not normed or any(layer.key_value_bias or layer.output_bias for layer in layers)
+    return Shape(
+        rank=max(layer.kv_lora_rank for layer in layers) + constant,
+        query_rank=None if query_rank is None else query_rank + constant,
+        normed=normed,
+        biased=biased,
+        interleaved=normed,
+        pairs=orders[0],
+    )
+
+
+def latent_attentions(model: PreTrainedModel) -> list[Any]:
+    """Return the attention modules of all layers in order."""
+    spec: AttentionSpec = family_of(model.config).spec
+    return [model.get_submodule(spec.attention_path(layer)) for layer in range(model.config.num_hidden_layers)]
+
+
+def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scaling: float) -> dict[str, Tensor]:
+    """Return the weights of one attention layer by DeepSeek's names, in float64 on the CPU.
+
+    Args:
+        attention: A `DecoupledLatentAttention`.
+        shape: The shape of the export.
+        input_gain: The largest absolute gain of the norm before the attention.
+        rope_scaling: The factor by which the source's rotary embedding multiplies cos and sin, as with YaRN.
+    """
+    g: MLAGeometry = attention.geometry
+    dtype = attention.o_proj.weight.dtype
+    n, half, r = g.qk_nope_head_dim, g.qk_rope_head_dim // 2, g.kv_lora_rank
+    order = attention.rope_pairs[0].argsort(stable=True)
+    rope_order = torch.cat([order, order + half])
+    if shape.interleaved:
+        rope_order = rope_order.view(2, half).T.flatten()
+    longest = input_gain * math.sqrt(g.hidden_size)  # An RMS-normed state is not longer than this after its gain.
+
+    # The query weights get DeepSeek's order of rotary pairs and the ratio of the two logit scales. They also get the
+    # factor of the source's rotary embedding twice, because the exported one multiplies neither queries nor keys by it.
+    scale = torch.full((g.qk_head_dim,), math.sqrt(g.qk_head_dim / g.head_dim), dtype=torch.float64)
+    scale[n:] *= rope_scaling**2
+    rows = torch.cat([torch.arange(n), n + rope_order.cpu()])
+    tensors: dict[str, Tensor] = {}
+
+    def queries(tensor: Tensor) -> Tensor:
+        heads = double(tensor).unflatten(0, (g.num_attention_heads, -1))[:, rows]
+        return (heads * scale.view(-1, *[1] * (heads.ndim - 2))).flatten(0, 1)
+
+    if shape.query_rank is None:
+        tensors["q_proj.weight"] = queries(attention.q_proj.weight)
+    else:
+        plain = g.q_lora_rank is None
+        up = attention.q_proj if plain else attention.q_b_proj
+        down = torch.eye(g.hidden_size, dtype=torch.float64) if plain else double(attention.q_a_proj.weight)
+        weight, bias = queries(up.weight), None if up.bias is None else queries(up.bias)
+        if shape.normed:
+            made = {"q_a_proj.weight": down, "q_b_proj.weight": weight}
+            made["q_a_layernorm.weight"] = double(attention.q_a_layernorm.weight)
+            if shape.biased:
+                made["q_a_proj.bias"] = torch.zeros(len(down), dtype=torch.float64)
+        else:
+            made = constant_norm("q_a", "q_b_proj", down, None, weight, bias, longest, len(down), dtype)
+        tensors |= made
+
+    # The down-projection and the up-projection of keys and values follow, and then the rotary key.
+    compressed = attention.kv_a_proj_with_mqa
+    weight = double(compressed.weight)
+    bias = torch.zeros(len(weight), dtype=torch.float64) if compressed.bias is None else double(compressed.bias)
+    share = g.num_attention_heads // g.num_up_heads
+
+    def repeated(tensor: Tensor) -> Tensor:
+        return double(tensor).unflatten(0, (g.num_up_heads, -1)).repeat_interleave(share, dim=0).flatten(0, 1)
+
+    up_weight = repeated(attention.kv_b_proj.weight)
+    up_bias = None if attention.kv_b_proj.bias is None else repeated(attention.kv_b_proj.bias)
+    if shape.normed:
+        tensors["kv_a_proj_with_mqa.weight"], tensors["kv_b_proj.weight"] = weight[:r], up_weight
+        tensors["kv_a_layernorm.weight"] = double(attention.kv_a_layernorm.weight)
+        if shape.biased:
+            tensors["kv_a_proj_with_mqa.bias"] = bias[:r]
+    else:
+        made = constant_norm(
+            "kv_a", "kv_b_proj", weight[:r], bias[:r], up_weight, up_bias, longest, shape.rank - 1, dtype
+        )
+        for part in ("weight", "bias"):
+            tensors[f"kv_a_proj_with_mqa.{part}"] = made.pop(f"kv_a_proj.{part}")
+        tensors |= made
+    rotary = {"weight": weight[r:][rope_order.cpu()], "bias": bias[r:][rope_order.cpu()]}
+    for part, rows_ in rotary.items():
+        name = f"kv_a_proj_with_mqa.{part}"
+        if name in tensors:
+            tensors[name] = torch.cat([tensors[name], rows_])
+    for part, tensor in attention.o_proj.named_parameters():
+        tensors[f"o_proj.{part}"] = double(tensor)
+    if shape.biased and "o_proj.bias" not in tensors:
+        tensors["o_proj.bias"] = torch.zeros(g.hidden_size, dtype=torch.float64)
+    return tensors
+
+
+def double(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64 on the CPU, detached from its graph."""
+    return tensor.detach().to("cpu", torch.float64)
