@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.walk import CalibrationWalk
@@ -56,6 +56,40 @@ class LayerResult:
     healed_error: float | None = None
 
 
+class LayerSources(Mapping[int, SourceAttention]):
+    """The attention of every layer to convert, by the index of the layer.
+
+    Each access makes a new object, so that the float64 weights of a layer are freed after the work on it.
+
+    Args:
+        family: The model's family.
+        model: A model or a traced one.
+        config: The model's config.
+        layers: Indices of the layers.
+
+    Raises:
+        InvalidValueError: A layer is already converted.
+        UnsupportedModelError: A layer has projections that are no plain linear layers.
+    """
+
+    def __init__(self, family: Family, model: nn.Module, config: PreTrainedConfig, layers: Sequence[int]) -> None:
+        self._family, self._model, self._config, self._layers = family, model, config, layers
+        for layer in layers:
+            path = family.spec.attention_path(layer)
+            if not isinstance(family.spec.part(model, path, layer), family.source_attention):
+                raise converted_already(layer)
+            self[layer]
+
+    def __getitem__(self, layer: int) -> SourceAttention:
+        return source_attention(self._family.spec, self._model, self._config, layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
 class Run:
     """A conversion of one model by one method.
 
@@ -82,7 +116,8 @@ class Run:
         self.method, self.model = method, model
         self.family = check_convertible(model)
         self.config = config_of(model)
-        self.sources = self._sources()
+        layers = parse_layers(method.layers, self.config.num_hidden_layers)
+        self.sources = LayerSources(self.family, model, self.config, layers)
         if method.calibration is not None:
             check_tokens(method.calibration, self.config.vocab_size)
         self.results: dict[int, LayerResult] = {}
@@ -184,15 +219,6 @@ class Run:
             self.method.mark_as_transformed(node)
         model.meta["config"] = config
         return model
-
-    def _sources(self) -> dict[int, SourceAttention]:
-        """Return the attention of every layer to convert, and refuse layers that are already converted."""
-        spec, sources = self.family.spec, {}
-        for layer in parse_layers(self.method.layers, self.config.num_hidden_layers):
-            if not isinstance(spec.part(self.model, spec.attention_path(layer), layer), self.family.source_attention):
-                raise converted_already(layer)
-            sources[layer] = source_attention(spec, self.model, self.config, layer)
-        return sources
 
     def _cast(self, source: SourceAttention, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a layer's tensors in the dtype and on the device of the source's weights, and refuse infinite ones."""

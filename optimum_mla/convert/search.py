@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,18 +43,28 @@ class LayerSearch:
     layer: int
     source: SourceAttention
     calibration: LayerCalibration
+    _modules: dict[MLAGeometry, LatentAttention] = field(default_factory=dict)
+    """A module for each shape, with the weights of the last candidate, because making modules takes long."""
 
     def convert(self, geometry: MLAGeometry) -> dict[str, Tensor]:
         """Return the layer's tensors in the given shape, with the key weight that the calibration has."""
         return self.method.convert_layer(self.source, geometry, self.calibration)
 
     def attention(self, geometry: MLAGeometry, tensors: dict[str, Tensor]) -> LatentAttention:
-        """Return the layer's attention as a module in the dtype of the calibration, causal if it gets no mask."""
-        config = copy.copy(config_of(self.model))
-        config._attn_implementation = "sdpa"
+        """Return the layer's attention as a module in the dtype of the calibration, causal if it gets no mask.
+
+        A later call for the same shape gives other weights to the same module.
+        """
         dtype = self.calibration.dtype
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        return load_attention(self.family, config, self.layer, cast, self.model, geometry).eval()
+        if geometry in self._modules:
+            self._modules[geometry].load_state_dict(cast, assign=True)
+        else:
+            config = copy.copy(config_of(self.model))
+            config._attn_implementation = "sdpa"
+            made = load_attention(self.family, config, self.layer, cast, self.model, geometry)
+            self._modules[geometry] = made.eval()
+        return self._modules[geometry]
 
     def error(self, geometry: MLAGeometry) -> float:
         """Return the error that the given shape leaves on the held-back windows."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from optimum_mla.calibrate.layer import LayerCalibration
@@ -18,7 +20,7 @@ def choose_shared_rope(
     method: MLATransformation,
     family: Family,
     walk: CalibrationWalk,
-    sources: dict[int, SourceAttention],
+    sources: Mapping[int, SourceAttention],
     plans: dict[int, MLAGeometry],
 ) -> SharedRope:
     """Return the number of rotary dims with the least squared error, and the frequencies that would do the most damage.

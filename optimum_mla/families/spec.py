@@ -123,8 +123,9 @@ def sliding_window(config: Any, layer: int) -> int | None:
 class SourceAttention:
     """The weights of a source model's attention in float64, split by heads.
 
-    H is the number of query heads, G the number of key and value heads, D the head dim and d the hidden size. Weights
-    are cast each time that they are read, because float64 copies of a whole model would take too much memory.
+    H is the number of query heads, G the number of key and value heads, D the head dim and d the hidden size. A weight
+    is cast when it is first read, and the object keeps the float64 copy. So an object should not live longer than the
+    work on its layer.
 
     Args:
         spec: The description of the family.
@@ -144,12 +145,15 @@ class SourceAttention:
     ) -> None:
         self.spec, self.module, self.geometry = spec, module, geometry
         self.attention_scaling, self.input_gain = attention_scaling, input_gain
+        self._weights: dict[str, Tensor] = {}
 
     def _linear(self, name: str) -> nn.Linear:
         return self.module.get_submodule(name)  # type: ignore[return-value]
 
     def _weight(self, name: str) -> Tensor:
-        return self._linear(name).weight.detach().double()
+        if name not in self._weights:
+            self._weights[name] = self._linear(name).weight.detach().double()
+        return self._weights[name]
 
     def _heads(self, name: str) -> Tensor:
         return self._weight(name).unflatten(0, (-1, self.geometry.head_dim))
