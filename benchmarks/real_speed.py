@@ -2,7 +2,7 @@
 
     python -m benchmarks.real_speed [--config ...] [--output ...]
 
-Models and caches take turns in one process, and each cell of the memory table runs in a process of its own. The
+Models and caches are timed alternately in one process, and each cell of the memory table runs in a process of its own. The
 conversions are those of the experiment on quality, which are made where they are missing.
 """
 

@@ -89,7 +89,7 @@ class StoredBlock:
             backends: The backends that quantize the first and the second vectors; None keeps them in the model's dtype.
             group_size: Largest number of neighbouring numbers that share a scale.
         """
-        *vectors, scales = self.plain.vectors.split(self.widths, dim=-1)
+        *vectors, key_factors = self.plain.vectors.split(self.widths, dim=-1)
         kept: list[Tensor] = []
         coded: list[QuantizedStored | None] = []
         for part, backend in zip(vectors, backends, strict=True):
@@ -98,7 +98,7 @@ class StoredBlock:
                 coded.append(None)
             else:
                 coded.append(QuantizedStored.quantize(part, backend, group_size))
-        return StoredBlock(DenseStored(torch.cat([*kept, scales], dim=-1)), coded[0], coded[1], self.widths)
+        return StoredBlock(DenseStored(torch.cat([*kept, key_factors], dim=-1)), coded[0], coded[1], self.widths)
 
     def open(self, memory: Tensor | None = None) -> Block:
         """Return the block in the form that attention computes with, decoding what is quantized.
@@ -108,9 +108,9 @@ class StoredBlock:
         """
         coded = (self.first, self.second)
         kept = [0 if part else width for part, width in zip(coded, self.widths, strict=False)]
-        *plain, scales = self.plain.vectors.split([*kept, self.widths[2]], dim=-1)
+        *plain, key_factors = self.plain.vectors.split([*kept, self.widths[2]], dim=-1)
         if not self.quantized:
-            return Block(Latents(plain[0]), Latents(plain[1]), scales, self.plain.vectors[..., : sum(kept)])
+            return Block(Latents(plain[0]), Latents(plain[1]), key_factors, self.plain.vectors[..., : sum(kept)])
         widths = [part.opened_width if part else width for part, width in zip(coded, kept, strict=True)]
         size = (self.batch, self.tokens, sum(widths))
         joined = memory if memory is not None and memory.shape == size else self.plain.buffer.new_empty(size)
@@ -120,7 +120,7 @@ class StoredBlock:
             part.open(out) if part else Latents(out.copy_(vectors))
             for part, vectors, out in zip(coded, plain, outs, strict=True)
         )
-        return Block(first, second, scales, joined)
+        return Block(first, second, key_factors, joined)
 
 
 class BlockView(CacheView):
@@ -141,7 +141,7 @@ class BlockView(CacheView):
         return not any(block.quantized for block in self.blocks)
 
     @property
-    def scales(self) -> int:
+    def num_key_factors(self) -> int:
         return self.blocks[0].widths[2]
 
     def __iter__(self) -> Iterator[Block]:
@@ -151,7 +151,7 @@ class BlockView(CacheView):
             yield block
             # Taking new memory for every block would cost more time than decoding. With gradients on, memory is not
             # reused, because autograd still needs the earlier blocks in the backward pass.
-            memory = block.joined if stored.quantized and not torch.is_grad_enabled() else None
+            memory = block.adjacent if stored.quantized and not torch.is_grad_enabled() else None
 
     def whole(self) -> Block:
         return concatenate([stored.open() for stored in self.blocks])
@@ -375,5 +375,5 @@ class LatentLayer(CacheLayerMixin):
 def _dense(view: BlockView) -> tuple[Tensor, Tensor]:
     """Return all tokens of a view as the two tensors [B, 1, T, width] that Transformers expects."""
     block = view.whole()
-    second = torch.cat([block.second.dense(), block.scales], dim=-1)
+    second = torch.cat([block.second.dense(), block.key_factors], dim=-1)
     return block.first.dense().unsqueeze(1), second.unsqueeze(1)

@@ -109,7 +109,9 @@ class DecoupledLatentAttention(LatentAttention):
         rope = rope.repeat_interleave(g.num_up_heads // g.num_rope_heads, dim=1)
         keys = torch.cat([nope, rope], dim=-1)
         if g.key_norm:
-            factors = block.scales.transpose(1, 2).repeat_interleave(g.num_up_heads // g.num_key_value_heads, dim=1)
+            factors = block.key_factors.transpose(1, 2).repeat_interleave(
+                g.num_up_heads // g.num_key_value_heads, dim=1
+            )
             keys = keys * factors.unsqueeze(-1)
         return keys, values
 

@@ -107,19 +107,19 @@ class Block(NamedTuple):
     Attributes:
         first: The first cached vectors, which are the joint latent or the key latent.
         second: The second cached vectors, the rotary key [B, T, K·R] or the value latent; their width may be 0.
-        scales: The factors of the key norms, [B, T, G]; the width is 0 without key norms.
-        joined: The stored vectors of `first` and `second` as one tensor if they lie side by side in memory, or None.
+        key_factors: The factors of the key norms, [B, T, G]; the width is 0 without key norms.
+        adjacent: The stored vectors of `first` and `second` as one tensor if they lie side by side in memory, or None.
     """
 
     first: Latents
     second: Latents
-    scales: Tensor
-    joined: Tensor | None = None
+    key_factors: Tensor
+    adjacent: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Number of tokens in this block."""
-        return self.scales.shape[1]
+        return self.key_factors.shape[1]
 
 
 class CacheView(ABC):
@@ -142,7 +142,7 @@ class CacheView(ABC):
 
     @property
     @abstractmethod
-    def scales(self) -> int:
+    def num_key_factors(self) -> int:
         """Number of key-norm factors per token, G, or 0 without key norms."""
 
     @abstractmethod
@@ -160,12 +160,12 @@ class TensorView(CacheView):
     Args:
         first: First cached tensor.
         second: Second cached tensor.
-        scales: Number of key-norm factors, which are the last numbers of `second`.
+        num_key_factors: Number of key-norm factors, which are the last numbers of `second`.
     """
 
-    def __init__(self, first: Tensor, second: Tensor, scales: int) -> None:
+    def __init__(self, first: Tensor, second: Tensor, num_key_factors: int) -> None:
         self.first, self.second = first[:, 0], second[:, 0]
-        self.width = self.second.shape[-1] - scales
+        self.width = self.second.shape[-1] - num_key_factors
 
     @property
     def sizes(self) -> list[int]:
@@ -177,7 +177,7 @@ class TensorView(CacheView):
         return True
 
     @property
-    def scales(self) -> int:
+    def num_key_factors(self) -> int:
         return self.second.shape[-1] - self.width
 
     def __iter__(self) -> Iterator[Block]:
@@ -190,8 +190,8 @@ class TensorView(CacheView):
         return self._slice(0, self.first.shape[1])
 
     def _slice(self, start: int, stop: int) -> Block:
-        second, scales = self.second[:, start:stop].split([self.width, self.second.shape[-1] - self.width], dim=-1)
-        return Block(Latents(self.first[:, start:stop]), Latents(second), scales)
+        second, key_factors = self.second[:, start:stop].split([self.width, self.second.shape[-1] - self.width], dim=-1)
+        return Block(Latents(self.first[:, start:stop]), Latents(second), key_factors)
 
 
 def concatenate(blocks: list[Block]) -> Block:
@@ -201,5 +201,5 @@ def concatenate(blocks: list[Block]) -> Block:
     return Block(
         Latents(torch.cat([block.first.dense() for block in blocks], dim=1)),
         Latents(torch.cat([block.second.dense() for block in blocks], dim=1)),
-        torch.cat([block.scales for block in blocks], dim=1),
+        torch.cat([block.key_factors for block in blocks], dim=1),
     )

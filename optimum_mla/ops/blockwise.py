@@ -214,8 +214,8 @@ class LatentDecode:
             logits = logits + rope
         if self.logit_bias is not None:
             logits = logits + self.logit_bias * self.scaling
-        if scales := block.scales.shape[-1]:
-            factors = block.scales.transpose(1, 2).repeat_interleave(heads // scales, dim=1)  # [B, H, t]
+        if key_heads := block.key_factors.shape[-1]:
+            factors = block.key_factors.transpose(1, 2).repeat_interleave(heads // key_heads, dim=1)  # [B, H, t]
             logits = logits * factors.unsqueeze(2)
 
         def combine(weights: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def cpu_decode(step: LatentDecode) -> Attended:
     if (
         step.keep_weights
         or step.dropout
-        or step.view.scales
+        or step.view.num_key_factors
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
     ):
@@ -45,14 +45,14 @@ def cpu_decode(step: LatentDecode) -> Attended:
     sums: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
     latents: dict[Hashable, Latents] = {}
     for block, span, mask in masked_blocks(step.view, step.mask):
-        joining = shared_rope and block.joined is not None
+        joining = shared_rope and block.adjacent is not None
         layout: Hashable = (joining, block.first.layout, block.second.layout)
         if layout not in queries:
             lifted = block.first.lift(step.latent_queries)
             if joining:
                 lifted = torch.cat([lifted, block.second.lift(step.rope_queries)], dim=-1)
             queries[layout], sums[layout], latents[layout] = lifted, [], block.first
-        keys = block.joined if joining and block.joined is not None else block.first.vectors
+        keys = block.adjacent if joining and block.adjacent is not None else block.first.vectors
         added = None if joining else step.rope_logits(block, span)
         sums[layout] += _flash(queries[layout], keys, step.scaling, _additive(added, mask, step.latent_queries))
     merged = reduce(Sums.merged, (_lowered(_merged(pieces), latents[layout]) for layout, pieces in sums.items()))

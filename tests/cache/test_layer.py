@@ -68,7 +68,7 @@ def dense(layer: LatentLayer) -> tuple[Tensor, Tensor]:
     view = BlockView([*layer.blocks, *([layer.residual] if layer.residual else [])])
     block = view.whole()
     assert view.tokens == layer.get_seq_length()
-    return block.first.dense(), torch.cat([block.second.dense(), block.scales], dim=-1)
+    return block.first.dense(), torch.cat([block.second.dense(), block.key_factors], dim=-1)
 
 
 def window(layer: LatentLayer) -> int:
@@ -372,7 +372,7 @@ def test_both_update_contracts_see_the_same() -> None:
         view = blocks.update_blocks(*parts, 0)
         block = view.whole()
         assert torch.equal(first[:, 0], block.first.dense())
-        assert torch.equal(second[:, 0], torch.cat([block.second.dense(), block.scales], dim=-1))
+        assert torch.equal(second[:, 0], torch.cat([block.second.dense(), block.key_factors], dim=-1))
         assert view.is_dense == (number == 0)
         assert view.sizes == [b.tokens for b in view]
     with pytest.raises(InvalidValueError, match="cache"):

@@ -38,8 +38,8 @@ def plain(step: LatentDecode, rope_key: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits + torch.einsum("bhsr,bhtr->bhst", rope, key)
     if step.logit_bias is not None:
         logits = logits + step.logit_bias
-    if whole.scales.shape[-1]:
-        factors = whole.scales.transpose(1, 2).repeat_interleave(H // whole.scales.shape[-1], dim=1)
+    if whole.key_factors.shape[-1]:
+        factors = whole.key_factors.transpose(1, 2).repeat_interleave(H // whole.key_factors.shape[-1], dim=1)
         logits = logits * factors[:, :, None]
     weights = masked_softmax(logits * step.scaling, step.mask)
     return torch.einsum("bhst,btr->bhsr", weights, whole.first.dense()), weights
@@ -50,18 +50,18 @@ def plain(step: LatentDecode, rope_key: Tensor) -> tuple[Tensor, Tensor]:
     past=st.integers(0, 40),
     block=st.integers(1, 17),
     rope_heads=st.sampled_from([1, 2, 4]),
-    scales=st.sampled_from([0, 2]),
+    key_factors=st.sampled_from([0, 2]),
     biased=st.booleans(),
     mask_kind=st.sampled_from(["none", "boolean", "additive", "minus infinity"]),
     rebuilt=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
 def test_blocks_give_what_one_piece_gives(
-    length: int, past: int, block: int, rope_heads: int, scales: int, biased: bool, mask_kind: str, rebuilt: bool
+    length: int, past: int, block: int, rope_heads: int, key_factors: int, biased: bool, mask_kind: str, rebuilt: bool
 ) -> None:
     tokens = past + length
     first, flat = randn(B, 1, tokens, RANK, seed=1), randn(B, 1, tokens, rope_heads * R, seed=2)
-    factors = randn(B, 1, tokens, scales, seed=3).abs() + 0.5
+    factors = randn(B, 1, tokens, key_factors, seed=3).abs() + 0.5
     rope_key, rebuild, second = flat[:, 0].unflatten(-1, (rope_heads, R)).transpose(1, 2), None, flat
     if rebuilt:
         weight, bias = randn(rope_heads * R, RANK, seed=4), randn(rope_heads * R, seed=5)
@@ -83,7 +83,7 @@ def test_blocks_give_what_one_piece_gives(
         logit_bias=randn(B, H, length, 1, seed=9) if biased else None,
         scaling=SCALING,
         rope_heads=rope_heads,
-        view=TensorView(first, torch.cat([second, factors], dim=-1), scales),
+        view=TensorView(first, torch.cat([second, factors], dim=-1), key_factors),
         rebuild=rebuild,
         mask=mask,
         keep_weights=True,
