@@ -2,8 +2,8 @@
 
     python -m benchmarks.real_speed [--config ...] [--output ...]
 
-Models and caches are timed alternately in one process, and each cell of the memory table runs in a process of its own. The
-conversions are those of the experiment on quality, which are made where they are missing.
+Models and caches are timed alternately in one process, and each cell of the memory table runs in a process of its own.
+The conversions are those of the experiment on quality, which are made where they are missing.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.spec import sliding_window
-from optimum_mla.models.base import model_geometry
+from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.stack import FIXED_ROPE_TYPES, rope_type
 

@@ -23,7 +23,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedMode
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.tensors import Shape, attention_tensors, export_shape, latent_attentions
 from optimum_mla.families.spec import AttentionSpec
-from optimum_mla.models.base import is_tied
+from optimum_mla.models.classes import is_tied
 from optimum_mla.models.registry import family_of
 
 UNUSED: dict[str, Any] = {

@@ -10,7 +10,7 @@ from optimum_mla.cache.settings import named_cache
 from optimum_mla.cache.sizes import predicted_bytes, spare_bytes
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.families.spec import sliding_window
-from optimum_mla.models.base import model_geometry, quantizable_layers
+from optimum_mla.models.layers import model_geometry, quantizable_layers
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.report.benchmark import BudgetRow, MemoryRow
 

@@ -50,9 +50,9 @@ def spread(times: list[float]) -> float:
 def time_in_turn(contenders: list[Contender], ids: Tensor, new_tokens: int, repeats: int) -> None:
     """Measure the times of all contenders and store them in the contenders.
 
-    They are timed alternately, so that other load on the machine affects all of them. In each round every contender does a prefill
-    and some decoding steps; the first round is not counted. The last round is followed by steps in which the attention
-    modules are timed, which do not count as speed.
+    They are timed alternately, so that other load on the machine affects all of them. In each round every contender
+    does a prefill and some decoding steps; the first round is not counted. The last round is followed by steps in which
+    the attention modules are timed, which do not count as speed.
 
     Args:
         contenders: The models with their caches; changed in place.

@@ -9,8 +9,8 @@ from optimum_mla.cache.backends import check_settings
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.methods.transformation import ModelTransformation
 from optimum_mla.models import is_converted
-from optimum_mla.models.base import quantizable_layers
 from optimum_mla.models.checks import config_of
+from optimum_mla.models.layers import quantizable_layers
 from optimum_mla.models.registry import family_of
 
 

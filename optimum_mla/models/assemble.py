@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.models.base import MLA_CONFIG_FIELDS, build_attention, is_tied
+from optimum_mla.models.classes import is_tied
+from optimum_mla.models.config import MLA_CONFIG_FIELDS
+from optimum_mla.models.layers import build_attention
 from optimum_mla.models.registry import Family, is_converted
 from optimum_mla.nn import LatentAttention
 

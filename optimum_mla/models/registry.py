@@ -17,13 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from optimum_mla.core.errors import UnsupportedModelError, first_line
 from optimum_mla.families.spec import AttentionSpec
-from optimum_mla.models.base import (
-    MLA_CONFIG_FIELDS,
-    MLAConfigMixin,
-    MLAForCausalLMMixin,
-    MLAModelMixin,
-    base_forward,
-)
+from optimum_mla.models.classes import MLAForCausalLMMixin, MLAModelMixin, base_forward
+from optimum_mla.models.config import MLA_CONFIG_FIELDS, MLAConfigMixin
 from optimum_mla.stack import enter_class_names
 
 BUILT_IN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

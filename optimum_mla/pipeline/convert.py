@@ -27,8 +27,8 @@ from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.methods.signature import whole_signature
-from optimum_mla.models.base import model_geometry
 from optimum_mla.models.checks import check_convertible
+from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.estimate import conversion_memory, conversion_seconds, duration
 from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model

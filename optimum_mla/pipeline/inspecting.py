@@ -20,7 +20,7 @@ from optimum_mla.families.spec import SourceAttention, sliding_window
 from optimum_mla.io.reading import reading
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.methods.registry import transform_class
-from optimum_mla.models.base import model_geometry
+from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.pipeline.estimate import conversion_memory

@@ -16,7 +16,7 @@ from optimum_mla.measure.memory import measured_cache_bytes, peak_memory_bytes
 from optimum_mla.measure.quality import decoding_perplexity
 from optimum_mla.measure.verify import tolerance_of, verify
 from optimum_mla.methods.quantize_cache import QuantizeLatentCache
-from optimum_mla.models.base import model_geometry
+from optimum_mla.models.layers import model_geometry
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 
-from optimum_mla.models.base import keep_storable
+from optimum_mla.models.classes import keep_storable
 from optimum_mla.weights.library import WeightLibrary
 
 GROUP = 64

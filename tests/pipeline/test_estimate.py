@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_mla import GQA2MLA
-from optimum_mla.models.base import model_geometry
+from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.estimate import (
     LIBRARIES_BYTES,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from optimum_mla.models import family_of
-from optimum_mla.models.base import model_geometry
+from optimum_mla.models.layers import model_geometry
 from optimum_mla.stack import cache_argument, cache_of
 from tests.transformers_suite.families import SIZES, model_class, tiny_config
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from optimum_mla.cache import LatentCache
 from optimum_mla.models import family_of
-from optimum_mla.models.base import model_geometry
+from optimum_mla.models.layers import model_geometry
 from tests.transformers_suite.families import Kind, model_class, tiny_config
 
 Check = Callable[[str, str, Kind], None]

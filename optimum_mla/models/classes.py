@@ -1,4 +1,4 @@
-"""The parts that the converted models of all families share: config fields, construction, recording, saving."""
+"""What the classes of converted models of all families share: construction, forward, generation, saving."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
-from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
-from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
-from optimum_mla.families.spec import AttentionSpec, sliding_window
-from optimum_mla.nn import ATTENTION_FORMS, DecoupledLatentAttention, LatentAttention
+from optimum_mla.cache import LatentCache
+from optimum_mla.core.errors import UnsupportedModelError
+from optimum_mla.core.geometry import ModelGeometry
+from optimum_mla.families.spec import AttentionSpec
+from optimum_mla.models.config import SHIM_NAME
+from optimum_mla.models.layers import build_attention, latent_cache, model_geometry, quantized_settings
+from optimum_mla.nn import DecoupledLatentAttention, LatentAttention
 from optimum_mla.nn.decoupled import default_rope_pairs
 from optimum_mla.ops.positions import check_given_positions
 from optimum_mla.stack import (
@@ -28,51 +29,6 @@ from optimum_mla.stack import (
     renamed_cache,
     require_cache,
 )
-
-MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
-    "attention_form": (str, "source"),
-    "mla_method": (str | None, None),
-    "kv_lora_rank": (int, 0),
-    "k_lora_rank": (int, 0),
-    "v_lora_rank": (int, 0),
-    "q_lora_rank": (int | None, None),
-    "qk_nope_head_dim": (int, 0),
-    "qk_rope_head_dim": (int, 0),
-    "num_rope_heads": (int, 1),
-    "v_head_dim": (int, 0),
-    "num_up_heads": (int, 0),
-    "rope_cache": (str, "cached"),
-    "latent_norm": (bool, False),
-    "latent_bias": (bool, False),
-}
-"""Type and default of every field that a converted config adds; all but `mla_method` are `MLAGeometry`'s fields."""
-
-SHIM_NAME = "modeling_mla"
-
-
-class MLAConfigMixin(PreTrainedConfig):
-    """Config fields of a converted model, on top of the source family's own.
-
-    The fields are those of `optimum_mla.core.geometry.MLAGeometry`. They hold for every layer unless `per_layer_config`
-    (Transformers' own mechanism for layers that differ) says otherwise; a layer whose `attention_form` is `source`
-    keeps the attention of the source model. `num_key_value_heads` and `head_dim` stay the source's.
-    """
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        prefix = type(self).__name__.removesuffix("MLAConfig")
-        # Lets `trust_remote_code=True` load the folder where optimum-mla is installed but was not imported.
-        self.auto_map = {
-            "AutoConfig": f"{SHIM_NAME}.{prefix}MLAConfig",
-            "AutoModel": f"{SHIM_NAME}.{prefix}MLAModel",
-            "AutoModelForCausalLM": f"{SHIM_NAME}.{prefix}MLAForCausalLM",
-        }
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Return n + R; Transformers takes it as the sign of latent attention when it sizes static caches."""
-        layer = self.per_layer_config[0]
-        return (layer.qk_nope_head_dim + layer.qk_rope_head_dim) or layer.head_dim
 
 
 class LatentInitialization(PreTrainedModel):
@@ -225,24 +181,6 @@ def rotates_cached_keys(model: nn.Module) -> bool:
     return any(isinstance(m, LatentAttention) and m.needs_cached_positions() for m in model.modules())
 
 
-def quantized_settings(cache_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of `CacheSettings` for the `cache_config` of Transformers' quantized cache.
-
-    Raises:
-        InvalidValueError: The `cache_config` has an entry that a latent cache does not know.
-    """
-    names = {
-        "backend": "backend",
-        "nbits": "bits",
-        "q_group_size": "group_size",
-        "residual_length": "residual_length",
-    }
-    if unknown := [name for name in cache_config if name not in names]:
-        remedy = "Latents are always coded token by token." if "axis" in unknown[0] else "Leave it out."
-        raise InvalidValueError("cache_config", unknown[0], ", ".join(names), remedy)
-    return {"bits": 4, "backend": "quanto", **{names[name]: value for name, value in cache_config.items()}}
-
-
 def is_tied(model: PreTrainedModel) -> bool:
     """Return whether the language-model head is the token embedding itself."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -257,52 +195,3 @@ def keep_storable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (no field of `nn.Module`)
-
-
-def build_attention(
-    spec: AttentionSpec, config: Any, layer: int, rotary: nn.Module, geometry: MLAGeometry | None = None
-) -> LatentAttention:
-    """Return the latent attention module of one converted layer, with the weights that `torch.nn` starts from.
-
-    The module keeps the model's config, not its layer's: `set_attn_implementation` changes the former only.
-
-    Args:
-        geometry: Shape of the layer; None reads it from the config.
-    """
-    geometry = geometry or spec.geometry(config.per_layer_config[layer])
-    window = sliding_window(config, layer)
-    return ATTENTION_FORMS[geometry.attention_form](config, geometry, layer, rotary, window)
-
-
-def latent_cache(spec: AttentionSpec, config: Any, offloading: bool = False, **settings: Any) -> LatentCache:
-    """Return an empty cache for a converted model's config.
-
-    Layers that keep the source's attention get what Transformers gives them. So do layers with a sliding window: what
-    they hold is bounded by it, and all of a model's windowed layers must hold the same tokens.
-    """
-    stored = CacheSettings.from_dict({**(config.latent_cache or {}), **settings})
-    latent = quantizable_layers(spec, config)
-    layers: list[CacheLayerMixin] = []
-    for index, geometry in enumerate(model_geometry(spec, config).layers):
-        window = sliding_window(config, index)
-        if index in latent:
-            layers.append(LatentLayer(geometry, stored))
-        else:
-            layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
-    return LatentCache(layers, offloading)
-
-
-def quantizable_layers(spec: AttentionSpec, config: Any) -> list[int]:
-    """Return the indices of the layers whose cache is a `LatentLayer`."""
-    layers = model_geometry(spec, config).layers
-    return [
-        index
-        for index, geometry in enumerate(layers)
-        if geometry.attention_form != "source" and sliding_window(config, index) is None
-    ]
-
-
-def model_geometry(spec: AttentionSpec, config: Any) -> ModelGeometry:
-    """Return the shapes of all attention layers of a source or converted model's config."""
-    layers: tuple[MLAGeometry, ...] = tuple(spec.geometry(layer) for layer in config.per_layer_config)
-    return ModelGeometry(layers)
