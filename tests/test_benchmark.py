@@ -23,8 +23,9 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 from optimum_mla import XEcoMLA
 from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, ReportError
-from optimum_mla.pipeline import BenchmarkOptions, benchmark, benchmark_run, cells, compare, quantize
-from optimum_mla.pipeline.cells import CellError, memory_cell, quality_cell, ran_out_of_memory, run_cell, speed_cell
+from optimum_mla.pipeline import BenchmarkOptions, benchmark, benchmark_run, cells, compare, measurements, quantize
+from optimum_mla.pipeline.cells import CellError, ran_out_of_memory, run_cell
+from optimum_mla.pipeline.measurements import memory_cell, quality_cell, speed_cell
 from optimum_mla.report.benchmark import BenchmarkReport
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
@@ -181,14 +182,14 @@ def test_a_cache_of_full_keys_and_values_is_flagged(models: Path, monkeypatch: p
             self.layers[layer].expanded = torch.zeros(1, 4, dense[0].shape[2], 32)
             return dense
 
-    monkeypatch.setattr(cells, "cache_maker", lambda model, name: lambda: FullCache(config=model.config))
+    monkeypatch.setattr(measurements, "cache_maker", lambda model, name: lambda: FullCache(config=model.config))
     row = memory_cell(str(models / "converted"), "default", 256, 1, **COMMON)
     assert row["live_percent_of_predicted"] > 200
     assert any("of what it should be" in flag for flag in row["flags"])
 
 
 def test_full_keys_kept_beside_the_cache_are_flagged(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = cells.load
+    load = measurements.load
 
     def loaded(*arguments: Any) -> Any:
         model = load(*arguments)
@@ -196,7 +197,7 @@ def test_full_keys_kept_beside_the_cache_are_flagged(models: Path, monkeypatch: 
         model.register_forward_hook(keep)
         return model
 
-    monkeypatch.setattr(cells, "load", loaded)
+    monkeypatch.setattr(measurements, "load", loaded)
     row = memory_cell(str(models / "converted"), "default", 256, 1, **COMMON)
     assert row["flags"] == ["alive after a step: [1, 2, 256, 16] float32, as large as the keys of a layer"]
 
