@@ -149,7 +149,7 @@ class Run:
 
         attentions: dict[int, LatentAttention] = {}
         results: dict[int, LayerResult] = {}
-        for layer, source in progress(self.sources.items(), f"{self.method.name}: layers"):
+        for layer, source in progress(self.sources.items(), f"{self.method.name}: layers", main=True):
             while walk is not None and walk.layer < layer:
                 walk.advance()
             attentions[layer], results[layer] = self._build(layer, source, plans[layer], walk)
@@ -167,7 +167,7 @@ class Run:
     def _allocate(self, walk: CalibrationWalk, plans: dict[int, MLAGeometry]) -> dict[int, MLAGeometry]:
         """Return the plans with the same total of ranks, distributed over the layers so that their errors are small."""
         plans, curves = dict(plans), {}
-        for layer, source in progress(self.sources.items(), f"{self.method.name}: rank allocation"):
+        for layer, source in progress(self.sources.items(), f"{self.method.name}: rank allocation", main=True):
             while walk.layer < layer:
                 walk.advance()
             search = self._search(walk, layer, source)

@@ -17,28 +17,36 @@ LINE_SECONDS = 30.0
 """Seconds between two lines where there is no terminal."""
 
 
-def progress(items: Iterable[T], description: str) -> Iterable[T]:
-    """Iterate over items and show how far the work is.
+def progress(items: Iterable[T], description: str, main: bool = False) -> Iterable[T]:
+    """Iterate over items and show how far the work is, and how long the rest should take.
 
-    On a terminal there is a progress bar once the work has taken over two seconds. Elsewhere, as in a log file, a line
-    on standard error says every half minute what has been done.
+    On a terminal there is a progress bar once the work has taken over two seconds. Elsewhere, as in a log file, lines
+    on standard error say what has been done: every half minute, or after each item of the main work of a command.
 
     Args:
         items: What to iterate over.
         description: A few words on the work.
+        main: Whether this is the main work of a command. Its bar stays when it is done.
     """
     total = len(items) if isinstance(items, Sized) else None
     if sys.stderr.isatty():
-        return tqdm(items, desc=description, total=total, delay=DELAY_SECONDS, leave=False)
-    return _with_lines(items, description, total)
+        return tqdm(items, desc=description, total=total, delay=DELAY_SECONDS, leave=main)
+    return _with_lines(items, description, total, DELAY_SECONDS if main else LINE_SECONDS)
 
 
-def _with_lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+def _with_lines(items: Iterable[T], description: str, total: int | None, seconds: float) -> Iterator[T]:
+    """Yield the items; write a line before an item if the last line is more than `seconds` ago."""
     start = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - last >= LINE_SECONDS:
+        if done and now - last >= seconds:
             last = now
-            amount = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-            print(f"{description}: {amount}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{description}: {_state(done, total, now - start)}", file=sys.stderr, flush=True)
         yield item
+
+
+def _state(done: int, total: int | None, seconds: float) -> str:
+    """Return what is done, for how long it took, and how long the rest takes at this pace."""
+    if total is None:
+        return f"{done:,}, {seconds:.0f} s"
+    return f"{done:,} of {total:,}, {seconds:.0f} s, about {seconds / done * (total - done):.0f} s left"

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
-from optimum_mla.calibrate.windows import deciding_windows
+from optimum_mla.calibrate.windows import HELD_BACK, deciding_windows
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
@@ -274,6 +274,10 @@ def announcement(
         lines[-1] += f", calibrated on {text['windows']} windows of {text['tokens_per_window']} tokens of {named}"
         if text["source"] == "built-in":
             lines.append("Text like what the model will read is better: give it with --calibration-data.")
+        if text["windows"] < HELD_BACK:
+            lines.append(
+                f"warning: fewer than {HELD_BACK} windows, so none is held back: choices are made on what was fitted."
+            )
     if geometry.cache_ratio < SMALL_CACHE_RATIO:
         lines.append(
             f"warning: {100 * geometry.cache_ratio:.2g} % of the cache is less than models of today can do with; "
