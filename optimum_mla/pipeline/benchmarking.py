@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
+from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.pipeline.benchmark_run import Benchmark, BenchmarkOptions
 from optimum_mla.pipeline.loading import check_dtype
@@ -17,6 +18,7 @@ from optimum_mla.report.pages import FORMATS, write_pages
 NO_BASELINE = "none"
 
 
+@claims_output
 def benchmark(
     model: str,
     output: str | Path,
@@ -100,6 +102,7 @@ def find_baseline(model: str, baseline: str | None, revision: str | None) -> Nam
     return source_of(model, "baseline", "Name the model to compare with by --baseline, or give --baseline none.")
 
 
+@claims_output
 def compare(
     folders: Iterable[str | Path], output: str | Path, formats: Iterable[str] = FORMATS, overwrite: bool = False
 ) -> None:

@@ -18,6 +18,7 @@ from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.export.checks import check_exportable
+from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.memory import measured_cache_bytes_per_token
 from optimum_mla.measure.quality import TOKENS_PER_BATCH, perplexity
@@ -58,6 +59,7 @@ SMALL_CACHE_RATIO = 0.1
 """Share of the source's cache below which a conversion is announced with a warning."""
 
 
+@claims_output
 def convert(
     model: str,
     output: str | Path,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.deepseek import export_deepseek
+from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.registry import is_converted
@@ -40,6 +41,7 @@ def check_format(name: str) -> None:
         raise InvalidValueError("format", name, ", ".join(FORMATS))
 
 
+@claims_output
 def export(
     model: str,
     output: str | Path,

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, s
 
 from optimum_mla.calibrate.text import window_length
 from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, first_line
+from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.io.inputs import check_inputs_stay
 from optimum_mla.measure.memory import PeakMemory
@@ -52,6 +53,7 @@ RUN_FILE = "run.json"
 """The settings of a run, beside its checkpoints."""
 
 
+@claims_output
 def finetune(
     model: str,
     output: str | Path,

@@ -11,6 +11,7 @@ import torch
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import UnsupportedModelError
+from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.memory import measured_cache_bytes, peak_memory_bytes
 from optimum_mla.measure.quality import decoding_perplexity
@@ -35,6 +36,7 @@ LONGEST_PROBE = 4096
 """Tokens, at most, in the caches that are weighed."""
 
 
+@claims_output
 def quantize(
     model: str,
     output: str | Path,

@@ -1,0 +1,68 @@
+"""The claim of a command on its output, so that no two processes write the same folder."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import getpass
+import hashlib
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from optimum_mla.core.errors import OutputError
+from optimum_mla.io.folder import located
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the claim on an output folder, which may not exist yet, until the block ends.
+
+    The claim is a lock of the system on a file in the folder for temporary files. It ends with the process that holds
+    it, however that process ends, so a process that was killed blocks nobody.
+
+    Args:
+        folder: The absolute path of the output.
+
+    Raises:
+        OutputError: Another process of this machine holds the claim.
+    """
+    with lock_file(folder).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"output: another process is writing {folder}. Wait until it is done, or choose another folder."
+            ) from error
+        yield
+
+
+def lock_file(folder: Path) -> Path:
+    """Return the file whose lock is the claim on a folder, in a folder of this user's own that exists."""
+    place = Path(tempfile.gettempdir()) / f"optimum-mla-{getpass.getuser()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    return place / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.lock"
+
+
+def claims_output(function: F) -> F:
+    """Decorate a command so that it holds the claim on its argument `output` while it runs.
+
+    In a distributed run only the process that writes, of rank 0, claims.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        output = signature.bind(*args, **kwargs).arguments["output"]
+        if int(os.environ.get("RANK", 0)) != 0:
+            return function(*args, **kwargs)
+        with claimed(located(output)):
+            return function(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
