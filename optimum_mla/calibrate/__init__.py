@@ -1,5 +1,6 @@
-"""The text on which conversions are calibrated when the user gives none."""
+"""Calibration: windows of text, the walk that takes them through the layers, and what is measured on it."""
 
 from optimum_mla.calibrate.built_in import BUILT_IN_TEXT, built_in_windows
+from optimum_mla.calibrate.text import token_windows
 
-__all__ = ["BUILT_IN_TEXT", "built_in_windows"]
+__all__ = ["BUILT_IN_TEXT", "built_in_windows", "token_windows"]
