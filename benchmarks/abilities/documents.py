@@ -24,6 +24,7 @@ COLOURS = ("red", "blue", "green", "silver", "copper", "violet", "crimson", "gol
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SYLLABLES = ("ba", "ko", "mi", "ru", "ta", "vo", "ne", "si", "pu", "da", "lo", "fe")
 LAST_WORD = re.compile(r"\b([A-Za-z]{4,})[.!?][\"']?\s")
+SENTENCE_END = re.compile(r"[.!?][\"']?(?=\s)")
 
 Split = dict[str, Dataset]
 
@@ -34,7 +35,7 @@ def needle(tokens: int, documents: int, **_: Any) -> Split:
     for index in range(documents):
         rng = random.Random(f"needle {tokens} {index}")
         depth, colour, number = DEPTHS[index % len(DEPTHS)], rng.choice(COLOURS), _number(rng)
-        text = _hidden(_paragraphs(rng, tokens), [(depth, colour, number)])
+        text = _hidden(_haystack(rng, tokens), [(depth, colour, number)])
         found.append({"depth": depth, "text": _asked(text, colour), "answer": number})
     return _split(found)
 
@@ -46,7 +47,7 @@ def needles(tokens: int, documents: int, **_: Any) -> Split:
         rng = random.Random(f"needles {tokens} {index}")
         colours = rng.sample(COLOURS, len(COLOURS))
         places = [(i / (len(colours) - 1), colour, _number(rng)) for i, colour in enumerate(colours)]
-        text = _hidden(_paragraphs(rng, tokens), places)
+        text = _hidden(_haystack(rng, tokens), places)
         found += [{"depth": d, "text": _asked(text, colour), "answer": number} for d, colour, number in places]
     return _split(found)
 
@@ -106,17 +107,20 @@ def same_words(document: dict[str, Any], results: list[str]) -> dict[str, float]
     return {"exact_match": float(wanted == written), "same_words": same / max(len(wanted), len(written), 1)}
 
 
-def _paragraphs(rng: random.Random, tokens: int) -> list[str]:
+def _haystack(rng: random.Random, tokens: int) -> str:
     text, characters = NOVEL.read_text(encoding="utf-8"), int(tokens * CHARACTERS_PER_TOKEN)
     start = text.index("\n\n", rng.randrange(len(text) - 2 * characters)) + 2
-    return text[start : start + characters].split("\n\n")
+    return text[start : start + characters]
 
 
-def _hidden(paragraphs: list[str], places: list[tuple[float, str, str]]) -> str:
-    whole = list(paragraphs)
+def _hidden(haystack: str, places: list[tuple[float, str, str]]) -> str:
+    """Return a text with sentences hidden at the given depths, each at the nearest end of a sentence."""
+    ends = [0, *(match.end() for match in SENTENCE_END.finditer(haystack)), len(haystack)]
+    whole = haystack
     for depth, colour, number in reversed(places):  # The last one first, so that the places of the others do not move.
-        whole.insert(round(depth * len(paragraphs)), f"The secret number of the {colour} door is {number}.")
-    return "\n\n".join(whole)
+        place = min(ends, key=lambda end: abs(end - depth * len(haystack)))
+        whole = f"{whole[:place]} The secret number of the {colour} door is {number}. {whole[place:]}".strip()
+    return whole
 
 
 def _asked(text: str, colour: str) -> str:
