@@ -37,7 +37,7 @@ def reading(part: str, model: str, hub: Mapping[str, Any] | None = None) -> Iter
         yield
     except (MLAError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # The loaders of configs, weights and tokenizers raise errors of many unrelated types.
         what = model if part == "config" else f"the {part} of {model}"
         raise UnreadableModelError(f"model: {what} did not load: {explained(part, model, hub or {}, error)}") from error
 

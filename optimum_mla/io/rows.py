@@ -195,7 +195,7 @@ def _loaded(load: Callable[[Any], Any], name: str, problem: str) -> PlacedRows:
             yield f"row {number} of {name}", row
     except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # The hub, the network and the readers of files raise errors of many unrelated types.
         raise CalibrationDataError(f"{problem}: {first_line(error)}") from error
     finally:
         datasets.logging.set_verbosity(level)

@@ -165,7 +165,7 @@ class MLATransformation(ModelTransformation):
 
         Each column holds the components of one frequency, with the most damaging one first.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.rotary_damage, which shared_rope needs")
 
     @property
     def rope_dims(self) -> int | None:
@@ -176,7 +176,7 @@ class MLATransformation(ModelTransformation):
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
     ) -> WeightedFactorization:
         """Return the weighted factorization of a calibrated layer, which also gives the energy that each rank holds."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.problem, which a calibrated factorization needs")
 
     def without_weights(self) -> MLATransformation:
         """Return a copy of the transformation whose `plan_layer` reads no weights; `check` uses it."""

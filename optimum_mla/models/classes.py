@@ -1,4 +1,4 @@
-"""What the classes of converted models of all families share: construction, forward, generation, saving."""
+"""The base classes of the converted models of all families: their construction, forward, generation and saving."""
 
 from __future__ import annotations
 
