@@ -54,8 +54,8 @@ class LayerStates:
 
     def heads(self, states: Tensor) -> HeadStates:
         """Return the heads on hidden states before the layer, [B, L, d]."""
-        spec, attention = self.source.spec, self.walk.block.attention
-        x = self.walk.block.input_norm(states)
+        spec, attention = self.source.spec, self.walk.attention
+        x = self.walk.input_norm(states)
         query, key, value = (
             attention.get_submodule(name)(x).unflatten(-1, (-1, self.geometry.head_dim)).transpose(1, 2)
             for name in (spec.query, spec.key, spec.value)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,83 +11,29 @@ from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.perplexity import stream_perplexities
 from optimum_mla.calibrate.walk import CalibrationWalk
-from optimum_mla.calibrate.windows import check_tokens
+from optimum_mla.calibrate.windows import check_tokens, deciding
 from optimum_mla.convert.balance import balanced
 from optimum_mla.convert.probe import check_errors, probe_errors
+from optimum_mla.convert.record import LayerResult, Record
 from optimum_mla.convert.search import LayerSearch
 from optimum_mla.convert.shared_rope import choose_shared_rope
-from optimum_mla.core.errors import CorruptWeightsError
+from optimum_mla.core.errors import CorruptWeightsError, UnsupportedModelError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.layers import parse_layers
 from optimum_mla.core.progress import progress
-from optimum_mla.families.spec import SourceAttention, source_attention
+from optimum_mla.families.spec import SourceAttention
 from optimum_mla.families.verify import verify_family
 from optimum_mla.methods.base import MLATransformation
+from optimum_mla.methods.shared_rope import SharedRope
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
-from optimum_mla.models.checks import check_convertible, config_of, converted_already
+from optimum_mla.models.checks import converted_already
+from optimum_mla.models.layer_source import LayerSource
 from optimum_mla.models.registry import Family
 from optimum_mla.nn import LatentAttention
 from optimum_mla.plan.allocation import allocate_ranks
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """The result of the conversion of one layer.
-
-    Attributes:
-        geometry: The layer's new shape.
-        output_error: Root-mean-square error of the new attention's output relative to the source attention's, on seeded
-            Gaussian states that are scaled like the layer's normed input (see `optimum_mla.convert.probe`). It compares
-            layers and methods without any text, and does not replace perplexity as the measure of quality.
-        predicted_error: The same error, computed from the tensors of the factorization.
-        key_weight: The weight of key errors against value errors that was chosen, or None without a calibrated
-            factorization.
-        state_error: The relative error in the hidden state after the attention on held-back calibration windows, which
-            includes the errors of earlier layers; None without calibration.
-        healed_error: The same error after the refit of the output projection, or None without a refit.
-    """
-
-    geometry: MLAGeometry
-    output_error: float
-    predicted_error: float
-    key_weight: float | None = None
-    state_error: float | None = None
-    healed_error: float | None = None
-
-
-class LayerSources(Mapping[int, SourceAttention]):
-    """The attention of every layer to convert, by the index of the layer.
-
-    Each access makes a new object, so that the float64 weights of a layer are freed after the work on it.
-
-    Args:
-        family: The model's family.
-        model: A model or a traced one.
-        config: The model's config.
-        layers: Indices of the layers.
-
-    Raises:
-        InvalidValueError: A layer is already converted.
-        UnsupportedModelError: A layer has projections that are no plain linear layers.
-    """
-
-    def __init__(self, family: Family, model: nn.Module, config: PreTrainedConfig, layers: Sequence[int]) -> None:
-        self._family, self._model, self._config, self._layers = family, model, config, layers
-        for layer in layers:
-            path = family.spec.attention_path(layer)
-            if not isinstance(family.spec.part(model, path, layer), family.source_attention):
-                raise converted_already(layer)
-            self[layer]
-
-    def __getitem__(self, layer: int) -> SourceAttention:
-        return source_attention(self._family.spec, self._model, self._config, layer)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+from optimum_mla.stack import remove_spread, returns_to_memory, spread
 
 
 class Run:
@@ -101,26 +47,44 @@ class Run:
 
     Args:
         method: The transformation, which stays as it is.
-        model: A `PreTrainedModel` or a `GraphModule` that `optimum_mla.trace` returned. It is changed in place.
+        model: A `PreTrainedModel` or a `GraphModule` that `optimum_mla.trace` returned.
+        record: Keeps what is found, and knows what an earlier run has found.
+        evaluation: Token ids, [E, L], on which the perplexity before and after the conversion is measured. None takes
+            the windows on which a calibrated conversion makes its choices, if `evaluate` says that it is wanted.
+        evaluate: Whether the perplexity is measured.
 
     Attributes:
-        family: The model's family.
-        sources: The attention of every layer to convert, by the index of the layer.
+        source: The layers of the model.
+        layers: The indices of the layers to convert.
         results: The results of the conversion, by the index of the layer; empty before it.
+        perplexities: The perplexity before and after the conversion, or None if it was not measured.
 
     Raises:
         MLAError: The model or the calibration tokens do not allow the conversion; see `MLATransformation`.
     """
 
-    def __init__(self, method: MLATransformation, model: PreTrainedModel | GraphModule) -> None:
-        self.method, self.model = method, model
-        self.family = check_convertible(model)
-        self.config = config_of(model)
-        layers = parse_layers(method.layers, self.config.num_hidden_layers)
-        self.sources = LayerSources(self.family, model, self.config, layers)
+    def __init__(
+        self,
+        method: MLATransformation,
+        model: PreTrainedModel | GraphModule,
+        record: Record | None = None,
+        evaluation: Tensor | None = None,
+        evaluate: bool = False,
+    ) -> None:
+        self.method, self.source, self.record = method, LayerSource(model), record or Record()
+        self.config, self.family = self.source.config, self.source.family
+        self.layers = tuple(parse_layers(method.layers, self.source.num_layers))
+        spec = self.family.spec
+        for layer in self.layers:
+            attention = spec.part(model, spec.attention_path(layer), layer)
+            if not isinstance(attention, self.family.source_attention):
+                raise converted_already(layer)
+            self.source.attention(layer)
         if method.calibration is not None:
             check_tokens(method.calibration, self.config.vocab_size)
+        self.evaluation, self.evaluate = evaluation, evaluate or evaluation is not None
         self.results: dict[int, LayerResult] = {}
+        self.perplexities: tuple[float, float] | None = None
 
     def plans(self) -> dict[int, MLAGeometry]:
         """Return the shape that each layer gets before anything is measured, by the index of the layer.
@@ -128,53 +92,107 @@ class Run:
         Raises:
             InvalidValueError: The options do not fit a layer.
         """
-        return {layer: self.method.plan_layer(source) for layer, source in self.sources.items()}
+        return {layer: self.method.plan_layer(self.source.attention(layer)) for layer in self.layers}
+
+    def convert(self) -> PreTrainedModel | GraphModule:
+        """Convert the model in place and return it. It is unchanged until all layers have been converted.
+
+        Raises:
+            UnsupportedModelError: The model is offloaded to the disk, so that it cannot be changed in place.
+        """
+        if not returns_to_memory(self.source.model):
+            raise UnsupportedModelError(
+                "model: its weights are offloaded to the disk. Convert its folder with mla-convert, which reads and "
+                "writes one layer at a time, or load it into memory."
+            )
+        return self._assemble({layer: attention for layer, attention in self.steps() if attention is not None})
 
     @torch.no_grad()
-    def convert(self) -> PreTrainedModel | GraphModule:
-        """Convert the model in place and return it. It is unchanged until all layers have been converted."""
-        model, plans = self.model, self.plans()
+    def steps(self) -> Iterator[tuple[int, LatentAttention | None]]:
+        """Convert one layer at a time, and yield the index and the new attention of each layer of the model, in order.
+
+        A layer that is not converted comes with None. The attentions are in the dtype of the source's weights. The
+        model is not changed. Once a layer is yielded, `results` has its result; `perplexities` are there at the end.
+        """
+        model = self.source.model
         if isinstance(model, PreTrainedModel):  # `trace` has checked what it traced
-            verify_family(model, self.family.spec, self.sources)
-        walk, tokens = None, self.method.calibration
-        if self.method.needs_calibration and tokens is not None:
-            half = tokens[::2]  # These suffice where errors are only compared with each other.
-            if self.method.shared_rope:
-                shared = choose_shared_rope(self.method, self.family, self._walk(half), self.sources, plans)
-                self.method = self.method.sharing(shared)
-                plans = self.plans()
-            if self.method.rank_allocation != "uniform":
-                plans = self._allocate(self._walk(half), plans)
-            walk = self._walk(tokens)
+            verify_family(model, self.family.spec, self.layers)
+        plans = self._planned()
+        tokens = self.method.calibration if self.method.needs_calibration else None
+        walk = None if tokens is None else CalibrationWalk(self.source, tokens)
+        evaluated = self._evaluated(walk)
+        walks = list(dict.fromkeys(one for one in (walk, evaluated) if one is not None))
+        last = self.source.num_layers if evaluated is not None else max(self.layers) + 1
+        for layer in progress(range(self.source.num_layers), f"{self.method.name}: layers", main=True):
+            attention = None
+            if layer in plans:
+                attention, self.results[layer] = self._layer(layer, plans[layer], walk)
+            yield layer, attention
+            for one in walks if layer < last else []:
+                one.advance(attention)
+        if evaluated is not None:
+            windows = None if evaluated is not walk else deciding(len(evaluated.source))
+            self.perplexities = stream_perplexities(evaluated, windows)
 
-        attentions: dict[int, LatentAttention] = {}
-        results: dict[int, LayerResult] = {}
-        for layer, source in progress(self.sources.items(), f"{self.method.name}: layers", main=True):
-            while walk is not None and walk.layer < layer:
-                walk.advance()
-            attentions[layer], results[layer] = self._build(layer, source, plans[layer], walk)
-            if walk is not None:
-                walk.advance(attentions[layer])
-        self.results = results
-        return self._assemble(attentions)
+    def _evaluated(self, walk: CalibrationWalk | None) -> CalibrationWalk | None:
+        """Return the walk whose states give the perplexity, or None."""
+        if not self.evaluate:
+            return None
+        return walk if self.evaluation is None else CalibrationWalk(self.source, self.evaluation)
 
-    def _walk(self, windows: Tensor) -> CalibrationWalk:
-        return CalibrationWalk(self.model, self.family.spec, self.config, windows)
+    def _planned(self) -> dict[int, MLAGeometry]:
+        """Return the shape of each layer, after the choices that concern all layers together."""
+        plans, tokens = self.plans(), self.method.calibration
+        if not self.method.needs_calibration or tokens is None:
+            return plans
+        half = tokens[::2]  # These suffice where errors are only compared with each other.
+        if self.method.shared_rope:
+            self.method = self.method.sharing(self._shared_rope(half, plans))
+            plans = self.plans()
+        return plans if self.method.rank_allocation == "uniform" else self._allocate(half, plans)
+
+    def _shared_rope(self, windows: Tensor, plans: dict[int, MLAGeometry]) -> SharedRope:
+        known = self.record.known("shared rope")
+        if known is not None:
+            return SharedRope(known["dims"], torch.tensor(known["counts"]))
+        walk = CalibrationWalk(self.source, windows)
+        found = choose_shared_rope(self.method, walk, self.layers, plans)
+        self.record.keep("shared rope", {"dims": found.dims, "counts": found.counts.tolist()})
+        return found
 
     def _search(self, walk: CalibrationWalk, layer: int, source: SourceAttention) -> LayerSearch:
-        return LayerSearch(self.method, self.family, self.model, layer, source, LayerCalibration(walk, source))
+        return LayerSearch(self.method, self.source, layer, source, LayerCalibration(walk, source))
 
-    def _allocate(self, walk: CalibrationWalk, plans: dict[int, MLAGeometry]) -> dict[int, MLAGeometry]:
+    def _allocate(self, windows: Tensor, plans: dict[int, MLAGeometry]) -> dict[int, MLAGeometry]:
         """Return the plans with the same total of ranks, distributed over the layers so that their errors are small."""
-        plans, curves = dict(plans), {}
-        for layer, source in progress(self.sources.items(), f"{self.method.name}: rank allocation", main=True):
+        plans, curves, walk = dict(plans), {}, None
+        for layer in progress(self.layers, f"{self.method.name}: rank allocation", main=True):
+            known = self.record.known(f"rank curve {layer}")
+            if known is not None:
+                plans[layer] = MLAGeometry(**known["geometry"])
+                curves[layer] = dict(known["errors"])
+                continue
+            walk = walk or CalibrationWalk(self.source, windows)
             while walk.layer < layer:
                 walk.advance()
-            search = self._search(walk, layer, source)
+            search = self._search(walk, layer, self.source.attention(layer))
             plans[layer] = search.best_shape(plans[layer])
             curves[layer] = search.rank_curve(plans[layer], self.method.rank_allocation)
+            found = {"geometry": asdict(plans[layer]), "errors": list(curves[layer].items())}
+            self.record.keep(f"rank curve {layer}", found)
         ranks = allocate_ranks(curves, sum(plan.kv_lora_rank for plan in plans.values()))
         return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in ranks.items()}
+
+    def _layer(
+        self, layer: int, geometry: MLAGeometry, walk: CalibrationWalk | None
+    ) -> tuple[LatentAttention, LayerResult]:
+        """Return the new attention of one layer and its result, from the record if they are in it."""
+        known = self.record.layer(layer)
+        if known is None:
+            return self._build(layer, self.source.attention(layer), geometry, walk)
+        tensors, result = known
+        attention = load_attention(self.family, self.config, layer, tensors, self.source.rotary, result.geometry)
+        return attention.train(self.source.model.training), result
 
     def _build(
         self, layer: int, source: SourceAttention, geometry: MLAGeometry, walk: CalibrationWalk | None
@@ -200,20 +218,27 @@ class Run:
                 if healing.weight is not None:
                     tensors["o_proj.weight"] = healing.weight
         cast = balanced(self._cast(source, tensors), geometry)
-        attention = load_attention(self.family, self.config, layer, cast, self.model, geometry).eval()
+        attention = load_attention(self.family, self.config, layer, cast, self.source.rotary, geometry).eval()
         measured, predicted = probe_errors(source, attention, tensors)
         check_errors(layer, measured, predicted, attention.o_proj.weight.dtype)
         result = LayerResult(geometry, measured, predicted, key_weight, state_error, healed_error)
-        return attention.train(self.model.training), result
+        return attention.train(self.source.model.training), result
+
+    def converted_config(self) -> PreTrainedConfig:
+        """Return the config of the converted model, once all layers have been converted."""
+        geometries = {layer: result.geometry for layer, result in self.results.items()}
+        return converted_config(self.family, self.config, geometries, self.method.name)
 
     def _assemble(self, attentions: dict[int, LatentAttention]) -> PreTrainedModel | GraphModule:
         """Put the new attentions and the new config into the model and return it."""
-        model, geometries = self.model, {layer: result.geometry for layer, result in self.results.items()}
-        config = converted_config(self.family, self.config, geometries, self.method.name)
+        model, config = self.source.model, self.converted_config()
         for attention in attentions.values():
             attention.config = config
         if not isinstance(model, GraphModule):
-            return assemble_model(model, self.family, config, attentions)
+            device_map = remove_spread(model)
+            assembled = assemble_model(model, self.family, config, attentions)
+            spread(assembled, device_map)
+            return assembled
         for layer, node in attention_nodes(model, self.family, attentions):
             model.set_submodule(str(node.target), attentions[layer])
             self.method.mark_as_transformed(node)

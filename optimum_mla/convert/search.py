@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.methods.base import MLATransformation
-from optimum_mla.models import Family, SourceAttention
+from optimum_mla.models import SourceAttention
 from optimum_mla.models.assemble import load_attention
-from optimum_mla.models.checks import config_of
+from optimum_mla.models.layer_source import LayerSource, for_walking
 from optimum_mla.nn import LatentAttention
 from optimum_mla.ops.rank_allocation import rank_for_energy
 from optimum_mla.plan.allocation import rank_grid
@@ -30,16 +29,14 @@ class LayerSearch:
 
     Attributes:
         method: The transformation that converts the layer.
-        family: The model's family.
-        model: The model that contains the layer.
+        model: The layers of the model.
         layer: Index of the layer.
         source: The layer's attention.
         calibration: Measurements at the layer.
     """
 
     method: MLATransformation
-    family: Family
-    model: nn.Module
+    model: LayerSource
     layer: int
     source: SourceAttention
     calibration: LayerCalibration
@@ -60,10 +57,9 @@ class LayerSearch:
         if geometry in self._modules:
             self._modules[geometry].load_state_dict(cast, assign=True)
         else:
-            config = copy.copy(config_of(self.model))
-            config._attn_implementation = "sdpa"
-            made = load_attention(self.family, config, self.layer, cast, self.model, geometry)
-            self._modules[geometry] = made.eval()
+            source = self.model
+            made = load_attention(source.family, source.config, self.layer, cast, source.rotary, geometry)
+            self._modules[geometry] = for_walking(made)
         return self._modules[geometry]
 
     def error(self, geometry: MLAGeometry) -> float:

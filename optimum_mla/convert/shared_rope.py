@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,15 +13,10 @@ from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.progress import progress
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.shared_rope import SharedRope
-from optimum_mla.models import Family, SourceAttention
 
 
 def choose_shared_rope(
-    method: MLATransformation,
-    family: Family,
-    walk: CalibrationWalk,
-    sources: Mapping[int, SourceAttention],
-    plans: dict[int, MLAGeometry],
+    method: MLATransformation, walk: CalibrationWalk, layers: Sequence[int], plans: Mapping[int, MLAGeometry]
 ) -> SharedRope:
     """Return the number of rotary dims with the least squared error, and the frequencies that would do the most damage.
 
@@ -29,23 +24,23 @@ def choose_shared_rope(
 
     Args:
         method: The transformation.
-        family: The model's family.
         walk: A calibration walk that stands before the first layer.
-        sources: The attention of every layer to convert, by the index of the layer.
+        layers: The indices of the layers to convert.
         plans: The planned shapes, by the index of the layer.
     """
     errors: dict[int, list[float]] = {}
     damages = []
-    for layer, source in progress(sources.items(), f"{method.name}: rotary dims"):
+    for layer in progress(layers, f"{method.name}: rotary dims", main=True):
         while walk.layer < layer:
             walk.advance()
-        search = LayerSearch(method, family, walk.model, layer, source, LayerCalibration(walk, source))
+        source = walk.model.attention(layer)
+        search = LayerSearch(method, walk.model, layer, source, LayerCalibration(walk, source))
         damages.append(method.rotary_damage(source, search.calibration))
         shapes = method.candidates(source, plans[layer])
         for shape in shapes:
             error = search.error(shape) ** 2 if len(shapes) > 1 else 0.0
             errors.setdefault(shape.qk_rope_head_dim, []).append(error)
-    everywhere = [dims for dims, found in errors.items() if len(found) == len(sources)]
+    everywhere = [dims for dims, found in errors.items() if len(found) == len(layers)]
     dims = min(everywhere, key=lambda dims: sum(errors[dims]))
     total = torch.stack(damages).sum(0)
     pairs = total.shape[1]

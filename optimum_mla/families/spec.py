@@ -24,7 +24,8 @@ class AttentionSpec:
         query_bias, key_value_bias, output_bias: Which projections have a bias.
         query_norm, key_norm: Attribute names of the RMSNorms on query and key heads, or None.
         base, layers, attention, rotary: Attribute names on the way from the model to its attention.
-        embedding: Attribute name, in the base model, of the token embedding.
+        embedding, norm: Attribute names, in the base model, of the token embedding and of the norm behind all layers.
+        head: Attribute name, in the model, of the language-model head.
         input_norm, mlp_norm, mlp: Attribute names, in a decoder layer, of the norm before the attention, of the norm
             before the feed-forward part, and of that part.
         query, key, value, output: Attribute names of the four projections.
@@ -42,6 +43,8 @@ class AttentionSpec:
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
     embedding: str = "embed_tokens"
+    norm: str = "norm"
+    head: str = "lm_head"
     input_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     mlp: str = "mlp"
@@ -225,19 +228,22 @@ class SourceAttention:
         return {f"o_proj.{name}": value.detach() for name, value in self._linear(self.spec.output).named_parameters()}
 
 
-def source_attention(spec: AttentionSpec, model: nn.Module, config: Any, layer: int) -> SourceAttention:
+def source_attention(
+    spec: AttentionSpec, decoder_layer: nn.Module, config: Any, layer: int, attention_scaling: float
+) -> SourceAttention:
     """Return the source attention of one layer of a model.
 
     Args:
         spec: The model's family.
-        model: A model or a traced one.
+        decoder_layer: The decoder layer.
         config: The model's config.
         layer: The layer's index.
+        attention_scaling: The factor by which the rotary embedding multiplies cos and sin.
 
     Raises:
         UnsupportedModelError: A projection is not an `nn.Linear`, or the spec names a module that the model lacks.
     """
-    module = spec.part(model, spec.attention_path(layer), layer)
+    module = spec.part(decoder_layer, spec.attention, layer)
     for name in (spec.query, spec.key, spec.value, spec.output):
         kind = type(spec.part(module, name, layer))
         if kind is not nn.Linear:
@@ -245,6 +251,5 @@ def source_attention(spec: AttentionSpec, model: nn.Module, config: Any, layer: 
                 f"model: {spec.attention_path(layer)}.{name} is no plain linear layer but "
                 f"{kind.__module__}.{kind.__qualname__}. Merge adapters and undo quantization first."
             )
-    gain = spec.part(model, f"{spec.layer_path(layer)}.{spec.input_norm}.weight", layer).detach()
-    scaling = getattr(spec.part(model, spec.rotary_path, layer), "attention_scaling", 1.0)
-    return SourceAttention(spec, module, spec.geometry(config.per_layer_config[layer]), scaling, gain)
+    gain = spec.part(decoder_layer, f"{spec.input_norm}.weight", layer).detach()
+    return SourceAttention(spec, module, spec.geometry(config.per_layer_config[layer]), attention_scaling, gain)

@@ -8,7 +8,6 @@ the model, and each layer's real output is compared with the one that is compute
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.spec import AttentionSpec, SourceAttention, sliding_window, source_attention
+from optimum_mla.stack import bare_copy
 
 PROBE_TOKENS = 16
 PROBE_SEED = 0
@@ -69,8 +69,10 @@ def verify_family(model: nn.Module, spec: AttentionSpec, layers: Iterable[int]) 
     try:
         model.eval()
         for layer, (entering, keywords) in _first_pass(model, spec, config, sorted(layers)).items():
-            source = source_attention(spec, model, config, layer)
-            probe = _layer_probe(model, spec, layer, entering, keywords)
+            module = bare_copy(model.get_submodule(spec.layer_path(layer)))
+            scaling = getattr(spec.part(model, spec.rotary_path, layer), "attention_scaling", 1.0)
+            source = source_attention(spec, module, config, layer, scaling)
+            probe = _layer_probe(module.float(), spec, layer, entering, keywords)
             if differences := list(_differences(spec, config, source, probe)):
                 raise UnsupportedModelError(
                     f"model: layer {layer} of this {spec.model_type} model is not what its AttentionSpec says: "
@@ -116,17 +118,14 @@ def _first_pass(
 
 
 def _layer_probe(
-    model: nn.Module, spec: AttentionSpec, layer: int, entering: Tensor, keywords: dict[str, Any]
+    module: nn.Module, spec: AttentionSpec, layer: int, entering: Tensor, keywords: dict[str, Any]
 ) -> LayerProbe:
-    """Run one layer again, in float32, and note what its parts were given and gave."""
-    module = model.get_submodule(spec.layer_path(layer))
-    config = getattr(spec.part(module, spec.attention, layer), "config", None)
-    clone = copy.deepcopy(module, {id(config): config}).float()  # the weights alone
+    """Run a copy of one layer in float32, and note what its parts were given and gave."""
     wide = {name: _to_float32(value) for name, value in keywords.items()}
     noted: dict[str, Any] = {}
 
     def part(name: str) -> nn.Module:
-        return spec.part(clone, name, layer)
+        return spec.part(module, name, layer)
 
     def given(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -146,7 +145,7 @@ def _layer_probe(
     part(spec.attention).register_forward_hook(gave("attended"))
     part(spec.mlp_norm).register_forward_pre_hook(given("middle"), with_kwargs=True)
     part(spec.mlp).register_forward_hook(gave("fed"))
-    leaving = clone(entering.float(), **wide)
+    leaving = module(entering.float(), **wide)
     return LayerProbe(
         layer=layer,
         entering=entering.float(),

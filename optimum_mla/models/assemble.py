@@ -72,7 +72,7 @@ def load_attention(
     config: PreTrainedConfig,
     layer: int,
     tensors: dict[str, Tensor],
-    model: nn.Module,
+    rotary: nn.Module,
     geometry: MLAGeometry,
 ) -> LatentAttention:
     """Return the latent attention of one layer with its weights.
@@ -82,14 +82,13 @@ def load_attention(
         config: The model's config.
         layer: Index of the layer.
         tensors: The parameters and buffers of the attention by their names.
-        model: The model whose rotary embedding the attention shares.
+        rotary: The model's rotary embedding, which the attention shares.
         geometry: Shape of the layer.
     """
-    rotary = model.get_submodule(family.spec.rotary_path)
     with torch.device("meta"):
         attention = build_attention(family.spec, config, layer, rotary, geometry)
     attention.load_state_dict(tensors, assign=True)
-    return attention.train(model.training)
+    return attention
 
 
 def assemble_model(

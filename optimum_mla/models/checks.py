@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.core.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
 from optimum_mla.models.registry import Family, family_of
+from optimum_mla.stack import is_offloaded
 
 
 def config_of(model: Any) -> PreTrainedConfig:
@@ -30,9 +32,9 @@ def check_convertible(model: Any) -> Family:
     """Return the family of a model after checking that it can be converted.
 
     Raises:
-        UnsupportedModelError: The argument is not a causal language model of a known family, its weights are quantized,
-            or they are not all on one device.
-        CorruptWeightsError: A weight is NaN or infinite.
+        UnsupportedModelError: The argument is not a causal language model of a known family, or its weights are
+            quantized or on the meta device.
+        CorruptWeightsError: A weight in memory is NaN or infinite. Offloaded ones are checked when they are read.
     """
     config = config_of(model)
     if getattr(config, "quantization_config", None) is not None:
@@ -44,14 +46,23 @@ def check_convertible(model: Any) -> Family:
         raise UnsupportedModelError(
             f"model: got {type(model).__name__}, allowed: {family.source_model.__name__}. Load it as a causal LM."
         )
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise UnsupportedModelError("model: it is spread or offloaded by a device_map. Load it onto one device.")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UnsupportedModelError(f"model: {name} is on the meta device. Load the weights first.")
-        if not parameter.isfinite().all():
-            raise CorruptWeightsError(f"model: {name} holds NaN or infinite values. Check the checkpoint.")
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            if not parameter.is_meta:
+                check_finite(name, parameter)
+            elif not is_offloaded(module):
+                raise UnsupportedModelError(f"model: {name} is on the meta device. Load the weights first.")
     return family
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Refuse a weight that is not finite.
+
+    Raises:
+        CorruptWeightsError: It is NaN or infinite somewhere.
+    """
+    if not weight.isfinite().all():
+        raise CorruptWeightsError(f"model: {name} holds NaN or infinite values. Check the checkpoint.")
 
 
 def converted_already(layer: int) -> InvalidValueError:

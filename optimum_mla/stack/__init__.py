@@ -14,7 +14,14 @@ from optimum_mla.stack.cache_argument import (
     takes_cache,
 )
 from optimum_mla.stack.foreign import check_cache, require_cache
-from optimum_mla.stack.hooks import only_moves_inputs
+from optimum_mla.stack.hooks import (
+    bare_copy,
+    is_offloaded,
+    only_moves_inputs,
+    remove_spread,
+    returns_to_memory,
+    spread,
+)
 from optimum_mla.stack.keywords import changes_attention, check_keywords, forward_keywords
 from optimum_mla.stack.rotary import FIXED_ROPE_TYPES, rope_type, rotary_table
 from optimum_mla.stack.tables import enter_class_names
@@ -22,6 +29,7 @@ from optimum_mla.stack.tables import enter_class_names
 __all__ = [
     "CACHE_ARGUMENT",
     "FIXED_ROPE_TYPES",
+    "bare_copy",
     "cache_argument",
     "cache_name",
     "cache_of",
@@ -31,10 +39,14 @@ __all__ = [
     "check_keywords",
     "enter_class_names",
     "forward_keywords",
+    "is_offloaded",
     "only_moves_inputs",
+    "remove_spread",
     "renamed_cache",
     "require_cache",
+    "returns_to_memory",
     "rope_type",
     "rotary_table",
+    "spread",
     "takes_cache",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -20,3 +21,64 @@ def only_moves_inputs(module: nn.Module) -> bool:
 
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return all(isinstance(part, AlignDevicesHook) and not part.offload for part in hooks)
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module and its submodules without accelerate's hooks.
+
+    Weights in memory are shared, but belong to parameters of the copy, so that `to` leaves the original as it is.
+    Weights that accelerate has offloaded are read. The module's other hooks stay.
+    """
+    from accelerate.utils import align_module_device
+
+    clone = copy.copy(module)
+    state = vars(clone)
+    if hasattr(module, "_hf_hook"):
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            state.pop(name, None)
+    state.update({name: value.copy() for name, value in state.items() if isinstance(value, dict)})
+    with align_module_device(module):
+        clone._parameters = {
+            name: None if value is None else nn.Parameter(value.detach(), value.requires_grad)
+            for name, value in module._parameters.items()
+        }
+    clone._modules = {name: None if part is None else bare_copy(part) for name, part in module._modules.items()}
+    return clone
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Return whether accelerate has offloaded parameters of a module, submodules not counted."""
+    from accelerate.utils import has_offloaded_params
+
+    return has_offloaded_params(module)
+
+
+def returns_to_memory(model: nn.Module) -> bool:
+    """Return whether the weights of a model are in memory once accelerate's hooks are removed."""
+    for module in model.modules():
+        if not is_offloaded(module):
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                return False
+            continue
+        hook: Any = module._hf_hook
+        if any(hook.original_devices[name].type == "meta" for name, _ in module.named_parameters(recurse=False)):
+            return False
+    return True
+
+
+def remove_spread(model: nn.Module) -> dict[str, Any] | None:
+    """Remove accelerate's hooks from a model, and return the `device_map` that it was spread by, or None."""
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map is not None:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        remove_hook_from_submodules(model)
+    return device_map
+
+
+def spread(model: nn.Module, device_map: dict[str, Any] | None) -> None:
+    """Spread a model by a `device_map` that `remove_spread` returned."""
+    if device_map is not None:
+        from accelerate import dispatch_model
+
+        dispatch_model(model, device_map)

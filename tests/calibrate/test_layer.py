@@ -64,14 +64,14 @@ def test_no_more_windows_are_measured_than_said(count: int) -> None:
     walk = walk_through(model, token_ids(HELD_BACK * count, 3))
     calibration = LayerCalibration(walk, sources_of(model)[0])
     seen: list[Tensor] = []
-    hook = walk.block.attention.get_submodule("q_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    calibration.error(walk.block.attention)
+    hook = walk.attention.get_submodule("q_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    calibration.error(walk.attention)
     deciding = torch.cat(seen)
     seen.clear()
     calibration.damage(identity_mix(GROUPS, PAIRS))
     damaged = len(torch.cat(seen))
     hook.remove()
-    normed = walk.block.input_norm(walk.source)[HELD_BACK - 1 :: HELD_BACK]
+    normed = walk.input_norm(walk.source)[HELD_BACK - 1 :: HELD_BACK]
     assert all(any(torch.allclose(window, held) for held in normed) for window in deciding)
     assert min(count, DECIDING_WINDOWS // 2) <= len(deciding) <= DECIDING_WINDOWS
     assert min(HELD_BACK * count, DAMAGE_WINDOWS // 2) <= damaged <= DAMAGE_WINDOWS
@@ -84,7 +84,7 @@ def test_the_sources_own_attention_leaves_no_error(family: str) -> None:
     for layer in range(LAYERS):
         calibration = LayerCalibration(walk, sources[layer])
         assert calibration.error(model.model.layers[layer].self_attn) < 1e-5
-        assert calibration.error(walk.block.attention) < 1e-5
+        assert calibration.error(walk.attention) < 1e-5
         walk.advance()
 
 

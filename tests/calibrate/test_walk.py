@@ -56,7 +56,7 @@ def test_a_half_precision_model_walks_in_float32_and_stays_as_it_is() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     walk = walk_through(model)
     calibration = LayerCalibration(walk, sources_of(model)[0])
-    assert {walk.source.dtype, calibration.dtype, next(walk.block.attention.parameters()).dtype} == {torch.float32}
+    assert {walk.source.dtype, calibration.dtype, next(walk.attention.parameters()).dtype} == {torch.float32}
     assert calibration.moments.inputs.dtype == torch.float64
     walk.advance()
     assert model.training
@@ -91,8 +91,8 @@ def test_memory_does_not_grow_with_the_layers(replaced: bool) -> None:
     for layer in range(6):
         calibration: LayerCalibration = LayerCalibration(walk, sources[layer])
         assert calibration.moments.inputs.isfinite().all()
-        assert big_tensors(walk) <= 3
+        assert big_tensors(walk) <= 4
         assert set(vars(walk)) == fields
         walk.advance(model.model.layers[layer].self_attn if replaced else None)
     assert walk.layer == 6
-    assert big_tensors(walk) <= 3
+    assert big_tensors(walk) <= 4

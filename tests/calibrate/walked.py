@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_mla import MHA2MLA
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.walk import CalibrationWalk
-from optimum_mla.convert import Run
-from optimum_mla.models import SourceAttention, family_of
+from optimum_mla.models import SourceAttention
+from optimum_mla.models.layer_source import LayerSource
 from tests.cases import source_model, token_ids
 
 FAMILIES = ["llama", "qwen3", "llama with yarn", "mistral with a window"]
@@ -25,11 +24,12 @@ HELD = [3]
 
 
 def walk_through(model: PreTrainedModel, ids: Tensor = IDS) -> CalibrationWalk:
-    return CalibrationWalk(model, family_of(model.config).spec, model.config, ids)
+    return CalibrationWalk(LayerSource(model), ids)
 
 
 def sources_of(model: PreTrainedModel) -> dict[int, SourceAttention]:
-    return Run(MHA2MLA(), model).sources
+    source = LayerSource(model)
+    return {layer: source.attention(layer) for layer in range(source.num_layers)}
 
 
 def layer_inputs(model: PreTrainedModel, ids: Tensor = IDS) -> list[Tensor]:

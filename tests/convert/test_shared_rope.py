@@ -11,7 +11,6 @@ from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.convert import Run
 from optimum_mla.convert.shared_rope import choose_shared_rope
 from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.models import family_of
 from tests.cases import source_model, token_ids
 
 CALIBRATION = token_ids(8, 24)
@@ -43,18 +42,18 @@ def test_the_frequencies_are_those_with_the_most_damage_together() -> None:
         kv_cache_ratio=0.75, rope_cache="cached", qk_rope_head_dim=8, shared_rope=True, calibration=CALIBRATION
     )
     run = Run(method, source)
-    family, sources = run.family, run.sources
     total = torch.zeros(2, 8, dtype=torch.float64)
-    walk = CalibrationWalk(source, family.spec, source.config, CALIBRATION)
-    for layer, attention in sources.items():
+    walk = CalibrationWalk(run.source, CALIBRATION)
+    for layer in run.layers:
         while walk.layer < layer:
             walk.advance()
+        attention = run.source.attention(layer)
         damage = method.rotary_damage(attention, LayerCalibration(walk, attention))
         assert damage.shape == (2, 8)
         assert (damage[0] >= damage[1]).all()
         total += damage
-    walk = CalibrationWalk(source, family.spec, source.config, CALIBRATION)
-    shared = choose_shared_rope(method, family_of(source.config), walk, sources, run.plans())
+    walk = CalibrationWalk(run.source, CALIBRATION)
+    shared = choose_shared_rope(method, walk, run.layers, run.plans())
     assert shared.dims == 8
     assert int(shared.counts.sum()) == 4
     kept = torch.stack([total[slot, pair] for pair in range(8) for slot in range(int(shared.counts[pair]))])

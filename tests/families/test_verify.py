@@ -34,7 +34,7 @@ LOOK_ALIKES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "gemma": ("Gemma", {}, ["one plus its weight"]),
     "starcoder2": ("Starcoder2", {"use_bias": True}, ["q_proj has a bias"]),
     "phi3": ("Phi3", {}, ["no 'q_proj'"]),
-    "olmo2": ("Olmo2", {}, ["no 'model.layers.0.input_layernorm.weight'"]),
+    "olmo2": ("Olmo2", {}, ["no 'input_layernorm.weight'"]),
 }
 """`model_type` -> class prefix, config, and words of the message."""
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from optimum_mla import MHA2MLA, MLATransformation
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.walk import CalibrationWalk
-from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.models.layer_source import LayerSource
 from tests.cases import FAMILIES, source_model, token_ids
 from tests.methods.oracle import RotatedPair, Weights, naive_model, truncated, whole_pairs
 
@@ -100,8 +100,9 @@ def test_contributions_and_what_they_choose(family: str) -> None:
 
     options = {"rope_selection": "contribution", "factorization": "joint"}
     transformation = MHA2MLA(kv_lora_rank=24, qk_rope_head_dim=6, calibration=ids, **options)
-    walk = CalibrationWalk(source, _family(source).spec, config, ids)
-    for layer, attention in Run(MHA2MLA(), source).sources.items():
+    walk = CalibrationWalk(LayerSource(source), ids)
+    for layer in range(len(scores)):
+        attention = walk.model.attention(layer)
         assert torch.allclose(LayerCalibration(walk, attention).contribution(), scores[layer], rtol=1e-5)
         walk.advance()
     chosen = [[row.topk(3).indices.sort().values.tolist() for row in score] for score in scores]
@@ -109,12 +110,6 @@ def test_contributions_and_what_they_choose(family: str) -> None:
     assert [layer.self_attn.rope_pairs.tolist() for layer in converted.model.layers] == chosen
     assert len({tuple(pairs) for layer in chosen for pairs in layer}) > 1
     assert difference(converted, expected_model(source, chosen, 24, "joint")) <= 1e-5
-
-
-def _family(model: PreTrainedModel):
-    from optimum_mla.models import family_of
-
-    return family_of(model.config)
 
 
 def test_measuring_leaves_no_hook_and_the_mode_as_it_was() -> None:

@@ -1,0 +1,57 @@
+"""Perplexity from the hidden states behind the last layer, at both ends of a walk."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from optimum_mla.calibrate.walk import CalibrationWalk
+
+VOCABULARY_ROWS = 16384
+"""Number of tokens of the vocabulary whose logits are computed at once, which bounds the memory of the head."""
+LARGEST_MEAN_LOSS = 700.0
+"""Largest mean loss whose exponential is taken; that of more would overflow a float."""
+
+
+def stream_perplexities(walk: CalibrationWalk, windows: Tensor | None = None) -> tuple[float, float]:
+    """Return the perplexities of the source and of the converted model on the tokens of a walk that is at its end.
+
+    Every window starts from an empty context, and all its tokens but the first are predicted.
+
+    Args:
+        walk: The walk, behind the last layer.
+        windows: Indices of the windows that count; None takes all.
+    """
+    ids = walk.windows if windows is None else walk.windows[windows]
+    norm, head = walk.model.final_norm().to(walk.dtype), walk.model.head()
+    found = []
+    for states in (walk.source, walk.converted):
+        chosen = states if windows is None else states[windows]
+        total = sum(
+            _loss(norm(part[:, :-1]).flatten(0, 1), head, of.to(walk.device)[:, 1:].flatten())
+            for part, of in zip(walk.batches(chosen), walk.batches(ids), strict=True)
+        )
+        mean = total / ids[:, 1:].numel()
+        found.append(math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf)
+    return found[0], found[1]
+
+
+def _loss(states: Tensor, head: nn.Module, targets: Tensor) -> float:
+    """Return the sum of the negative log-likelihoods of targets [T] behind states [T, d].
+
+    The head is cast to the dtype of the states a part at a time.
+    """
+    weight, bias = head.get_parameter("weight"), dict(head.named_parameters()).get("bias")
+    wanted = (states * weight[targets].to(states.dtype)).sum(-1)
+    if bias is not None:
+        wanted = wanted + bias[targets].to(states.dtype)
+    total = torch.full_like(wanted, -math.inf)
+    for start in range(0, len(weight), VOCABULARY_ROWS):
+        rows = slice(start, start + VOCABULARY_ROWS)
+        logits = nn.functional.linear(
+            states, weight[rows].to(states.dtype), None if bias is None else bias[rows].to(states.dtype)
+        )
+        total = torch.logaddexp(total, logits.logsumexp(-1))
+    return float((total - wanted).double().sum())

@@ -1,0 +1,62 @@
+"""What a conversion finds, in a form that can be kept and taken up again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from optimum_mla.core.geometry import MLAGeometry
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """The result of the conversion of one layer.
+
+    Attributes:
+        geometry: The layer's new shape.
+        output_error: Root-mean-square error of the new attention's output relative to the source attention's, on seeded
+            Gaussian states that are scaled like the layer's normed input (see `optimum_mla.convert.probe`). It compares
+            layers and methods without any text, and does not replace perplexity as the measure of quality.
+        predicted_error: The same error, computed from the tensors of the factorization.
+        key_weight: The weight of key errors against value errors that was chosen, or None without a calibrated
+            factorization.
+        state_error: The relative error in the hidden state after the attention on held-back calibration windows, which
+            includes the errors of earlier layers; None without calibration.
+        healed_error: The same error after the refit of the output projection, or None without a refit.
+    """
+
+    geometry: MLAGeometry
+    output_error: float
+    predicted_error: float
+    key_weight: float | None = None
+    state_error: float | None = None
+    healed_error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain values, from which `from_dict` makes an equal one."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerResult:
+        """Return the result of which `to_dict` returned these values."""
+        return cls(**{**values, "geometry": MLAGeometry(**values["geometry"])})
+
+
+class Record:
+    """What a run has found. This one keeps nothing; others keep it where a later run can take it up.
+
+    Keys are a few words, and values are what JSON can hold.
+    """
+
+    def known(self, key: str) -> Any:
+        """Return the value that was kept under a key, or None."""
+        return None
+
+    def keep(self, key: str, value: Any) -> None:
+        """Keep a value under a key."""
+
+    def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
+        """Return the tensors of a layer's converted attention by their names in it, and its result; None if unknown."""
+        return None
