@@ -29,7 +29,7 @@ from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.shared_rope import SharedRope
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
 from optimum_mla.models.checks import converted_already
-from optimum_mla.models.layer_source import LayerSource
+from optimum_mla.models.layer_source import LayerSource, reading_weights
 from optimum_mla.models.registry import Family
 from optimum_mla.nn import LatentAttention
 from optimum_mla.plan.allocation import allocate_ranks
@@ -116,7 +116,8 @@ class Run:
         """
         model = self.source.model
         if isinstance(model, PreTrainedModel):  # `trace` has checked what it traced
-            verify_family(model, self.family.spec, self.layers)
+            with reading_weights():
+                verify_family(model, self.family.spec, self.layers)
         plans = self._planned()
         tokens = self.method.calibration if self.method.needs_calibration else None
         walk = None if tokens is None else CalibrationWalk(self.source, tokens)

@@ -90,7 +90,9 @@ def _first_pass(
     embedding = model.get_submodule(f"{spec.base}.{spec.embedding}")
     weight = next(embedding.parameters())
     generator = torch.Generator().manual_seed(PROBE_SEED)
-    ids = torch.randint(config.vocab_size, (1, PROBE_TOKENS), generator=generator).to(weight.device)
+    ids = torch.randint(config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    if not weight.is_meta:  # Otherwise the hooks of accelerate move what is given.
+        ids = ids.to(weight.device)
     seen: dict[int, tuple[Tensor, dict[str, Any]]] = {}
 
     def note(layer: int) -> Callable[..., None]:

@@ -104,13 +104,16 @@ def try_renames(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(output: Path, needed_bytes: int = 0, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    output: Path, needed_bytes: int = 0, overwrite: bool = False, within: Path | None = None
+) -> Iterator[Path]:
     """Give a temporary folder that takes the name of `output` when the block ends well, and vanishes when it does not.
 
     Args:
         output: What `check_output` returned.
         needed_bytes: Space that the block will need.
         overwrite: Whether to replace what `output` holds. Its old content is deleted after the new folder stands.
+        within: A folder of the same file system in which the temporary folder is made; None takes that of `output`.
 
     Raises:
         OutputError: There is too little space, before or while writing; then `output` is as it was. Or the finished
@@ -123,7 +126,7 @@ def atomic_folder(output: Path, needed_bytes: int = 0, overwrite: bool = False) 
                 f"output: {output.parent} has {free / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB. "
                 "Free space or choose another disk."
             )
-        partial = beside(output)
+        partial = beside(output, within)
         try:
             yield partial
             partial.chmod(0o755)  # mkdtemp makes it private
@@ -140,7 +143,7 @@ def put(partial: Path, output: Path, overwrite: bool) -> None:
         OutputError: A rename failed. The old folder has its name again; if even that failed, the message says where it
             is. The finished folder is kept where the message says.
     """
-    retired = partial.with_suffix(".old")
+    retired = output.with_name(partial.with_suffix(".old").name)
     try:
         if overwrite and output.exists():
             output.rename(retired)
@@ -223,9 +226,9 @@ def parents(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def beside(output: Path) -> Path:
-    """Make a temporary folder on the file system of `output`, named after it."""
-    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+def beside(output: Path, within: Path | None = None) -> Path:
+    """Make a temporary folder that is named after `output`, in `within` or in the folder of `output`."""
+    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=within or output.parent))
 
 
 def reason(error: Exception) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from optimum_mla.core.errors import UnsupportedModelError, first_line
+from optimum_mla.core.errors import UnreadableModelError, UnsupportedModelError, first_line
 from optimum_mla.families.spec import SourceAttention, source_attention
 from optimum_mla.models.checks import check_convertible, check_finite, config_of
 from optimum_mla.models.registry import is_converted
@@ -101,7 +104,8 @@ class LayerSource:
     def _part(self, path: str) -> Any:
         """Return a copy of a module of the model, after a check of those weights that were not in memory."""
         module = self.model.get_submodule(path)
-        copied = bare_copy(module)
+        with reading_weights():
+            copied = bare_copy(module)
         for (name, kept), read in zip(module.named_parameters(), copied.parameters(), strict=True):
             if kept.is_meta:
                 check_finite(f"{path}.{name}", read)
@@ -124,6 +128,21 @@ class LayerSource:
         if isinstance(attention, LatentAttention):
             object.__setattr__(attention, "rotary", self.rotary)
         return layer
+
+
+@contextmanager
+def reading_weights() -> Iterator[None]:
+    """Turn an error of the file system, or of a file of weights, into one that says so.
+
+    Raises:
+        UnreadableModelError: Weights that were on the disk could not be read.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UnreadableModelError(
+            f"model: its weights could not be read: {first_line(error)}. Check that its files are still whole."
+        ) from error
 
 
 def for_walking(module: M) -> M:

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from optimum_mla.pipeline.convert import build_transformation, convert
+from optimum_mla.pipeline.conversion_options import build_transformation
+from optimum_mla.pipeline.convert import convert
 from optimum_mla.pipeline.loading import TextOptions, load_source_config
 from optimum_mla.pipeline.quantize import quantize
 

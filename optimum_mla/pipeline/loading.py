@@ -39,6 +39,8 @@ from optimum_mla.report.schema import ConversionReport, RecoveryReport
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+RESIDENT_BYTES = 10**9
+"""Models with more weights are read one layer at a time where a command can do that."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,23 @@ def load_converted_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
 
 
 def load_model(
-    model: str, config: PreTrainedConfig, dtype: str, device: str | None, hub: dict[str, Any]
+    model: str,
+    config: PreTrainedConfig,
+    dtype: str,
+    device: str | None,
+    hub: dict[str, Any],
+    offload: Path | None = None,
 ) -> PreTrainedModel:
     """Return the model in evaluation mode, on its device.
+
+    Args:
+        model: A hub id or a folder.
+        config: Its config.
+        dtype: One of `DTYPES`.
+        device: Torch device; None takes CUDA where it is available.
+        hub: Keyword arguments for loading from the hub.
+        offload: A folder for weights that are in files from which no layer can be read alone. With it, layers stay on
+            the disk until they are used, if the model is of a supported family and has more than `RESIDENT_BYTES`.
 
     Raises:
         InvalidValueError: There is no such dtype or device here.
@@ -127,13 +143,22 @@ def load_model(
         # Transformers passes over one that is no JSON, without a word.
         with reading("generation config", model, hub):
             GenerationConfig.from_pretrained(model)
+    spread: dict[str, Any] = {}
+    if offload is not None and weight_bytes(model, config, dtype, hub) > RESIDENT_BYTES:
+        spread = {"device_map": layers_on_disk(config, place), "offload_folder": str(offload)}
     try:
         with reading("weights", model, hub):
             # Weights of other shapes are refused below, where their names are known.
             loaded, notes = AutoModelForCausalLM.from_pretrained(
-                model, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+                model,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **spread,
+                **hub,
             )
-            loaded = loaded.to(place).eval()
+            loaded = loaded.eval() if spread else loaded.to(place).eval()
     except UnreadableModelError as error:
         if not isinstance(error.__cause__, OSError):
             check_buildable(model, config, hub)
@@ -159,6 +184,25 @@ def load_model(
             " and others" if len(left_out) > 8 else "",
         )
     return loaded
+
+
+def weight_bytes(model: str, config: PreTrainedConfig, dtype: str, hub: dict[str, Any]) -> int:
+    """Return the bytes of a model's weights in a dtype, by its config.
+
+    Raises:
+        UnreadableModelError: No model can be made of the config.
+    """
+    wide = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    with reading("config", model, hub), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.get("trust_remote_code"))
+    return sum(parameter.numel() for parameter in skeleton.parameters()) * (wide or torch.float32).itemsize
+
+
+def layers_on_disk(config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Return a `device_map` that leaves the decoder layers of a model on the disk and puts all else on a device."""
+    spec = family_of(config).spec
+    beside = {f"{spec.base}.{name}": str(device) for name in (spec.embedding, spec.norm, spec.rotary)}
+    return {**beside, spec.head: str(device), f"{spec.base}.{spec.layers}": "disk"}
 
 
 def check_buildable(model: str, config: PreTrainedConfig, hub: dict[str, Any]) -> None:

@@ -68,12 +68,11 @@ def returns_to_memory(model: nn.Module) -> bool:
 
 def remove_spread(model: nn.Module) -> dict[str, Any] | None:
     """Remove accelerate's hooks from a model, and return the `device_map` that it was spread by, or None."""
-    device_map = getattr(model, "hf_device_map", None)
-    if device_map is not None:
-        from accelerate.hooks import remove_hook_from_submodules
+    from accelerate.hooks import remove_hook_from_submodules
 
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
         remove_hook_from_submodules(model)
-    return device_map
+    return getattr(model, "hf_device_map", None)
 
 
 def spread(model: nn.Module, device_map: dict[str, Any] | None) -> None:

@@ -223,15 +223,19 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         )
         evaluation.add_argument("--eval-length", type=int, metavar="N", help=LENGTH_HELP)
 
-        add_run_arguments(parser).add_argument(
-            "--seed", type=int, default=0, metavar="N", help="Seed for random numbers. Default: 0."
+        run = add_run_arguments(parser)
+        run.add_argument("--seed", type=int, default=0, metavar="N", help="Seed for random numbers. Default: 0.")
+        run.add_argument(
+            "--resume",
+            action="store_true",
+            help="Go on with an interrupted conversion to OUTPUT. The other options must be those that it had.",
         )
 
     def run(self) -> None:
         """Convert the model and print the summary. Bad input prints one line and exits with code 2."""
         from optimum_mla.cli import exit_on_bad_input
 
-        with exit_on_bad_input():
+        with exit_on_bad_input("OUTPUT is as it was"):
             from optimum_mla.core.errors import InvalidValueError
             from optimum_mla.pipeline import TextOptions, convert
             from optimum_mla.report.render import choices, sample_lines, summary_table
@@ -262,6 +266,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 overwrite=args.overwrite,
                 hub=hub_options(args),
                 export_format=args.export_format,
+                resume=args.resume,
                 announce=lambda text: print(text, flush=True),
             )
             print(summary_table([report]))

@@ -8,7 +8,7 @@ import pytest
 
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.methods.mha2mla import MHA2MLA
-from optimum_mla.pipeline.convert import build_transformation, option_names
+from optimum_mla.pipeline.conversion_options import build_transformation, option_names
 
 
 def test_an_option_of_another_method_is_refused_with_the_options_of_this_one() -> None:

@@ -1,0 +1,75 @@
+"""What `mla-convert` says before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_mla.calibrate.windows import HELD_BACK
+from optimum_mla.measure.quality import TOKENS_PER_BATCH
+from optimum_mla.methods.base import MLATransformation
+from optimum_mla.models.layers import model_geometry
+from optimum_mla.models.registry import family_of
+from optimum_mla.pipeline.estimate import conversion_memory, conversion_seconds, duration
+from optimum_mla.report.pages import size
+
+SMALL_CACHE_RATIO = 0.1
+"""Share of the source's cache below which a conversion is announced with a warning."""
+
+
+def announcement(
+    model: str,
+    source: PreTrainedModel,
+    transformation: MLATransformation,
+    planned: Any,
+    windows: Tensor | None,
+    data: dict[str, dict[str, Any]],
+) -> str:
+    """Return a few lines that say what a conversion will do, and about how long and with how much memory.
+
+    Args:
+        model: Name of the model.
+        source: The loaded source model.
+        transformation: The transformation, with its calibration tokens.
+        planned: The config that the conversion will give.
+        windows: Token ids on which the perplexity is measured, or None.
+        data: The origins of the texts, as in the report.
+    """
+    parameters = sum(p.numel() for p in source.parameters())
+    geometry = model_geometry(family_of(planned).spec, planned)
+    lines = [
+        f"{model}: {len(geometry.layers)} layers, {parameters / 1e6:,.0f} M parameters, "
+        f"{str(source.dtype).removeprefix('torch.')} on {source.device}",
+        f"{transformation.name}: cache of about {100 * geometry.cache_ratio:.3g} % of the source's",
+    ]
+    text = data.get("calibration-data")
+    if text is None:
+        lines[-1] += ", without calibration"
+        if not transformation.preserves_computation:
+            lines.append("warning: without calibration the result is of no use until it is trained (mla-finetune).")
+    else:
+        named = "the built-in text" if text["source"] == "built-in" else text["source"]
+        lines[-1] += f", calibrated on {text['windows']} windows of {text['tokens_per_window']} tokens of {named}"
+        if text["source"] == "built-in":
+            lines.append("Text like what the model will read is better: give it with --calibration-data.")
+        if text["windows"] < HELD_BACK:
+            lines.append(
+                f"warning: fewer than {HELD_BACK} windows, so none is held back: choices are made on what was fitted."
+            )
+    if geometry.cache_ratio < SMALL_CACHE_RATIO:
+        lines.append(
+            f"warning: {100 * geometry.cache_ratio:.2g} % of the cache is less than models of today can do with; "
+            "expect to train the result, or take --kv-cache-ratio 0.25 with mla-quantize --cache-bits 4 behind it."
+        )
+    calibration = transformation.calibration
+    memory = conversion_memory(
+        source.config,
+        geometry,
+        sum(p.numel() * p.element_size() for p in source.parameters()),
+        0 if calibration is None else calibration.numel(),
+        0 if windows is None else min(windows.numel(), TOKENS_PER_BATCH),
+    )
+    seconds = conversion_seconds(source, transformation, windows)
+    return "\n".join([*lines, f"This should take {duration(seconds)} and {size(memory)} of memory.", ""])

@@ -1,0 +1,86 @@
+"""The options of `mla-convert`: which text calibrates, and which transformation they make."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from optimum_mla.calibrate import BUILT_IN_TEXT
+from optimum_mla.core.errors import InvalidValueError, OptionError
+from optimum_mla.core.suggestions import did_you_mean
+from optimum_mla.methods.base import MLATransformation
+from optimum_mla.methods.registry import transform_class
+from optimum_mla.methods.signature import whole_signature
+from optimum_mla.pipeline.loading import TextOptions
+
+
+def calibrated_texts(texts: TextOptions, method: str, options: dict[str, Any]) -> TextOptions:
+    """Return the texts with the built-in text as calibration data, where the user gave none and needs some.
+
+    Args:
+        texts: The texts that the user gave.
+        method: Name of the method.
+        options: Keyword arguments of the method.
+
+    Raises:
+        OptionError: Options about calibration data contradict each other.
+        InvalidValueError: There is no such method.
+    """
+    if texts.calibration_data is not None:
+        if texts.uncalibrated:
+            raise OptionError("--uncalibrated and --calibration-data exclude each other. Give one of them.")
+        return texts
+    if texts.chat_template:
+        raise OptionError("--chat-template is about calibration data. Give chats with --calibration-data.")
+    if texts.uncalibrated or _preserves_computation(method, options):
+        return texts
+    return replace(texts, calibration_data=str(BUILT_IN_TEXT))
+
+
+def _preserves_computation(method: str, options: dict[str, Any]) -> bool:
+    """Return whether a conversion without calibration data computes what its source does."""
+    try:
+        return build_transformation(method, options, None).preserves_computation
+    except InvalidValueError:
+        return False  # Some options need calibration data. Any other fault is found again later.
+
+
+def check_calibration_is_used(transformation: MLATransformation, texts: TextOptions, method: str) -> None:
+    """Refuse a lossy conversion whose options leave the calibration data unused, unless the user asked for that.
+
+    Raises:
+        OptionError: The calibration data would not be used.
+    """
+    if texts.calibration_data is None or transformation.needs_calibration:
+        return
+    raise OptionError(
+        f"{method} with the factorization {transformation.factorization} uses no calibration data, and its result is "
+        "of no use until it is trained. Give --uncalibrated without --calibration-data if you will train it, or leave "
+        "out --factorization."
+    )
+
+
+def build_transformation(method: str, options: dict[str, Any], calibration: Tensor | None) -> MLATransformation:
+    """Return the transformation of a method.
+
+    Raises:
+        InvalidValueError: There is no such method, or the method refuses the value of an option.
+        OptionError: The method does not have one of the options.
+    """
+    cls = transform_class(method)
+    known = option_names(cls)
+    for name in options:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise OptionError(
+                f"{method} has no --{name.replace('_', '-')} option. {hint}{' ' if hint else ''}"
+                f"Its options, as they are named in Python, are: {', '.join(known)}."
+            )
+    return cls(calibration=calibration, **options)
+
+
+def option_names(method: type[MLATransformation]) -> list[str]:
+    """Return the keyword arguments of a method's class, with those that it passes on to its base classes."""
+    return [name for name in whole_signature(method).parameters if name != "calibration"]

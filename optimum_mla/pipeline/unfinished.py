@@ -1,0 +1,205 @@
+"""The folder of a conversion that is under way, from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_mla.convert.record import LayerResult, Record
+from optimum_mla.convert.run import Run
+from optimum_mla.core.errors import MLAError, OptionError, OutputError, UnreadableModelError
+from optimum_mla.io.folder import parents, told
+from optimum_mla.io.journal import Journal
+from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, write_shard
+from optimum_mla.models.classes import is_tied
+from optimum_mla.nn import LatentAttention
+from optimum_mla.pipeline.loading import RESIDENT_BYTES
+
+logger = logging.getLogger(__name__)
+
+
+class UnfinishedConversion(Record):
+    """Keeps the layers of a conversion in a hidden folder beside its output, with a journal.
+
+    It is a context. When it ends well, the folder is deleted. When it is interrupted, or a file cannot be read or
+    written, the folder stays, and a conversion with the same options goes on where it was.
+
+    Args:
+        output: The folder that the conversion will write.
+        options: All that the result depends on, by name, as values that JSON can hold.
+        resume: Whether to go on with the unfinished conversion, if there is one.
+        overwrite: Whether to start anew if there is one.
+
+    Attributes:
+        folder: The hidden folder.
+
+    Raises:
+        OutputError: There is an unfinished conversion, and neither `resume` nor `overwrite` says what to do with it.
+        OptionError: The unfinished conversion has other options.
+    """
+
+    def __init__(self, output: Path, options: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        self.output, self.folder = output, output.with_name(f".{output.name}.unfinished")
+        self._start = time.monotonic()
+        self._above = parents(output)
+        path = self.folder / "journal.jsonl"
+        if path.is_file() and resume:
+            self._check_options(Journal(path).entries.get("options", {}), options)
+        elif path.is_file() and not overwrite and len(Journal(path).entries) > 1:
+            raise OutputError(
+                f"output: an unfinished conversion to {output} lies in {self.folder}. Go on with it by --resume, or "
+                "start anew by --overwrite."
+            )
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._path, self._options = path, options
+
+    def __enter__(self) -> UnfinishedConversion:
+        self._above.__enter__()
+        try:
+            with told(self.output):
+                self.folder.mkdir(exist_ok=True)
+                for left in self.folder.glob("*/"):  # of a process that was killed while it wrote the result
+                    shutil.rmtree(left)
+                self._journal = Journal(self._path)
+                if not self._journal.entries:
+                    self._journal.add("options", self._options)
+        except BaseException as error:
+            self._above.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        entries = Journal(self._path).entries  # Read again, because an interruption may come behind the write.
+        # Any other error of ours would come again.
+        passing = not isinstance(error, MLAError) or isinstance(error, OutputError | UnreadableModelError)
+        if error is None or not passing or len(entries) < 2:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            layers = sum(key.startswith("layer ") for key in entries)
+            logger.warning("kept: %d converted layers and all choices. The same command with --resume goes on.", layers)
+        self._above.__exit__(kind, error, trace)
+
+    def _check_options(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        if differing:
+            said = "; ".join(f"{name} is {here.get(name)!r} and was {there.get(name)!r}" for name in differing)
+            raise OptionError(
+                f"--resume: the unfinished conversion to {self.output} was another one: {said}. Give the options and "
+                "the files that it had, or start anew with --overwrite instead of --resume."
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds that the kept layers took, those of interrupted runs included."""
+        return max((entry["seconds"] for entry in self._layers().values()), default=0.0)
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of the kept layers."""
+        return sum(path.stat().st_size for path in self.folder.glob("layer-*.safetensors"))
+
+    def _layers(self) -> dict[str, Any]:
+        return {key: entry for key, entry in self._journal.entries.items() if key.startswith("layer ")}
+
+    def known(self, key: str) -> Any:
+        """Return the value that was kept under a key, or None."""
+        return self._journal.entries.get(key)
+
+    def keep(self, key: str, value: Any) -> None:
+        """Keep a value under a key."""
+        with told(self.output):
+            self._journal.add(key, value)
+
+    def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
+        """Return the tensors of a layer's converted attention and its result; None if it was not kept, or not whole."""
+        entry = self.known(f"layer {index}")
+        if entry is None or entry["result"] is None:
+            return None
+        path = self.shard(index)
+        if not path.is_file() or sha256(path) != entry["sha256"]:
+            logger.warning("warning: %s is not as it was written; its layer is converted again.", path)
+            return None
+        return read_shard(path, entry["attention"]), LayerResult.from_dict(entry["result"])
+
+    def shard(self, index: int) -> Path:
+        """Return the file of a layer."""
+        return self.folder / f"layer-{index:05}.safetensors"
+
+    def write_layer(self, run: Run, index: int, attention: LatentAttention | None) -> None:
+        """Write a layer of the converted model, unless it was kept already.
+
+        Args:
+            run: The conversion.
+            index: Index of the layer.
+            attention: Its new attention, or None if it keeps that of the source.
+        """
+        spec = run.family.spec
+        if self._whole(index):
+            return
+        path = f"{spec.layer_path(index)}."
+        tensors = run.source.layer(index).state_dict(prefix=path)
+        if attention is not None:
+            prefix = f"{spec.attention_path(index)}."
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+            tensors |= attention.state_dict(prefix=prefix)
+        with told(self.output):
+            digest = write_shard(self.shard(index), tensors)
+        result = run.results[index].to_dict() if index in run.results else None
+        self.keep(
+            f"layer {index}",
+            {
+                "sha256": digest,
+                "attention": f"{spec.attention_path(index)}.",
+                "result": result,
+                "seconds": self.seconds + time.monotonic() - self._start,
+            },
+        )
+        self._start = time.monotonic()
+
+    def _whole(self, index: int) -> bool:
+        entry = self.known(f"layer {index}")
+        return entry is not None and self.shard(index).is_file() and sha256(self.shard(index)) == entry["sha256"]
+
+
+def weights_outside_layers(run: Run) -> dict[str, Tensor]:
+    """Return the weights of a model that belong to no layer, by their names in it: embedding, last norm and head."""
+    spec, source = run.family.spec, run.source
+    parts = {f"{spec.base}.{spec.embedding}": source.embedding, f"{spec.base}.{spec.norm}": source.final_norm()}
+    if not is_tied(source.model):
+        parts[spec.head] = source.head()
+    return {name: tensor for path, part in parts.items() for name, tensor in part.state_dict(prefix=f"{path}.").items()}
+
+
+def write_model(run: Run, unfinished: UnfinishedConversion, folder: Path) -> None:
+    """Write the converted model as a checkpoint: config, generation config, and the weights of all layers.
+
+    Models of at most `RESIDENT_BYTES` become a single file; others have a file for each layer.
+
+    Args:
+        run: The conversion, whose layers have been written.
+        unfinished: Where they are.
+        folder: The folder of the checkpoint, which is empty.
+    """
+    config = run.converted_config()
+    config.tie_word_embeddings = is_tied(run.source.model)
+    with torch.device("meta"):
+        model = run.family.model(config).to(run.source.dtype)
+    model.generation_config = run.source.model.generation_config
+    weights = weights_outside_layers(run)
+    shards = [unfinished.shard(layer) for layer in range(run.source.num_layers)]
+    if sum(data_bytes(shard) for shard in shards) <= RESIDENT_BYTES:
+        for shard in shards:
+            weights |= read_shard(shard)
+        shards = []
+    model.save_pretrained(folder, state_dict=weights)
+    if shards:
+        outside = folder / "model.safetensors"
+        place_shards([outside, *shards], folder)
+        outside.unlink()
