@@ -15,7 +15,7 @@ TESTS  := --numprocesses logical --maxprocesses 8 --dist worksteal
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-real-abilities bench-real-speed bench-real-recovery clean
+	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-real-abilities bench-real-speed bench-real-recovery bench-large clean
 
 setup: $(STAMP)
 
@@ -143,6 +143,10 @@ bench-real-abilities: real-model
 bench-real-speed: real-model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq]"
 	$(RUN) $(BIN)/python -m benchmarks.real_speed
+
+# Takes 7 GB of memory and 26 GB of the disk for temporary files.
+bench-large: setup
+	$(RUN) $(BIN)/python -m benchmarks.large
 
 # CORPUS: a folder of books; the recipe trains on 2 M tokens of it, TOKENS asks for fewer.
 bench-real-recovery: real-model
