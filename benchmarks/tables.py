@@ -370,6 +370,59 @@ def real_conversion() -> str:
     return table(("conversion", *(f"{name}, s" for name in names), "peak, GB"), rows)
 
 
+ABILITIES = (
+    ("needle_1k", "exact_match", "one number in 1k tokens"),
+    ("needle_2k", "exact_match", "in 2k"),
+    ("needle_4k", "exact_match", "in 4k"),
+    ("needle_8k", "exact_match", "in 8k"),
+    ("needles_1k", "exact_match", "one of eight numbers in 1k"),
+    ("needles_2k", "exact_match", "in 2k"),
+    ("needles_4k", "exact_match", "in 4k"),
+    ("needles_8k", "exact_match", "in 8k"),
+    ("lookup_50", "exact_match", "a name in a list of 50"),
+    ("lookup_200", "exact_match", "in a list of 200"),
+    ("copying", "same_words", "16 words copied"),
+    ("last_word", "acc", "last word of a passage"),
+    ("agreement", "exact_match", "the source's answer, word for word"),
+    ("agreement", "same_words", "its words before the first other one"),
+)
+"""The rows of the table of abilities: task, metric, and what the page calls them."""
+
+
+def real_abilities() -> str:
+    """Return what each model and cache answers right, in percent with standard errors."""
+    runs = result("real_abilities")["runs"]
+    cells = {
+        (run["model"], run["cache"]): {(row["task"], row["metric"]): row for row in run["metrics"]} for run in runs
+    }
+    rows = []
+    for task, metric, name in ABILITIES:
+        found = [side[task, metric] for side in cells.values()]
+        shown = [f"{100 * row['value']:.0f} ± {100 * row['stderr']:.0f}" for row in found]
+        rows.append((name, str(found[0]["documents"]), *shown))
+    names = [model if cache == "16bit" else f"{model}, {cache}" for model, cache in cells]
+    return table(("% right", "questions", *names), rows)
+
+
+def real_depths() -> str:
+    """Return how often a single number is found at each depth of the text, over all lengths."""
+    runs = result("real_abilities")["runs"]
+    found = {
+        (run["model"], run["cache"]): {
+            row["task"].removeprefix("needle at "): row["value"]
+            for row in run["metrics"]
+            if row["task"].startswith("needle at ")
+        }
+        for run in runs
+    }
+    depths = list(next(iter(found.values())))
+    rows = [
+        (model if cache == "16bit" else f"{model}, {cache}", *(f"{100 * values[depth]:.0f}" for depth in depths))
+        for (model, cache), values in found.items()
+    ]
+    return table(("% found, at a depth of", *depths), rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (

@@ -103,6 +103,24 @@ def try_renames(folder: Path) -> None:
             trial.rmdir()
 
 
+def check_space(output: Path, needed_bytes: int) -> None:
+    """Refuse an output for which its disk has too little space.
+
+    Args:
+        output: The folder, in a folder that exists.
+        needed_bytes: Bytes that will be written.
+
+    Raises:
+        OutputError: Fewer bytes are free.
+    """
+    free = shutil.disk_usage(output.parent).free
+    if needed_bytes > free:
+        raise OutputError(
+            f"output: {output.parent} has {free / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB. "
+            "Free space or choose another disk."
+        )
+
+
 @contextmanager
 def atomic_folder(
     output: Path, needed_bytes: int = 0, overwrite: bool = False, within: Path | None = None
@@ -120,12 +138,7 @@ def atomic_folder(
             folder could not take its name; then it is kept, and the message says where.
     """
     with told(output), parents(output):
-        free = shutil.disk_usage(output.parent).free
-        if needed_bytes > free:
-            raise OutputError(
-                f"output: {output.parent} has {free / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB. "
-                "Free space or choose another disk."
-            )
+        check_space(output, needed_bytes)
         partial = beside(output, within)
         try:
             yield partial

@@ -18,7 +18,7 @@ from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.io.claim import claims_output
-from optimum_mla.io.folder import atomic_folder, check_output
+from optimum_mla.io.folder import atomic_folder, check_output, check_space
 from optimum_mla.measure.memory import measured_cache_bytes_per_token
 from optimum_mla.measure.sample import Sample, continuation, sample_prompt
 from optimum_mla.measure.stages import Stages
@@ -139,6 +139,7 @@ def convert(
     with UnfinishedConversion(folder, made_from, resume, overwrite) as unfinished:
         with stages.stage("load"):
             source = load_model(model, config, dtype, device, hub, offload=unfinished.folder)
+        check_space(folder, max(0, weight_bytes(source) - unfinished.bytes))
         measured_on = evaluation if transformation.needs_calibration else windows
         run = Run(transformation, source, unfinished, measured_on, evaluate=windows is not None)
         if announce is not None:
@@ -154,7 +155,7 @@ def convert(
                 unfinished.write_layer(run, layer, attention)
         before, after = run.perplexities or (None, None)
 
-        with atomic_folder(folder, unfinished.bytes, overwrite, within=unfinished.folder) as partial:
+        with atomic_folder(folder, overwrite=overwrite, within=unfinished.folder) as partial:
             converted_folder = partial if export_format is None else unfinished.folder / "converted"
             with stages.stage("write"):
                 write_model(run, unfinished, converted_folder)
@@ -225,8 +226,12 @@ def conversion_identity(model: str, hub: dict[str, Any]) -> dict[str, Any]:
 
 def readable_at_once(model: PreTrainedModel) -> bool:
     """Return whether a model's weights fit into the memory that is free, so that generating with it is quick enough."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return bool(weights < psutil.virtual_memory().available)
+    return bool(weight_bytes(model) < psutil.virtual_memory().available)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's weights, wherever they lie."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _layer_report(layer: int, result: Any) -> LayerReport:

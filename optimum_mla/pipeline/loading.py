@@ -144,7 +144,7 @@ def load_model(
         with reading("generation config", model, hub):
             GenerationConfig.from_pretrained(model)
     spread: dict[str, Any] = {}
-    if offload is not None and weight_bytes(model, config, dtype, hub) > RESIDENT_BYTES:
+    if offload is not None and expected_bytes(model, config, dtype, hub) > RESIDENT_BYTES:
         spread = {"device_map": layers_on_disk(config, place), "offload_folder": str(offload)}
     try:
         with reading("weights", model, hub):
@@ -186,7 +186,7 @@ def load_model(
     return loaded
 
 
-def weight_bytes(model: str, config: PreTrainedConfig, dtype: str, hub: dict[str, Any]) -> int:
+def expected_bytes(model: str, config: PreTrainedConfig, dtype: str, hub: dict[str, Any]) -> int:
     """Return the bytes of a model's weights in a dtype, by its config.
 
     Raises:

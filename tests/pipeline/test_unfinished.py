@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,15 @@ def test_what_would_come_again_is_not_kept(model: Path, tmp_path: Path, monkeypa
     stopping_at(monkeypatch, 2, VerificationError("verify: layer 2"))
     with pytest.raises(VerificationError):
         run(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_said_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = built_layers(monkeypatch)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match=r"has 0\.00 GB free, the result needs 0\.00 GB"):
+        run(model, tmp_path / "out")
+    assert built == []
     assert list(tmp_path.iterdir()) == []
 
 
