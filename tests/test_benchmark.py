@@ -23,10 +23,10 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 from optimum_mla import XEcoMLA
 from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, ReportError
-from optimum_mla.pipeline import BenchmarkOptions, benchmark, benchmark_run, cells, compare, measurements, quantize
+from optimum_mla.pipeline import BenchmarkOptions, benchmark, cell_runs, cells, compare, measurements, quantize
 from optimum_mla.pipeline.cells import CellError, ran_out_of_memory, run_cell
 from optimum_mla.pipeline.measurements import memory_cell, quality_cell, speed_cell
-from optimum_mla.report.benchmark import BenchmarkReport
+from optimum_mla.report.rows import BenchmarkReport
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = str(REFERENCE / "evaluation.txt")
@@ -93,7 +93,7 @@ def report(models: Path) -> Iterator[BenchmarkReport]:
         baselines=("source", "source-hqq-int4"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark_run, "run_cell", run)
+        patch.setattr(cell_runs, "run_cell", run)
         yield benchmark(str(models / "converted"), models / "report", str(models / "source"), options)
 
 
@@ -229,7 +229,7 @@ def test_cells_without_a_baseline(models: Path) -> None:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells answer in this process."""
-    monkeypatch.setattr(benchmark_run, "run_cell", answered_here)
+    monkeypatch.setattr(cell_runs, "run_cell", answered_here)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -461,7 +461,7 @@ def test_interrupted_before_anything_was_measured_nothing_is_written(
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr(benchmark_run, "run_cell", stop)
+    monkeypatch.setattr(cell_runs, "run_cell", stop)
     with pytest.raises(KeyboardInterrupt):
         benchmark(str(models / "converted"), tmp_path / "out", "none", BenchmarkOptions((8,), (1,)))
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from optimum_mla.cache.backends import Backend
-from optimum_mla.cache.layer import StoredBlock
+from optimum_mla.cache.blocks import StoredBlock
 from optimum_mla.cache.positions import CachedPositions
 from optimum_mla.cache.settings import CacheSettings
 from optimum_mla.cache.stored import Stored

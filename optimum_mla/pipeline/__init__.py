@@ -9,16 +9,16 @@ from optimum_mla.pipeline.loading import TextOptions, load_source_config
 from optimum_mla.pipeline.quantize import quantize
 
 if TYPE_CHECKING:
-    from optimum_mla.pipeline.benchmark_run import BenchmarkOptions as BenchmarkOptions
     from optimum_mla.pipeline.benchmarking import benchmark as benchmark
     from optimum_mla.pipeline.benchmarking import compare as compare
+    from optimum_mla.pipeline.cell_options import BenchmarkOptions as BenchmarkOptions
     from optimum_mla.pipeline.exporting import export as export
     from optimum_mla.pipeline.finetuning import finetune as finetune
     from optimum_mla.pipeline.inspecting import inspect as inspect
 
 LATER = {
     "benchmark": "benchmarking",
-    "BenchmarkOptions": "benchmark_run",
+    "BenchmarkOptions": "cell_options",
     "compare": "benchmarking",
     "export": "exporting",
     "finetune": "finetuning",

@@ -9,11 +9,12 @@ from typing import Any
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
-from optimum_mla.pipeline.benchmark_run import Benchmark, BenchmarkOptions
+from optimum_mla.pipeline.cell_options import BenchmarkOptions
+from optimum_mla.pipeline.cell_runs import Benchmark
 from optimum_mla.pipeline.loading import check_dtype
 from optimum_mla.pipeline.origin import NamedModel, named_model, recorded_source, source_of
-from optimum_mla.report.benchmark import BenchmarkReport
 from optimum_mla.report.pages import FORMATS, write_pages
+from optimum_mla.report.rows import BenchmarkReport
 
 NO_BASELINE = "none"
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from optimum_mla.calibrate.text import window_length
@@ -28,13 +27,13 @@ from optimum_mla.pipeline.loading import (
     TextOptions,
     carried_card,
     check_dtype,
-    load_config,
     load_converted_config,
     load_model,
     load_tokenizer,
     read_texts,
 )
-from optimum_mla.pipeline.origin import NamedModel, mismatch, named_model, recorded_source, source_of
+from optimum_mla.pipeline.origin import recorded_source
+from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
 from optimum_mla.recovery.data import pack, preferences, stream
 from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
@@ -299,86 +298,6 @@ def make_arguments(chosen: dict[str, Any]) -> TrainingArguments:
         return TrainingArguments(**chosen)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise InvalidValueError("training", first_line(error), "what transformers.TrainingArguments takes") from error
-
-
-def find_teacher(model: str, recipe: Recipe, revision: str | None) -> NamedModel | None:
-    """Return the teacher that the recipe names, or else the model that the conversion started from.
-
-    Returns:
-        None if the recipe needs no teacher.
-
-    Raises:
-        InvalidValueError: The source is needed and not known, or a revision is given and there is nothing to apply it
-            to.
-        ReportError: The report of the conversion cannot be read.
-    """
-    if not recipe.taught:
-        if revision is not None:
-            raise InvalidValueError("teacher_revision", revision, f"None, as {recipe.objective} has no teacher")
-        return None
-    if recipe.teacher is not None:
-        return named_model("teacher", recipe.teacher, revision)
-    source = source_of(model, "teacher", "Name the model to learn from with --teacher.")
-    return source if revision is None else named_model("teacher", source.location, revision)
-
-
-def load_teacher(
-    teacher: NamedModel, recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, place: str, hub: dict[str, Any]
-) -> PreTrainedModel:
-    """Return the teacher, which is of the student's vocabulary.
-
-    Raises:
-        InvalidValueError: Its vocabulary or its tokenizer is another one.
-        UnsupportedModelError: It does not load.
-    """
-    name, hub = teacher.location, teacher.hub(hub)
-    teacher_config = load_config(name, hub)
-    sizes = [c.get_text_config().vocab_size for c in (teacher_config, config)]
-    if sizes[0] != sizes[1]:
-        raise InvalidValueError(
-            "teacher", name, f"models with a vocabulary of {sizes[1]} tokens, as the student has ({sizes[0]} here)"
-        )
-    theirs = load_tokenizer(name, hub, needed=False)
-    if tokenizer is not None and theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
-        raise InvalidValueError("teacher", name, "models with the student's tokenizer", "Its tokens are other words.")
-    options = dict(hub)
-    if recipe.teacher_bits != 16:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if recipe.teacher_bits == 8
-            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-        )
-    return load_model(name, teacher_config, "auto", place, options)
-
-
-def perplexity_of_source(
-    source: NamedModel, loaded: PreTrainedModel | None, windows: Tensor, place: str, hub: dict[str, Any]
-) -> float | None:
-    """Return the source model's perplexity; None, and one line on standard error, where it cannot be measured.
-
-    Args:
-        source: What the report of the conversion names.
-        loaded: The source in full precision if it is in memory already, as the teacher.
-        windows: Token ids [windows, tokens].
-        place: Device to load it on.
-        hub: Keyword arguments for loading the command's own model.
-    """
-    if loaded is not None:
-        return perplexity(loaded, windows)
-    problem = mismatch(source)
-    if problem is None:
-        options = source.hub(hub)
-        try:
-            config = load_config(source.location, options)
-            return perplexity(load_model(source.location, config, "auto", place, options), windows)
-        except MLAError as error:
-            problem = str(error)
-        except torch.OutOfMemoryError:
-            problem = "there is not enough memory for it beside the models that train"
-    logger.warning("warning: the perplexity of the source %s is not measured: %s", source.name, problem)
-    return None
 
 
 def finished(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +13,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate.text import window_length
-from optimum_mla.core.errors import MLAError, UnreadableModelError, UnsupportedModelError, first_line
+from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.families.spec import SourceAttention, sliding_window
-from optimum_mla.io.reading import reading
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.layers import model_geometry
@@ -25,6 +23,7 @@ from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.pipeline.estimate import conversion_memory
 from optimum_mla.pipeline.loading import check_buildable, load_config
+from optimum_mla.pipeline.weight_headers import headers
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers
 from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
@@ -122,41 +121,6 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
     )
 
 
-def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """Return the dtype (as safetensors names it) and the shape of every tensor of a checkpoint by the tensor's name.
-
-    Args:
-        model: The model, as a hub id or a folder.
-        hub: Keyword arguments for loading.
-
-    Raises:
-        UnsupportedModelError: There are no safetensors files.
-        UnreadableModelError: A safetensors file is broken.
-    """
-    from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
-
-    folder, files = Path(model) if Path(model).is_dir() else None, []
-    if folder is None:
-        try:
-            found = get_safetensors_metadata(model, revision=hub.get("revision"), token=hub.get("token"))
-            files = list(found.files_metadata.values())
-        except Exception as error:  # The hub and the network raise errors of many unrelated types.
-            folder = downloaded(model, hub)
-            if folder is None:
-                raise UnsupportedModelError(
-                    f"model: the headers of {model} did not load: {first_line(error)}"
-                ) from error
-    if folder is not None:
-        with reading("weights", str(folder)):
-            files = [parse_local_safetensors_file_metadata(path) for path in weight_files(folder)]
-    tensors = {name: (str(info.dtype), list(info.shape)) for file in files for name, info in file.tensors.items()}
-    if not tensors:
-        raise UnsupportedModelError(
-            f"model: {model} holds no safetensors files. Save it with save_pretrained of a current Transformers."
-        )
-    return tensors
-
-
 def frequencies_may_differ(model: str) -> bool:
     """Return whether the layers of a converted model may rotate at different frequencies.
 
@@ -171,26 +135,6 @@ def frequencies_may_differ(model: str) -> bool:
     report = ConversionReport.read(path.parent)
     chosen = report.method == "gqa2mla" or report.options.get("rope_selection") in SCORED_SELECTIONS
     return chosen and not report.options.get("shared_rope")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a folder that Transformers would load, without adapters and other files."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(shards))]
-
-
-def downloaded(model: str, hub: dict[str, Any]) -> Path | None:
-    """Return the folder of this machine's cache that holds the weights of a hub id, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        found = try_to_load_from_cache(model, name, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
 
 
 def features(config: PreTrainedConfig, layer: MLAGeometry, windows: bool, rope: str) -> list[str]:

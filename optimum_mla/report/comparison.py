@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optimum_mla.report.benchmark import BASELINE, MODEL, BenchmarkReport
 from optimum_mla.report.break_even import break_even_tokens
+from optimum_mla.report.rows import BASELINE, MODEL, BenchmarkReport
 
 SAME = 1.002
 """Perplexities within this factor of each other count as equal."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from optimum_mla.report.benchmark import BASELINE, BenchmarkReport, BudgetRow
 from optimum_mla.report.comparison import break_even, verdict
 from optimum_mla.report.render import number, table
+from optimum_mla.report.rows import BASELINE, BenchmarkReport, BudgetRow
 
 FORMATS = ("json", "md", "html")
 Named = Sequence[tuple[str, BenchmarkReport]]

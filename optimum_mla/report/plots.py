@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimum_mla.report.benchmark import BenchmarkReport
+from optimum_mla.report.rows import BenchmarkReport
 from optimum_mla.report.schema import RecoveryReport
 
 INK = "#010203"

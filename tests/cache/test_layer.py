@@ -15,7 +15,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
-from optimum_mla.cache.layer import BlockView
+from optimum_mla.cache.blocks import BlockView
 from optimum_mla.cache.stored import SPARE_TOKENS, balanced_group
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry

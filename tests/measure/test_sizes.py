@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.measure.sizes import budget_rows, parse_bytes
-from optimum_mla.report.benchmark import MemoryRow
+from optimum_mla.report.rows import MemoryRow
 
 
 def row(context: int, live: int, batch: int = 1, role: str = "model") -> MemoryRow:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from optimum_mla.report.benchmark import BenchmarkReport, BudgetRow, QualityRow, SpeedRow
 from optimum_mla.report.comparison import break_even, places, verdict
+from optimum_mla.report.rows import BenchmarkReport, BudgetRow, QualityRow, SpeedRow
 
 
 def report(rows: dict[tuple[str, str], tuple[float, float]]) -> BenchmarkReport:

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from optimum_mla.measure.sizes import budget_rows
-from optimum_mla.report.benchmark import BenchmarkReport, MemoryRow, QualityRow, SpeedRow, TaskRow
 from optimum_mla.report.pages import html, markdown, size, terminal, write_pages
 from optimum_mla.report.plots import COLOURS
+from optimum_mla.report.rows import BenchmarkReport, MemoryRow, QualityRow, SpeedRow, TaskRow
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from optimum_mla.core.errors import ReportError
 from optimum_mla.pipeline import benchmark, compare, convert, finetune, inspect
-from optimum_mla.report.benchmark import BenchmarkReport, MemoryRow
 from optimum_mla.report.reading import read_report
+from optimum_mla.report.rows import BenchmarkReport, MemoryRow
 from optimum_mla.report.schema import ConversionReport, LayerReport
 from tests.cases import UNCALIBRATED, source_model
 

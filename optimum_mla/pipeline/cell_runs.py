@@ -5,26 +5,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimum_mla.cache import CacheSettings
-from optimum_mla.cache.backends import check_settings
-from optimum_mla.cache.settings import CACHE_NAMES, named_cache
-from optimum_mla.cache.source import SOURCE, default_baselines, source_cache_name
 from optimum_mla.calibrate.text import context_limit, token_windows, window_length
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.progress import progress
 from optimum_mla.measure.sizes import budget_rows, layer_numbers
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.pipeline.cell_options import BenchmarkOptions
 from optimum_mla.pipeline.cells import OUT_OF_MEMORY, CellError, run_cell
 from optimum_mla.pipeline.loading import load_config, load_tokenizer
 from optimum_mla.pipeline.origin import NamedModel
-from optimum_mla.report.benchmark import (
+from optimum_mla.report.rows import (
     BASELINE,
     MODEL,
     BenchmarkReport,
@@ -33,81 +30,6 @@ from optimum_mla.report.benchmark import (
     SpeedRow,
     TaskRow,
 )
-
-PARTS = ("memory", "speed", "quality")
-CONTEXTS = (1024, 4096, 8192, 32768)
-BATCHES = (1, 8)
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """Options that say what a benchmark measures.
-
-    Attributes:
-        context_lengths: Numbers of prompt tokens per row.
-        batch_sizes: Numbers of rows.
-        caches: Names of caches; see `optimum_mla.cache.settings.named_cache`.
-        baselines: What to compare with: `source`, the baseline with its unquantized cache, which always takes part, and
-            `source-CACHE`, such as `source-hqq-int4`, for the baseline with a quantized cache of Transformers. None
-            takes `source`, and `source-hqq-int4` too if hqq is installed.
-        new_tokens: Number of decoding steps after each timed prefill.
-        repeats: Number of timed prefills.
-        eval_data: The text on which the quality is measured, or None to leave the quality out.
-        eval_samples: Largest number of windows that are taken from the text.
-        eval_length: Number of tokens per window; None takes 512, or the model's longest context if that is shorter.
-        stride: Number of tokens at the end of each window that are scored; None takes half of the window.
-        tasks: Names of `lm_eval` tasks.
-        tasks_path: A folder with further tasks, or None.
-        tasks_limit: Largest number of documents of each task; None takes all.
-        memory_budget: Bytes of memory for which the report computes the largest contexts and batches; None takes the
-            memory of this machine.
-        parts: The parts to measure: `memory`, `speed` and `quality`.
-
-    Raises:
-        InvalidValueError: An option is out of range.
-    """
-
-    context_lengths: tuple[int, ...] = CONTEXTS
-    batch_sizes: tuple[int, ...] = BATCHES
-    caches: tuple[str, ...] = ("default",)
-    baselines: tuple[str, ...] | None = None
-    new_tokens: int = 32
-    repeats: int = 5
-    eval_data: str | None = None
-    eval_samples: int = 128
-    eval_length: int | None = None
-    stride: int | None = None
-    tasks: tuple[str, ...] = ()
-    tasks_path: str | None = None
-    tasks_limit: int | None = None
-    memory_budget: int | None = None
-    parts: tuple[str, ...] = PARTS
-
-    def __post_init__(self) -> None:
-        for field in ("context_lengths", "batch_sizes"):
-            values = getattr(self, field)
-            if not values or any(value < 1 for value in values):
-                raise InvalidValueError(field, list(values), "integers from 1")
-        for field in ("new_tokens", "repeats", "eval_samples"):
-            if getattr(self, field) < 1:
-                raise InvalidValueError(field, getattr(self, field), "integers from 1")
-        if self.tasks_limit is not None and self.tasks_limit < 1:
-            raise InvalidValueError("tasks_limit", self.tasks_limit, "integers from 1")
-        for part in self.parts:
-            if part not in PARTS:
-                raise InvalidValueError("parts", part, ", ".join(PARTS))
-        if not self.caches:
-            raise InvalidValueError("cache", [], CACHE_NAMES)
-        for name in self.caches:
-            check_settings(CacheSettings(**named_cache(name)))
-        for name in self.baselines or ():
-            source_cache_name(name)
-
-    @property
-    def baseline_caches(self) -> tuple[str, ...]:
-        """Return the names of the baseline's caches, with its unquantized cache first."""
-        chosen = default_baselines() if self.baselines is None else self.baselines
-        return tuple(dict.fromkeys(source_cache_name(name) for name in (SOURCE, *chosen)))
 
 
 class Benchmark:
