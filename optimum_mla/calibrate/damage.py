@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from optimum_mla.calibrate.states import LayerStates
+from optimum_mla.calibrate.windows import fitted
 from optimum_mla.ops.rope_mix import RopeMix, as_pairs, mixed_keys
 
 DAMAGE_WINDOWS = 16
-"""Largest number of windows on which the damage of stopped rotations is measured."""
+"""Largest number of fitted windows on which the damage of stopped rotations is measured."""
 DAMAGE_ROWS = 32
 """Largest number of query tokens per window on which that damage is measured."""
 
@@ -26,7 +27,8 @@ def rotary_damage(layer: LayerStates, mix: RopeMix) -> Tensor:
         mix: The mixing of the key heads that makes the components.
     """
     g, walk = layer.geometry, layer.walk
-    windows = torch.arange(0, len(walk.converted), -(-len(walk.converted) // DAMAGE_WINDOWS), device=walk.device)
+    windows = fitted(len(walk.windows))
+    windows = windows[:: -(-len(windows) // DAMAGE_WINDOWS)]
     length = walk.converted.shape[1]
     rows = torch.linspace(length / DAMAGE_ROWS, length - 1, min(DAMAGE_ROWS, length), device=walk.device).long()
     pairs = g.head_dim // 2

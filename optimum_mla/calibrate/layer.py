@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from optimum_mla.calibrate.damage import rotary_damage
@@ -15,14 +14,10 @@ from optimum_mla.calibrate.healing import refit_output
 from optimum_mla.calibrate.moments import LayerMoments, contribution, gather_moments
 from optimum_mla.calibrate.states import LayerStates
 from optimum_mla.calibrate.walk import CalibrationWalk
-from optimum_mla.calibrate.windows import deciding
 from optimum_mla.families.spec import SourceAttention
 from optimum_mla.ops.ridge import Healing
 from optimum_mla.ops.rope_mix import RopeMix
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
-
-DEFAULT_KEY_WEIGHT = 0.5
-"""The initial value of `LayerCalibration.key_weight`."""
 
 
 class LayerCalibration:
@@ -33,16 +28,12 @@ class LayerCalibration:
         source: The layer's attention.
 
     Attributes:
-        key_weight: Weight of key errors against value errors in a joint factorization. At 1, the error of a logit
-            weighs as much as its first-order effect on the output would if the value errors of all tokens were
-            independent. They are not, so lower values are better; the search tries several.
         dtype: The dtype of the states and of the modules that are measured on them.
         memo: Results that a method computes once and uses for every candidate.
     """
 
     def __init__(self, walk: CalibrationWalk, source: SourceAttention) -> None:
         self.dtype = walk.dtype
-        self.key_weight = DEFAULT_KEY_WEIGHT
         self.memo: dict[str, Any] = {}
         self._walk, self._source = walk, source
         self._states = LayerStates(walk, source)
@@ -65,11 +56,11 @@ class LayerCalibration:
         The last factorization is kept, so that other ranks of the same rows cost nothing.
 
         Args:
-            key: Identifies the rows, together with `key_weight` and `centered`.
+            key: Identifies the rows, together with `centered`.
             rows: Returns the rows.
             centered: Whether biases after the latent carry the mean of the inputs. Otherwise the latent carries it.
         """
-        key = (key, self.key_weight, centered)
+        key = (key, centered)
         if self.memo.get("factorization", (None, None))[0] != key:
             self.memo["factorization"] = (
                 key,
@@ -91,12 +82,13 @@ class LayerCalibration:
         It is the root mean square over tokens of the error's size relative to that of the source's state; infinite if
         it is not finite.
         """
-        walk, windows = self._walk, deciding(len(self._walk.source))
-        target = (walk.middle - walk.converted)[windows]
-        output = torch.cat(list(walk.outputs(attention, walk.converted[windows])))
-        squares = (output - target).double().square().mean(-1) * self._states.row_weights[windows]
-        error = float(squares.mean().sqrt())
-        return error if math.isfinite(error) else math.inf
+        walk, total, tokens = self._walk, 0.0, 0
+        for windows in walk.deciding_batches():
+            states, weights = walk.converted[windows], self._states.row_weights[windows]
+            (output,) = walk.outputs(attention, states)
+            squares = (output - (walk.middle[windows] - states)).double().square().mean(-1) * weights
+            total, tokens = total + float(squares.sum()), tokens + squares.numel()
+        return math.sqrt(total / tokens) if math.isfinite(total) else math.inf
 
     def heal(self, attention: nn.Module) -> Healing:
         """Return a refit of `attention.o_proj` to the source's hidden states; see `refit_output`."""

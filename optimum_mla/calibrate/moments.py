@@ -36,15 +36,15 @@ class LayerMoments:
 
 
 def gather_moments(layer: LayerStates) -> LayerMoments:
-    """Return the second moments of a layer, which are gathered in one pass over all windows of the converted stream."""
+    """Return the second moments of a layer, gathered in one pass over the fitted windows of the converted stream."""
     walk, g = layer.walk, layer.geometry
     d, device = g.hidden_size, walk.device
     inputs, mean = (torch.zeros(*size, dtype=torch.float64, device=device) for size in ((d, d), (d,)))
     queries = torch.zeros(g.num_attention_heads, g.head_dim, g.head_dim, dtype=torch.float64, device=device)
     key_scale = torch.zeros(g.num_key_value_heads, dtype=torch.float64, device=device)
-    rows, total = layer.relative_weights, 0.0
-    for states, row in zip(walk.batches(walk.converted), walk.batches(rows), strict=True):
-        heads = layer.heads(states)
+    rows, total, count = layer.relative_weights, 0.0, 0
+    for windows in walk.fitted_batches():
+        heads, row = layer.heads(walk.converted[windows]), rows[windows]
         weights = layer.weights(heads.query, heads.key)
         received = (weights * row[:, None, :, None]).sum((1, 2)) / g.num_attention_heads  # [B, L]
         share = (0.5 + 0.5 * received).flatten().double()[:, None]
@@ -56,23 +56,25 @@ def gather_moments(layer: LayerStates) -> LayerMoments:
         query = heads.query.double()
         queries += ((query * effect).mT @ query).sum(0)
         key_scale += heads.key_factor.double().square().sum((0, 2))
+        count += row.numel()
     mean = mean / total
-    count = rows.numel()
     return LayerMoments(inputs / total - mean[:, None] * mean, mean, queries / count, key_scale / count)
 
 
 def contribution(layer: LayerStates) -> Tensor:
     """Return the 2-norm contribution of each rotary pair (MHA2MLA, arXiv 2502.14837, section 3.1), [G, D/2].
 
-    It is the mean over the tokens of the product of the norms of the query's pair and of the key's pair, averaged
-    over the query heads of a group. It is measured on the states of the source model. Rotation is left out because
-    it does not change the norm of a pair.
+    It is the mean, over the tokens of the fitted windows, of the product of the norms of the query's pair and of the
+    key's pair, averaged over the query heads of a group. It is measured on the states of the source model. Rotation is
+    left out because it does not change the norm of a pair.
     """
     g, walk = layer.geometry, layer.walk
     total = torch.zeros(g.num_key_value_heads, g.head_dim // 2, dtype=torch.float64, device=walk.device)
-    for states in walk.batches(walk.source):
-        heads = layer.heads(states)
+    tokens = 0
+    for windows in walk.fitted_batches():
+        heads = layer.heads(walk.source[windows])
+        tokens += heads.normed.shape[:2].numel()
         sizes = [x.double().unflatten(-1, (2, -1)).norm(dim=-2) for x in (heads.query, heads.key)]  # [B, X, L, D/2]
         grouped = sizes[0].unflatten(1, (g.num_key_value_heads, -1)).mean(2)
         total += (grouped * sizes[1]).sum((0, 2))
-    return total / walk.source.shape[:2].numel()
+    return total / tokens

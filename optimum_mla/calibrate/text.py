@@ -104,9 +104,9 @@ def cut_windows(
     if len(beginning) >= length:
         beginning = []
     held: list[int] = []
+    start = 0
     for piece in pieces:
         held += piece
-        start = 0
         while True:
             begins = held[start : start + len(beginning)] == beginning
             end = start + length - (0 if begins else len(beginning))
@@ -114,7 +114,8 @@ def cut_windows(
                 break
             yield held[start:end] if begins else beginning + held[start:end]
             start = end if stride is None else start + stride
-        held = held[start:]
+        # A stride beyond the window can lead past what is held; the next pieces then begin with tokens to skip.
+        held, start = held[start:], max(0, start - len(held))
 
 
 def token_documents(

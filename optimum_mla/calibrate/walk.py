@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_mla.calibrate.windows import deciding, fitted
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.models.layer_source import LayerSource, for_walking
 from optimum_mla.stack import bare_copy
@@ -103,7 +104,19 @@ class CalibrationWalk:
 
     def batches(self, states: Tensor) -> tuple[Tensor, ...]:
         """Return states [N, L, ...] split along N into batches of at most `TOKENS_PER_BATCH` tokens, or one window."""
-        return states.split(max(1, TOKENS_PER_BATCH // states.shape[1]))
+        return states.split(self._windows_per_batch)
+
+    def fitted_batches(self) -> tuple[Tensor, ...]:
+        """Return the indices of the windows that fits may see, in batches of about `TOKENS_PER_BATCH` tokens."""
+        return fitted(len(self.windows)).split(self._windows_per_batch)
+
+    def deciding_batches(self) -> tuple[Tensor, ...]:
+        """Return the indices of the windows on which candidates are compared, in such batches."""
+        return deciding(len(self.windows)).split(self._windows_per_batch)
+
+    @property
+    def _windows_per_batch(self) -> int:
+        return max(1, TOKENS_PER_BATCH // self.windows.shape[1])
 
     @property
     def row_weights(self) -> Tensor:

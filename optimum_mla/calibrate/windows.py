@@ -20,6 +20,12 @@ def held_back(count: int) -> Tensor:
     return held if held.any() else ~held
 
 
+def fitted(count: int) -> Tensor:
+    """Return the indices of the windows that fits and moments see: those not held back, or all if there are few."""
+    held = held_back(count)
+    return (held if held.all() else ~held).nonzero().flatten()
+
+
 def deciding(count: int) -> Tensor:
     """Return the indices of the windows on which candidates are compared: at most `DECIDING_WINDOWS` held-back ones."""
     held = held_back(count).nonzero().flatten()

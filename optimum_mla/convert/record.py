@@ -20,8 +20,6 @@ class LayerResult:
             Gaussian states that are scaled like the layer's normed input (see `optimum_mla.convert.probe`). It compares
             layers and methods without any text, and does not replace perplexity as the measure of quality.
         predicted_error: The same error, computed from the tensors of the factorization.
-        key_weight: The weight of key errors against value errors that was chosen, or None without a calibrated
-            factorization.
         state_error: The relative error in the hidden state after the attention on held-back calibration windows, which
             includes the errors of earlier layers; None without calibration.
         healed_error: The same error after the refit of the output projection, or None without a refit.
@@ -30,7 +28,6 @@ class LayerResult:
     geometry: MLAGeometry
     output_error: float
     predicted_error: float
-    key_weight: float | None = None
     state_error: float | None = None
     healed_error: float | None = None
 

@@ -35,6 +35,12 @@ from optimum_mla.nn import LatentAttention
 from optimum_mla.plan.allocation import allocate_ranks
 from optimum_mla.stack import remove_spread, returns_to_memory, spread
 
+ALLOCATION_WINDOWS = 16
+"""Largest number of windows on which the choices for all layers together are made, before the first one is converted.
+
+Errors are only compared with each other there.
+"""
+
 
 class Run:
     """A conversion of one model by one method.
@@ -146,11 +152,11 @@ class Run:
         plans, tokens = self.plans(), self.method.calibration
         if not self.method.needs_calibration or tokens is None:
             return plans
-        half = tokens[::2]  # These suffice where errors are only compared with each other.
+        few = tokens[:: -(-len(tokens) // ALLOCATION_WINDOWS)]
         if self.method.shared_rope:
-            self.method = self.method.sharing(self._shared_rope(half, plans))
+            self.method = self.method.sharing(self._shared_rope(few, plans))
             plans = self.plans()
-        return plans if self.method.rank_allocation == "uniform" else self._allocate(half, plans)
+        return plans if self.method.rank_allocation == "uniform" else self._allocate(few, plans)
 
     def _shared_rope(self, windows: Tensor, plans: dict[int, MLAGeometry]) -> SharedRope:
         known = self.record.known("shared rope")
@@ -199,7 +205,7 @@ class Run:
         self, layer: int, source: SourceAttention, geometry: MLAGeometry, walk: CalibrationWalk | None
     ) -> tuple[LatentAttention, LayerResult]:
         """Return the new attention of one layer in the source's dtype, and the result of its conversion."""
-        search, key_weight, state_error, healed_error = None, None, None, None
+        search, state_error, healed_error = None, None, None
         if walk is not None:
             search = self._search(walk, layer, source)
         if search is None or self.method.factorization != "calibrated":
@@ -208,8 +214,7 @@ class Run:
         else:
             if self.method.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
                 geometry = search.best_shape(geometry)
-            tensors = search.best_key_weight(geometry)
-            key_weight = search.calibration.key_weight
+            tensors = search.convert(geometry)
         if search is not None:
             trial = search.attention(geometry, tensors)
             state_error = search.calibration.error(trial)
@@ -222,7 +227,7 @@ class Run:
         attention = load_attention(self.family, self.config, layer, cast, self.source.rotary, geometry).eval()
         measured, predicted = probe_errors(source, attention, tensors)
         check_errors(layer, measured, predicted, attention.o_proj.weight.dtype)
-        result = LayerResult(geometry, measured, predicted, key_weight, state_error, healed_error)
+        result = LayerResult(geometry, measured, predicted, state_error, healed_error)
         return attention.train(self.source.model.training), result
 
     def converted_config(self) -> PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""Search for a layer's shape, the weight of its key errors, and its errors by rank, by measuring candidates."""
+"""Search for a layer's shape and its errors by rank, by measuring candidates."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from optimum_mla.models.assemble import load_attention
 from optimum_mla.models.layer_source import LayerSource, for_walking
 from optimum_mla.nn import LatentAttention
 from optimum_mla.ops.rank_allocation import rank_for_energy
-from optimum_mla.plan.allocation import rank_grid
+from optimum_mla.plan.allocation import bent, rank_range
 
 GOOD_ENOUGH = 1.02
 """A cheaper shape is preferred if its error is within this factor of the least error."""
-KEY_WEIGHTS = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414)
-"""Weights of key errors against value errors that are tried, in steps of √2."""
 
 
 @dataclass
@@ -44,7 +42,7 @@ class LayerSearch:
     """A module for each shape, with the weights of the last candidate, because making modules takes long."""
 
     def convert(self, geometry: MLAGeometry) -> dict[str, Tensor]:
-        """Return the layer's tensors in the given shape, with the key weight that the calibration has."""
+        """Return the layer's tensors in the given shape."""
         return self.method.convert_layer(self.source, geometry, self.calibration)
 
     def attention(self, geometry: MLAGeometry, tensors: dict[str, Tensor]) -> LatentAttention:
@@ -69,43 +67,22 @@ class LayerSearch:
     def best_shape(self, geometry: MLAGeometry) -> MLAGeometry:
         """Return the cheapest of the method's candidates whose error is within `GOOD_ENOUGH` of the least error.
 
-        Under an energy budget, its rank is then set from the weighted energies.
+        Errors are predicted where the method has a closed form for them, and measured otherwise. Under an energy
+        budget, the rank is then set from the weighted energies.
         """
         candidates, energy = self.method.candidates(self.source, geometry), self.method.budget.energy
-        best = candidates[0]
-        if len(candidates) > 1:
-            errors: list[float] = []
-            for candidate in candidates:
-                errors.append(self.error(candidate))
-                if errors[-1] > GOOD_ENOUGH * min(errors):
-                    break  # The error is taken to rise from here on.
-            good = GOOD_ENOUGH * min(errors)
-            best = next(shape for shape, error in zip(candidates, errors, strict=False) if error <= good)
+        errors: list[float] = []
+        for candidate in candidates if len(candidates) > 1 else []:
+            predicted = self.method.predicted_error(self.source, candidate, self.calibration)
+            errors.append(self.error(candidate) if predicted is None else predicted**0.5)
+            if predicted is None and errors[-1] > GOOD_ENOUGH * min(errors):
+                break  # The error is taken to rise from here on.
+        good = GOOD_ENOUGH * min(errors, default=0.0)
+        best = next((shape for shape, error in zip(candidates, errors, strict=False) if error <= good), candidates[0])
         if energy is not None:
             energies = self.method.problem(self.source, best, self.calibration).energies
             best = replace(best, kv_lora_rank=rank_for_energy(energies.sqrt(), energy))
         return best
-
-    def best_key_weight(self, geometry: MLAGeometry) -> dict[str, Tensor]:
-        """Return the layer's tensors with the key weight of least error, and leave that weight in the calibration."""
-        tried: dict[int, tuple[float, dict[str, Tensor]]] = {}
-
-        def error(index: int) -> float:
-            if index not in tried:
-                self.calibration.key_weight = KEY_WEIGHTS[index]
-                tensors = self.convert(geometry)
-                tried[index] = (self.calibration.error(self.attention(geometry, tensors)), tensors)
-            return tried[index][0]
-
-        best = KEY_WEIGHTS.index(self.calibration.key_weight)
-        while True:
-            beside = [index for index in (best - 1, best + 1) if 0 <= index < len(KEY_WEIGHTS)]
-            nearest = min(beside, key=error)
-            if error(nearest) >= error(best):
-                break
-            best = nearest
-        self.calibration.key_weight = KEY_WEIGHTS[best]
-        return tried[best][1]
 
     @torch.no_grad()
     def rank_curve(self, geometry: MLAGeometry, by: str) -> dict[int, float]:
@@ -113,13 +90,15 @@ class LayerSearch:
 
         Args:
             geometry: Shape of the layer.
-            by: `energy` for the lost share of the weighted energy at every rank, or `error` for the squares of measured
-                errors at some ranks.
+            by: `energy` for the lost share of the weighted energy at every rank, or `error` for squared errors in the
+                hidden state at the ranks of `rank_range`, of which the first and the last are measured.
         """
         problem = self.method.problem(self.source, geometry, self.calibration)
         largest = len(problem.energies)
         if by == "energy":
             total = problem.error(0) or 1.0
             return {rank: problem.error(rank) / total for rank in range(1, largest + 1)}
-        ranks = rank_grid(geometry.kv_lora_rank, largest)
-        return {rank: self.error(replace(geometry, kv_lora_rank=rank)) ** 2 for rank in ranks}
+        low, high = rank_range(geometry.kv_lora_rank, largest)
+        measured = {rank: self.error(replace(geometry, kv_lora_rank=rank)) ** 2 for rank in {low, high}}
+        predicted = {rank: problem.error(rank) for rank in range(low, high + 1)}
+        return bent(predicted, measured)

@@ -178,6 +178,15 @@ class MLATransformation(ModelTransformation):
         """Return the weighted factorization of a calibrated layer, which also gives the energy that each rank holds."""
         raise NotImplementedError(f"{type(self).__name__}.problem, which a calibrated factorization needs")
 
+    def predicted_error(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+    ) -> float | None:
+        """Return the squared error of a shape that follows from closed forms, to compare the shapes of one layer.
+
+        It has no unit. None means that no closed form is known to order this method's shapes, so they are measured.
+        """
+        return None
+
     def without_weights(self) -> MLATransformation:
         """Return a copy of the transformation whose `plan_layer` reads no weights; `check` uses it."""
         other = copying.copy(self)

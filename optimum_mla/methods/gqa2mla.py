@@ -183,6 +183,13 @@ class GQA2MLA(MLATransformation):
             ],
         )
 
+    def predicted_error(
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+    ) -> float | None:
+        if geometry.rope_cache != "rebuilt" or geometry.attention_form != "decoupled":
+            return None
+        return MixedHeads.of(source, calibration, self.rope).predicted_error(geometry)
+
     def convert_layer(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
     ) -> dict[str, Tensor]:

@@ -16,6 +16,14 @@ from optimum_mla.models import SourceAttention
 from optimum_mla.ops.rope_mix import as_pairs, mixed_keys, query_aware_mix, query_map
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
+STOPPED_WEIGHT = 6.0
+"""Weight of the damage of stopped rotations against the error of a factorization.
+
+The factorization counts the errors of tokens as if they were independent, but what stopped rotations do to neighbouring
+tokens is alike. On the 30 layers of SmolLM2-135M at a quarter of the cache, the shape that the sum with a weight from 4
+to 8 chooses has 0.998 times the error of the shape that measuring all of them chooses, and at most 1.024 times.
+"""
+
 
 class MixedHeads:
     """The C = G·D/2 complex components of one layer's keys, which result from mixing the key heads of each frequency.
@@ -82,6 +90,12 @@ class MixedHeads:
         return self.calibration.factorization(
             (rope_dim, rebuilt), lambda: self._rows(rope_dim, rebuilt), geometry.latent_bias
         )
+
+    def predicted_error(self, geometry: MLAGeometry) -> float:
+        """Return the squared error that a shape leaves: that of its factorization, and that of stopped rotations."""
+        _, rest = self._split(geometry.qk_rope_head_dim)
+        lost = self.problem(geometry).error(geometry.kv_lora_rank)
+        return lost + STOPPED_WEIGHT * float(self.damage[rest].sum())
 
     def _rows(self, rope_dim: int, rebuilt: bool) -> list[WeightedRows]:
         g = self.source.geometry

@@ -15,7 +15,7 @@ def key_moments(source: SourceAttention, calibration: LayerCalibration) -> Tenso
     With them, the error of a key gives the squared size of the error in the hidden state.
     """
     moments = calibration.moments
-    scale = (calibration.key_weight * calibration.logit_scale) ** 2
+    scale = calibration.logit_scale**2
     grouped = moments.queries.unflatten(0, (source.geometry.num_key_value_heads, -1)).sum(1)
     return grouped * (scale * moments.key_scale)[:, None, None]
 

@@ -61,18 +61,18 @@ class Regression:
         return (max(left, 0.0) / (self.rows * self.cross.shape[1])) ** 0.5
 
 
-def heal(weight: Tensor, fitted: Regression, held: Regression, everything: Regression) -> Healing:
+def heal(weight: Tensor, fitted: Regression, held: Regression) -> Healing:
     """Refit `weight` [d, c] with the ridge that is best on held-back rows, if one is better than no change.
 
     Args:
         weight: The old weight, in float64.
-        fitted: Sums over the rows that the candidates are fitted to.
-        held: Sums over the held-back rows that decide between the candidates.
-        everything: Sums over the rows that the result is fitted to.
+        fitted: Sums over the rows that the weight is fitted to.
+        held: Sums over the held-back rows that decide between the ridges.
     """
     before = held.error(weight, None)
-    errors = {ridge: held.error(weight, fitted.change(weight, ridge)) for ridge in RIDGES}
-    best = min(errors, key=lambda ridge: errors[ridge])
+    changes = [fitted.change(weight, ridge) for ridge in RIDGES]
+    errors = [held.error(weight, change) for change in changes]
+    best = errors.index(min(errors))
     if not errors[best] < before:
         return Healing(None, before, before)
-    return Healing(weight + everything.change(weight, best), before, errors[best])
+    return Healing(weight + changes[best], before, errors[best])

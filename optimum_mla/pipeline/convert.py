@@ -248,7 +248,6 @@ def _layer_report(layer: int, result: Any) -> LayerReport:
         rope_cache=g.rope_cache if g.attention_form == "decoupled" else None,
         cache_numbers_per_token=g.cache_numbers,
         output_error=result.output_error,
-        key_weight=result.key_weight,
         state_error=result.state_error,
         healed_error=result.healed_error,
         predicted_error=result.predicted_error,

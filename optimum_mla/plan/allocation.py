@@ -6,15 +6,31 @@ import itertools
 import math
 
 ALLOCATIONS = ("uniform", "energy", "error")
-GRID = (0.5, 0.75, 1.0, 1.5)
-"""Ranks at which the error is measured, as multiples of the uniform rank."""
+REACH = (0.5, 1.5)
+"""The lowest and the highest rank at which the error is measured, as multiples of the uniform rank."""
 SMALLEST_SHARE = 0.25
 """The smallest rank of a layer as a share of the uniform rank, because errors far from measured ranks are unknown."""
 
 
-def rank_grid(rank: int, largest: int) -> list[int]:
-    """Return the ranks to measure around `rank`, in rising order and from 1 to `largest`."""
-    return sorted({min(largest, max(1, round(share * rank))) for share in GRID})
+def rank_range(rank: int, largest: int) -> tuple[int, int]:
+    """Return the lowest and the highest rank that a curve covers around `rank`, both from 1 to `largest`."""
+    low, high = (min(largest, max(1, round(share * rank))) for share in REACH)
+    return low, high
+
+
+def bent(predicted: dict[int, float], measured: dict[int, float]) -> dict[int, float]:
+    """Return predicted errors by rank, to a power and times a factor that make them the measured ones at both ends.
+
+    Args:
+        predicted: Predicted squared errors, by rank.
+        measured: Measured squared errors at the first and the last of these ranks.
+    """
+    low, high = min(predicted), max(predicted)
+    falls = 0 < predicted[high] < predicted[low] and 0 < measured[high] < measured[low]
+    if not falls:
+        return measured
+    power = math.log(measured[low] / measured[high]) / math.log(predicted[low] / predicted[high])
+    return {rank: measured[low] * (error / predicted[low]) ** power for rank, error in predicted.items()}
 
 
 def allocate_ranks(curves: dict[int, dict[int, float]], total: int) -> dict[int, int]:

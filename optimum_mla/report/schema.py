@@ -32,8 +32,8 @@ REPORTED_PACKAGES = (
 class LayerReport:
     """The shape and the errors of one converted layer.
 
-    The errors and `key_weight` are those of `optimum_mla.methods.base.LayerResult`. `rope_cache` is `cached` or
-    `rebuilt` if the rotary key is decoupled, and None otherwise.
+    The errors are those of `optimum_mla.convert.LayerResult`. `rope_cache` is `cached` or `rebuilt` if the rotary key
+    is decoupled, and None otherwise.
     """
 
     layer: int
@@ -47,7 +47,6 @@ class LayerReport:
     cache_numbers_per_token: int
     output_error: float
     rope_cache: str | None = None
-    key_weight: float | None = None
     state_error: float | None = None
     healed_error: float | None = None
     predicted_error: float | None = None

@@ -117,4 +117,4 @@ def test_the_refit_is_ridge_regression() -> None:
     assert healing.weight is not None
     assert healing.error_before == pytest.approx(error(weight), rel=1e-6)
     assert healing.error_after == pytest.approx(error(refit(fitted, ridge)), rel=1e-6)
-    assert torch.allclose(healing.weight, refit(list(range(len(IDS))), ridge), rtol=1e-6, atol=1e-8)
+    assert torch.allclose(healing.weight, refit(fitted, ridge), rtol=1e-6, atol=1e-8)

@@ -13,6 +13,7 @@ from tests.calibrate.walked import (
     GROUPS,
     HEAD_DIM,
     HEADS,
+    HELD,
     IDS,
     PAIRS,
     Heads,
@@ -24,6 +25,8 @@ from tests.calibrate.walked import (
     walk_through,
 )
 from tests.cases import source_model
+
+FITTED = [window for window in range(len(IDS)) if window not in HELD]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +68,7 @@ def test_contributions_are_the_source_models_own(family: str) -> None:
     changed = disturbed(model, 0)
     for index, states in enumerate(layer_inputs(model)[:-1]):
         layer: Any = model.model.layers[index]
-        attention, x = layer.self_attn, layer.input_layernorm(states)
+        attention, x = layer.self_attn, layer.input_layernorm(states[FITTED])
         query, key = (getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, HEAD_DIM)) for name in "qk")
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.plan.allocation import GRID, SMALLEST_SHARE, allocate_ranks, rank_grid
+from optimum_mla.plan.allocation import SMALLEST_SHARE, allocate_ranks, bent, rank_range
 
 Curves = dict[int, dict[int, float]]
 
@@ -17,6 +17,11 @@ Curves = dict[int, dict[int, float]]
 def falling(ranks: list[int], start: float, speed: float) -> dict[int, float]:
     """An error that falls by the same factor with each number."""
     return {rank: start * math.exp(-speed * rank) for rank in ranks}
+
+
+def rank_grid(rank: int, largest: int) -> list[int]:
+    """Some ranks around a rank: the ends of the range of its curve, and itself."""
+    return sorted({*rank_range(rank, largest), min(rank, largest)})
 
 
 def floor_of(total: int, layers: int) -> int:
@@ -28,7 +33,7 @@ STARTS, SPEEDS = st.floats(1e-3, 1e3), st.floats(1e-3, 0.5)
 
 
 @given(
-    errors=st.lists(st.lists(st.floats(0, 1), min_size=len(GRID), max_size=len(GRID)), min_size=1, max_size=5),
+    errors=st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=5),
     rank=st.integers(1, 60),
     largest=st.integers(1, 80),
 )
@@ -121,10 +126,23 @@ def test_errors_of_zero_are_allowed() -> None:
 
 
 @given(rank=st.integers(1, 4096), largest=st.integers(1, 4096))
-def test_the_grid_rises_within_its_bounds_and_holds_the_rank(rank: int, largest: int) -> None:
-    grid = rank_grid(rank, largest)
-    assert grid == sorted(set(grid))
-    assert grid[0] >= 1
-    assert grid[-1] <= largest
-    assert min(rank, largest) in grid
-    assert len(grid) <= len(GRID)
+def test_the_range_lies_within_its_bounds_and_around_the_rank(rank: int, largest: int) -> None:
+    low, high = rank_range(rank, largest)
+    assert 1 <= low <= min(rank, largest) <= high <= largest
+    assert high == largest or high >= 1.4 * rank
+
+
+@given(start=STARTS, speed=SPEEDS, factor=st.floats(1e-3, 1e3), power=st.floats(0.3, 2), high=st.integers(2, 40))
+def test_a_prediction_is_bent_to_what_was_measured(
+    start: float, speed: float, factor: float, power: float, high: int
+) -> None:
+    predicted = falling(list(range(1, high + 1)), start, speed)
+    truth = {rank: factor * error**power for rank, error in predicted.items()}
+    curve = bent(predicted, {rank: truth[rank] for rank in (1, high)})
+    assert curve.keys() == truth.keys()
+    assert all(curve[rank] == pytest.approx(truth[rank], rel=1e-6) for rank in truth)
+
+
+@pytest.mark.parametrize("measured", [{1: 1.0, 3: 1.0}, {1: 0.5, 3: 1.0}, {1: 1.0, 3: 0.0}], ids=str)
+def test_what_does_not_fall_is_taken_as_it_is(measured: dict[int, float]) -> None:
+    assert bent({1: 4.0, 2: 2.0, 3: 1.0}, measured) == measured
