@@ -39,7 +39,7 @@ def test_convert_prints_a_table_and_is_quiet_off_a_terminal(tmp_path: Path) -> N
     assert float(cells[5]) > float(cells[4]) > 1
     assert "%|" not in done.stderr
     assert "form: per head" in done.stdout
-    assert "chosen by the error on held-back calibration text" in done.stdout
+    assert "chosen on the calibration text" in done.stdout
     assert "error in the hidden state" in done.stdout
     assert "\nsource: " in done.stdout
     assert "\nresult: " in done.stdout

@@ -84,7 +84,7 @@ def choices(report: ConversionReport) -> str:
     if any(layer.rope_cache for layer in layers):
         rotary = _span(layer.qk_rope_head_dim for layer in layers)
         searched = not report.options.get("qk_rope_head_dim") and layers[0].state_error is not None
-        why = ", chosen by the error on held-back calibration text" if searched else ""
+        why = ", chosen on the calibration text" if searched else ""
         lines.append(f"latent {_span(layer.kv_lora_rank for layer in layers)}, rotary dims {rotary}{why}.")
     before = [layer.state_error for layer in layers if layer.state_error is not None]
     after = [layer.healed_error for layer in layers if layer.healed_error is not None]
