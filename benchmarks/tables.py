@@ -398,7 +398,7 @@ def real_abilities() -> str:
     rows = []
     for task, metric, name in ABILITIES:
         found = [side[task, metric] for side in cells.values()]
-        shown = [f"{100 * row['value']:.0f} ± {100 * row['stderr']:.0f}" for row in found]
+        shown = [f"{100 * row['value']:.1f} ± {100 * row['stderr']:.1f}" for row in found]
         rows.append((name, str(found[0]["documents"]), *shown))
     names = [model if cache == "16bit" else f"{model}, {cache}" for model, cache in cells]
     return table(("% right", "questions", *names), rows)
@@ -417,7 +417,7 @@ def real_depths() -> str:
     }
     depths = list(next(iter(found.values())))
     rows = [
-        (model if cache == "16bit" else f"{model}, {cache}", *(f"{100 * values[depth]:.0f}" for depth in depths))
+        (model if cache == "16bit" else f"{model}, {cache}", *(f"{100 * values[depth]:.1f}" for depth in depths))
         for (model, cache), values in found.items()
     ]
     return table(("% found, at a depth of", *depths), rows)
@@ -441,6 +441,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         real_quality,
         real_quality_all,
         real_conversion,
+        real_abilities,
+        real_depths,
     )
 }
 """The functions that render blocks, by the names that pages use."""
