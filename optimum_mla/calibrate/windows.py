@@ -8,28 +8,29 @@ from torch import Tensor
 from optimum_mla.core.errors import InvalidValueError
 
 HELD_BACK = 4
-"""One window of this many is held back from fits and used to compare candidates."""
+"""At most one window of this many is held back from fits and used to compare candidates."""
 DECIDING_WINDOWS = 16
-"""Largest number of held-back windows that are used to compare candidates."""
+"""Largest number of windows that are held back."""
 
 
-def held_back(count: int) -> Tensor:
-    """Return which of `count` calibration windows are held back from fits, [count] boolean; all, if they are few."""
-    held = torch.zeros(count, dtype=torch.bool)
-    held[HELD_BACK - 1 :: HELD_BACK] = True
-    return held if held.any() else ~held
+def deciding(count: int) -> Tensor:
+    """Return the indices of the windows that are held back, on which candidates are compared; all, if there are few.
+
+    They are spread evenly over the `count` windows.
+    """
+    if count < HELD_BACK:
+        return torch.arange(count)
+    step = max(HELD_BACK, -(-count // DECIDING_WINDOWS))
+    return torch.arange(step - 1, count, step)
 
 
 def fitted(count: int) -> Tensor:
     """Return the indices of the windows that fits and moments see: those not held back, or all if there are few."""
-    held = held_back(count)
-    return (held if held.all() else ~held).nonzero().flatten()
-
-
-def deciding(count: int) -> Tensor:
-    """Return the indices of the windows on which candidates are compared: at most `DECIDING_WINDOWS` held-back ones."""
-    held = held_back(count).nonzero().flatten()
-    return held[:: -(-len(held) // DECIDING_WINDOWS)]
+    if count < HELD_BACK:
+        return torch.arange(count)
+    seen = torch.ones(count, dtype=torch.bool)
+    seen[deciding(count)] = False
+    return seen.nonzero().flatten()
 
 
 def deciding_windows(windows: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from optimum_mla.calibrate.damage import DAMAGE_WINDOWS
 from optimum_mla.calibrate.layer import LayerCalibration
-from optimum_mla.calibrate.windows import DECIDING_WINDOWS, HELD_BACK
+from optimum_mla.calibrate.windows import DECIDING_WINDOWS, HELD_BACK, deciding, fitted
 from optimum_mla.ops.rope_mix import identity_mix
 from tests.calibrate.walked import (
     FAMILIES,
@@ -66,15 +70,29 @@ def test_no_more_windows_are_measured_than_said(count: int) -> None:
     seen: list[Tensor] = []
     hook = walk.attention.get_submodule("q_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     calibration.error(walk.attention)
-    deciding = torch.cat(seen)
+    compared = torch.cat(seen)
     seen.clear()
     calibration.damage(identity_mix(GROUPS, PAIRS))
-    damaged = len(torch.cat(seen))
+    damaged = torch.cat(seen)
     hook.remove()
-    normed = walk.input_norm(walk.source)[HELD_BACK - 1 :: HELD_BACK]
-    assert all(any(torch.allclose(window, held) for held in normed) for window in deciding)
-    assert min(count, DECIDING_WINDOWS // 2) <= len(deciding) <= DECIDING_WINDOWS
-    assert min((HELD_BACK - 1) * count, DAMAGE_WINDOWS // 2) <= damaged <= DAMAGE_WINDOWS
+    normed, held = walk.input_norm(walk.source), deciding(HELD_BACK * count)
+    assert torch.allclose(compared, normed[held])
+    assert min(count, DECIDING_WINDOWS // 2) <= len(held) <= DECIDING_WINDOWS
+    rest = normed[fitted(HELD_BACK * count)]
+    assert len(rest) + len(held) == len(normed)
+    assert all(any(torch.allclose(window, other) for other in rest) for window in damaged)
+    assert min(len(rest), DAMAGE_WINDOWS // 2) <= len(damaged) <= DAMAGE_WINDOWS
+
+
+@given(count=st.integers(1, 300))
+def test_windows_are_held_back_or_fitted(count: int) -> None:
+    held, rest = deciding(count).tolist(), fitted(count).tolist()
+    if count < HELD_BACK:
+        assert held == rest == list(range(count))
+        return
+    assert sorted(held + rest) == list(range(count))
+    assert 1 <= len(held) <= min(DECIDING_WINDOWS, count // HELD_BACK)
+    assert len({after - before for before, after in pairwise(held)}) <= 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
