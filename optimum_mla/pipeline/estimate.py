@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from optimum_mla.convert.run import ALLOCATION_WINDOWS
 from optimum_mla.core.geometry import ModelGeometry
 from optimum_mla.methods.base import MLATransformation
 
@@ -17,12 +18,12 @@ FACTOR_COPIES = 6
 """Number of float64 matrices of the size of [W_K ; W_V] that are in memory while a layer is factorized."""
 LOGIT_COPIES = 3
 """Number of float32 copies of a batch's logits that the perplexity holds at once."""
-PASSES = {"uniform": 2.0, "energy": 2.5, "error": 3.0}
-"""Passes of the calibration text through all layers that a conversion takes, by `rank_allocation`."""
-SOLUTIONS = {"uniform": 500, "energy": 600, "error": 900}
-"""Multiply-adds of the factorizations of a layer in cubes of the hidden size, by `rank_allocation`.
+TOKEN_WORK = 2.2
+"""Work on a calibration token in a layer, moments and refits included, in passes through the layer's linear maps."""
+SOLUTIONS = 60
+"""Multiply-adds of the factorizations of a layer in cubes of the hidden size.
 
-Both tables were fitted to conversions of SmolLM2-135M on one core; float64 counts twice.
+Both were fitted to conversions of SmolLM2-135M on one core; float64 counts twice.
 """
 PLAIN_SECONDS = 0.5
 """Seconds per layer of a conversion without calibration."""
@@ -63,9 +64,11 @@ def conversion_seconds(
     rate, blocks = products_per_second(model.device), block_parameters(model)
     seconds = PLAIN_SECONDS * layers
     if transformation.needs_calibration and transformation.calibration is not None:
-        rule = transformation.rank_allocation
-        seconds += PASSES[rule] * transformation.calibration.numel() * blocks / rate
-        seconds += SOLUTIONS[rule] * layers * model.config.hidden_size**3 / rate
+        windows, length = transformation.calibration.shape
+        before = transformation.rank_allocation != "uniform" or transformation.shared_rope
+        passed = length * (2 * windows + (min(windows, ALLOCATION_WINDOWS) if before else 0))
+        seconds += TOKEN_WORK * passed * blocks / rate
+        seconds += SOLUTIONS * layers * model.config.hidden_size**3 / rate
     if evaluation is not None:
         everything = sum(parameter.numel() for parameter in model.parameters())
         seconds += 2 * evaluation.numel() * everything / rate
@@ -92,7 +95,7 @@ def conversion_memory(
         evaluation_batch_tokens: Number of tokens in one batch of the evaluation.
     """
     first = geometry.layers[0]
-    states = 3 * calibration_tokens * first.hidden_size * 4
+    states = 4 * calibration_tokens * first.hidden_size * 4
     keys = 2 * first.num_key_value_heads * first.head_dim * first.hidden_size * 8
     layer = 4 * (first.source_parameters + 3 * first.hidden_size * getattr(config, "intermediate_size", 0))
     logits = LOGIT_COPIES * evaluation_batch_tokens * config.vocab_size * 4

@@ -10,6 +10,7 @@ from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.estimate import (
     LIBRARIES_BYTES,
+    TOKEN_WORK,
     block_parameters,
     conversion_memory,
     conversion_seconds,
@@ -34,7 +35,7 @@ def test_the_time_grows_with_the_text_and_with_the_evaluation(monkeypatch: pytes
     plain = conversion_seconds(model, GQA2MLA(kv_cache_ratio=0.5))
     short, long = (conversion_seconds(model, GQA2MLA(calibration=token_ids(rows, 24))) for rows in (4, 8))
     assert plain < short < long
-    assert long - short == pytest.approx(3.0 * 4 * 24 * block_parameters(model) / 1e6)
+    assert long - short == pytest.approx(TOKEN_WORK * 3 * 4 * 24 * block_parameters(model) / 1e6)
     everything = sum(p.numel() for p in model.parameters())
     measured = conversion_seconds(model, GQA2MLA(kv_cache_ratio=0.5), token_ids(2, 10))
     assert measured - plain == pytest.approx(2 * 20 * everything / 1e6)
@@ -47,7 +48,7 @@ def test_the_memory_counts_the_logits_of_the_evaluation() -> None:
     states = conversion_memory(model.config, geometry, 1000, 10**6)
     logits = conversion_memory(model.config, geometry, 1000, 0, 10**6)
     assert LIBRARIES_BYTES < without < min(states, logits)
-    assert states - without == 3 * 10**6 * SIZES["hidden_size"] * 4
+    assert states - without == 4 * 10**6 * SIZES["hidden_size"] * 4
     assert logits > 3 * 10**6 * SIZES["vocab_size"] * 4
 
 
