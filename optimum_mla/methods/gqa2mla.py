@@ -188,7 +188,8 @@ class GQA2MLA(MLATransformation):
     ) -> float | None:
         if geometry.rope_cache != "rebuilt" or geometry.attention_form != "decoupled":
             return None
-        return MixedHeads.of(source, calibration, self.rope).predicted_error(geometry)
+        like = self.candidates(source, geometry)[-1]
+        return MixedHeads.of(source, calibration, self.rope).predicted_error(geometry, like)
 
     def convert_layer(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
