@@ -1,4 +1,4 @@
-"""What a conversion finds, in a form that can be kept and taken up again."""
+"""Records of the findings of a conversion, which a later run can take up."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LayerResult:
 
 
 class Record:
-    """What a run has found. This one keeps nothing; others keep it where a later run can take it up.
+    """A record of the findings of a run. This class keeps nothing; subclasses keep it where a later run can read it.
 
     Keys are a few words, and values are what JSON can hold.
     """

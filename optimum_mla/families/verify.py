@@ -68,7 +68,8 @@ def verify_family(model: nn.Module, spec: AttentionSpec, layers: Iterable[int]) 
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        for layer, (entering, keywords) in _first_pass(model, spec, config, sorted(layers)).items():
+        inputs, last, logits = _first_pass(model, spec, config, sorted(layers))
+        for layer, (entering, keywords) in inputs.items():
             module = bare_copy(model.get_submodule(spec.layer_path(layer)))
             scaling = getattr(spec.part(model, spec.rotary_path, layer), "attention_scaling", 1.0)
             source = source_attention(spec, module, config, layer, scaling)
@@ -78,6 +79,12 @@ def verify_family(model: nn.Module, spec: AttentionSpec, layers: Iterable[int]) 
                     f"model: layer {layer} of this {spec.model_type} model is not what its AttentionSpec says: "
                     f"{'; '.join(differences)}. Such a family needs more than a spec (docs/add_a_family.md)."
                 )
+        expected = model.get_submodule(spec.head)(last)
+        if _error(logits.float(), expected.float()) > TOLERANCE:
+            raise UnsupportedModelError(
+                f"model: the logits of this {spec.model_type} model are not what its head makes of the normed states "
+                "(they are scaled or capped). Such a family needs more than a spec (docs/add_a_family.md)."
+            )
     finally:
         for module, training in modes.items():
             module.training = training
@@ -85,8 +92,12 @@ def verify_family(model: nn.Module, spec: AttentionSpec, layers: Iterable[int]) 
 
 def _first_pass(
     model: nn.Module, spec: AttentionSpec, config: Any, layers: Iterable[int]
-) -> dict[int, tuple[Tensor, dict[str, Any]]]:
-    """Run a few tokens through the model; return each layer's input and keywords, and check what enters the first."""
+) -> tuple[dict[int, tuple[Tensor, dict[str, Any]]], Tensor, Tensor]:
+    """Run a few tokens through the model, and check what enters the first layer.
+
+    Returns:
+        The input and the keywords of each layer, the states behind the last norm, and the logits.
+    """
     embedding = model.get_submodule(f"{spec.base}.{spec.embedding}")
     weight = next(embedding.parameters())
     generator = torch.Generator().manual_seed(PROBE_SEED)
@@ -108,7 +119,12 @@ def _first_pass(
             module = model.get_submodule(spec.layer_path(layer))
             handle = module.register_forward_pre_hook(note(layer), with_kwargs=True)
             stack.callback(handle.remove)
-        model(ids, use_cache=False)
+        last: list[Tensor] = []
+        handle = model.get_submodule(f"{spec.base}.{spec.norm}").register_forward_hook(
+            lambda module, args, output: last.append(output)
+        )
+        stack.callback(handle.remove)
+        logits = model(ids, use_cache=False).logits
     first, expected = seen[0][0].float(), embedding(ids).float()
     if _error(first, expected) > TOLERANCE:
         factor = float((first * expected).sum() / expected.square().sum())
@@ -116,7 +132,7 @@ def _first_pass(
             f"model: the embeddings of this {spec.model_type} model are not what enters its first layer "
             f"(they are multiplied by about {factor:.4g}). Such a family needs more than a spec (docs/add_a_family.md)."
         )
-    return {layer: seen[layer] for layer in layers}
+    return {layer: seen[layer] for layer in layers}, last[0], logits
 
 
 def _layer_probe(

@@ -20,8 +20,8 @@ STOPPED_WEIGHT = 3.0
 """Weight of the damage of stopped rotations against the error of a factorization.
 
 The factorization counts the errors of tokens as if they were independent, but what stopped rotations do to neighbouring
-tokens is alike. On the 30 layers of SmolLM2-135M at a quarter of the cache, the shape that the sum chooses has 0.999
-times the error of the shape that measuring all of them chooses, and at most 1.024 times.
+tokens is alike. The weight was fitted to the measured errors of all candidates in the layers of SmolLM2-135M at a
+quarter of the cache.
 """
 
 

@@ -1,4 +1,4 @@
-"""What `mla-convert` says before it starts."""
+"""The lines that `mla-convert` prints before it starts."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class UnfinishedConversion(Record):
         if entry is None or entry["result"] is None:
             return None
         path = self.shard(index)
-        if not path.is_file() or sha256(path) != entry["sha256"]:
+        if not self._whole(index):
             logger.warning("warning: %s is not as it was written; its layer is converted again.", path)
             return None
         return read_shard(path, entry["attention"]), LayerResult.from_dict(entry["result"])

@@ -93,6 +93,14 @@ def test_an_embedding_multiplier_is_told() -> None:
         GQA2MLA()(model)
 
 
+@pytest.mark.usefixtures("_registered_for_a_while")
+def test_scaled_logits_are_told() -> None:
+    as_llama = {"embedding_multiplier": 1.0, "attention_multiplier": 0.25, "residual_multiplier": 1.0}
+    model = look_alike("granite", "Granite", {**as_llama, "logits_scaling": 8.0})
+    with pytest.raises(UnsupportedModelError, match=r"logits of this granite model .* scaled or capped"):
+        GQA2MLA()(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_built_in_families_are_what_their_specs_say(family: str, dtype: torch.dtype) -> None:
