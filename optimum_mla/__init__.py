@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_mla import models as models
 from optimum_mla import weights as weights
 from optimum_mla.cache import LatentCache
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.compose import compose
 from optimum_mla.convert.tracing import trace
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
@@ -29,6 +30,7 @@ __all__ = [
     "GQA2MLA",
     "MHA2MLA",
     "AttentionSpec",
+    "CalibrationStatistics",
     "LatentCache",
     "MLAGeometry",
     "MLATransformation",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
+# What commands keep for later runs goes into a folder of this run, not into the user's home.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -19,6 +23,10 @@ logging.set_verbosity_error()
 # Times vary too much on shared machines for a deadline to mean anything.
 settings.register_profile("project", deadline=None, max_examples=30)
 settings.load_profile("project")
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

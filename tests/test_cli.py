@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from optimum.commands.optimum_cli import main
 
+from optimum_mla.report.schema import ConversionReport
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "benchmarks" / "reference_model"
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
@@ -134,3 +136,31 @@ def test_help_lists_the_command() -> None:
 
 def test_no_init_file_in_the_optimum_namespace() -> None:
     assert list((ROOT / "optimum").rglob("__init__.py")) == []
+
+
+def test_statistics_are_gathered_once_and_convert_at_several_sizes(tmp_path: Path) -> None:
+    statistics, source = tmp_path / "statistics", str(REFERENCE)
+    text = ("--calibration-data", str(REFERENCE / "calibration.txt"), "--calibration-samples", "4")
+    gathered = run("mla-calibrate", "-m", source, *text, str(statistics))
+    assert gathered.returncode == 0, gathered.stderr
+    assert "Statistics of 6 layers on 4 windows of 512 tokens" in gathered.stdout
+    assert f"Next: optimum-cli mla-convert -m {source} --statistics {statistics}" in gathered.stdout
+    perplexities = []
+    for share in ("0.75", "0.25"):
+        out = tmp_path / share
+        done = run(
+            *("mla-convert", "-m", source, "--statistics", str(statistics), "--kv-cache-ratio", share, str(out)),
+            *("--eval-data", str(REFERENCE / "evaluation.txt"), "--eval-samples", "2"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Statistics need the least time" in done.stdout
+        report = ConversionReport.read(out)
+        assert not report.options["heal"]
+        perplexities.append(report.perplexity_after)
+    assert perplexities[0] < 1.05 * report.perplexity_before
+    assert perplexities[0] < perplexities[1] < 1.5 * report.perplexity_before
+    refused = run("mla-convert", "-m", source, "--statistics", str(statistics), *text, str(tmp_path / "out"))
+    assert refused.returncode == 2
+    assert "--calibration-data and --statistics exclude each other" in refused.stderr
+    again = run("mla-calibrate", "-m", source, *text, str(statistics))
+    assert (again.returncode, "exists" in again.stderr) == (2, True)

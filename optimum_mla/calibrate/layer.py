@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor, nn
 
+from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.damage import rotary_damage
 from optimum_mla.calibrate.healing import refit_output
 from optimum_mla.calibrate.moments import LayerMoments, contribution, gather_moments
@@ -17,10 +16,9 @@ from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.families.spec import SourceAttention
 from optimum_mla.ops.ridge import Healing
 from optimum_mla.ops.rope_mix import RopeMix
-from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 
-class LayerCalibration:
+class LayerCalibration(Calibration):
     """Measurements at one layer, on the hidden states that the converted layers before it produce.
 
     Args:
@@ -29,44 +27,19 @@ class LayerCalibration:
 
     Attributes:
         dtype: The dtype of the states and of the modules that are measured on them.
-        memo: Results that a method computes once and uses for every candidate.
     """
 
+    measures = True
+
     def __init__(self, walk: CalibrationWalk, source: SourceAttention) -> None:
-        self.dtype = walk.dtype
-        self.memo: dict[str, Any] = {}
-        self._walk, self._source = walk, source
+        super().__init__(source)
+        self.dtype, self._walk = walk.dtype, walk
         self._states = LayerStates(walk, source)
 
     @cached_property
     def moments(self) -> LayerMoments:
         """Return the second moments of the layer."""
         return gather_moments(self._states)
-
-    @property
-    def logit_scale(self) -> float:
-        """Return the factor of the logits: D^-½ times the square of the rotary embedding's attention factor."""
-        return self._source.geometry.head_dim**-0.5 * self._source.attention_scaling**2
-
-    def factorization(
-        self, key: Any, rows: Callable[[], list[WeightedRows]], centered: bool = True
-    ) -> WeightedFactorization:
-        """Return the factorization of rows of weights, weighted by the moments of the layer's inputs.
-
-        The last factorization is kept, so that other ranks of the same rows cost nothing.
-
-        Args:
-            key: Identifies the rows, together with `centered`.
-            rows: Returns the rows.
-            centered: Whether biases after the latent carry the mean of the inputs. Otherwise the latent carries it.
-        """
-        key = (key, centered)
-        if self.memo.get("factorization", (None, None))[0] != key:
-            self.memo["factorization"] = (
-                key,
-                WeightedFactorization(rows(), self.moments.inputs if centered else self.moments.raw_inputs),
-            )
-        return self.memo["factorization"][1]
 
     def contribution(self) -> Tensor:
         """Return the 2-norm contribution of each rotary pair on the source's states, [G, D/2]; see `moments`."""

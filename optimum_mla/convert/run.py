@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.perplexity import stream_perplexities
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.calibrate.windows import check_tokens, deciding
 from optimum_mla.convert.balance import balanced
@@ -86,8 +87,12 @@ class Run:
             if not isinstance(attention, self.family.source_attention):
                 raise converted_already(layer)
             self.source.attention(layer)
-        if method.calibration is not None:
+        self.statistics, self.tokens = None, None
+        if isinstance(method.calibration, CalibrationStatistics):
+            self.statistics = method.calibration
+        elif method.calibration is not None:
             check_tokens(method.calibration, self.config.vocab_size)
+            self.tokens = method.calibration if method.needs_calibration else None
         self.evaluation, self.evaluate = evaluation, evaluate or evaluation is not None
         self.results: dict[int, LayerResult] = {}
         self.perplexities: tuple[float, float] | None = None
@@ -125,8 +130,7 @@ class Run:
             with reading_weights():
                 verify_family(model, self.family.spec, self.layers)
         plans = self._planned()
-        tokens = self.method.calibration if self.method.needs_calibration else None
-        walk = None if tokens is None else CalibrationWalk(self.source, tokens)
+        walk = None if self.tokens is None else CalibrationWalk(self.source, self.tokens)
         evaluated = self._evaluated(walk)
         walks = list(dict.fromkeys(one for one in (walk, evaluated) if one is not None))
         last = self.source.num_layers if evaluated is not None else max(self.layers) + 1
@@ -149,40 +153,57 @@ class Run:
 
     def _planned(self) -> dict[int, MLAGeometry]:
         """Return the shape of each layer, after the choices that concern all layers together."""
-        plans, tokens = self.plans(), self.method.calibration
-        if not self.method.needs_calibration or tokens is None:
+        plans = self.plans()
+        if not self.method.needs_calibration or self.method.calibration is None:
             return plans
-        few = tokens[:: -(-len(tokens) // ALLOCATION_WINDOWS)]
         if self.method.shared_rope:
-            self.method = self.method.sharing(self._shared_rope(few, plans))
+            self.method = self.method.sharing(self._shared_rope(plans))
             plans = self.plans()
-        return plans if self.method.rank_allocation == "uniform" else self._allocate(few, plans)
+        return plans if self.method.rank_allocation == "uniform" else self._allocate(plans)
 
-    def _shared_rope(self, windows: Tensor, plans: dict[int, MLAGeometry]) -> SharedRope:
+    def _shared_rope(self, plans: dict[int, MLAGeometry]) -> SharedRope:
         known = self.record.known("shared rope")
         if known is not None:
             return SharedRope(known["dims"], torch.tensor(known["counts"]))
-        walk = CalibrationWalk(self.source, windows)
-        found = choose_shared_rope(self.method, walk, self.layers, plans)
+        found = choose_shared_rope(self.method, self._first_pass(), plans)
         self.record.keep("shared rope", {"dims": found.dims, "counts": found.counts.tolist()})
         return found
 
-    def _search(self, walk: CalibrationWalk, layer: int, source: SourceAttention) -> LayerSearch:
+    def _search(self, walk: CalibrationWalk | None, layer: int, source: SourceAttention) -> LayerSearch | None:
+        """Return the search of a layer, by the stored statistics or on the states of a walk, or None without either."""
+        if self.statistics is not None:
+            return LayerSearch(self.method, self.source, layer, source, self.statistics.layer(layer, source))
+        if walk is None:
+            return None
         return LayerSearch(self.method, self.source, layer, source, LayerCalibration(walk, source))
 
-    def _allocate(self, windows: Tensor, plans: dict[int, MLAGeometry]) -> dict[int, MLAGeometry]:
+    def _first_pass(self) -> Callable[[int], LayerSearch]:
+        """Return the search of each layer, in order, on the states of the source; few windows are taken of the text."""
+        walk: CalibrationWalk | None = None
+
+        def search(layer: int) -> LayerSearch:
+            nonlocal walk
+            if self.tokens is not None:
+                walk = walk or CalibrationWalk(self.source, self.tokens[:: -(-len(self.tokens) // ALLOCATION_WINDOWS)])
+                while walk.layer < layer:
+                    walk.advance()
+            found = self._search(walk, layer, self.source.attention(layer))
+            if found is None:
+                raise RuntimeError("a first pass without calibration")
+            return found
+
+        return search
+
+    def _allocate(self, plans: dict[int, MLAGeometry]) -> dict[int, MLAGeometry]:
         """Return the plans with the same total of ranks, distributed over the layers so that their errors are small."""
-        plans, curves, walk = dict(plans), {}, None
+        plans, curves, search_of = dict(plans), {}, self._first_pass()
         for layer in progress(self.layers, f"{self.method.name}: rank allocation", main=True):
             known = self.record.known(f"rank curve {layer}")
             if known is not None:
                 plans[layer] = MLAGeometry(**known["geometry"])
                 curves[layer] = dict(known["errors"])
                 continue
-            walk = walk or CalibrationWalk(self.source, windows)
-            while walk.layer < layer:
-                walk.advance()
-            search = self._search(walk, layer, self.source.attention(layer))
+            search = search_of(layer)
             plans[layer] = search.best_shape(plans[layer])
             curves[layer] = search.rank_curve(plans[layer], self.method.rank_allocation)
             found = {"geometry": asdict(plans[layer]), "errors": list(curves[layer].items())}
@@ -205,21 +226,20 @@ class Run:
         self, layer: int, source: SourceAttention, geometry: MLAGeometry, walk: CalibrationWalk | None
     ) -> tuple[LatentAttention, LayerResult]:
         """Return the new attention of one layer in the source's dtype, and the result of its conversion."""
-        search, state_error, healed_error = None, None, None
-        if walk is not None:
-            search = self._search(walk, layer, source)
+        state_error, healed_error = None, None
+        search = self._search(walk, layer, source)
         if search is None or self.method.factorization != "calibrated":
-            calibration = None if search is None else search.calibration
-            tensors = self.method.convert_layer(source, geometry, calibration)
+            tensors = self.method.convert_layer(source, geometry, None if search is None else search.calibration)
         else:
             if self.method.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
                 geometry = search.best_shape(geometry)
             tensors = search.convert(geometry)
-        if search is not None:
+        calibration = None if search is None else search.calibration
+        if search is not None and isinstance(calibration, LayerCalibration):
             trial = search.attention(geometry, tensors)
-            state_error = search.calibration.error(trial)
+            state_error = calibration.error(trial)
             if self.method.heal:
-                healing = search.calibration.heal(trial)
+                healing = calibration.heal(trial)
                 state_error, healed_error = healing.error_before, healing.error_after
                 if healing.weight is not None:
                     tensors["o_proj.weight"] = healing.weight

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.statistics import StoredCalibration
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models import SourceAttention
@@ -23,7 +26,7 @@ GOOD_ENOUGH = 1.02
 
 @dataclass
 class LayerSearch:
-    """Tries conversions of one layer and compares their errors on held-back windows.
+    """Tries conversions of one layer and compares their errors on held-back windows, or predicts these errors.
 
     Attributes:
         method: The transformation that converts the layer.
@@ -37,7 +40,7 @@ class LayerSearch:
     model: LayerSource
     layer: int
     source: SourceAttention
-    calibration: LayerCalibration
+    calibration: Calibration
     _modules: dict[MLAGeometry, LatentAttention] = field(default_factory=dict)
     """A module for each shape, with the weights of the last candidate, because making modules takes long."""
 
@@ -50,7 +53,7 @@ class LayerSearch:
 
         A later call for the same shape gives other weights to the same module.
         """
-        dtype = self.calibration.dtype
+        dtype = self._measuring.dtype
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         if geometry in self._modules:
             self._modules[geometry].load_state_dict(cast, assign=True)
@@ -60,9 +63,29 @@ class LayerSearch:
             self._modules[geometry] = for_walking(made)
         return self._modules[geometry]
 
+    @property
+    def _measuring(self) -> LayerCalibration:
+        if not isinstance(self.calibration, LayerCalibration):
+            raise InvalidValueError(
+                "qk_rope_head_dim",
+                None,
+                f"a number for {self.method.name} with statistics",
+                "Give one, or calibrate on text: without it nothing can be measured.",
+            )
+        return self.calibration
+
     def error(self, geometry: MLAGeometry) -> float:
-        """Return the error that the given shape leaves on the held-back windows."""
-        return self.calibration.error(self.attention(geometry, self.convert(geometry)))
+        """Return the error that the given shape leaves on the held-back windows.
+
+        Raises:
+            InvalidValueError: The calibration has no windows to measure on.
+        """
+        return self._measuring.error(self.attention(geometry, self.convert(geometry)))
+
+    def squared_error(self, geometry: MLAGeometry) -> float:
+        """Return the squared error that a shape leaves, predicted if the method can, and measured otherwise."""
+        predicted = self.method.predicted_error(self.source, geometry, self.calibration)
+        return self.error(geometry) ** 2 if predicted is None else predicted
 
     def best_shape(self, geometry: MLAGeometry) -> MLAGeometry:
         """Return the cheapest of the method's candidates whose error is within `GOOD_ENOUGH` of the least error.
@@ -74,10 +97,10 @@ class LayerSearch:
         errors: list[float] = []
         for candidate in candidates if len(candidates) > 1 else []:
             predicted = self.method.predicted_error(self.source, candidate, self.calibration)
-            errors.append(self.error(candidate) if predicted is None else predicted**0.5)
-            if predicted is None and errors[-1] > GOOD_ENOUGH * min(errors):
+            errors.append(self.error(candidate) ** 2 if predicted is None else predicted)
+            if predicted is None and errors[-1] > GOOD_ENOUGH**2 * min(errors):
                 break  # The error is taken to rise from here on.
-        good = GOOD_ENOUGH * min(errors, default=0.0)
+        good = GOOD_ENOUGH**2 * min(errors, default=0.0)
         best = next((shape for shape, error in zip(candidates, errors, strict=False) if error <= good), candidates[0])
         if energy is not None:
             energies = self.method.problem(self.source, best, self.calibration).energies
@@ -91,7 +114,8 @@ class LayerSearch:
         Args:
             geometry: Shape of the layer.
             by: `energy` for the lost share of the weighted energy at every rank, or `error` for squared errors in the
-                hidden state at the ranks of `rank_range`, of which the first and the last are measured.
+                hidden state at the ranks of `rank_range`, of which the first and the last are measured where the
+                calibration can.
         """
         problem = self.method.problem(self.source, geometry, self.calibration)
         largest = len(problem.energies)
@@ -99,6 +123,9 @@ class LayerSearch:
             total = problem.error(0) or 1.0
             return {rank: problem.error(rank) / total for rank in range(1, largest + 1)}
         low, high = rank_range(geometry.kv_lora_rank, largest)
+        if isinstance(self.calibration, StoredCalibration):
+            weight = self.calibration.state_weight
+            return {rank: weight * problem.error(rank) for rank in range(low, high + 1)}
         measured = {rank: self.error(replace(geometry, kv_lora_rank=rank)) ** 2 for rank in {low, high}}
         predicted = {rank: problem.error(rank) for rank in range(low, high + 1)}
         return bent(predicted, measured)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.layers import LayerChoice, parse_layers
@@ -45,11 +46,13 @@ class MLATransformation(ModelTransformation):
         energy: Share of the squared singular values that each layer keeps. The ranks then differ between layers.
         layers: `all`, a list such as `0-3,8`, the name of a preset, or indices; see `parse_layers`.
         calibration: Token ids, [N, L], that are run through the model layer by layer; see `optimum_mla.calibrate.walk`.
+            Or `CalibrationStatistics` of the model, with which no layer is run and nothing can be refitted.
         factorization: One of the method's `factorizations`. `calibrated` weighs errors by what the layer reads and
             writes on the calibration tokens. It is the default with calibration tokens; otherwise the default is the
             form of the method's paper.
         heal: Whether to refit each layer's output projection in closed form, so that the hidden states come close to
-            the source's. A refit is kept if it helps on held-back windows. None refits with a calibrated factorization.
+            the source's. A refit is kept if it helps on held-back windows. None refits with a calibrated factorization
+            and token ids.
         rank_allocation: How the layers share the budget: `uniform`; `energy`, which minimizes the lost shares of the
             layers' weighted energy; or `error`, which minimizes the measured errors. None takes `error` with a
             calibrated factorization of fixed size, and `uniform` otherwise.
@@ -91,7 +94,7 @@ class MLATransformation(ModelTransformation):
         kv_cache_ratio: float | None = None,
         energy: float | None = None,
         layers: LayerChoice = "all",
-        calibration: Tensor | None = None,
+        calibration: Tensor | CalibrationStatistics | None = None,
         factorization: str | None = None,
         heal: bool | None = None,
         rank_allocation: str | None = None,
@@ -107,7 +110,11 @@ class MLATransformation(ModelTransformation):
         best = "calibrated" if measured and "calibrated" in self.factorizations else self.factorizations[0]
         self.factorization = factorization or best
         check_choice("factorization", self.factorization, self.factorizations)
-        self.heal = self.factorization == "calibrated" if heal is None else heal
+        stored = isinstance(calibration, CalibrationStatistics)
+        self.heal = self.factorization == "calibrated" and not stored if heal is None else heal
+        if self.heal and stored:
+            remedy = "Give calibration text: the refit needs the states of its tokens."
+            raise InvalidValueError("heal", True, "False with statistics", remedy)
         if shared_rope and not self.one_rotary_key:
             raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
         self.shared_rope = shared_rope
@@ -146,7 +153,7 @@ class MLATransformation(ModelTransformation):
 
     @abstractmethod
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration | None
     ) -> dict[str, Tensor]:
         """Return the layer's new parameters and buffers by their names in the attention module, in float64.
 
@@ -160,7 +167,7 @@ class MLATransformation(ModelTransformation):
         """Return shapes of one cache size, cheapest first, from which calibration data choose the best."""
         return [geometry]
 
-    def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
+    def rotary_damage(self, source: SourceAttention, calibration: Calibration) -> Tensor:
         """Return the damage that is done if a component stops rotating, [components, D/2].
 
         Each column holds the components of one frequency, with the most damaging one first.
@@ -173,17 +180,16 @@ class MLATransformation(ModelTransformation):
         return self.rope.dims if self.rope is not None else getattr(self, "qk_rope_head_dim", None)
 
     def problem(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration
     ) -> WeightedFactorization:
         """Return the weighted factorization of a calibrated layer, which also gives the energy that each rank holds."""
         raise NotImplementedError(f"{type(self).__name__}.problem, which a calibrated factorization needs")
 
-    def predicted_error(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
-    ) -> float | None:
+    def predicted_error(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> float | None:
         """Return the squared error of a shape that follows from closed forms, to compare the shapes of one layer.
 
-        It has no unit. None means that no closed form is known to order this method's shapes, so they are measured.
+        It has no unit. None means that the shapes have to be measured, because no closed form orders them well enough.
+        Where `calibration` cannot measure, methods return an error whose order is less certain, if they have any.
         """
         return None
 

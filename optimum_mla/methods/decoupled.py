@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.methods.weighting import key_moments, value_moments
 from optimum_mla.models import SourceAttention
@@ -77,7 +77,7 @@ def joint_factors(source: SourceAttention, split: RopeSplit, rank: int) -> Laten
 
 
 def calibrated_problem(
-    source: SourceAttention, split: RopeSplit, calibration: LayerCalibration, centered: bool = True
+    source: SourceAttention, split: RopeSplit, calibration: Calibration, centered: bool = True
 ) -> WeightedFactorization:
     """Return the factorization of [W_K,nope ; W_V] with errors weighted by the queries, by W_O and by the inputs."""
 
@@ -90,7 +90,7 @@ def calibrated_problem(
 
 
 def calibrated_factors(
-    source: SourceAttention, split: RopeSplit, rank: int, calibration: LayerCalibration, centered: bool = True
+    source: SourceAttention, split: RopeSplit, rank: int, calibration: Calibration, centered: bool = True
 ) -> LatentFactors:
     """Return the best factors of `calibrated_problem` for a rank."""
     factors = calibrated_problem(source, split, calibration, centered).factors(rank)
@@ -109,7 +109,7 @@ def _by_heads(up: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return key_up.unflatten(0, key.shape[:2]), value_up.unflatten(0, value.shape[:2])
 
 
-def latent_size(down: Tensor, calibration: LayerCalibration) -> Tensor:
+def latent_size(down: Tensor, calibration: Calibration) -> Tensor:
     """Return the root mean square of the latents of the calibration tokens, repeated to [r].
 
     As the gain of a norm on the latent, it makes the norm change these latents least.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_integer
@@ -163,12 +163,12 @@ class GQA2MLA(MLATransformation):
         ropes = (max(2, int(share * geometry.head_dim) // 2 * 2) for share in ROPE_CANDIDATES)
         return fitting(lambda rope: self._with_rope(geometry, rope), [r for r in ropes if r <= width - 2]) or [geometry]
 
-    def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
+    def rotary_damage(self, source: SourceAttention, calibration: Calibration) -> Tensor:
         heads = MixedHeads.of(source, calibration).damage.unflatten(0, (source.geometry.num_key_value_heads, -1))
         return heads.sort(dim=0, descending=True).values
 
     def problem(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration
     ) -> WeightedFactorization:
         if geometry.attention_form == "decoupled":
             mixed = MixedHeads.of(source, calibration, self.rope)
@@ -183,16 +183,15 @@ class GQA2MLA(MLATransformation):
             ],
         )
 
-    def predicted_error(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
-    ) -> float | None:
-        if geometry.rope_cache != "rebuilt" or geometry.attention_form != "decoupled":
+    def predicted_error(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> float | None:
+        rebuilt = geometry.rope_cache == "rebuilt"
+        if geometry.attention_form != "decoupled" or (calibration.measures and not rebuilt):
             return None
-        like = self.candidates(source, geometry)[-1]
+        like = self.candidates(source, geometry)[-1] if rebuilt else geometry
         return MixedHeads.of(source, calibration, self.rope).predicted_error(geometry, like)
 
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration | None
     ) -> dict[str, Tensor]:
         g = geometry
         if g.attention_form == "decoupled" and calibration is not None:
@@ -223,9 +222,7 @@ class GQA2MLA(MLATransformation):
                 tensors[f"{side}_b_proj.bias"] = bias.repeat_interleave(share, dim=0).flatten()
         return tensors
 
-    def _joint(
-        self, source: SourceAttention, g: MLAGeometry, calibration: LayerCalibration | None
-    ) -> dict[str, Tensor]:
+    def _joint(self, source: SourceAttention, g: MLAGeometry, calibration: Calibration | None) -> dict[str, Tensor]:
         """Return the projections of one latent for both keys and values."""
         biases = torch.cat([source.key_bias.flatten(), source.value_bias.flatten()])
         weight = _stack(source)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_integer
@@ -23,8 +23,10 @@ from optimum_mla.methods.decoupled import (
 )
 from optimum_mla.methods.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
 from optimum_mla.methods.signature import MLAOptions
+from optimum_mla.methods.weighting import STOPPED_WEIGHT
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import singular_values
+from optimum_mla.ops.rope_mix import identity_mix
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.plan.budget import DEFAULT_CACHE_RATIO, RankBudget
@@ -111,7 +113,7 @@ class MHA2MLA(MLATransformation):
             latent_bias=self.factorization == "calibrated",
         )
 
-    def _split(self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None) -> RopeSplit:
+    def _split(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration | None) -> RopeSplit:
         g = geometry
         scores = pair_scores(self.rope_selection, source, calibration)
         return split_by_pairs(
@@ -119,12 +121,21 @@ class MHA2MLA(MLATransformation):
         )
 
     def problem(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration
     ) -> WeightedFactorization:
         return calibrated_problem(source, self._split(source, geometry, calibration), calibration)
 
+    def predicted_error(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> float | None:
+        if calibration.measures:
+            return None
+        stopped = self._split(source, geometry, calibration).nope  # [G, n]
+        pairs = geometry.head_dim // 2
+        mix = identity_mix(geometry.num_key_value_heads, pairs, stopped.device)
+        damage = calibration.damage(mix).unflatten(0, (-1, pairs)).gather(1, stopped % pairs).sum() / 2
+        return self.problem(source, geometry, calibration).error(geometry.kv_lora_rank) + STOPPED_WEIGHT * float(damage)
+
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration | None
     ) -> dict[str, Tensor]:
         split = self._split(source, geometry, calibration)
         if self.factorization == "calibrated" and calibration is not None:

@@ -7,22 +7,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.methods.decoupled import LatentFactors, latent_size, latent_tensors
 from optimum_mla.methods.shared_rope import SharedRope
-from optimum_mla.methods.weighting import key_moments, value_moments
+from optimum_mla.methods.weighting import STOPPED_WEIGHT, key_moments, value_moments
 from optimum_mla.models import SourceAttention
-from optimum_mla.ops.rope_mix import as_pairs, mixed_keys, query_aware_mix, query_map
+from optimum_mla.ops.rope_mix import mixed_keys, query_map
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
-
-STOPPED_WEIGHT = 3.0
-"""Weight of the damage of stopped rotations against the error of a factorization.
-
-The factorization counts the errors of tokens as if they were independent, but what stopped rotations do to neighbouring
-tokens is alike. The weight was fitted to the measured errors of all candidates in the layers of SmolLM2-135M at a
-quarter of the cache.
-"""
 
 
 class MixedHeads:
@@ -37,24 +29,14 @@ class MixedHeads:
         shared: The rotary dims that all layers share, or None if the layer chooses its own.
     """
 
-    def __init__(self, source: SourceAttention, calibration: LayerCalibration, shared: SharedRope | None) -> None:
+    def __init__(self, source: SourceAttention, calibration: Calibration, shared: SharedRope | None) -> None:
         self.source, self.calibration, self.shared = source, calibration, shared
-        g, moments = source.geometry, calibration.moments
-        pairs = as_pairs(source.gained_key)  # [G, D/2, d]
-        seen = (pairs.flatten(0, 1) @ moments.inputs.to(pairs.dtype)).view_as(pairs)
-        # The moments are about zero and not about the mean, because a mean that rotates is not constant.
-        mean = pairs @ moments.input_mean.to(pairs.dtype) + as_pairs(source.gained_key_bias)  # [G, D/2]
-        second_moments = torch.einsum("gpd,hpd->pgh", seen, pairs.conj()) + torch.einsum(
-            "gp,hp->pgh", mean, mean.conj()
-        )
-        queries = moments.queries.unflatten(0, (g.num_key_value_heads, -1)).sum(1) * moments.key_scale[:, None, None]
-        energy = queries.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(1)  # [G, D/2]
-        self.mix = query_aware_mix(second_moments, energy)
+        self.mix = calibration.mix
         self.damage = calibration.damage(self.mix)
         self._order = self.damage.argsort(descending=True)
 
     @classmethod
-    def of(cls, source: SourceAttention, calibration: LayerCalibration, shared: SharedRope | None = None) -> MixedHeads:
+    def of(cls, source: SourceAttention, calibration: Calibration, shared: SharedRope | None = None) -> MixedHeads:
         """Return the mixed heads of a layer, which are computed once per calibration of the layer.
 
         Args:
@@ -95,7 +77,7 @@ class MixedHeads:
         """Return the squared error that a shape leaves: that of a factorization, and that of stopped rotations.
 
         Args:
-            geometry: The shape, with a rebuilt rotary key.
+            geometry: The shape.
             like: The shape whose factorization stands for those of all, because it hardly depends on R and takes long.
         """
         _, rest = self._split(geometry.qk_rope_head_dim)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_integer
@@ -61,13 +62,15 @@ def fitting(shape: Callable[[int], MLAGeometry], rope_dims: Iterable[int]) -> li
     return shapes
 
 
-def choose_selection(received: str | None, allowed: Sequence[str], calibration: Tensor | None, fallback: str) -> str:
+def choose_selection(
+    received: str | None, allowed: Sequence[str], calibration: Tensor | CalibrationStatistics | None, fallback: str
+) -> str:
     """Return the rule that selects rotary dims.
 
     Args:
         received: The caller's rule, or None, which takes `damage` if it can be measured, and `fallback` otherwise.
         allowed: The rules of the method.
-        calibration: The calibration tokens, or None.
+        calibration: The calibration tokens or statistics, or None.
         fallback: The rule without calibration tokens.
 
     Raises:
@@ -87,7 +90,7 @@ def choose_selection(received: str | None, allowed: Sequence[str], calibration: 
     return received
 
 
-def pair_scores(selection: str, source: SourceAttention, calibration: LayerCalibration | None) -> Tensor | None:
+def pair_scores(selection: str, source: SourceAttention, calibration: Calibration | None) -> Tensor | None:
     """Return the scores of all rotary pairs by which a selection chooses, [G, D/2]; None if it needs no scores."""
     if calibration is None or selection not in SCORED_SELECTIONS:
         return None

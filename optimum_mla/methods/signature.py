@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
     from optimum_mla.core.layers import LayerChoice
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -20,7 +21,7 @@ class MLAOptions(TypedDict, total=False):
     kv_cache_ratio: float | None
     energy: float | None
     layers: LayerChoice
-    calibration: Tensor | None
+    calibration: Tensor | CalibrationStatistics | None
     factorization: str | None
     heal: bool | None
     rank_allocation: str | None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from optimum_mla.calibrate.layer import LayerCalibration
+from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_integer, check_number
@@ -125,7 +125,7 @@ class XEcoMLA(MLATransformation):
             raise InvalidValueError("q_lora_rank", self.q_lora_rank, f"1 to {largest} for this model")
         return self.q_lora_rank
 
-    def rotary_damage(self, source: SourceAttention, calibration: LayerCalibration) -> Tensor:
+    def rotary_damage(self, source: SourceAttention, calibration: Calibration) -> Tensor:
         scores = pair_scores(self.rope_selection, source, calibration)
         if scores is None:  # The rule takes the same pairs in all layers, whatever their weights.
             return torch.ones(1, source.geometry.head_dim // 2, dtype=torch.float64)
@@ -133,13 +133,13 @@ class XEcoMLA(MLATransformation):
         return total if self.rope_selection == "damage" else total / total.sum()
 
     def problem(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration
     ) -> WeightedFactorization:
         split = self._split(source, geometry, calibration)
         return calibrated_problem(source, split, calibration, geometry.latent_bias)
 
     def convert_layer(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: LayerCalibration | None
+        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration | None
     ) -> dict[str, Tensor]:
         g = geometry
         split = self._split(source, g, calibration)
@@ -158,7 +158,7 @@ class XEcoMLA(MLATransformation):
                 tensors["kv_a_layernorm.weight"] = latent_size(down, calibration)
         return tensors | self._query_tensors(source, g, split)
 
-    def _split(self, source: SourceAttention, g: MLAGeometry, calibration: LayerCalibration | None) -> RopeSplit:
+    def _split(self, source: SourceAttention, g: MLAGeometry, calibration: Calibration | None) -> RopeSplit:
         if self.rope_selection == "last":
             return split_last_columns(g.head_dim, g.qk_rope_head_dim)
         if self.rope is not None and self.rope_selection in SCORED_SELECTIONS:

@@ -11,6 +11,7 @@ from optimum_mla.pipeline.quantize import quantize
 if TYPE_CHECKING:
     from optimum_mla.pipeline.benchmarking import benchmark as benchmark
     from optimum_mla.pipeline.benchmarking import compare as compare
+    from optimum_mla.pipeline.calibrating import calibrate as calibrate
     from optimum_mla.pipeline.cell_options import BenchmarkOptions as BenchmarkOptions
     from optimum_mla.pipeline.exporting import export as export
     from optimum_mla.pipeline.finetuning import finetune as finetune
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 LATER = {
     "benchmark": "benchmarking",
     "BenchmarkOptions": "cell_options",
+    "calibrate": "calibrating",
     "compare": "benchmarking",
     "export": "exporting",
     "finetune": "finetuning",
@@ -31,6 +33,7 @@ __all__ = [
     "TextOptions",
     "benchmark",
     "build_transformation",
+    "calibrate",
     "compare",
     "convert",
     "export",

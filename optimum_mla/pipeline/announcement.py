@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_mla.calibrate.windows import HELD_BACK
-from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of
-from optimum_mla.pipeline.estimate import conversion_memory, conversion_seconds, duration
 from optimum_mla.report.pages import size
+from optimum_mla.report.render import duration
 
 SMALL_CACHE_RATIO = 0.1
 """Share of the source's cache below which a conversion is announced with a warning."""
@@ -24,8 +22,9 @@ def announcement(
     source: PreTrainedModel,
     transformation: MLATransformation,
     planned: Any,
-    windows: Tensor | None,
     data: dict[str, dict[str, Any]],
+    seconds: float,
+    memory: int,
 ) -> str:
     """Return a few lines that say what a conversion will do, and about how long and with how much memory.
 
@@ -34,8 +33,9 @@ def announcement(
         source: The loaded source model.
         transformation: The transformation, with its calibration tokens.
         planned: The config that the conversion will give.
-        windows: Token ids on which the perplexity is measured, or None.
         data: The origins of the texts, as in the report.
+        seconds: How long it should take.
+        memory: How many bytes of memory it should take.
     """
     parameters = sum(p.numel() for p in source.parameters())
     geometry = model_geometry(family_of(planned).spec, planned)
@@ -52,7 +52,9 @@ def announcement(
     else:
         named = "the built-in text" if text["source"] == "built-in" else text["source"]
         lines[-1] += f", calibrated on {text['windows']} windows of {text['tokens_per_window']} tokens of {named}"
-        if text["source"] == "built-in":
+        if "statistics" in text:
+            lines.append("Statistics need the least time. Calibration on the text itself loses less.")
+        elif text["source"] == "built-in":
             lines.append("Text like what the model will read is better: give it with --calibration-data.")
         if text["windows"] < HELD_BACK:
             lines.append(
@@ -63,13 +65,4 @@ def announcement(
             f"warning: {100 * geometry.cache_ratio:.2g} % of the cache is less than models of today can do with; "
             "expect to train the result, or take --kv-cache-ratio 0.25 with mla-quantize --cache-bits 4 behind it."
         )
-    calibration = transformation.calibration
-    memory = conversion_memory(
-        source.config,
-        geometry,
-        sum(p.numel() * p.element_size() for p in source.parameters()),
-        0 if calibration is None else calibration.numel(),
-        0 if windows is None else min(windows.numel(), TOKENS_PER_BATCH),
-    )
-    seconds = conversion_seconds(source, transformation, windows)
     return "\n".join([*lines, f"This should take {duration(seconds)} and {size(memory)} of memory.", ""])

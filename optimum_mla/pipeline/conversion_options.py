@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.methods.base import MLATransformation
@@ -28,6 +29,15 @@ def calibrated_texts(texts: TextOptions, method: str, options: dict[str, Any]) -
         OptionError: Options about calibration data contradict each other.
         InvalidValueError: There is no such method.
     """
+    if texts.statistics is not None:
+        for option, given in (
+            ("--calibration-data", texts.calibration_data is not None),
+            ("--uncalibrated", texts.uncalibrated),
+            ("--chat-template", texts.chat_template),
+        ):
+            if given:
+                raise OptionError(f"{option} and --statistics exclude each other. Give one of them.")
+        return texts
     if texts.calibration_data is not None:
         if texts.uncalibrated:
             raise OptionError("--uncalibrated and --calibration-data exclude each other. Give one of them.")
@@ -53,16 +63,18 @@ def check_calibration_is_used(transformation: MLATransformation, texts: TextOpti
     Raises:
         OptionError: The calibration data would not be used.
     """
-    if texts.calibration_data is None or transformation.needs_calibration:
+    if (texts.calibration_data is None and texts.statistics is None) or transformation.needs_calibration:
         return
     raise OptionError(
         f"{method} with the factorization {transformation.factorization} uses no calibration data, and its result is "
-        "of no use until it is trained. Give --uncalibrated without --calibration-data if you will train it, or leave "
-        "out --factorization."
+        "of no use until it is trained. Give --uncalibrated in their place if you will train it, or leave out "
+        "--factorization."
     )
 
 
-def build_transformation(method: str, options: dict[str, Any], calibration: Tensor | None) -> MLATransformation:
+def build_transformation(
+    method: str, options: dict[str, Any], calibration: Tensor | CalibrationStatistics | None
+) -> MLATransformation:
     """Return the transformation of a method.
 
     Raises:

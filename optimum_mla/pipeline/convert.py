@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.calibrate.windows import deciding_windows
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError
@@ -20,18 +21,22 @@ from optimum_mla.export.checks import check_exportable
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
 from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.measure.sample import Sample, continuation, sample_prompt
 from optimum_mla.measure.stages import Stages
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.layers import model_geometry
+from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.announcement import announcement
 from optimum_mla.pipeline.conversion_options import (
     build_transformation,
     calibrated_texts,
     check_calibration_is_used,
 )
+from optimum_mla.pipeline.estimate import PROBE_TOKENS, conversion_memory, conversion_seconds, probe, work_of
 from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model
+from optimum_mla.pipeline.history import Outcome, remember
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
@@ -99,7 +104,12 @@ def convert(
     torch.manual_seed(seed)
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     check_dtype(dtype)
-    inputs = {"model": model, "calibration-data": texts.calibration_data, "eval-data": texts.eval_data}
+    inputs = {
+        "model": model,
+        "calibration-data": texts.calibration_data,
+        "statistics": texts.statistics,
+        "eval-data": texts.eval_data,
+    }
     folder = check_output(output, inputs, overwrite)
     config = load_source_config(model, hub)
     origin: dict[str, Any] = origin_fields(model, hub)
@@ -110,7 +120,8 @@ def convert(
     if not options.keys() & RANK_OPTIONS:
         options["kv_cache_ratio"] = DEFAULT_CACHE_RATIO
     texts = calibrated_texts(texts, method, options)
-    if export_format is not None and method == "gqa2mla" and texts.calibration_data is None:
+    given = texts.calibration_data is not None or texts.statistics is not None
+    if export_format is not None and method == "gqa2mla" and not given:
         remedy = "Give calibration data, or take --method x-ecomla."
         raise InvalidValueError("export_format", export_format, "None for gqa2mla without calibration data", remedy)
 
@@ -121,7 +132,10 @@ def convert(
     if tokenizer is not None and texts.calibration_data is None and texts.eval_data is None:
         texts = replace(texts, eval_data=str(BUILT_IN_TEXT), eval_samples=min(texts.eval_samples, BUILT_IN_WINDOWS))
     calibration, evaluation, data = read_texts(tokenizer, config, texts)
-    transformation = build_transformation(method, options, calibration)
+    statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
+    if statistics is not None:
+        data["calibration-data"] = {**statistics.data, "statistics": statistics.digest}
+    transformation = build_transformation(method, options, calibration if statistics is None else statistics)
     check_calibration_is_used(transformation, texts, method)
     planned = transformation.check(config)
     if export_format is not None:
@@ -134,6 +148,7 @@ def convert(
         **conversion_identity(model, hub),
         **{"method": method, "dtype": dtype, "device": device, "seed": seed},
         "calibration data (SHA-256)": data.get("calibration-data", {}).get("sha256"),
+        "statistics (SHA-256)": data.get("calibration-data", {}).get("statistics"),
         **transformation.options,
     }
     with UnfinishedConversion(folder, made_from, resume, overwrite) as unfinished:
@@ -142,12 +157,23 @@ def convert(
         check_space(folder, max(0, weight_bytes(source) - unfinished.bytes))
         measured_on = evaluation if transformation.needs_calibration else windows
         run = Run(transformation, source, unfinished, measured_on, evaluate=windows is not None)
+        work = work_of(transformation, len(run.layers), measured_on)
+        length = PROBE_TOKENS if calibration is None else calibration.shape[1]
+        predicted_seconds = conversion_seconds(probe(config, source.device, length), work)
+        predicted_bytes = conversion_memory(
+            config,
+            model_geometry(family_of(config).spec, config),
+            weight_bytes(source),
+            work.tokens,
+            0 if windows is None else min(windows.numel(), TOKENS_PER_BATCH),
+            any(parameter.is_meta for parameter in source.parameters()),
+        )
         if announce is not None:
-            announce(announcement(model, source, transformation, planned, windows, data))
-        probe = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long)
+            announce(announcement(model, source, transformation, planned, data, predicted_seconds, predicted_bytes))
+        few = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long)
         prompt = None if tokenizer is None or not readable_at_once(source) else sample_prompt(tokenizer)
         with stages.stage("measure the source"), reading_weights():
-            source_bytes = measured_cache_bytes_per_token(source, probe)
+            source_bytes = measured_cache_bytes_per_token(source, few)
             said = None if prompt is None else continuation(source, tokenizer, prompt[1])
             reference = reference_logits(source) if transformation.preserves_computation else None
         with stages.stage("convert"):
@@ -165,7 +191,7 @@ def convert(
                 converted: Any = load_model(written, load_config(written, {}), "auto", device, {}, offload)
                 verification = verify(converted, reference)
             with stages.stage("measure the result"):
-                cache_bytes = measured_cache_bytes_per_token(converted, probe)
+                cache_bytes = measured_cache_bytes_per_token(converted, few)
                 says = None if prompt is None else continuation(converted, tokenizer, prompt[1])
 
             geometry = model_geometry(converted.spec, converted.config)
@@ -184,6 +210,8 @@ def convert(
                 perplexity_before=before,
                 perplexity_after=after,
                 conversion_seconds=unfinished.seconds,
+                predicted_seconds=predicted_seconds,
+                predicted_memory_bytes=predicted_bytes,
                 peak_memory_bytes=stages.peak(),
                 dtype=str(converted.dtype).removeprefix("torch."),
                 seed=seed,
@@ -206,6 +234,9 @@ def convert(
                 tokenizer.save_pretrained(partial)
             report.write(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
+    if not resume:
+        made = (predicted_seconds, report.conversion_seconds, predicted_bytes, report.peak_memory_bytes)
+        remember(Outcome(model, method, *made))
     return report
 
 

@@ -3,76 +3,155 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from optimum_mla.convert.run import ALLOCATION_WINDOWS
 from optimum_mla.core.geometry import ModelGeometry
 from optimum_mla.methods.base import MLATransformation
+from optimum_mla.models.layer_source import for_walking
+from optimum_mla.models.registry import family_of
 
 LIBRARIES_BYTES = 450e6
 """Resident memory of a process that has imported torch and Transformers and does nothing."""
 FACTOR_COPIES = 6
-"""Number of float64 matrices of the size of [W_K ; W_V] that are in memory while a layer is factorized."""
+"""Number of float64 matrices of the size of [W_K ; W_V], or of the inputs' moments, that are in memory at once."""
 LOGIT_COPIES = 3
 """Number of float32 copies of a batch's logits that the perplexity holds at once."""
-TOKEN_WORK = 2.2
-"""Work on a calibration token in a layer, moments and refits included, in passes through the layer's linear maps."""
-SOLUTIONS = 60
-"""Multiply-adds of the factorizations of a layer in cubes of the hidden size.
+STATE_COPIES = 4
+"""Number of copies of the hidden states of all calibration tokens that a walk holds in float32."""
+WALKED = 4.6
+"""Passes of a calibration token through a decoder layer that cost what the walk, the moments and the refits cost."""
+FIRST_PASS = 2.5
+"""The same for a token of the pass in which the choices for all layers together are made."""
+SOLUTIONS = 9
+"""Eigenproblems of the size of the hidden state that cost what the factorizations of a layer cost.
 
-Both were fitted to conversions of SmolLM2-135M on one core; float64 counts twice.
+These three were fitted to conversions of SmolLM2-135M on one core.
 """
 PLAIN_SECONDS = 0.5
 """Seconds per layer of a conversion without calibration."""
-RATE_SIZE = (512, 1024, 1024)
-"""Sizes of the matrix product that is timed."""
+PROBE_TOKENS = 512
+"""Tokens in the longest window that the probe takes through a layer."""
+PROBE_SIZE = 768
+"""Size of the eigenproblem that the probe solves, or that of the hidden state if it is smaller."""
+PROBE_SECONDS = 0.3
+"""Seconds for which the probe repeats each of its measurements; one run is made in any case."""
 
 
-def products_per_second(device: torch.device) -> float:
-    """Return how many float32 multiply-adds this device does in a second, by timing matrix products for 0.1 s."""
-    rows, inner, columns = RATE_SIZE
-    left, right = torch.ones(rows, inner, device=device), torch.ones(inner, columns, device=device)
-    (left @ right).sum().item()
-    start, done = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < 0.1:
-        (left @ right).sum().item()  # Reading a number waits for the device.
-        done += rows * inner * columns
-    return done / elapsed
+@dataclass(frozen=True)
+class Probe:
+    """How fast a machine does the work of conversions of one model, which was measured in a few seconds.
+
+    Attributes:
+        token_seconds: Seconds that a decoder layer takes for a token of a window, in float32.
+        solution_seconds: Seconds of an eigenproblem of the size of the hidden state, in float64.
+    """
+
+    token_seconds: float
+    solution_seconds: float
 
 
-def block_parameters(model: nn.Module) -> int:
-    """Return how many parameters of a model are in its blocks, without the embeddings and the head."""
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    outside = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # type: ignore[operator]
-    return everything - sum(parameter.numel() for parameter in outside)
+@dataclass(frozen=True)
+class Work:
+    """The work of a conversion that takes time.
+
+    Attributes:
+        layers: Number of layers to convert.
+        tokens: Calibration tokens that are run through the layers; 0 without a walk.
+        first_tokens: Tokens of the pass in which the choices for all layers together are made.
+        factorizes: Whether weights are factorized with calibration.
+        evaluated_tokens: Tokens that are run through both models for the perplexity alone.
+    """
+
+    layers: int
+    tokens: int = 0
+    first_tokens: int = 0
+    factorizes: bool = False
+    evaluated_tokens: int = 0
 
 
-def conversion_seconds(
-    model: PreTrainedModel, transformation: MLATransformation, evaluation: Tensor | None = None
-) -> float:
-    """Return about how long a conversion with its measurements takes on the model's device.
+def probe(config: PreTrainedConfig, device: torch.device, window_tokens: int = PROBE_TOKENS) -> Probe:
+    """Measure how fast this machine is, with a decoder layer of random weights.
 
     Args:
-        model: The source model.
-        transformation: The transformation, with its calibration tokens.
-        evaluation: Token ids on which both perplexities are measured, or None.
+        config: The config of the source model.
+        device: The device of the conversion.
+        window_tokens: Tokens in a calibration window.
     """
-    layers = model.config.num_hidden_layers
-    rate, blocks = products_per_second(model.device), block_parameters(model)
-    seconds = PLAIN_SECONDS * layers
-    if transformation.needs_calibration and transformation.calibration is not None:
-        windows, length = transformation.calibration.shape
-        before = transformation.rank_allocation != "uniform" or transformation.shared_rope
-        passed = length * (2 * windows + (min(windows, ALLOCATION_WINDOWS) if before else 0))
-        seconds += TOKEN_WORK * passed * blocks / rate
-        seconds += SOLUTIONS * layers * model.config.hidden_size**3 / rate
-    if evaluation is not None:
-        everything = sum(parameter.numel() for parameter in model.parameters())
-        seconds += 2 * evaluation.numel() * everything / rate
-    return seconds
+    family = family_of(config)
+    with torch.device("meta"):
+        layer: Any = family.source_model(config).get_submodule(family.spec.layer_path(0))
+    layer = for_walking(layer.to(torch.float32).to_empty(device=device))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    tokens = min(window_tokens, PROBE_TOKENS)
+    states = torch.randn(1, tokens, config.hidden_size, device=device)
+    positions = torch.arange(tokens, device=device)[None]
+    head_dim = family.spec.geometry(config.per_layer_config[0]).head_dim
+    cos_sin = torch.ones(2, 1, tokens, head_dim, device=device).unbind()
+    size = min(config.hidden_size, PROBE_SIZE)
+    square = torch.randn(size, size, dtype=torch.float64, device=device)
+    square = square @ square.T
+
+    @torch.no_grad()
+    def walked() -> None:
+        output = layer(states, position_embeddings=cos_sin, attention_mask=None, position_ids=positions)
+        (output[0] if isinstance(output, tuple) else output).sum().item()  # Reading a number waits for the device.
+
+    passed = seconds_of(walked)
+    solved = seconds_of(lambda: torch.linalg.eigvalsh(square).sum().item() and None)
+    return Probe(passed / tokens, solved * (config.hidden_size / size) ** 3)
+
+
+def work_of(transformation: MLATransformation, layers: int, evaluation: Tensor | None = None) -> Work:
+    """Return the work of a conversion.
+
+    Args:
+        transformation: The transformation, with its calibration tokens or statistics.
+        layers: Number of layers to convert.
+        evaluation: Token ids on which both perplexities are measured apart from the calibration, or None.
+    """
+    given, evaluated = transformation.calibration, 0 if evaluation is None else evaluation.numel()
+    if given is None or not transformation.needs_calibration:
+        return Work(layers, evaluated_tokens=evaluated)
+    tokens = given.numel() if isinstance(given, Tensor) else 0
+    first = 0
+    if isinstance(given, Tensor) and (transformation.rank_allocation != "uniform" or transformation.shared_rope):
+        first = min(ALLOCATION_WINDOWS, len(given)) * given.shape[1]
+    return Work(layers, tokens, first, transformation.factorization == "calibrated", evaluated)
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    """Return the least seconds that some work takes, after one run that is not counted if it is short."""
+    start = time.perf_counter()
+    work()
+    first = time.perf_counter() - start
+    if first > PROBE_SECONDS:
+        return first
+    times: list[float] = []
+    while sum(times) < PROBE_SECONDS:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def conversion_seconds(speed: Probe, work: Work) -> float:
+    """Return about how long a conversion with its measurements takes.
+
+    Args:
+        speed: The speed of the machine.
+        work: The work of the conversion.
+    """
+    passes = WALKED * work.tokens + FIRST_PASS * work.first_tokens + 2 * work.evaluated_tokens
+    solutions = SOLUTIONS * (1 if not work.first_tokens else 2) if work.factorizes else 0
+    return work.layers * (PLAIN_SECONDS + passes * speed.token_seconds + solutions * speed.solution_seconds)
 
 
 def conversion_memory(
@@ -81,10 +160,11 @@ def conversion_memory(
     weight_bytes: int,
     calibration_tokens: int,
     evaluation_batch_tokens: int = 0,
+    offloaded: bool = False,
 ) -> int:
     """Return an estimate of the highest memory of a calibrated conversion on the CPU, in bytes.
 
-    It adds up the libraries, the model, the converted attention, the hidden states of the calibration tokens, and the
+    It adds up the libraries, the weights that are in memory, the hidden states of the calibration tokens, and the
     larger of the work on one layer and the logits of the evaluation.
 
     Args:
@@ -93,23 +173,16 @@ def conversion_memory(
         weight_bytes: Bytes of the model's weights.
         calibration_tokens: Number of calibration tokens.
         evaluation_batch_tokens: Number of tokens in one batch of the evaluation.
+        offloaded: Whether the layers stay on the disk, so that two of them are in memory at once.
     """
     first = geometry.layers[0]
-    states = 4 * calibration_tokens * first.hidden_size * 4
-    keys = 2 * first.num_key_value_heads * first.head_dim * first.hidden_size * 8
-    layer = 4 * (first.source_parameters + 3 * first.hidden_size * getattr(config, "intermediate_size", 0))
-    logits = LOGIT_COPIES * evaluation_batch_tokens * config.vocab_size * 4
+    layer = first.source_parameters + 3 * first.hidden_size * getattr(config, "intermediate_size", 0)
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * first.hidden_size
+    everything = len(geometry.layers) * layer + embeddings
     attention = sum(one.source_parameters for one in geometry.layers)
-    share = weight_bytes * attention // max(1, attention + config.vocab_size * first.hidden_size)
-    return int(LIBRARIES_BYTES + weight_bytes + share + max(states + layer + FACTOR_COPIES * keys, logits))
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words that do not promise more than an estimate can, such as `about 3 minutes`."""
-    if seconds < 10:
-        return "a few seconds"
-    if seconds < 90:
-        return f"about {10 * round(seconds / 10)} seconds"
-    if seconds < 5400:
-        return f"about {round(seconds / 60)} minutes"
-    return f"about {seconds / 3600:.1f} hours"
+    in_memory = embeddings + 2 * layer if offloaded else everything + attention  # both kinds of attention
+    states = STATE_COPIES * 4 * calibration_tokens * first.hidden_size
+    wide = max(2 * first.num_key_value_heads * first.head_dim, first.hidden_size)
+    work = 4 * layer + FACTOR_COPIES * 8 * wide * first.hidden_size
+    logits = LOGIT_COPIES * evaluation_batch_tokens * config.vocab_size * 4
+    return int(LIBRARIES_BYTES + weight_bytes * in_memory / everything + max(states + work, logits))

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate.text import window_length
+from optimum_mla.convert.run import ALLOCATION_WINDOWS
 from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.families.spec import SourceAttention, sliding_window
@@ -21,8 +22,9 @@ from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
-from optimum_mla.pipeline.estimate import conversion_memory
-from optimum_mla.pipeline.loading import check_buildable, load_config
+from optimum_mla.pipeline.estimate import Work, conversion_memory, conversion_seconds, probe
+from optimum_mla.pipeline.history import accuracy, outcomes
+from optimum_mla.pipeline.loading import RESIDENT_BYTES, check_buildable, load_config
 from optimum_mla.pipeline.weight_headers import headers
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers
@@ -46,9 +48,10 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 
 def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | None = None) -> Inspection:
-    """Return what conversions of a model would give, without loading its weights.
+    """Return what conversions of a model would give and how long they take here, without loading its weights.
 
-    Only the config and the headers of the safetensors files are read.
+    Only the config and the headers of the safetensors files are read. For the time, the speed of this machine is
+    measured for a few seconds, with a decoder layer of random weights.
 
     Args:
         model: The model, as a hub id or a folder.
@@ -117,7 +120,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         state="convertible",
         choices=choices,
         engines=engine_choices(geometry, rope, windows),
-        conversion_memory_bytes=default_memory(config, geometry, weight_bytes),
+        **prediction(config, geometry, weight_bytes),
     )
 
 
@@ -253,7 +256,23 @@ def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[Engi
     return found
 
 
-def default_memory(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: int) -> int:
-    """Return about how many bytes of memory a conversion with default options needs, evaluation included."""
+def prediction(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: int) -> dict[str, Any]:
+    """Return the time and the memory of a conversion with default options, and how good earlier predictions were.
+
+    Args:
+        config: The config of the source model.
+        geometry: Shape of the source model.
+        weight_bytes: Bytes of its weights.
+    """
     length = window_length(config, None, "calibration_length")
-    return conversion_memory(config, geometry, weight_bytes, CALIBRATION_WINDOWS * length, TOKENS_PER_BATCH)
+    tokens = CALIBRATION_WINDOWS * length
+    work = Work(len(geometry.layers), tokens, ALLOCATION_WINDOWS * length, factorizes=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    offloaded = weight_bytes > RESIDENT_BYTES
+    return {
+        "conversion_seconds": conversion_seconds(probe(config, device, length), work),
+        "conversion_memory_bytes": conversion_memory(
+            config, geometry, weight_bytes, tokens, TOKENS_PER_BATCH, offloaded
+        ),
+        "earlier_predictions": accuracy(outcomes()),
+    }

@@ -49,8 +49,9 @@ class TextOptions:
 
     Attributes:
         calibration_data: What `optimum_mla.io.documents.read_documents` reads, token ids, or None.
-        uncalibrated: Whether to convert without calibration if `calibration_data` is None. Otherwise a text that comes
-            with the package is taken.
+        statistics: A folder that `mla-calibrate` wrote, in place of `calibration_data`, or None.
+        uncalibrated: Whether to convert without calibration if both are None. Otherwise a text that comes with the
+            package is taken.
         chat_template: The calibration data are chats, to be rendered by the tokenizer's chat template.
         calibration_samples: Windows of calibration text.
         calibration_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
@@ -60,6 +61,7 @@ class TextOptions:
     """
 
     calibration_data: str | Iterable[int] | None = None
+    statistics: str | None = None
     uncalibrated: bool = False
     chat_template: bool = False
     calibration_samples: int = 128

@@ -112,6 +112,8 @@ class ConversionReport(Report):
             that were held back from fits; None without any text.
         perplexity_after: The converted model's perplexity on the same text.
         conversion_seconds: Wall time of the transformation alone.
+        predicted_seconds: What was predicted for it before it started.
+        predicted_memory_bytes: Peak memory that was predicted.
         peak_memory_bytes: Highest memory of the whole process, with model and libraries.
         dtype: Dtype of the saved weights.
         seed: Seed that the user gave.
@@ -145,6 +147,8 @@ class ConversionReport(Report):
     dtype: str
     seed: int
     layers: list[LayerReport]
+    predicted_seconds: float | None = None
+    predicted_memory_bytes: int | None = None
     perplexity_text: str | None = None
     quality_warning: str | None = None
     verification: dict[str, Any] | None = None

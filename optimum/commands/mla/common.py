@@ -41,6 +41,26 @@ def add_run_arguments(parser: ArgumentParser, replaced: str = "a model") -> _Arg
     return run
 
 
+def add_calibration_text(group: _ArgumentGroup) -> None:
+    """Add the arguments about the text to calibrate on."""
+    group.add_argument(
+        "--calibration-data",
+        metavar="TEXT",
+        help=f"Text to calibrate on: {TEXT_HELP}. Default: a text that comes with the package, of books, thirty "
+        "languages, program code, and questions with answers.",
+    )
+    group.add_argument(
+        "--calibration-samples", type=int, default=128, metavar="N", help="Windows of text to use. Default: 128."
+    )
+    group.add_argument("--calibration-length", type=int, metavar="N", help=LENGTH_HELP)
+    group.add_argument(
+        "--chat-template",
+        action="store_true",
+        help="Treat the calibration data as chats: rows with a messages column, which the chat template of the "
+        "tokenizer renders.",
+    )
+
+
 def add_hub_arguments(parser: ArgumentParser) -> None:
     """Add the arguments about the Hugging Face Hub."""
     hub = parser.add_argument_group("hub")

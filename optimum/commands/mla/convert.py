@@ -9,7 +9,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.mla.common import (
     LENGTH_HELP,
     OUTPUT_HELP,
-    TEXT_HELP,
+    add_calibration_text,
     add_run_arguments,
     describe,
     hub_options,
@@ -104,27 +104,18 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         )
 
         calibration = parser.add_argument_group("calibration")
+        add_calibration_text(calibration)
         calibration.add_argument(
-            "--calibration-data",
-            metavar="TEXT",
-            help=f"Text to calibrate on: {TEXT_HELP}. Default: a text that comes with the package, of books, thirty "
-            "languages, program code, and questions with answers.",
+            "--statistics",
+            metavar="FOLDER",
+            help="Statistics from mla-calibrate, in place of a text. Nothing is run through the model then, so that "
+            "only factorizations take time, and nothing is refitted.",
         )
         calibration.add_argument(
             "--uncalibrated",
             action="store_true",
             help="Convert without calibration, as the papers do. The result is of no use until it is trained. Default: "
             "off, but at full rank with --positional full, where nothing is lost, there is no calibration.",
-        )
-        calibration.add_argument(
-            "--calibration-samples", type=int, default=128, metavar="N", help="Windows of text to use. Default: 128."
-        )
-        calibration.add_argument("--calibration-length", type=int, metavar="N", help=LENGTH_HELP)
-        calibration.add_argument(
-            "--chat-template",
-            action="store_true",
-            help="Treat the calibration data as chats: rows with a messages column, which the chat template of the "
-            "tokenizer renders.",
         )
         calibration.add_argument(
             "--factorization",
@@ -252,6 +243,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 options={name: getattr(args, name) for name in METHOD_OPTIONS},
                 texts=TextOptions(
                     calibration_data=args.calibration_data,
+                    statistics=args.statistics,
                     uncalibrated=args.uncalibrated,
                     chat_template=args.chat_template,
                     calibration_samples=args.calibration_samples,

@@ -3,6 +3,7 @@
 from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum.commands.mla.benchmark import MLABenchmarkCommand
+from optimum.commands.mla.calibrate import MLACalibrateCommand
 from optimum.commands.mla.convert import MLAConvertCommand
 from optimum.commands.mla.export import MLAExportCommand
 from optimum.commands.mla.finetune import MLAFinetuneCommand
@@ -16,6 +17,7 @@ REGISTER_COMMANDS: list[type[BaseOptimumCLICommand]] = [
     MLAQuantizeCommand,
     MLABenchmarkCommand,
     MLAInspectCommand,
+    MLACalibrateCommand,
     MLAExportCommand,
     MLARunCommand,
 ]

@@ -1,0 +1,92 @@
+"""The facts about one layer that a method asks calibration data for, wherever they come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_mla.calibrate.moments import LayerMoments
+from optimum_mla.families.spec import SourceAttention
+from optimum_mla.ops.rope_mix import RopeMix, as_pairs, query_aware_mix
+from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
+
+
+class Calibration(ABC):
+    """The second moments of one layer and the effects of its rotary components on the calibration text.
+
+    Args:
+        source: The layer's attention.
+
+    Attributes:
+        measures: Whether converted attentions can be measured on calibration tokens, as `LayerCalibration` does.
+        memo: Results that a method computes once and uses for every candidate.
+    """
+
+    measures = False
+
+    def __init__(self, source: SourceAttention) -> None:
+        self.source = source
+        self.memo: dict[str, Any] = {}
+
+    @property
+    @abstractmethod
+    def moments(self) -> LayerMoments:
+        """Return the second moments of the layer."""
+
+    @abstractmethod
+    def contribution(self) -> Tensor:
+        """Return the 2-norm contribution of each rotary pair on the source's states, [G, D/2]; see `moments`."""
+
+    @abstractmethod
+    def damage(self, mix: RopeMix) -> Tensor:
+        """Return the damage that is done to the logits if a component stops rotating, [C]; see `rotary_damage`."""
+
+    @cached_property
+    def mix(self) -> RopeMix:
+        """Return the mix of the key heads that gathers as much of the logits as possible in few components."""
+        return query_aware_mix(*mix_moments(self.source, self.moments))
+
+    @property
+    def logit_scale(self) -> float:
+        """Return the factor of the logits: D^-½ times the square of the rotary embedding's attention factor."""
+        return self.source.geometry.head_dim**-0.5 * self.source.attention_scaling**2
+
+    def factorization(
+        self, key: Any, rows: Callable[[], list[WeightedRows]], centered: bool = True
+    ) -> WeightedFactorization:
+        """Return the factorization of rows of weights, weighted by the moments of the layer's inputs.
+
+        The last factorization is kept, so that other ranks of the same rows cost nothing.
+
+        Args:
+            key: Identifies the rows, together with `centered`.
+            rows: Returns the rows.
+            centered: Whether biases after the latent carry the mean of the inputs. Otherwise the latent carries it.
+        """
+        key = (key, centered)
+        if self.memo.get("factorization", (None, None))[0] != key:
+            self.memo["factorization"] = (
+                key,
+                WeightedFactorization(rows(), self.moments.inputs if centered else self.moments.raw_inputs),
+            )
+        return self.memo["factorization"][1]
+
+
+def mix_moments(source: SourceAttention, moments: LayerMoments) -> tuple[Tensor, Tensor]:
+    """Return the second moments of the key heads' pairs, complex [D/2, G, G], and the query energies, [G, D/2].
+
+    Both are what `query_aware_mix` takes. The moments are about zero and not about the mean, because a mean that
+    rotates is not constant.
+    """
+    pairs = as_pairs(source.gained_key)  # [G, D/2, d]
+    seen = (pairs.flatten(0, 1) @ moments.inputs.to(pairs.dtype)).view_as(pairs)
+    mean = pairs @ moments.input_mean.to(pairs.dtype) + as_pairs(source.gained_key_bias)  # [G, D/2]
+    keys = torch.einsum("gpd,hpd->pgh", seen, pairs.conj()) + torch.einsum("gp,hp->pgh", mean, mean.conj())
+    heads = source.geometry.num_key_value_heads
+    queries = moments.queries.unflatten(0, (heads, -1)).sum(1) * moments.key_scale[:, None, None]
+    return keys, queries.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(1)

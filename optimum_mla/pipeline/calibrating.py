@@ -1,0 +1,70 @@
+"""`mla-calibrate`: gather the statistics of a model on a text, for any number of conversions."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from optimum_mla.calibrate import BUILT_IN_TEXT
+from optimum_mla.calibrate.statistics_folder import FILE_NAME, CalibrationStatistics
+from optimum_mla.families.verify import verify_family
+from optimum_mla.io.claim import claims_output
+from optimum_mla.io.folder import atomic_folder, check_output
+from optimum_mla.models.layer_source import reading_weights
+from optimum_mla.models.registry import family_of
+from optimum_mla.pipeline.loading import (
+    NO_TEXTS,
+    TextOptions,
+    check_dtype,
+    load_model,
+    load_source_config,
+    load_tokenizer,
+    read_texts,
+)
+
+
+@claims_output
+def calibrate(
+    model: str,
+    output: str | Path,
+    texts: TextOptions = NO_TEXTS,
+    dtype: str = "auto",
+    device: str | None = None,
+    overwrite: bool = False,
+    hub: dict[str, Any] | None = None,
+) -> tuple[CalibrationStatistics, float]:
+    """Gather the statistics of a checkpoint on a text, write them to a folder, and return them and the seconds taken.
+
+    Args:
+        model: A hub id or a folder.
+        output: Folder to write; it appears only when whole.
+        texts: The calibration text. Without calibration data, a text that comes with the package is taken.
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`. Conversions must have the same.
+        device: Torch device; None takes CUDA where it is available.
+        overwrite: Replace `output` if it holds statistics.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+
+    Raises:
+        MLAError: Bad input of any kind; `output` is as it was.
+    """
+    start = time.perf_counter()
+    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    check_dtype(dtype)
+    inputs = {"model": model, "calibration-data": texts.calibration_data}
+    folder = check_output(output, inputs, overwrite, (FILE_NAME,), "statistics")
+    config = load_source_config(model, hub)
+    tokenizer = load_tokenizer(model, hub, needed=True)
+    if texts.calibration_data is None:
+        texts = replace(texts, calibration_data=str(BUILT_IN_TEXT))
+    windows, _, data = read_texts(tokenizer, config, texts)
+    if windows is None:
+        raise RuntimeError("no calibration windows were read")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = load_model(model, config, dtype, device, hub, offload=Path(scratch))
+        with atomic_folder(folder, overwrite=overwrite) as partial, reading_weights():
+            verify_family(source, family_of(config).spec, range(config.num_hidden_layers))
+            CalibrationStatistics.gather(source, windows, partial, data["calibration-data"])
+    return CalibrationStatistics.read(folder), time.perf_counter() - start
