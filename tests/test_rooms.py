@@ -11,7 +11,7 @@ import optimum_mla
 PACKAGE = Path(optimum_mla.__file__).parent
 FLOORS = (
     {"core"},
-    {"ops"},
+    {"ops", "codec"},
     {"stack"},
     {"nn", "cache"},
     {"families", "io"},

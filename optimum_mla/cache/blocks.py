@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_mla.cache.backends import Backend
+from optimum_mla.cache.coded import CodedStored
 from optimum_mla.cache.stored import DenseStored, QuantizedStored
 from optimum_mla.ops.blocks import Block, CacheView, Latents, concatenate
+
+Encoder = Callable[[Tensor], QuantizedStored | CodedStored]
+"""Stores vectors [B, T, w] in fewer bits than they have."""
 
 
 @dataclass(eq=False)
@@ -24,14 +27,14 @@ class StoredBlock:
     Attributes:
         plain: The numbers that stay in the model's dtype, side by side: the first vectors, the second vectors, and the
             factors of the key norms, without the vectors that are quantized.
-        first: The quantized first vectors, or None if the first vectors are in `plain`.
+        first: The quantized or coded first vectors, or None if the first vectors are in `plain`.
         second: The quantized second vectors, or None if the second vectors are in `plain`.
         widths: Number of entries per token in the first vectors, in the second vectors, and in the factors.
     """
 
     plain: DenseStored
-    first: QuantizedStored | None
-    second: QuantizedStored | None
+    first: QuantizedStored | CodedStored | None
+    second: QuantizedStored | CodedStored | None
     widths: tuple[int, int, int]
 
     @property
@@ -46,7 +49,7 @@ class StoredBlock:
 
     @property
     def quantized(self) -> bool:
-        """Return whether the first or the second vectors are quantized."""
+        """Return whether the first or the second vectors are quantized or coded."""
         return self.first is not None or self.second is not None
 
     @property
@@ -76,22 +79,21 @@ class StoredBlock:
         second = self.second and newer.second and self.second.joined(newer.second)
         return StoredBlock(self.plain.joined(newer.plain), first, second, self.widths)
 
-    def encoded(self, backends: tuple[Backend | None, Backend | None], group_size: int) -> StoredBlock:
+    def encoded(self, encoders: tuple[Encoder | None, Encoder | None]) -> StoredBlock:
         """Return a quantized copy of a block whose first and second vectors are both still in `plain`.
 
         Args:
-            backends: The backends that quantize the first and the second vectors; None keeps them in the model's dtype.
-            group_size: Largest number of neighbouring numbers that share a scale.
+            encoders: What stores the first and the second vectors; None keeps them in the model's dtype.
         """
         *vectors, key_factors = self.plain.vectors.split(self.widths, dim=-1)
         kept: list[Tensor] = []
-        coded: list[QuantizedStored | None] = []
-        for part, backend in zip(vectors, backends, strict=True):
-            if backend is None or not part.shape[-1]:
+        coded: list[QuantizedStored | CodedStored | None] = []
+        for part, encoder in zip(vectors, encoders, strict=True):
+            if encoder is None or not part.shape[-1]:
                 kept.append(part)
                 coded.append(None)
             else:
-                coded.append(QuantizedStored.quantize(part, backend, group_size))
+                coded.append(encoder(part))
         return StoredBlock(DenseStored(torch.cat([*kept, key_factors], dim=-1)), coded[0], coded[1], self.widths)
 
     def open(self, memory: Tensor | None = None) -> Block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from optimum_mla.cache.backends import make_backend
-from optimum_mla.cache.blocks import BlockView, StoredBlock
+from optimum_mla.cache.blocks import BlockView, Encoder, StoredBlock
+from optimum_mla.cache.coded import CodedStored
 from optimum_mla.cache.settings import FULL_BITS, CacheSettings
-from optimum_mla.cache.stored import DenseStored
+from optimum_mla.cache.stored import DenseStored, QuantizedStored
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.ops.blocks import CacheView, block_tokens
@@ -25,7 +27,8 @@ class LatentLayer(CacheLayerMixin):
 
     A window of the newest tokens stays in the model's own dtype: at most `settings.residual_length` tokens, or, without
     quantization, fewer than a block holds. Older tokens are in blocks of up to `block_tokens` tokens. Tokens are
-    quantized once, when they leave the window, and never again. The codes of a token depend on that token only.
+    quantized once, when they leave the window, and never again. The codes of a token depend on that token only. A layer
+    whose latents are codes (`channel_bits`) has no window.
 
     Args:
         geometry: Shape of the layer.
@@ -39,9 +42,15 @@ class LatentLayer(CacheLayerMixin):
         super().__init__()
         self.geometry, self.settings = geometry, settings
         full = geometry.attention_form == "full"
-        make = lambda bits: None if bits == FULL_BITS else make_backend(settings.backend, bits)  # noqa: E731
-        first_backend = make(settings.bits)
-        self.backends = (first_backend, first_backend if full else make(settings.rope_bits))
+        first = _encoder(settings, settings.bits)
+        self.encoders = (first, first if full else _encoder(settings, settings.rope_bits))
+        self.encodes, self.window = settings.quantized, settings.residual_length
+        if geometry.channel_bits and settings.codes:
+            if settings.bits != FULL_BITS:
+                raise InvalidValueError("bits", settings.bits, "16 for a model whose latents are codes already")
+            self.encoders = (partial(CodedStored.encode, channels=geometry.channel_bits), self.encoders[1])
+            # The codes are the latents themselves, so that a window of newer tokens would gain nothing.
+            self.encodes, self.window = True, 0
         self.block_tokens = block_tokens(self._first_width)
         second = geometry.cache_numbers - self._first_width
         self._second_widths = (second - geometry.scale_numbers, geometry.scale_numbers)
@@ -136,18 +145,18 @@ class LatentLayer(CacheLayerMixin):
 
     def _settle(self, recent: StoredBlock) -> None:
         """Keep the newest tokens of `recent` as the window, and move the others into blocks."""
-        settings, leaving = self.settings, 0
-        if not settings.quantized:
+        leaving = 0
+        if not self.encodes:
             leaving = recent.tokens - recent.tokens % self.block_tokens
-        elif recent.tokens > settings.residual_length:
-            leaving = min(recent.tokens - settings.residual_length + settings.flush_tokens - 1, recent.tokens)
+        elif recent.tokens > self.window:
+            leaving = min(recent.tokens - self.window + self.settings.flush_tokens - 1, recent.tokens)
         start = 0
         while start < leaving:
             room = self.block_tokens - self.blocks[-1].tokens if self.blocks else 0
             stop = min(leaving, start + (room or self.block_tokens))
             block = recent.cut(start, stop)
-            if settings.quantized:
-                block = block.encoded(self.backends, settings.group_size)
+            if self.encodes:
+                block = block.encoded(self.encoders)
             if room:
                 self.blocks[-1] = self.blocks[-1].joined(block)
             else:
@@ -233,6 +242,14 @@ class LatentLayer(CacheLayerMixin):
         """Return every tensor that the layer holds."""
         blocks = [*self.blocks, *([self.residual] if self.residual else [])]
         return [tensor for block in blocks for tensor in block.tensors]
+
+
+def _encoder(settings: CacheSettings, bits: int) -> Encoder | None:
+    """Return what stores vectors with `bits` bits per number, or None for the model's own dtype."""
+    if bits == FULL_BITS:
+        return None
+    backend = make_backend(settings.backend, bits)
+    return partial(QuantizedStored.quantize, backend=backend, group_size=settings.group_size)
 
 
 def _dense(view: BlockView) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,13 @@ import math
 from optimum_mla.cache.backends import make_backend
 from optimum_mla.cache.settings import FULL_BITS, CacheSettings
 from optimum_mla.cache.stored import SPARE_TOKENS, balanced_group
+from optimum_mla.codec import code_bytes
 from optimum_mla.core.geometry import MLAGeometry
 
 PARAMETER_BITS = 16
 """Bits of a scale, and of a shift."""
+PLACE_BYTES = 8
+"""Bytes of the row and the token of an exempt latent."""
 
 
 def predicted_bytes(
@@ -19,7 +22,7 @@ def predicted_bytes(
     """Return the bytes of one converted layer's cache for one row of the batch.
 
     A real cache may be larger by up to `spare_bytes`, because it takes room ahead of the tokens that it is given one by
-    one.
+    one. Of coded latents, the first `sink_tokens` are counted as exempt, but not those that are found at run time.
 
     Args:
         geometry: Shape of the layer.
@@ -28,14 +31,16 @@ def predicted_bytes(
         itemsize: Bytes of a number in the model's dtype.
         steps: Number of those tokens that came one by one after the prompt.
     """
-    window = settings.window_tokens(tokens - steps, steps)
+    coded = geometry.channel_bits if settings.codes else ()
+    window = 0 if coded else settings.window_tokens(tokens - steps, steps)
     first = geometry.kv_lora_rank or geometry.k_lora_rank
     plain = geometry.scale_numbers
     second = geometry.cache_numbers - first - plain
     second_bits = settings.bits if geometry.attention_form == "full" else settings.rope_bits
-    old = _vector_bits(first, settings.bits, settings, itemsize) + _vector_bits(second, second_bits, settings, itemsize)
-    old += 8 * itemsize * plain
-    return window * geometry.cache_numbers * itemsize + (tokens - window) * old / 8
+    old = 8 * code_bytes(coded) if coded else _vector_bits(first, settings.bits, settings, itemsize)
+    old += _vector_bits(second, second_bits, settings, itemsize) + 8 * itemsize * plain
+    exempt = min(tokens, geometry.sink_tokens) * (first * itemsize + PLACE_BYTES) if coded else 0
+    return window * geometry.cache_numbers * itemsize + (tokens - window) * old / 8 + exempt
 
 
 def spare_bytes(geometry: MLAGeometry, itemsize: int) -> int:

@@ -15,6 +15,11 @@ from optimum_mla.families.spec import SourceAttention
 from optimum_mla.ops.rope_mix import RopeMix, as_pairs, query_aware_mix
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
+SAMPLE_TOKENS = 4096
+"""Largest number of tokens whose inputs steps of codes are fitted to."""
+FIRST_TOKENS = 4
+"""Number of tokens at the start of a window whose latents may be many times larger than those of others."""
+
 
 class Calibration(ABC):
     """The second moments of one layer and the effects of its rotary components on the calibration text.
@@ -45,6 +50,13 @@ class Calibration(ABC):
     @abstractmethod
     def damage(self, mix: RopeMix) -> Tensor:
         """Return the damage that is done to the logits if a component stops rotating, [C]; see `rotary_damage`."""
+
+    @abstractmethod
+    def inputs(self) -> Tensor:
+        """Return normed inputs of some tokens on the converted model's states, [T, d].
+
+        They are those of at most `SAMPLE_TOKENS` tokens, evenly spread over the windows without their first tokens.
+        """
 
     @cached_property
     def mix(self) -> RopeMix:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
-from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.calibrate.calibration import FIRST_TOKENS, SAMPLE_TOKENS, Calibration
 from optimum_mla.calibrate.damage import rotary_damage
 from optimum_mla.calibrate.healing import refit_output
 from optimum_mla.calibrate.moments import LayerMoments, contribution, gather_moments
@@ -40,6 +41,15 @@ class LayerCalibration(Calibration):
     def moments(self) -> LayerMoments:
         """Return the second moments of the layer."""
         return gather_moments(self._states)
+
+    def inputs(self) -> Tensor:
+        """Return normed inputs of some tokens, without the first ones of a window, [T, d]; see `Calibration`."""
+        fit = torch.cat(self._walk.fitted_batches())
+        later = range(min(FIRST_TOKENS, self._walk.windows.shape[1] - 1), self._walk.windows.shape[1])
+        step = -(-len(fit) * len(later) // SAMPLE_TOKENS)
+        picked = torch.arange(0, len(fit) * len(later), step)
+        states = self._walk.converted[fit[picked // len(later)], later.start + picked % len(later)]
+        return self._walk.input_norm(states)
 
     def contribution(self) -> Tensor:
         """Return the 2-norm contribution of each rotary pair on the source's states, [G, D/2]; see `moments`."""

@@ -26,6 +26,7 @@ class LayerStatistics:
         damage: Damage that is done if a rotary pair stops rotating, [G·D/2].
         mix_keys, mix_queries: The maps of `Calibration.mix`, [D/2, G, G, 2] with real and imaginary parts.
         mixed_damage: Damage that is done if a component of this mix stops rotating, [G·D/2].
+        sample: Normed inputs of some tokens, [T, d]; see `Calibration.inputs`.
         state_weight: Mean weight of a squared error in the hidden state, [1]; see `CalibrationWalk.row_weights`. It
             makes the errors of different layers comparable.
     """
@@ -39,6 +40,7 @@ class LayerStatistics:
     mix_keys: Tensor
     mix_queries: Tensor
     mixed_damage: Tensor
+    sample: Tensor
     state_weight: Tensor
 
     @classmethod
@@ -58,6 +60,7 @@ class LayerStatistics:
             mix_keys=torch.view_as_real(layer.mix.keys),
             mix_queries=torch.view_as_real(layer.mix.queries),
             mixed_damage=layer.damage(layer.mix),
+            sample=layer.inputs(),
             state_weight=walk.row_weights.double().mean()[None],
         )
 
@@ -81,6 +84,9 @@ class StoredCalibration(Calibration):
     @property
     def moments(self) -> LayerMoments:
         return LayerMoments(**{name: self._known[name] for name in LayerMoments.__dataclass_fields__})
+
+    def inputs(self) -> Tensor:
+        return self._known["sample"]
 
     def contribution(self) -> Tensor:
         return self._known["contribution"]

@@ -25,7 +25,7 @@ def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry) -> dict[str, Ten
         geometry: Shape of the layer.
     """
     g, scaled = geometry, {name: tensor.clone() for name, tensor in tensors.items()}
-    if not g.latent_norm:  # A norm sets the scale of the latent itself.
+    if not g.latent_norm and not g.channel_bits:  # A norm sets the scale of the latent itself; codes have a step of 1.
         if g.attention_form == "decoupled":
             latents = [("kv_a_proj_with_mqa", ["kv_b_proj", "k_rope_proj"])]
         elif g.kv_lora_rank:

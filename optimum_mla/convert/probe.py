@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,6 +63,9 @@ def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor]) -> 
     clone.config = copy.copy(clone.config)
     clone.config._attn_implementation = "sdpa"  # causal by itself where it gets no mask
     clone.sliding_window = None
+    if isinstance(module, LatentAttention):
+        # Gaussian states lie outside of the range that codes were fitted to, so latents are not rounded here.
+        clone.geometry = replace(module.geometry, channel_bits=())
     return clone(states, position_embeddings=table, attention_mask=None)[0].double()
 
 

@@ -63,6 +63,7 @@ class Run:
     Attributes:
         source: The layers of the model.
         layers: The indices of the layers to convert.
+        code_bits: The bits of a token's codes in each layer, under a budget of bytes.
         results: The results of the conversion, by the index of the layer; empty before it.
         perplexities: The perplexity before and after the conversion, or None if it was not measured.
 
@@ -87,6 +88,7 @@ class Run:
             if not isinstance(attention, self.family.source_attention):
                 raise converted_already(layer)
             self.source.attention(layer)
+        method.check_windows(self.config)
         self.statistics, self.tokens = None, None
         if isinstance(method.calibration, CalibrationStatistics):
             self.statistics = method.calibration
@@ -94,6 +96,7 @@ class Run:
             check_tokens(method.calibration, self.config.vocab_size)
             self.tokens = method.calibration if method.needs_calibration else None
         self.evaluation, self.evaluate = evaluation, evaluate or evaluation is not None
+        self.code_bits: dict[int, int] = {}
         self.results: dict[int, LayerResult] = {}
         self.perplexities: tuple[float, float] | None = None
 
@@ -159,6 +162,8 @@ class Run:
         if self.method.shared_rope:
             self.method = self.method.sharing(self._shared_rope(plans))
             plans = self.plans()
+        if self.method.coded:
+            self.code_bits = {layer: self.method.code_bits(plan) for layer, plan in plans.items()}
         return plans if self.method.rank_allocation == "uniform" else self._allocate(plans)
 
     def _shared_rope(self, plans: dict[int, MLAGeometry]) -> SharedRope:
@@ -205,9 +210,16 @@ class Run:
                 continue
             search = search_of(layer)
             plans[layer] = search.best_shape(plans[layer])
-            curves[layer] = search.rank_curve(plans[layer], self.method.rank_allocation)
+            if self.method.coded:
+                curves[layer] = search.byte_curve(plans[layer])
+            else:
+                curves[layer] = search.rank_curve(plans[layer], self.method.rank_allocation)
             found = {"geometry": asdict(plans[layer]), "errors": list(curves[layer].items())}
             self.record.keep(f"rank curve {layer}", found)
+        if self.method.coded:
+            sizes = allocate_ranks(curves, sum(self.code_bits.values()) // 8)
+            self.code_bits = {layer: 8 * size for layer, size in sizes.items()}
+            return plans
         ranks = allocate_ranks(curves, sum(plan.kv_lora_rank for plan in plans.values()))
         return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in ranks.items()}
 
@@ -233,7 +245,7 @@ class Run:
         else:
             if self.method.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
                 geometry = search.best_shape(geometry)
-            tensors = search.convert(geometry)
+            geometry, tensors = search.convert(geometry, self.code_bits.get(layer))
         calibration = None if search is None else search.calibration
         if search is not None and isinstance(calibration, LayerCalibration):
             trial = search.attention(geometry, tensors)

@@ -13,8 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.segments import ChannelBits, check_channel_bits, total_bits, total_channels
+
 AttentionForm = Literal["source", "decoupled", "full"]
 RopeCache = Literal["cached", "rebuilt"]
+
+
+SINK_TOKENS = 4
+"""Number of tokens at the start of a sequence that conversions do not code: their latents are many times larger."""
+CODE_LIMIT = 1.0
+"""Default of `code_limit`, in squares of a channel's step. Rounding alone leaves a twelfth."""
 
 
 @dataclass(frozen=True, slots=True)  # without `__dict__`, which exporters would write to
@@ -34,6 +43,10 @@ class MLAGeometry:
     token, the inverse root mean square of that key, because the norm cannot be folded into weights. With `latent_bias`
     the projections that read the latent have biases even if the source's keys and values have none. These biases hold
     the mean of keys and values, which would otherwise need rank.
+
+    With `channel_bits` the joint latent is stored as integer codes, which are the latents themselves. The first
+    `sink_tokens` tokens of a sequence, and those whose mean squared clipping error over the channels is larger than
+    `code_limit`, keep their latents in the model's dtype.
     """
 
     hidden_size: int
@@ -53,10 +66,21 @@ class MLAGeometry:
     rope_cache: RopeCache = "cached"
     latent_norm: bool = False
     latent_bias: bool = False
+    channel_bits: ChannelBits = ()
+    sink_tokens: int = 0
+    code_limit: float = CODE_LIMIT
     key_norm: bool = False
     query_bias: bool = False
     key_value_bias: bool = False
     output_bias: bool = False
+
+    def __post_init__(self) -> None:
+        channels = check_channel_bits(self.channel_bits)  # JSON gives lists
+        object.__setattr__(self, "channel_bits", channels)
+        if channels and total_channels(channels) != self.kv_lora_rank:
+            raise InvalidValueError(
+                "channel_bits", self.channel_bits, f"bits of {self.kv_lora_rank} channels, which is kv_lora_rank"
+            )
 
     @classmethod
     def from_config(cls, config: Any, **features: bool) -> MLAGeometry:
@@ -90,6 +114,11 @@ class MLAGeometry:
         return self.key_value_bias or self.latent_bias
 
     @property
+    def down_bias(self) -> bool:
+        """Return whether the projection to the joint latent has a bias, which for codes holds their centres."""
+        return bool(self.channel_bits) or (self.key_value_bias and self.attention_form == "decoupled")
+
+    @property
     def source_cache_numbers(self) -> int:
         """Numbers that the source attention caches per token, which are the keys and values of G heads."""
         return 2 * self.num_key_value_heads * self.head_dim
@@ -116,12 +145,13 @@ class MLAGeometry:
 
     @property
     def cache_ratio(self) -> float:
-        """Cached numbers divided by those of the source."""
-        return self.cache_numbers / self.source_cache_numbers
+        """Bytes that are cached per token divided by the source's, with 16 bits for every number that is not coded."""
+        return self.cache_bytes() / (2 * self.source_cache_numbers)
 
     def cache_bytes(self, bits: float = 16) -> float:
-        """Return the bytes that this layer caches per token at `bits` per number."""
-        return self.cache_numbers * bits / 8
+        """Return the bytes that this layer caches per token at `bits` per number that is not coded."""
+        plain = self.cache_numbers - total_channels(self.channel_bits)
+        return (total_bits(self.channel_bits) + plain * bits) / 8
 
     @property
     def source_parameters(self) -> int:
@@ -148,7 +178,7 @@ class MLAGeometry:
         d, query = self.hidden_size, self.num_attention_heads * self.head_dim
         up = self.num_up_heads * self.head_dim
         if self.kv_lora_rank:
-            down_and_up = self.kv_lora_rank * (d + 2 * up)
+            down_and_up = self.kv_lora_rank * (d + 2 * up + self.down_bias)
         else:
             down_and_up = (self.k_lora_rank + self.v_lora_rank) * (d + up)
         biases = self.query_bias * query + self.up_bias * 2 * up
@@ -162,7 +192,7 @@ class MLAGeometry:
         rope_input = d if self.rope_cache == "cached" else r
         up = up_heads * (self.qk_nope_head_dim + self.v_head_dim)
         rebuilt = self.rope_cache == "rebuilt"
-        biases = self.query_bias * query + self.up_bias * up + self.key_value_bias * r
+        biases = self.query_bias * query + self.up_bias * up + self.down_bias * r
         biases += rotary * (self.up_bias if rebuilt else self.key_value_bias)
         norms = self.latent_norm * r
         if (
@@ -191,12 +221,12 @@ class ModelGeometry:
 
     @property
     def cache_ratio(self) -> float:
-        """Cached numbers divided by those of the source."""
-        return self.cache_numbers / self.source_cache_numbers
+        """Bytes that are cached per token divided by the source's, with 16 bits for every number that is not coded."""
+        return self.cache_bytes() / (2 * self.source_cache_numbers)
 
     def cache_bytes(self, tokens: int = 1, bits: float = 16) -> float:
-        """Return the bytes of the cache for `tokens` tokens at `bits` per number."""
-        return self.cache_numbers * tokens * bits / 8
+        """Return the bytes of the cache for `tokens` tokens at `bits` per number that is not coded."""
+        return tokens * sum(layer.cache_bytes(bits) for layer in self.layers)
 
     @property
     def parameters_added(self) -> int:

@@ -71,8 +71,14 @@ def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | Non
 
 
 def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
-    """Return the bytes per token of a `DynamicCache` that holds `ids` [1, T]."""
-    return measured_cache_bytes(model, ids) / ids.numel()
+    """Return the bytes that each token of the second half of `ids` [1, T] adds to the model's own cache.
+
+    The first half is left out, because the first tokens of a sequence may be stored in more bits than others.
+    """
+    half = ids.shape[1] // 2
+    make: Any = getattr(model, "make_cache", lambda: None)
+    before, after = (measured_cache_bytes(model, part, make()) for part in (ids[:, :half], ids))
+    return (after - before) / (ids.shape[1] - half)
 
 
 def peak_memory_bytes() -> int:

@@ -36,7 +36,7 @@ PROBE_PROMPT = 16
 """Tokens of the probe that go through the cache in one call; the others follow one by one."""
 NEW_TOKENS = 8
 PROBE_SEED = 0
-UNQUANTIZED = {"bits": 16, "rope_bits": 16}
+UNQUANTIZED = {"bits": 16, "rope_bits": 16, "codes": False}
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 """The largest relative difference of logits that rounding may cause, by the dtype of the weights.
 

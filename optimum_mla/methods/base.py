@@ -10,6 +10,7 @@ import copy as copying
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,9 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
-from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning
-from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning, UnsupportedModelError
+from optimum_mla.core.geometry import SINK_TOKENS, MLAGeometry
 from optimum_mla.core.layers import LayerChoice, parse_layers
+from optimum_mla.core.segments import GRANULE, WIDTHS
+from optimum_mla.families.spec import sliding_window
+from optimum_mla.methods.coding import LayerCodes
 from optimum_mla.methods.options import check_choice
 from optimum_mla.methods.shared_rope import SharedRope
 from optimum_mla.methods.signature import whole_signature
@@ -44,6 +48,8 @@ class MLATransformation(ModelTransformation):
         kv_lora_rank: Size of the latent in numbers per token and layer.
         kv_cache_ratio: Size of the cache, including the rotary key, relative to that of the source model.
         energy: Share of the squared singular values that each layer keeps. The ranks then differ between layers.
+        kv_cache_budget: Bytes of the cache, everything included, relative to the source's cache in 16 bits. Each
+            channel of the latents then gets as many bits as it is worth. Only methods with codes have it.
         layers: `all`, a list such as `0-3,8`, the name of a preset, or indices; see `parse_layers`.
         calibration: Token ids, [N, L], that are run through the model layer by layer; see `optimum_mla.calibrate.walk`.
             Or `CalibrationStatistics` of the model, with which no layer is run and nothing can be refitted.
@@ -78,6 +84,9 @@ class MLATransformation(ModelTransformation):
     one_rotary_key: ClassVar[bool] = False
     """True if each layer has a single rotary key, so that all layers can share its frequencies."""
 
+    has_codes: ClassVar[bool] = False
+    """True if the method can store latents as codes, under a budget of bytes."""
+
     default_budget: ClassVar[RankBudget] = RankBudget()
     """The budget if the caller gives none."""
 
@@ -99,8 +108,9 @@ class MLATransformation(ModelTransformation):
         heal: bool | None = None,
         rank_allocation: str | None = None,
         shared_rope: bool = False,
+        kv_cache_budget: float | None = None,
     ) -> None:
-        budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy)
+        budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy, kv_cache_budget)
         self.budget = budget if budget.is_set else self.default_budget
         self.layers = (
             layers if isinstance(layers, str) else tuple(layers) if isinstance(layers, Iterable) else (layers,)
@@ -118,6 +128,8 @@ class MLATransformation(ModelTransformation):
         if shared_rope and not self.one_rotary_key:
             raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
         self.shared_rope = shared_rope
+        if self.coded:
+            self._check_coded()
         shared = self.factorization == "calibrated" and self.budget.energy is None
         self.rank_allocation = rank_allocation or ("error" if shared and not shared_rope else "uniform")
         check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
@@ -130,6 +142,34 @@ class MLATransformation(ModelTransformation):
         if self.rank_allocation != "uniform" and not shared:
             remedy = "Others need a calibrated factorization and a fixed size."
             raise InvalidValueError("rank_allocation", rank_allocation, "uniform here", remedy)
+
+    @property
+    def coded(self) -> bool:
+        """Return whether the latents are stored as codes, under a budget of bytes."""
+        return self.budget.kv_cache_budget is not None
+
+    def _check_coded(self) -> None:
+        """Refuse a budget of bytes where the method or the other options have no codes."""
+        budget = self.budget.kv_cache_budget
+        if not self.has_codes:
+            remedy = "Take gqa2mla, or give kv_cache_ratio."
+            raise InvalidValueError("kv_cache_budget", budget, f"nothing with {self.name}", remedy)
+        if self.factorization != "calibrated":
+            remedy = "Give calibration data: the bits of the channels follow from it."
+            raise InvalidValueError("kv_cache_budget", budget, "nothing without a calibrated factorization", remedy)
+
+    def check_windows(self, config: PreTrainedConfig) -> None:
+        """Refuse codes in layers with a sliding window, whose caches hold latents in the model's dtype.
+
+        Raises:
+            UnsupportedModelError: A layer to convert has a window, under a budget of bytes.
+        """
+        for layer in parse_layers(self.layers, config.num_hidden_layers) if self.coded else ():
+            if sliding_window(config, layer) is not None:
+                raise UnsupportedModelError(
+                    f"kv_cache_budget: layer {layer} has a sliding window, whose cache is not coded. Name the other "
+                    "layers by --layers, or give --kv-cache-ratio."
+                )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -185,6 +225,24 @@ class MLATransformation(ModelTransformation):
         """Return the weighted factorization of a calibrated layer, which also gives the energy that each rank holds."""
         raise NotImplementedError(f"{type(self).__name__}.problem, which a calibrated factorization needs")
 
+    def codes(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> LayerCodes:
+        """Return the codes of a layer under a budget of bytes.
+
+        Args:
+            source: The attention to replace.
+            geometry: The new shape, with the largest rank and without codes.
+            calibration: Measurements at this layer, which keep the last result.
+        """
+        if calibration.memo.get("codes", (None, None))[0] != geometry:
+            tensors = self.convert_layer(source, geometry, calibration)
+            costs = self.problem(source, geometry, calibration).factors(geometry.kv_lora_rank).costs
+            calibration.memo["codes"] = (geometry, LayerCodes(tensors, costs, calibration.inputs()))
+        return calibration.memo["codes"][1]
+
+    def code_bits(self, geometry: MLAGeometry) -> int:
+        """Return the bits that the codes of one token may have in a layer if all layers get the same share."""
+        return self.budget.code_bits(geometry.source_cache_numbers, geometry.cache_numbers - geometry.kv_lora_rank)
+
     def predicted_error(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> float | None:
         """Return the squared error of a shape that follows from closed forms, to compare the shapes of one layer.
 
@@ -234,10 +292,23 @@ class MLATransformation(ModelTransformation):
             MLAError: The options do not fit the model.
         """
         family, weightless, geometries = family_of(config), self.without_weights(), {}
+        self.check_windows(config)
         for layer in parse_layers(self.layers, config.num_hidden_layers):
             geometry = family.spec.geometry(config.per_layer_config[layer])
             if geometry.attention_form != "source":
                 raise converted_already(layer)
             source = SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0))
-            geometries[layer] = weightless.plan_layer(source)
+            plan = weightless.plan_layer(source)
+            geometries[layer] = with_equal_bits(plan, self.code_bits(plan)) if self.coded else plan
         return converted_config(family, config, geometries, self.name)
+
+
+def with_equal_bits(geometry: MLAGeometry, bits: int) -> MLAGeometry:
+    """Return a shape with codes of so many bits in all channels together, as if all channels deserved the same.
+
+    It stands for the shape that calibration will choose, whose bytes it has up to a few.
+    """
+    most = geometry.kv_lora_rank // GRANULE * GRANULE
+    width = next((width for width in reversed(WIDTHS) if width >= min(4, bits // GRANULE) and width * most >= bits), 8)
+    channels = min(most, max(GRANULE, bits // width // GRANULE * GRANULE))
+    return replace(geometry, kv_lora_rank=channels, channel_bits=((width, channels),), sink_tokens=SINK_TOKENS)

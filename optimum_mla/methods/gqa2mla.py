@@ -60,6 +60,7 @@ class GQA2MLA(MLATransformation):
     name = "gqa2mla"
     one_rotary_key = True
     factorizations = ("split", "joint", "calibrated")
+    has_codes = True
 
     def __init__(
         self,
@@ -86,6 +87,8 @@ class GQA2MLA(MLATransformation):
         self.rope_cache = (rope_cache or "rebuilt") if self.positional == "decoupled" else None
         if self.rope_cache is not None:
             check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))
+        if self.coded and self.rope_cache == "cached":
+            raise InvalidValueError("rope_cache", "cached", "rebuilt with kv_cache_budget", "Leave it out.")
         self.qk_rope_head_dim, self.latent_norm = qk_rope_head_dim, latent_norm
         if latent_norm and self.rope_cache != "cached":
             raise InvalidValueError(
@@ -187,8 +190,12 @@ class GQA2MLA(MLATransformation):
         rebuilt = geometry.rope_cache == "rebuilt"
         if geometry.attention_form != "decoupled" or (calibration.measures and not rebuilt):
             return None
-        like = self.candidates(source, geometry)[-1] if rebuilt else geometry
-        return MixedHeads.of(source, calibration, self.rope).predicted_error(geometry, like)
+        like, mixed = self.candidates(source, geometry)[-1], MixedHeads.of(source, calibration, self.rope)
+        if self.coded:
+            lost = self.codes(source, like, calibration).error(self.code_bits(geometry))
+        else:
+            lost = mixed.problem(like if rebuilt else geometry).error(geometry.kv_lora_rank)
+        return lost + mixed.stopped_error(geometry)
 
     def convert_layer(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration | None

@@ -73,16 +73,10 @@ class MixedHeads:
             (rope_dim, rebuilt), lambda: self._rows(rope_dim, rebuilt), geometry.latent_bias
         )
 
-    def predicted_error(self, geometry: MLAGeometry, like: MLAGeometry) -> float:
-        """Return the squared error that a shape leaves: that of a factorization, and that of stopped rotations.
-
-        Args:
-            geometry: The shape.
-            like: The shape whose factorization stands for those of all, because it hardly depends on R and takes long.
-        """
+    def stopped_error(self, geometry: MLAGeometry) -> float:
+        """Return the squared error that the stopped rotations of a shape leave."""
         _, rest = self._split(geometry.qk_rope_head_dim)
-        lost = self.problem(like).error(geometry.kv_lora_rank)
-        return lost + STOPPED_WEIGHT * float(self.damage[rest].sum())
+        return STOPPED_WEIGHT * float(self.damage[rest].sum())
 
     def _rows(self, rope_dim: int, rebuilt: bool) -> list[WeightedRows]:
         g = self.source.geometry

@@ -26,6 +26,7 @@ class MLAOptions(TypedDict, total=False):
     heal: bool | None
     rank_allocation: str | None
     shared_rope: bool
+    kv_cache_budget: float | None
 
 
 def whole_signature(cls: type) -> inspect.Signature:

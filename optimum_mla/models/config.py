@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from optimum_mla.core.geometry import CODE_LIMIT
+
 MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
     "attention_form": (str, "source"),
     "mla_method": (str | None, None),
@@ -21,6 +23,9 @@ MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
     "rope_cache": (str, "cached"),
     "latent_norm": (bool, False),
     "latent_bias": (bool, False),
+    "channel_bits": (list, ()),
+    "sink_tokens": (int, 0),
+    "code_limit": (float, CODE_LIMIT),
 }
 """Type and default of every field that a converted config adds; all but `mla_method` are `MLAGeometry`'s fields."""
 

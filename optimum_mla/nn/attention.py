@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from optimum_mla.codec import coded
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
 from optimum_mla.ops.blockwise import Sums, attend, masked_softmax, softmax_sums
-from optimum_mla.ops.positions import cached_positions, check_positions
+from optimum_mla.ops.positions import cached_positions, check_positions, first_tokens
 from optimum_mla.ops.rotary import AbsoluteFrames, RelativeFrames, RotaryFrames, Rotation
 from optimum_mla.stack import (
     changes_attention,
@@ -148,8 +149,19 @@ class LatentAttention(nn.Module, ABC):
         check_keywords(kwargs, self.known_keywords, type(self).__name__, self.config._attn_implementation)
         rotation = self._rotation(position_embeddings)
         queries, new = self._queries(hidden_states), self._latents(hidden_states, rotation)
+        if self.geometry.channel_bits:
+            new = self._coded(new[0], cache, position_ids), new[1]
         context, weights = self.attend(queries, new, rotation, attention_mask, cache, position_ids, **kwargs)
         return self.o_proj(context.flatten(2)), weights
+
+    def _coded(self, latents: Tensor, cache: Any, position_ids: Tensor | None) -> Tensor:
+        """Return the latents of new tokens, [B, 1, S, r], rounded to their codes where the tokens are not exempt."""
+        g = self.geometry
+        if position_ids is None:
+            seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+            position_ids = torch.arange(latents.shape[2], device=latents.device)[None] + seen
+        sinks = first_tokens(position_ids, g.sink_tokens)[:, None]  # [1 or B, 1, S]
+        return coded(latents, g.channel_bits, sinks, g.code_limit)
 
     def attend(
         self,

@@ -42,7 +42,7 @@ class DecoupledLatentAttention(LatentAttention):
             self.q_a_layernorm = nn.RMSNorm(g.q_lora_rank, eps=LATENT_NORM_EPS) if g.latent_norm else nn.Identity()
             self.q_b_proj = nn.Linear(g.q_lora_rank, query, bias=g.query_bias)
         cached_rope = rope if g.rope_cache == "cached" else 0
-        self.kv_a_proj_with_mqa = nn.Linear(d, r + cached_rope, bias=g.key_value_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(d, r + cached_rope, bias=g.down_bias)
         self.kv_a_layernorm = nn.RMSNorm(r, eps=LATENT_NORM_EPS) if g.latent_norm else nn.Identity()
         self.kv_b_proj = nn.Linear(r, g.num_up_heads * (g.qk_nope_head_dim + g.v_head_dim), bias=g.up_bias)
         if g.rope_cache == "rebuilt":

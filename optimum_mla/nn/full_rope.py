@@ -27,7 +27,7 @@ class FullRopeLatentAttention(LatentAttention):
         self.q_proj = nn.Linear(g.hidden_size, g.num_attention_heads * g.head_dim, bias=g.query_bias)
         key_rank, self.value_rank = g.kv_lora_rank or g.k_lora_rank, g.kv_lora_rank or g.v_lora_rank
         if g.kv_lora_rank:
-            self.kv_a_proj = nn.Linear(g.hidden_size, g.kv_lora_rank, bias=False)
+            self.kv_a_proj = nn.Linear(g.hidden_size, g.kv_lora_rank, bias=g.down_bias)
         else:
             self.k_a_proj = nn.Linear(g.hidden_size, g.k_lora_rank, bias=False)
             self.v_a_proj = nn.Linear(g.hidden_size, g.v_lora_rank, bias=False)

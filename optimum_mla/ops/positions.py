@@ -149,3 +149,16 @@ def _attended_slots(attention_mask: Any, tokens: int) -> Tensor | None:
     rows = rows[..., :tokens]
     rows = rows > torch.finfo(rows.dtype).min / 2 if rows.is_floating_point() else rows.bool()
     return rows.any(dim=1)
+
+
+def first_tokens(position_ids: Tensor, count: int) -> Tensor:
+    """Return which tokens are among the first `count` of their sequences, [1 or B, S] boolean.
+
+    Padding before a sequence is not among them, although its positions are as small: they do not rise.
+
+    Args:
+        position_ids: Positions of the tokens, [1 or B, S].
+        count: Number of first tokens.
+    """
+    following = torch.cat([position_ids[:, 1:], position_ids[:, -1:] + 1], dim=1)
+    return (position_ids < count) & (following > position_ids)

@@ -40,10 +40,13 @@ class WeightedFactors(NamedTuple):
     Attributes:
         down: The factor that reads the hidden state, [r, d].
         ups: For each block, the factor that reads the latent, [m_i, r]; `ups[i] @ down` approximates the rows.
+        costs: Weighted squared error that a unit of squared error in each channel of the latent costs, [r]. Errors of
+            different channels add up.
     """
 
     down: Tensor
     ups: list[Tensor]
+    costs: Tensor
 
 
 def damped_cholesky(moment: Tensor, name: str) -> Tensor:
@@ -110,7 +113,8 @@ class WeightedFactorization:
         ups = [_solve(root.mT, part) for root, part in zip(self._roots, up.split(sizes), strict=True)]
         scale = (down.norm(dim=1) / torch.cat(ups).norm(dim=0)).sqrt()
         scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
-        return WeightedFactors(down / scale[:, None], [part * scale for part in ups])
+        costs = up.square().sum(0) * scale.square()
+        return WeightedFactors(down / scale[:, None], [part * scale for part in ups], costs)
 
 
 def _times(blocks: Tensor, weight: Tensor) -> Tensor:

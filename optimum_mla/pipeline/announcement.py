@@ -60,7 +60,7 @@ def announcement(
             lines.append(
                 f"warning: fewer than {HELD_BACK} windows, so none is held back: choices are made on what was fitted."
             )
-    if geometry.cache_ratio < SMALL_CACHE_RATIO:
+    if geometry.cache_ratio < SMALL_CACHE_RATIO and not transformation.coded:
         lines.append(
             f"warning: {100 * geometry.cache_ratio:.2g} % of the cache is less than models of today can do with; "
             "expect to train the result, or take --kv-cache-ratio 0.25 with mla-quantize --cache-bits 4 behind it."

@@ -55,8 +55,8 @@ from optimum_mla.report.cards import export_card, model_card, with_section
 from optimum_mla.report.quality_limit import quality_warning
 from optimum_mla.report.schema import ConversionReport, LayerReport
 
-RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "energy", "d_kv"}
-CACHE_PROBE_TOKENS = 16
+RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "kv_cache_budget", "energy", "d_kv"}
+CACHE_PROBE_TOKENS = 64
 """Tokens that the live cache is filled with to weigh it."""
 BUILT_IN_WINDOWS = 8
 """Largest number of windows of the built-in text on which an uncalibrated conversion without text is measured."""
@@ -170,7 +170,7 @@ def convert(
         )
         if announce is not None:
             announce(announcement(model, source, transformation, planned, data, predicted_seconds, predicted_bytes))
-        few = torch.zeros(1, CACHE_PROBE_TOKENS, dtype=torch.long)
+        few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
         prompt = None if tokenizer is None or not readable_at_once(source) else sample_prompt(tokenizer)
         with stages.stage("measure the source"), reading_weights():
             source_bytes = measured_cache_bytes_per_token(source, few)

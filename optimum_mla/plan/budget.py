@@ -1,4 +1,4 @@
-"""The budget of a latent, which is a rank, a share of the source's cache, or a share of the energy."""
+"""The budget of a latent, which is a rank, a share of the source's cache in numbers or in bytes, or of the energy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import check_integer, check_number
+from optimum_mla.core.segments import GRANULE
 from optimum_mla.ops.rank_allocation import rank_for_energy
 
 DEFAULT_CACHE_RATIO = 0.5
@@ -17,7 +18,7 @@ DEFAULT_CACHE_RATIO = 0.5
 
 @dataclass(frozen=True)
 class RankBudget:
-    """The size of the latents, given in one of three ways; without any the method takes its own default.
+    """The size of the latents, given in one of four ways; without any the method takes its own default.
 
     Attributes:
         kv_lora_rank: Numbers in the latent, per token and layer.
@@ -25,6 +26,8 @@ class RankBudget:
             0 and up to 1.
         energy: Share of the squared singular values that each layer's latent holds, above 0 and up to 1. The ranks of
             the layers then differ.
+        kv_cache_budget: Bytes cached per token, everything included, divided by those of the source in 16 bits; above 0
+            and up to 0.5. Each channel of the latents then has a code of as many bits as it is worth.
 
     Raises:
         InvalidValueError: More than one is given, or a value is not a number or out of range.
@@ -33,6 +36,7 @@ class RankBudget:
     kv_lora_rank: int | None = None
     kv_cache_ratio: float | None = None
     energy: float | None = None
+    kv_cache_budget: float | None = None
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -43,18 +47,36 @@ class RankBudget:
             check_integer("kv_lora_rank", self.kv_lora_rank, "integers from 1")
             if self.kv_lora_rank < 1:
                 raise InvalidValueError("kv_lora_rank", self.kv_lora_rank, "integers from 1")
-        for name in ("kv_cache_ratio", "energy"):
+        for name, most in (("kv_cache_ratio", 1), ("energy", 1), ("kv_cache_budget", 0.5)):
             value = getattr(self, name)
             if value is None:
                 continue
-            check_number(name, value, "above 0, up to 1")
-            if not 0 < value <= 1:
-                raise InvalidValueError(name, value, "above 0, up to 1")
+            check_number(name, value, f"above 0, up to {most}")
+            if not 0 < value <= most:
+                raise InvalidValueError(name, value, f"above 0, up to {most}")
 
     @property
     def is_set(self) -> bool:
-        """Return whether any of the three is given."""
+        """Return whether any of the four is given."""
         return any(value is not None for value in vars(self).values())
+
+    def code_bits(self, cache_numbers: int, overhead: int) -> int:
+        """Return the bits that the codes of one token may have in one layer.
+
+        Args:
+            cache_numbers: Numbers that the source layer caches per token.
+            overhead: Numbers of 16 bits that are cached beside the codes.
+
+        Raises:
+            InvalidValueError: The budget leaves no room for a channel.
+        """
+        if self.kv_cache_budget is None:
+            raise RuntimeError("no budget of bytes")
+        bits = int(16 * (self.kv_cache_budget * cache_numbers - overhead) + 1e-6) // 8 * 8
+        if bits < GRANULE:
+            low = (overhead + GRANULE / 16) / cache_numbers
+            raise InvalidValueError("kv_cache_budget", self.kv_cache_budget, f"{low:.3g} to 0.5 for this model")
+        return bits
 
     def rank(
         self,
@@ -84,6 +106,8 @@ class RankBudget:
             return self.kv_lora_rank
         if self.energy is not None:
             return max(smallest, rank_for_energy(spectrum(), self.energy))
+        if self.kv_cache_budget is not None:
+            return largest  # Channels without bits are left out once their errors are known.
         if self.kv_cache_ratio is None:
             return largest
         rank = int(self.kv_cache_ratio * cache_numbers + 1e-9) - overhead

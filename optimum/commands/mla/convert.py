@@ -18,6 +18,7 @@ from optimum.commands.mla.common import (
 METHOD_OPTIONS = (
     "kv_lora_rank",
     "kv_cache_ratio",
+    "kv_cache_budget",
     "energy",
     "q_lora_rank",
     "q_energy",
@@ -88,6 +89,14 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             type=float,
             metavar="SHARE",
             help="Size of the new cache as a share of the source model's cache, above 0 and up to 1. Default: 0.5.",
+        )
+        size.add_argument(
+            "--cache-budget",
+            dest="kv_cache_budget",
+            type=float,
+            metavar="SHARE",
+            help="gqa2mla: bytes of the new cache, everything included, as a share of the bytes of the source model's "
+            "cache in 16 bits, above 0 and up to 0.5. Each channel of the latent gets as many bits as it is worth.",
         )
         size.add_argument(
             "--kv-lora-rank",

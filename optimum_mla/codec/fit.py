@@ -1,0 +1,113 @@
+"""Steps and centres of codes, and the errors that codes of each width leave, from samples of the latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_mla.core.segments import GRANULE, WIDTHS
+
+GAUSSIAN_STEPS = {1: 1.596, 2: 0.9957, 3: 0.586, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
+"""Steps of uniform codes with the least squared error on a normal distribution of deviation 1, by bits."""
+STEP_FACTORS = (0.6, 0.75, 0.9, 1.05, 1.25, 1.5, 1.8, 2.2)
+"""Steps that are tried, as multiples of those. Heavier tails need larger ones."""
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """The codes of each width that leave the least squared error in each channel.
+
+    Attributes:
+        errors: Weighted squared error of each channel by bits, from 0 to 8, [r, 9]; infinite where no code has so many
+            bits. With 0 bits a channel is replaced by its mean.
+        steps: The steps, [r, 9].
+        mean: The mean of each channel, [r].
+    """
+
+    errors: Tensor
+    steps: Tensor
+    mean: Tensor
+
+    @classmethod
+    def fit(cls, samples: Tensor, weights: Tensor) -> CodeTable:
+        """Return the table for samples of the latents.
+
+        The clip, and so the step, is the one with the least mean squared error, not the one that spans the range.
+
+        Args:
+            samples: Latents of tokens that are to be coded, [T, r].
+            weights: Cost of a unit of squared error in each channel, [r].
+        """
+        mean = samples.double().mean(0)
+        centred = samples.float() - mean.float()
+        deviation = centred.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        errors = torch.full((len(weights), max(WIDTHS) + 1), torch.inf, dtype=torch.float64, device=samples.device)
+        steps = torch.ones_like(errors)
+        errors[:, 0] = weights * deviation.double().square()
+        for bits in WIDTHS:
+            half = 2 ** (bits - 1)
+            for factor in STEP_FACTORS:
+                step = factor * GAUSSIAN_STEPS[bits] * deviation
+                # Codes stand for odd multiples of half a step, so that the range is symmetric.
+                codes = (centred / step - 0.5).round_().clamp_(-half, half - 1)
+                error = weights * codes.add_(0.5).mul_(step).sub_(centred).square_().mean(0).double()
+                better = error < errors[:, bits]
+                errors[better, bits] = error[better]
+                steps[better, bits] = step[better].double()
+        return cls(errors, steps, mean)
+
+    def error(self, widths: Tensor) -> float:
+        """Return the weighted squared error of all channels with the given bits, [r]."""
+        return float(self.errors.gather(1, widths[:, None]).sum())
+
+    def centres(self, widths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the steps and the values that code 0 stands for, [r] each, with the given bits, [r]."""
+        steps = self.steps.gather(1, widths[:, None])[:, 0]
+        return steps, self.mean + steps / 2
+
+
+def allocate_bits(errors: Tensor, budget: int) -> Tensor:
+    """Return the bits of each channel that make the sum of errors least within a budget, [r].
+
+    Groups of `GRANULE` neighbouring channels get the same bits, so channels should be sorted by energy. Bits go where
+    the error falls most per bit, along the lower convex hull of each group's errors, which is the Lagrangian optimum.
+    What is left of the budget goes to the steps that still fit.
+
+    Args:
+        errors: Squared error of each channel by bits, [r, 9]; see `CodeTable`.
+        budget: Largest number of bits of a token's codes.
+    """
+    whole = len(errors) // GRANULE * GRANULE
+    groups = errors[:whole].unflatten(0, (-1, GRANULE)).sum(1)
+    steps = sorted(
+        (step for group, curve in enumerate(groups.tolist()) for step in _hull_steps(group, curve)),
+        key=lambda step: (-step[0], step[1], step[2]),
+    )
+    widths, left, blocked = [0] * len(groups), budget, set()
+    for _, group, low, high in steps:
+        cost = GRANULE * (high - low)
+        if group in blocked or cost > left:
+            blocked.add(group)  # A group cannot take a later step without this one.
+            continue
+        widths[group], left = high, left - cost
+    channels = torch.zeros(len(errors), dtype=torch.long, device=errors.device)
+    channels[:whole] = torch.tensor(widths, device=errors.device).repeat_interleave(GRANULE)
+    return channels
+
+
+def _hull_steps(group: int, curve: list[float]) -> list[tuple[float, int, int, int]]:
+    """Return the steps along the lower convex hull of a curve: fall per bit, group, bits before and after."""
+    found: list[tuple[float, int, int, int]] = []
+    low = 0
+    while True:
+        further = [
+            ((curve[low] - curve[high]) / (high - low), group, low, high)
+            for high in range(low + 1, len(curve))
+            if curve[high] < curve[low]
+        ]
+        if not further:
+            return found
+        found.append(max(further))
+        low = found[-1][3]
