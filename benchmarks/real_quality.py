@@ -5,8 +5,9 @@
 Excess is ln(perplexity / that of the source with its 16-bit cache). All tokens are coded, apart from the first ones
 where a row says so. Books are a held-out novel, chat is the source's own greedy answers to the instructions of
 `benchmarks/texts`, and the encyclopedia is any text that is named on the command line. None of it is calibrated on.
-A run that was interrupted goes on with the next conversion; delete the result to measure everything again. Conversions
-are kept in `benchmarks/real_conversions/` for the other experiments; delete a folder to convert it again.
+A run measures what its result lacks: after an interruption, or when conversions were added to the config. Delete the
+result to measure everything again. Conversions are kept in `benchmarks/real_conversions/` for the other experiments;
+delete a folder to convert it again.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def conversion_rows(config: dict[str, Any], line: dict[str, Any], windows: dict[
     from transformers import AutoModelForCausalLM
 
     from optimum_mla.measure.quality import decoding_perplexity, perplexity
-    from optimum_mla.measure.sizes import layer_numbers, predicted_cache_bytes
+    from optimum_mla.measure.sizes import predicted_cache_bytes
     from optimum_mla.report.schema import ConversionReport
 
     folder = conversion_of(config, line["name"])
@@ -153,8 +154,8 @@ def conversion_rows(config: dict[str, Any], line: dict[str, Any], windows: dict[
     source_bytes = 2 * sum(g.source_cache_numbers for g in model.geometry.layers)
     rows: list[dict[str, Any]] = []
     for cache in line["caches"]:
-        if cache == "16bit":
-            percent = 100 * 2 * sum(layer_numbers(model.config) or []) / source_bytes
+        if cache in ("16bit", "codes"):
+            percent = 100 * model.geometry.cache_bytes() / source_bytes
             found = {name: perplexity(model, ids) for name, ids in windows.items()}
         else:
             backend, _, bits = cache.rpartition("-int")
@@ -199,7 +200,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.plot(*zip(*sorted(points), strict=True), style, marker=marker, color=colour, label=label, markersize=4)
         ours: dict[str, list[tuple[float, float]]] = {}
         for row in result["ours"]:
-            label = f"{row['series']}" + ("" if row["cache"] == "16bit" else f", {row['cache']}")
+            label = f"{row['series']}" + ("" if row["cache"] in ("16bit", "codes") else f", {row['cache']}")
             ours.setdefault(label, []).append((row["percent"], row["excess"][text]))
         for colour, (label, points) in zip(COLOURS * 2, ours.items(), strict=False):
             axes.plot(*zip(*sorted(points), strict=True), "-", marker="o", color=colour, label=label)
@@ -255,11 +256,15 @@ def main() -> None:
 
 
 def earlier(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier run with the same config has measured, as its result, or nothing."""
+    """Return what earlier runs have measured and would measure again now, as a result; nothing if the texts differ."""
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["config"] == config else {}
+    lines = {line["name"]: line for line in found["config"].pop("conversions")}
+    same = {line["name"] for line in config["conversions"] if lines.get(line["name"]) == line}
+    if {**found["config"], "conversions": config["conversions"]} != config:
+        return {}
+    return {**found, "ours": [row for row in found["ours"] if row["name"] in same]}
 
 
 if __name__ == "__main__":

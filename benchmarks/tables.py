@@ -423,6 +423,46 @@ def real_depths() -> str:
     return table(("% found, at a depth of", *depths), rows)
 
 
+def _ratio(value: float | None) -> str:
+    """Return a ratio to the baseline, which is 1 for the baseline itself."""
+    return "1" if value is None else f"{value:.2f}"
+
+
+def real_speed() -> str:
+    """Return the speed of the real model beside its source, and the bytes of both caches, by context."""
+    (run,) = result("real_speed")["runs"]
+    memory = {((row["role"], row["cache"]), row["context_tokens"]): row for row in run["memory"]}
+    names = {("baseline", "default"): "unconverted", ("model", "16bit"): f"`{run['name']}`"}
+    rows = []
+    for row in run["speed"]:
+        key = row["role"], row["cache"]
+        held = memory[key, row["context_tokens"]]
+        whose = "unconverted" if key[0] == "baseline" else f"`{run['name']}`"
+        name = names.get(key, f"{whose}, {row['cache']}")
+        rows.append(
+            (
+                f"{row['context_tokens']:,}",
+                name,
+                f"{held['live_cache_bytes'] / 1e6:.1f}",
+                f"{row['prefill_tokens_per_second']:.0f}",
+                _ratio(row["prefill_ratio_to_baseline"]),
+                f"{row['decode_tokens_per_second']:.1f}",
+                _ratio(row["decode_ratio_to_baseline"]),
+            )
+        )
+    rows.sort(key=lambda row: int(row[0].replace(",", "")))
+    header = (
+        "context",
+        "model and cache",
+        "live cache, MB",
+        "prompt, tokens/s",
+        "ratio",
+        "decoding, tokens/s",
+        "ratio",
+    )
+    return table(header, rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -443,6 +483,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         real_conversion,
         real_abilities,
         real_depths,
+        real_speed,
     )
 }
 """The functions that render blocks, by the names that pages use."""

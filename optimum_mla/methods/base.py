@@ -61,7 +61,8 @@ class MLATransformation(ModelTransformation):
             and token ids.
         rank_allocation: How the layers share the budget: `uniform`; `energy`, which minimizes the lost shares of the
             layers' weighted energy; or `error`, which minimizes the measured errors. None takes `error` with a
-            calibrated factorization of fixed size, and `uniform` otherwise.
+            calibrated factorization of a fixed rank, and `uniform` otherwise. Under a budget of bytes, `error` takes
+            longer and has not been found to lose less.
         shared_rope: Whether all layers rotate the same number of dims at the same frequencies, which `deepseek_v3` and
             inference engines need. Ranks are then uniform by default. Only methods with one rotary key have it.
 
@@ -128,11 +129,12 @@ class MLATransformation(ModelTransformation):
         if shared_rope and not self.one_rotary_key:
             raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
         self.shared_rope = shared_rope
+        shared = self.factorization == "calibrated" and self.budget.energy is None
+        measured_ranks = shared and not shared_rope and not self.coded
+        self.rank_allocation = rank_allocation or ("error" if measured_ranks else "uniform")
+        check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         if self.coded:
             self._check_coded()
-        shared = self.factorization == "calibrated" and self.budget.energy is None
-        self.rank_allocation = rank_allocation or ("error" if shared and not shared_rope else "uniform")
-        check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         for field, value, needs in (
             ("factorization", self.factorization, self.factorization == "calibrated"),
             ("heal", self.heal, self.heal),
@@ -157,6 +159,8 @@ class MLATransformation(ModelTransformation):
         if self.factorization != "calibrated":
             remedy = "Give calibration data: the bits of the channels follow from it."
             raise InvalidValueError("kv_cache_budget", budget, "nothing without a calibrated factorization", remedy)
+        if self.rank_allocation == "energy":
+            raise InvalidValueError("rank_allocation", "energy", "error, uniform with kv_cache_budget")
 
     def check_windows(self, config: PreTrainedConfig) -> None:
         """Refuse codes in layers with a sliding window, whose caches hold latents in the model's dtype.

@@ -26,6 +26,9 @@ from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2, 3, 4)
 """Numbers of rotary dims from which calibration chooses, as multiples of the head dim."""
 
+FULL_KEY_HEADS = 4
+"""Largest number of key/value heads for which a budget of bytes takes the full form without being asked."""
+
 
 class GQA2MLA(MLATransformation):
     """Latent attention with the same cache as grouped-query attention or a smaller one (TransMLA, arXiv 2502.07864).
@@ -43,10 +46,12 @@ class GQA2MLA(MLATransformation):
       the latent is cached.
 
     The default is `full` with `split` without calibration tokens, and `decoupled` with `rebuilt` and `calibrated` with
-    them.
+    them. Under a budget of bytes the default goes by the shape of the layer: `full` for at most `FULL_KEY_HEADS`
+    key/value heads, where up-projecting all keys takes no more work than rebuilding a rotary key and adds hardly any
+    parameters, and `decoupled` otherwise.
 
     Args:
-        positional: `full` or `decoupled`.
+        positional: `full` or `decoupled`, or under a budget of bytes `by shape`.
         rope_cache: `cached` or `rebuilt`, with `decoupled` only. With `cached`, the default of `rank_allocation` is
             `uniform`.
         qk_rope_head_dim: R, the number of rotary dims, with `decoupled` only. None chooses it in each layer by the
@@ -74,8 +79,9 @@ class GQA2MLA(MLATransformation):
             options["rank_allocation"] = "uniform"  # Inference engines need latents of one size in all layers.
         super().__init__(**options)
         decoupled = self.factorization == "calibrated"
-        self.positional = positional or ("decoupled" if decoupled else "full")
-        check_choice("positional", self.positional, ("full", "decoupled"))
+        by_shape = self.coded and rope_cache is None and qk_rope_head_dim is None
+        self.positional = positional or ("by shape" if by_shape else "decoupled" if decoupled else "full")
+        check_choice("positional", self.positional, ("full", "decoupled", *(["by shape"] if by_shape else [])))
         if self.positional == "decoupled" and not decoupled:
             remedy = "Give calibration data, or take --positional full."
             raise InvalidValueError("positional", positional, "full without a calibrated factorization", remedy)
@@ -84,7 +90,7 @@ class GQA2MLA(MLATransformation):
                 raise InvalidValueError(field, value, "nothing with positional full", "Take --positional decoupled.")
         if qk_rope_head_dim is not None:
             check_integer("qk_rope_head_dim", qk_rope_head_dim, "even integers from 2")
-        self.rope_cache = (rope_cache or "rebuilt") if self.positional == "decoupled" else None
+        self.rope_cache = None if self.positional == "full" else rope_cache or "rebuilt"
         if self.rope_cache is not None:
             check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))
         if self.coded and self.rope_cache == "cached":
@@ -110,7 +116,8 @@ class GQA2MLA(MLATransformation):
         width = g.num_key_value_heads * g.head_dim
         biased = self.factorization == "calibrated" and not self.latent_norm
         common = replace(g, v_head_dim=g.head_dim, latent_bias=biased, latent_norm=self.latent_norm)
-        if self.positional == "decoupled":
+        few = g.num_key_value_heads <= FULL_KEY_HEADS
+        if self.positional == "decoupled" or (self.positional == "by shape" and not few):
             return self._plan_decoupled(common)
         if self.factorization == "split":
             ranks = self._split_ranks(source, min(width, g.hidden_size))
@@ -160,7 +167,7 @@ class GQA2MLA(MLATransformation):
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         """Return a shape for every number of rotary dims that the budget allows."""
-        if self.positional == "full" or self.rope_dims is not None:
+        if geometry.attention_form == "full" or self.rope_dims is not None:
             return [geometry]
         width = geometry.num_key_value_heads * geometry.head_dim
         ropes = (max(2, int(share * geometry.head_dim) // 2 * 2) for share in ROPE_CANDIDATES)

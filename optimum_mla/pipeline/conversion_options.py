@@ -6,15 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
+from optimum_mla.families.spec import sliding_window
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.methods.signature import whole_signature
 from optimum_mla.pipeline.loading import TextOptions
+from optimum_mla.plan.budget import DEFAULT_CACHE_BUDGET, DEFAULT_CACHE_RATIO
 
 
 def calibrated_texts(texts: TextOptions, method: str, options: dict[str, Any]) -> TextOptions:
@@ -47,6 +50,27 @@ def calibrated_texts(texts: TextOptions, method: str, options: dict[str, Any]) -
     if texts.uncalibrated or _preserves_computation(method, options):
         return texts
     return replace(texts, calibration_data=str(BUILT_IN_TEXT))
+
+
+def default_size(
+    config: PreTrainedConfig, method: str, options: dict[str, Any], texts: TextOptions, exported: bool
+) -> dict[str, float]:
+    """Return the option about the size of the cache where the user gave none.
+
+    It is a budget of bytes where the latents can be coded, and a share of the numbers otherwise.
+
+    Args:
+        config: The config of the source model.
+        method: Name of the method.
+        options: Keyword arguments of the method.
+        texts: The texts of the conversion.
+        exported: Whether the result is exported.
+    """
+    windows = any(sliding_window(config, layer) is not None for layer in range(config.num_hidden_layers))
+    plain = options.get("rope_cache") == "cached" or options.get("factorization") not in (None, "calibrated")
+    if transform_class(method).has_codes and not (windows or plain or exported or texts.uncalibrated):
+        return {"kv_cache_budget": DEFAULT_CACHE_BUDGET}
+    return {"kv_cache_ratio": DEFAULT_CACHE_RATIO}
 
 
 def _preserves_computation(method: str, options: dict[str, Any]) -> bool:

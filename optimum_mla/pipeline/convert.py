@@ -33,6 +33,7 @@ from optimum_mla.pipeline.conversion_options import (
     build_transformation,
     calibrated_texts,
     check_calibration_is_used,
+    default_size,
 )
 from optimum_mla.pipeline.estimate import PROBE_TOKENS, conversion_memory, conversion_seconds, probe, work_of
 from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model
@@ -49,7 +50,6 @@ from optimum_mla.pipeline.loading import (
 )
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
 from optimum_mla.pipeline.unfinished import UnfinishedConversion, write_model
-from optimum_mla.plan.budget import DEFAULT_CACHE_RATIO
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
 from optimum_mla.report.quality_limit import quality_warning
@@ -86,7 +86,8 @@ def convert(
         model: A hub id or a folder.
         output: Folder to write; it appears only when whole.
         method: One of `available_transforms()`.
-        options: Keyword arguments of the method; without any rank among them, `kv_cache_ratio` is 0.5.
+        options: Keyword arguments of the method. Without any size among them, `kv_cache_budget` is 0.125 where latents
+            can be coded, and `kv_cache_ratio` is 0.5 otherwise.
         texts: Calibration and evaluation texts. Without calibration data, a text that comes with the package is taken.
         dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; for the work and the result.
         device: Torch device; None takes CUDA where it is available.
@@ -118,7 +119,7 @@ def convert(
         check_format(export_format)
         options = {**ENGINE_OPTIONS.get(method, {}), **options}
     if not options.keys() & RANK_OPTIONS:
-        options["kv_cache_ratio"] = DEFAULT_CACHE_RATIO
+        options |= default_size(config, method, options, texts, export_format is not None)
     texts = calibrated_texts(texts, method, options)
     given = texts.calibration_data is not None or texts.statistics is not None
     if export_format is not None and method == "gqa2mla" and not given:

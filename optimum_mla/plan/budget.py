@@ -15,6 +15,9 @@ from optimum_mla.ops.rank_allocation import rank_for_energy
 DEFAULT_CACHE_RATIO = 0.5
 """Share of the source's cache that a conversion keeps where nobody asks for a size."""
 
+DEFAULT_CACHE_BUDGET = 0.125
+"""The same in bytes, where the latents can be coded."""
+
 
 @dataclass(frozen=True)
 class RankBudget:

@@ -43,6 +43,8 @@ def next_command(report: ConversionReport, output: str) -> str:
         return f"optimum-cli mla-benchmark -m {folder} --eval-data TEXT {folder}-report"
     if after / before - 1 > NOTHING_LOST:
         return f"optimum-cli mla-finetune -m {folder} --train-data TEXT --merge {folder}-recovered"
+    if report.options.get("kv_cache_budget") is not None:  # the latents are codes of few bits already
+        return f"optimum-cli mla-benchmark -m {folder} -b {shlex.quote(report.model)} --eval-data TEXT {folder}-report"
     return f"optimum-cli mla-quantize -m {folder} --cache-bits 4 {folder}-int4"
 
 

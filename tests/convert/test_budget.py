@@ -23,11 +23,11 @@ from tests.cases import source_model, token_ids
 IDS = token_ids(12, 48)
 CASES = [
     ("llama", {}),
-    ("llama", {"positional": "full"}),
-    ("llama with yarn", {}),
-    ("llama multi-head, tied", {}),
+    ("llama", {"positional": "decoupled"}),
+    ("llama with yarn", {"qk_rope_head_dim": 16}),
+    ("llama multi-head, tied", {"positional": "decoupled"}),
     ("qwen2", {}),
-    ("qwen3", {"positional": "full"}),
+    ("qwen3", {}),
 ]
 
 
@@ -143,7 +143,7 @@ def test_training_goes_through_the_codes() -> None:
     for _ in range(5):
         optimizer.zero_grad()
         model(IDS[:4], labels=IDS[:4]).loss.backward()
-        down = model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight
+        down = model.model.layers[0].self_attn.kv_a_proj.weight
         assert down.grad is not None
         assert down.grad.abs().sum() > 0
         optimizer.step()
@@ -177,3 +177,12 @@ def test_what_has_no_codes_is_refused() -> None:
         QuantizeLatentCache(bits=4)(model)
     with pytest.raises(InvalidValueError, match="bits: got 4"):
         model.make_cache(bits=4)
+
+
+def test_the_form_goes_by_the_shape() -> None:
+    assert {layer.attention_form for layer in converted().geometry.layers} == {"full"}
+    many = source_model("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    model = GQA2MLA(kv_cache_budget=0.25, calibration=IDS)(many)
+    assert {layer.attention_form for layer in model.geometry.layers} == {"decoupled"}
+    with pytest.raises(InvalidValueError, match="positional: got 'by shape'"):
+        GQA2MLA(kv_cache_ratio=0.25, calibration=IDS, positional="by shape")

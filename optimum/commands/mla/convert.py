@@ -52,11 +52,11 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "Convert the attention of a pretrained decoder LLM to Multi-head Latent\n"
             "Attention (MLA), so that generation caches one small latent per token instead\n"
             "of all keys and values.\n\n"
-            "By default the method is gqa2mla, half of the cache is kept, and a text that\n"
-            "comes with the package calibrates the conversion. Text like what the model\n"
-            "will read is better: give it with --calibration-data.",
+            "By default the method is gqa2mla, an eighth of the bytes of the cache is kept,\n"
+            "and a text that comes with the package calibrates the conversion. Text like\n"
+            "what the model will read is better: give it with --calibration-data.",
             "optimum-cli mla-convert -m Qwen/Qwen3-0.6B OUTPUT",
-            "optimum-cli mla-convert -m Qwen/Qwen3-0.6B --kv-cache-ratio 0.25 \\\n"
+            "optimum-cli mla-convert -m Qwen/Qwen3-0.6B --cache-budget 0.25 \\\n"
             "      --calibration-data train.txt --eval-data test.txt OUTPUT",
             "optimum-cli mla-convert -m MODEL --export-format deepseek_v3 \\\n"
             "      --calibration-data train.txt OUTPUT",
@@ -88,7 +88,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--kv-cache-ratio",
             type=float,
             metavar="SHARE",
-            help="Size of the new cache as a share of the source model's cache, above 0 and up to 1. Default: 0.5.",
+            help="Numbers in the new cache, in 16 bits each, as a share of those in the source model's cache, above 0 "
+            "and up to 1. Default: 0.5 where the latents are not coded.",
         )
         size.add_argument(
             "--cache-budget",
@@ -96,7 +97,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             type=float,
             metavar="SHARE",
             help="gqa2mla: bytes of the new cache, everything included, as a share of the bytes of the source model's "
-            "cache in 16 bits, above 0 and up to 0.5. Each channel of the latent gets as many bits as it is worth.",
+            "cache in 16 bits, above 0 and up to 0.5. Each channel of the latent gets as many bits as it is worth. "
+            "Default: 0.125, for gqa2mla with calibration, without --rope-cache cached and without an export.",
         )
         size.add_argument(
             "--kv-lora-rank",
@@ -143,8 +145,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--rank-allocation",
             metavar="RULE",
             help="How the layers share the cache: error (where the measured error falls most), energy (each layer "
-            "loses the same share of its energy) or uniform. Default: error, but uniform with --rope-cache cached, "
-            "--shared-rope or --uncalibrated.",
+            "loses the same share of its energy) or uniform. Default: error, but uniform with --cache-budget, "
+            "--rope-cache cached, --shared-rope or --uncalibrated.",
         )
 
         position = parser.add_argument_group("position (rotary embedding)")
@@ -153,7 +155,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             metavar="FORM",
             help="gqa2mla: where the position is added. full rotates all up-projected key dims; decoupled has a small "
             "rotary key beside the position-free rest and needs calibration. Default: decoupled, but full with "
-            "--uncalibrated.",
+            "--uncalibrated, and with --cache-budget full for models of at most 4 key/value heads.",
         )
         position.add_argument(
             "--rope-cache",
