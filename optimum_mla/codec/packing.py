@@ -1,23 +1,24 @@
 """Packing of codes into bytes without gaps, and back.
 
-A segment of n channels with b bits each takes n·b/8 bytes. Codes of 8 bits are bytes; 4, 2 and 1 bits fill a byte with
-2, 4 and 8 codes; 6, 5 and 3 bits are split into parts of 4, 2 and 1 bits, which are packed one after the other. Within
-a part the first n/k codes are in the lowest bits of the bytes, the next ones in the bits above, and so on, so that
-unpacking writes contiguous runs.
+Codes of 8 bits are bytes. Others are split into parts of 4, 2 and 1 bits, of which 2, 4 and 8 fill a byte: 6 = 4 + 2,
+5 = 4 + 1, 3 = 2 + 1. The parts of one size of all channels form a plane. Within a plane of n parts, k to a byte, the
+first n/k parts are in the lowest bits of its bytes, the next ones in the bits above, and so on. So unpacking works on
+few long runs, whatever the bits of the channels are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from optimum_mla.core.segments import ChannelBits, total_bits
+from optimum_mla.core.segments import ChannelBits, total_bits, total_channels
 
 PARTS = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
-"""The parts of a code, each of which fills a byte with a whole number of codes; the lowest bits come first."""
+"""The parts of a code by its bits; the lowest bits come first."""
 
 
 def code_bytes(channels: ChannelBits) -> int:
@@ -25,33 +26,44 @@ def code_bytes(channels: ChannelBits) -> int:
     return total_bits(channels) // 8
 
 
-class Run(NamedTuple):
-    """One part of the codes of a segment.
+class Plane(NamedTuple):
+    """The parts of one size.
 
     Attributes:
-        bits: Bits of the segment's codes.
-        part: Bits of the part.
-        lowest: Position of the part's lowest bit in the codes.
-        channels: The channels of the segment.
-        bytes: The bytes of the part.
+        part: Bits of a part.
+        bytes: The bytes of the plane.
+        segments: For each segment of channels with such parts, its channels and the position of the part in its codes.
     """
 
-    bits: int
     part: int
-    lowest: int
-    channels: slice
     bytes: slice
+    segments: list[tuple[slice, int]]
+
+    @property
+    def lanes(self) -> int:
+        """Return the number of parts in a byte."""
+        return 8 // self.part
 
 
-def _runs(channels: ChannelBits) -> Iterator[Run]:
-    channel = byte = 0
-    for bits, count in channels:
-        lowest = 0
-        for part in PARTS[bits]:
-            size = count * part // 8
-            yield Run(bits, part, lowest, slice(channel, channel + count), slice(byte, byte + size))
-            byte, lowest = byte + size, lowest + part
-        channel += count
+def _planes(channels: ChannelBits) -> Iterator[Plane]:
+    byte = 0
+    for part in (8, 4, 2, 1):
+        found, channel = [], 0
+        for bits, count in channels:
+            if part in PARTS[bits]:
+                below = PARTS[bits][: PARTS[bits].index(part)]
+                found.append((slice(channel, channel + count), sum(below)))
+            channel += count
+        size = sum(of.stop - of.start for of, _ in found) * part // 8
+        if found:
+            yield Plane(part, slice(byte, byte + size), found)
+        byte += size
+
+
+@lru_cache(maxsize=1024)
+def _halves(channels: ChannelBits, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return half the number of codes of each channel, which is added to codes so that they are not negative, [r]."""
+    return torch.tensor([2 ** (bits - 1) for bits, count in channels for _ in range(count)], dtype=dtype, device=device)
 
 
 def pack(codes: Tensor, channels: ChannelBits) -> Tensor:
@@ -61,16 +73,16 @@ def pack(codes: Tensor, channels: ChannelBits) -> Tensor:
         codes: Codes as integers or as floating-point numbers, [..., r]; what is not a code is clamped and rounded.
         channels: Bits of the channels.
     """
+    halves = _halves(channels, torch.float32, codes.device)
+    whole = codes.float().round().add(halves).clamp_min(0).minimum(2 * halves - 1).to(torch.uint8)
     packed = torch.empty(*codes.shape[:-1], code_bytes(channels), dtype=torch.uint8, device=codes.device)
-    for run in _runs(channels):
-        half = 2 ** (run.bits - 1)
-        whole = codes[..., run.channels].float().round().clamp(-half, half - 1).to(torch.int16) + half
-        piece = ((whole >> run.lowest) & (2**run.part - 1)).to(torch.uint8)
-        lanes = piece.unflatten(-1, (8 // run.part, -1))
+    for plane in _planes(channels):
+        parts = torch.cat([whole[..., of] >> lowest for of, lowest in plane.segments], dim=-1) & (2**plane.part - 1)
+        lanes = parts.unflatten(-1, (plane.lanes, -1))
         byte = lanes[..., 0, :].clone()
-        for lane in range(1, 8 // run.part):
-            byte |= lanes[..., lane, :] << (run.part * lane)
-        packed[..., run.bytes] = byte
+        for lane in range(1, plane.lanes):
+            byte |= lanes[..., lane, :] << (plane.part * lane)
+        packed[..., plane.bytes] = byte
     return packed
 
 
@@ -82,15 +94,18 @@ def unpack(packed: Tensor, channels: ChannelBits, out: Tensor) -> Tensor:
         channels: Bits of the channels.
         out: The tensor to write into, [..., r].
     """
-    for run in _runs(channels):
-        stored, lanes = packed[..., run.bytes], 8 // run.part
-        target = out[..., run.channels].unflatten(-1, (lanes, -1))
-        for lane in range(lanes):
-            piece = stored if lanes == 1 else (stored >> (run.part * lane)) & (2**run.part - 1)
-            if run.lowest:
-                target[..., lane, :].add_(piece, alpha=2**run.lowest)
-            else:
-                target[..., lane, :].copy_(piece)
-        if run.lowest + run.part == run.bits:
-            out[..., run.channels].sub_(2 ** (run.bits - 1))
-    return out
+    whole = packed.new_zeros(*packed.shape[:-1], total_channels(channels))
+    for plane in _planes(channels):
+        stored = packed[..., plane.bytes]
+        lanes = [stored >> (plane.part * lane) for lane in range(plane.lanes)]
+        parts = torch.cat(lanes, dim=-1) if len(lanes) > 1 else stored
+        if plane.part < 8:
+            parts &= 2**plane.part - 1
+        start = 0
+        for of, lowest in plane.segments:
+            stop = start + of.stop - of.start
+            piece = parts[..., start:stop]
+            whole[..., of] |= piece << lowest if lowest else piece
+            start = stop
+    out.copy_(whole)
+    return out.sub_(_halves(channels, out.dtype, out.device))
