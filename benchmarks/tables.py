@@ -320,7 +320,7 @@ def _rises(row: dict[str, Any], whole: dict[str, float]) -> list[str]:
 def _named(row: dict[str, Any]) -> str:
     """Return the name of a row of the experiment on the real model: who stores what."""
     if "series" in row:
-        return f"{row['series']}" + ("" if row["cache"] == "16bit" else f", latent in {row['cache']}")
+        return row["series"] + ("" if row["cache"] in ("16bit", "codes") else f", latent in {row['cache']}")
     return f"unconverted, {row['cache']}" + (f", first {row['sinks']} tokens in 16 bits" if row["sinks"] else "")
 
 
@@ -330,7 +330,7 @@ def real_quality() -> str:
     whole = found["source"][0]["perplexity"]
     chosen = {("hqq-int4", 0), ("kivi-int4", 4), ("kivi-int2", 4), ("hqq-int2", 0)}
     theirs = [row for row in found["source"] if (row["cache"], row["sinks"]) in chosen]
-    names = {("gqa2mla-50", "16bit"), ("gqa2mla-25", "16bit"), ("gqa2mla-50", "hqq-int4")}
+    names = {(f"gqa2mla-budget-{percent}", "codes") for percent in (25, 12, 6)} | {("gqa2mla-25", "16bit")}
     ours = [row for row in found["ours"] if (row["name"], row["cache"]) in names]
     rows = sorted([*theirs, *ours], key=lambda row: -row["percent"])
     header = ("SmolLM2-135M-Instruct", "cache", *(f"perplexity, {name}" for name in whole))

@@ -40,14 +40,24 @@ def test_choices_are_what_conversions_give(family: str, tmp_path: Path) -> None:
     assert found.parameters == source.num_parameters()
     assert found.weight_bytes == 2 * source.num_parameters()
     assert found.source_cache_bytes_per_token == found.cache_bytes_per_token
-    assert [(choice.method, choice.problem) for choice in found.choices] == [(spelled(*m), None) for m in METHODS]
+    spellings = [spelled(name, options) + ", coded" * (size == "kv_cache_budget") for name, options, size in METHODS]
+    windowed = family == "mistral with a window"
+    assert [choice.method for choice in found.choices] == spellings
+    assert all((choice.problem is None) == ("coded" not in choice.method or not windowed) for choice in found.choices)
     turn = list(FAMILIES).index(family)
-    for choice, (name, options) in [*zip(found.choices, METHODS, strict=True)][turn % 2 :: 2]:
-        method = transform_class(name)(kv_cache_ratio=0.5, calibration=token_ids(4, 24), **options)
+    for choice, (name, options, size) in [*zip(found.choices, METHODS, strict=True)][turn % 2 :: 2]:
+        if choice.problem is not None:
+            assert "sliding window" in choice.problem
+            continue
+        method = transform_class(name)(calibration=token_ids(4, 24), **{size: 0.5}, **options)
         converted = method(source_model(family, torch.bfloat16))
-        # Ranks may move between layers of one total; how many dims rotate is chosen by measuring.
-        assert choice.cache_numbers_per_token == pytest.approx(converted.geometry.cache_numbers, abs=3)
-        assert choice.cache_bytes_per_token == 2 * choice.cache_numbers_per_token
+        if size == "kv_cache_budget":
+            assert choice.cache_numbers_per_token >= converted.geometry.cache_numbers
+            assert choice.cache_bytes_per_token == pytest.approx(converted.geometry.cache_bytes(), rel=0.01)
+        else:
+            # Ranks may move between layers of one total; how many dims rotate is chosen by measuring.
+            assert choice.cache_numbers_per_token == pytest.approx(converted.geometry.cache_numbers, abs=3)
+            assert choice.cache_bytes_per_token == 2 * choice.cache_numbers_per_token
         assert choice.cache_percent_of_source == pytest.approx(100 * converted.geometry.cache_ratio, abs=1)
         added = converted.num_parameters() - source.num_parameters()
         assert choice.parameters_added <= added <= choice.parameters_added_most
@@ -160,9 +170,10 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
 
 def test_a_ratio_that_a_method_cannot_have_is_a_note() -> None:
     found = inspect(str(REFERENCE), (0.125, 1.0))
-    assert [choice.method for choice in found.choices if choice.problem] == ["x-ecomla"]
+    assert [choice.method for choice in found.choices if choice.problem] == ["gqa2mla, coded", "x-ecomla"]
     text = inspection_text(found)
     assert "x-ecomla, 0.125: kv_cache_ratio: got 0.125" in text
+    assert "gqa2mla, coded, 1: kv_cache_budget: got 1.0, allowed: above 0, up to 0.5" in text
     assert "gqa2mla, 1 " in text
 
 

@@ -307,12 +307,18 @@ class MLATransformation(ModelTransformation):
         return converted_config(family, config, geometries, self.name)
 
 
-def with_equal_bits(geometry: MLAGeometry, bits: int) -> MLAGeometry:
+def with_equal_bits(geometry: MLAGeometry, bits: int, width: int | None = None) -> MLAGeometry:
     """Return a shape with codes of so many bits in all channels together, as if all channels deserved the same.
 
-    It stands for the shape that calibration will choose, whose bytes it has up to a few.
+    Args:
+        geometry: The shape with the largest rank and without codes.
+        bits: Bits of the codes of one token.
+        width: Bits of each channel. None takes 4, or more where all channels would have room for them; then the shape
+            stands for the one that calibration will choose, whose bytes it has up to a few.
     """
     most = geometry.kv_lora_rank // GRANULE * GRANULE
-    width = next((width for width in reversed(WIDTHS) if width >= min(4, bits // GRANULE) and width * most >= bits), 8)
+    if width is None:
+        enough = (one for one in reversed(WIDTHS) if one >= min(4, bits // GRANULE) and one * most >= bits)
+        width = next(enough, max(WIDTHS))
     channels = min(most, max(GRANULE, bits // width // GRANULE * GRANULE))
     return replace(geometry, kv_lora_rank=channels, channel_bits=((width, channels),), sink_tokens=SINK_TOKENS)

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate.text import window_length
-from optimum_mla.convert.run import ALLOCATION_WINDOWS
 from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.core.segments import WIDTHS
 from optimum_mla.families.spec import SourceAttention, sliding_window
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
+from optimum_mla.methods.base import with_equal_bits
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
@@ -33,14 +34,18 @@ from optimum_mla.report.schema import ConversionReport
 from optimum_mla.stack import rope_type
 
 RATIOS = (0.5, 0.25, 0.125)
-METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("gqa2mla", {}),
-    ("gqa2mla", {"rope_cache": "cached"}),
-    ("gqa2mla", {"positional": "full"}),
-    ("mha2mla", {}),
-    ("x-ecomla", {}),
+METHODS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("gqa2mla", {}, "kv_cache_budget"),
+    ("gqa2mla", {}, "kv_cache_ratio"),
+    ("gqa2mla", {"rope_cache": "cached"}, "kv_cache_ratio"),
+    ("gqa2mla", {"positional": "full"}, "kv_cache_ratio"),
+    ("mha2mla", {}, "kv_cache_ratio"),
+    ("x-ecomla", {}, "kv_cache_ratio"),
 )
-"""The methods to show, with options that change what is cached. All of them are planned with calibration data."""
+"""The methods to show, with options that change what is cached, and the option that has the size.
+
+All of them are planned with calibration data.
+"""
 CALIBRATION_WINDOWS = 128
 """Number of calibration windows of a conversion with default options."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -99,7 +104,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         head_dim=first.head_dim,
         features=features(config, first, windows, rope),
         source_cache_bytes_per_token=geometry.source_cache_numbers * itemsize,
-        cache_bytes_per_token=geometry.cache_numbers * itemsize,
+        cache_bytes_per_token=geometry.cache_bytes(bits=8 * itemsize),
     )
     if is_converted(config):
         apart = frequencies_may_differ(model)
@@ -113,7 +118,9 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
     if getattr(config, "quantization_config", None) is not None:
         return replace(known, reason="its weights are quantized; convert the unquantized model")
     choices = [
-        choice(config, method, options, ratio, geometry, itemsize) for method, options in METHODS for ratio in ratios
+        choice(config, method, options, size, ratio, geometry, itemsize)
+        for method, options, size in METHODS
+        for ratio in ratios
     ]
     return replace(
         known,
@@ -176,12 +183,20 @@ def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> l
     """
     family = family_of(config)
     transformation = transform_class(method)(calibration=torch.zeros(1, 2, dtype=torch.long), **options)
+    transformation.check_windows(config)
     layers = []
     for layer in config.per_layer_config:
         geometry = family.spec.geometry(layer)
         source = SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0))
         weightless = transformation.without_weights()
-        layers.append(weightless.candidates(source, weightless.plan_layer(source)))
+        shapes = weightless.candidates(source, weightless.plan_layer(source))
+        if transformation.coded:
+            # Calibration chooses how many channels share the bits: from few with 8 bits to many with 1.
+            widths = (None, max(WIDTHS), min(WIDTHS))
+            shapes = [
+                with_equal_bits(shape, transformation.code_bits(shape), width) for shape in shapes for width in widths
+            ]
+        layers.append(shapes)
     return [ModelGeometry(shapes) for shapes in zip(*layers, strict=True)]
 
 
@@ -194,6 +209,7 @@ def choice(
     config: PreTrainedConfig,
     method: str,
     options: dict[str, Any],
+    size: str,
     ratio: float,
     source: ModelGeometry,
     itemsize: int,
@@ -204,27 +220,29 @@ def choice(
         config: The config of the source model.
         method: Name of the method.
         options: Options of the method, without the size.
+        size: Name of the option that has the size.
         ratio: Size of the cache relative to the source model's.
         source: Shape of the source model.
         itemsize: Bytes of a number in the model's dtype.
     """
-    name = spelled(method, options)
+    name = spelled(method, options) + (", coded" if size == "kv_cache_budget" else "")
     try:
-        shapes = planned(config, method, {**options, "kv_cache_ratio": ratio})
+        shapes = planned(config, method, {**options, size: ratio})
     except MLAError as error:
         return Choice(name, ratio, problem=first_line(error))
     numbers = max(shape.cache_numbers for shape in shapes)
+    cached = max(shape.cache_bytes(bits=8 * itemsize) for shape in shapes)
+    before = source.cache_numbers * itemsize
     added = [shape.parameters_added for shape in shapes]
-    saved = (source.cache_numbers - numbers) * itemsize
     return Choice(
         name,
         ratio,
         numbers,
-        numbers * itemsize,
-        100 * numbers / source.cache_numbers,
+        cached,
+        100 * cached / before,
         min(added),
         max(added),
-        break_even_tokens(max(added) * itemsize, saved),
+        break_even_tokens(max(added) * itemsize, int(before - cached)),
     )
 
 
@@ -266,7 +284,7 @@ def prediction(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: 
     """
     length = window_length(config, None, "calibration_length")
     tokens = CALIBRATION_WINDOWS * length
-    work = Work(len(geometry.layers), tokens, ALLOCATION_WINDOWS * length, factorizes=True)
+    work = Work(len(geometry.layers), tokens, factorizes=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     offloaded = weight_bytes > RESIDENT_BYTES
     return {
