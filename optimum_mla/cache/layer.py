@@ -238,6 +238,12 @@ class LatentLayer(CacheLayerMixin):
             self._change(lambda block: block.to(self.device))
 
     @property
+    def exempt_bytes(self) -> int:
+        """Return the bytes of the latents that are not coded in a layer of codes, and of their places."""
+        coded = (block.first for block in self.blocks if isinstance(block.first, CodedStored))
+        return sum(stored.places.nbytes + stored.exempt.nbytes for stored in coded)
+
+    @property
     def tensors(self) -> list[Tensor]:
         """Return every tensor that the layer holds."""
         blocks = [*self.blocks, *([self.residual] if self.residual else [])]

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
+from optimum_mla.cache import LatentLayer
 from optimum_mla.cache.settings import CacheSettings
+from optimum_mla.cache.sizes import PLACE_BYTES
 from optimum_mla.core.errors import VerificationError
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.measure.memory import live_cache_bytes
@@ -179,6 +181,7 @@ def _check_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, int]:
         if sizes is None:
             raise VerificationError("verify: the size of this model's cache cannot be predicted.")
         least, spare = (round(size * len(ids)) for size in sizes)
+        least += _found_exempt_bytes(model, cache, len(ids), tokens)
         live = live_cache_bytes(cache)
         if not least <= live <= least + (spare if steps else 0):
             raise VerificationError(
@@ -186,6 +189,17 @@ def _check_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, int]:
                 f"shapes predict {least}."
             )
         found = least, live
+    return found
+
+
+def _found_exempt_bytes(model: Any, cache: Cache, rows: int, tokens: int) -> int:
+    """Return the bytes of latents that were found to be exempt, beside the predicted ones of the first tokens."""
+    found = 0
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, LatentLayer) and layer.exempt_bytes:
+            g = model.geometry.layers[index]
+            each = g.kv_lora_rank * model.dtype.itemsize + PLACE_BYTES
+            found += layer.exempt_bytes - rows * min(tokens, g.sink_tokens) * each
     return found
 
 
