@@ -4,8 +4,9 @@
 
 The tasks are `lm_eval` tasks in `benchmarks/abilities` and need no network. Every prompt but its last tokens is read
 into the cache in a first pass, and the rest in a second one, so that questions are answered from what the cache kept.
-An interrupted measurement goes on with the next run; delete the result to measure everything again. `--answers` writes
-the unconverted model's greedy answers to the instructions again, with which `agreement` compares.
+A measurement goes on with the runs that its result lacks; delete the result to measure everything again. A run of the
+config may name fewer tasks than the others. `--answers` writes the unconverted model's greedy answers to the
+instructions again, with which `agreement` compares.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 import optimum_mla  # noqa: F401
 from benchmarks.coded_caches import coded_cache
-from benchmarks.real_quality import conversion_of, earlier
-from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
+from benchmarks.real_quality import conversion_of
+from benchmarks.result import CONFIGS, RESULTS, ROOT, earlier, save_result
 from optimum_mla.measure.tasks import metric_rows, task_manager
 from optimum_mla.stack import cache_argument
 
@@ -112,13 +113,16 @@ def run(config: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
         folder = conversion_of(quality, line["model"])
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         options: dict[str, Any] = {}
-        if line["cache"] != "16bit":
+        if line["cache"] not in ("16bit", "codes"):
             backend, _, bits = line["cache"].rpartition("-int")
             options = {"backend": backend, "bits": int(bits), "residual_length": 0}
         cache = lambda: model.make_cache(**options)  # noqa: E731
     reader = CachedReader(model, tokenizer, cache, config["unread"])
     started, metrics = time.perf_counter(), []
-    for tasks, chat in ((config["tasks"], False), (config["chat_tasks"], True)):
+    asked = {**config, **line}  # a run may have fewer tasks than the others
+    for tasks, chat in ((asked["tasks"], False), (asked["chat_tasks"], True)):
+        if not tasks:
+            continue
         manager = task_manager(tasks, str(TASKS))
         evaluated = simple_evaluate(reader, tasks=tasks, task_manager=manager, apply_chat_template=chat)
         metrics += [
@@ -182,9 +186,10 @@ def main() -> None:
     if arguments.answers:
         write_answers(config)
         return
-    runs: list[dict[str, Any]] = earlier(arguments.output, config).get("runs", [])
+    known, measured = earlier(arguments.output, config, "runs")
+    runs = [run for run in known.get("runs", []) if any(line.items() <= run.items() for line in measured)]
     for line in config["runs"]:
-        if not any(all(known[name] == value for name, value in line.items()) for known in runs):
+        if not any(line.items() <= run.items() for run in runs):
             runs.append(run(config, line))
             for row in runs[-1]["metrics"]:
                 print(*line.values(), *row.values(), flush=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conversion import NOT_RECORDED, run_conversion
-from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
+from benchmarks.result import CONFIGS, RESULTS, ROOT, earlier, save_result
 
 CONVERSIONS = ROOT / "benchmarks" / "real_conversions"
 MADE_BY = "made_by.json"
@@ -235,7 +235,7 @@ def main() -> None:
 
     import optimum_mla  # noqa: F401
 
-    known = earlier(arguments.output, config)
+    known, measured = earlier(arguments.output, config, "conversions")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / config["model"])
     model = AutoModelForCausalLM.from_pretrained(ROOT / config["model"], dtype="float32").eval()
     windows = windows_of(config, model, tokenizer, arguments.encyclopedia)
@@ -244,7 +244,8 @@ def main() -> None:
         known = {}
     source = known.get("source") or source_rows(config, model, windows)
     del model
-    ours: list[dict[str, Any]] = known.get("ours", [])
+    names = {line["name"] for line in measured}
+    ours: list[dict[str, Any]] = [row for row in known.get("ours", []) if row["name"] in names]
     texts = {"encyclopedia": arguments.encyclopedia.name} if arguments.encyclopedia else {}
     for line in [{}, *config["conversions"]]:
         if line and not any(row["name"] == line["name"] for row in ours):
@@ -253,18 +254,6 @@ def main() -> None:
             add_excess(rows, source[0]["perplexity"])
         result = save_result(arguments.output, config, texts=texts, tokens=tokens, source=source, ours=ours)
     draw(result, arguments.plot)
-
-
-def earlier(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what earlier runs have measured and would measure again now, as a result; nothing if the texts differ."""
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    lines = {line["name"]: line for line in found["config"].pop("conversions")}
-    same = {line["name"] for line in config["conversions"] if lines.get(line["name"]) == line}
-    if {**found["config"], "conversions": config["conversions"]} != config:
-        return {}
-    return {**found, "ours": [row for row in found["ours"] if row["name"] in same]}
 
 
 if __name__ == "__main__":

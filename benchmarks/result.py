@@ -28,6 +28,24 @@ def commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
+def earlier(path: Path, config: dict[str, Any], lines: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what an earlier run has measured, and those lines of the config of which it holds.
+
+    Both are empty if anything but these lines has changed in the config.
+
+    Args:
+        path: The result of the earlier run, which need not exist.
+        config: The config of this run.
+        lines: Name of the config's list of things that are measured one after the other.
+    """
+    if not path.is_file():
+        return {}, []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if {**found["config"], lines: None} != {**config, lines: None}:
+        return {}, []
+    return found, [line for line in config[lines] if line in found["config"][lines]]
+
+
 def save_result(path: Path, config: dict[str, Any], remark: str = "", **content: Any) -> dict[str, Any]:
     """Write and return the findings of an experiment with its config, the commit, the machine class and the versions.
 

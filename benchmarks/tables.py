@@ -397,10 +397,10 @@ def real_abilities() -> str:
     }
     rows = []
     for task, metric, name in ABILITIES:
-        found = [side[task, metric] for side in cells.values()]
-        shown = [f"{100 * row['value']:.1f} ± {100 * row['stderr']:.1f}" for row in found]
-        rows.append((name, str(found[0]["documents"]), *shown))
-    names = [model if cache == "16bit" else f"{model}, {cache}" for model, cache in cells]
+        found = [side.get((task, metric)) for side in cells.values()]
+        shown = ["-" if row is None else f"{100 * row['value']:.1f} ± {100 * row['stderr']:.1f}" for row in found]
+        rows.append((name, str(next(row["documents"] for row in found if row)), *shown))
+    names = [model if cache in ("16bit", "codes") else f"{model}, {cache}" for model, cache in cells]
     return table(("% right", "questions", *names), rows)
 
 
@@ -419,6 +419,7 @@ def real_depths() -> str:
     rows = [
         (model if cache == "16bit" else f"{model}, {cache}", *(f"{100 * values[depth]:.1f}" for depth in depths))
         for (model, cache), values in found.items()
+        if len(values) == len(depths)
     ]
     return table(("% found, at a depth of", *depths), rows)
 
