@@ -1,6 +1,6 @@
 """Measure what perplexity does not see on SmolLM2-135M-Instruct: retrieval, lookup, copying, last words, agreement.
 
-    python -m benchmarks.real_abilities [--only NAME ...] [--answers]
+    python -m benchmarks.real_abilities [--answers]
 
 The tasks are `lm_eval` tasks in `benchmarks/abilities` and need no network. Every prompt but its last tokens is read
 into the cache in a first pass, and the rest in a second one, so that questions are answered from what the cache kept.

@@ -22,8 +22,8 @@ def code_bounds(channels: ChannelBits, like: Tensor) -> tuple[Tensor, Tensor]:
         channels: Bits of the channels.
         like: A tensor whose dtype and device the result has.
     """
-    bits = torch.tensor([width for width, count in channels for _ in range(count)], device=like.device)
-    half = (2 ** (bits - 1)).to(like.dtype)
+    halves = [2 ** (bits - 1) for bits, count in channels for _ in range(count)]
+    half = torch.tensor(halves, dtype=like.dtype, device=like.device)
     return -half, half - 1
 
 

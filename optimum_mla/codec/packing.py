@@ -9,12 +9,12 @@ few long runs, whatever the bits of the channels are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from optimum_mla.codec.codes import code_bounds
 from optimum_mla.core.segments import ChannelBits, total_bits, total_channels
 
 PARTS = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
@@ -60,12 +60,6 @@ def _planes(channels: ChannelBits) -> Iterator[Plane]:
         byte += size
 
 
-@lru_cache(maxsize=1024)
-def _halves(channels: ChannelBits, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return half the number of codes of each channel, which is added to codes so that they are not negative, [r]."""
-    return torch.tensor([2 ** (bits - 1) for bits, count in channels for _ in range(count)], dtype=dtype, device=device)
-
-
 def pack(codes: Tensor, channels: ChannelBits) -> Tensor:
     """Return codes packed into bytes, [..., `code_bytes`] uint8.
 
@@ -73,8 +67,8 @@ def pack(codes: Tensor, channels: ChannelBits) -> Tensor:
         codes: Codes as integers or as floating-point numbers, [..., r]; what is not a code is clamped and rounded.
         channels: Bits of the channels.
     """
-    halves = _halves(channels, torch.float32, codes.device)
-    whole = codes.float().round().add(halves).clamp_min(0).minimum(2 * halves - 1).to(torch.uint8)
+    low, high = code_bounds(channels, codes.new_empty(0, dtype=torch.float32))
+    whole = (codes.float().round().clamp(low, high) - low).to(torch.uint8)
     packed = torch.empty(*codes.shape[:-1], code_bytes(channels), dtype=torch.uint8, device=codes.device)
     for plane in _planes(channels):
         parts = torch.cat([whole[..., of] >> lowest for of, lowest in plane.segments], dim=-1) & (2**plane.part - 1)
@@ -107,5 +101,5 @@ def unpack(packed: Tensor, channels: ChannelBits, out: Tensor) -> Tensor:
             piece = parts[..., start:stop]
             whole[..., of] |= piece << lowest if lowest else piece
             start = stop
-    out.copy_(whole)
-    return out.sub_(_halves(channels, out.dtype, out.device))
+    low, _ = code_bounds(channels, out)
+    return out.copy_(whole).add_(low)
