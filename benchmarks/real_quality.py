@@ -214,7 +214,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-COLOURS = ("#2563eb", "#06b6d4", "#f97316", "#ef4444", "#10b981", "#a855f7")
+COLOURS = ("#2563eb", "#06b6d4", "#f97316", "#ef4444", "#10b981", "#a855f7", "#0f172a")
 
 
 def main() -> None:

@@ -334,7 +334,7 @@ def real_quality() -> str:
     ours = [row for row in found["ours"] if (row["name"], row["cache"]) in names]
     rows = sorted([*theirs, *ours], key=lambda row: -row["percent"])
     header = ("SmolLM2-135M-Instruct", "cache", *(f"perplexity, {name}" for name in whole))
-    return table(header, [(_named(row), f"{row['percent']:.0f} %", *_rises(row, whole)) for row in rows])
+    return table(header, [(_named(row), f"{row['percent']:.3g} %", *_rises(row, whole)) for row in rows])
 
 
 def real_quality_all() -> str:
