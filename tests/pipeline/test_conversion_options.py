@@ -8,7 +8,9 @@ import pytest
 
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.methods.mha2mla import MHA2MLA
-from optimum_mla.pipeline.conversion_options import build_transformation, option_names
+from optimum_mla.pipeline import TextOptions
+from optimum_mla.pipeline.conversion_options import build_transformation, default_size, option_names
+from tests.cases import source_model
 
 
 def test_an_option_of_another_method_is_refused_with_the_options_of_this_one() -> None:
@@ -44,3 +46,14 @@ def test_options_reach_the_method(method: str) -> None:
     assert made.options["kv_cache_ratio"] == 0.25
     with pytest.raises(InvalidValueError, match="kv_cache_ratio"):
         build_transformation(method, {"kv_cache_ratio": 2.0}, None)
+
+
+def test_the_default_size_is_a_budget_of_bytes_where_latents_can_be_coded() -> None:
+    def size(family: str = "llama", method: str = "gqa2mla", exported: bool = False, **given: Any) -> dict[str, float]:
+        texts = TextOptions(uncalibrated=given.pop("uncalibrated", False))
+        return default_size(source_model(family).config, method, given, texts, exported)
+
+    assert size() == size("qwen3", layers="0-1") == {"kv_cache_budget": 0.125}
+    plain = {"kv_cache_ratio": 0.5}
+    assert size("mistral with a window") == size(method="mha2mla") == size(exported=True) == plain
+    assert size(uncalibrated=True) == size(rope_cache="cached") == size(factorization="joint") == plain
