@@ -92,10 +92,11 @@ def test_full_rank_keeps_the_trained_model_exactly(tmp_path: Path) -> None:
     assert torch.equal(*generated)
 
 
-def test_default_is_half_the_cache(tmp_path: Path) -> None:
+def test_default_is_an_eighth_of_the_bytes(tmp_path: Path) -> None:
     texts = TextOptions(calibration_samples=8, calibration_length=128)
     report = convert(str(REFERENCE), tmp_path / "out", texts=texts)
-    assert (report.method, report.cache_percent_of_source, report.dtype) == ("gqa2mla", 50.0, "bfloat16")
+    assert (report.method, report.cache_percent_of_source, report.dtype) == ("gqa2mla", 12.5, "bfloat16")
+    assert report.predicted_cache_bytes_per_token == report.cache_bytes_per_token == 192
     data = report.data["calibration-data"]
     assert (data["source"], data["windows"], data["tokens_per_window"]) == ("built-in", 8, 128)
     assert report.perplexity_text == "held-back calibration"

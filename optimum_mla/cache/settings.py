@@ -87,8 +87,8 @@ class CacheSettings:
         return max(1, self.residual_length // 4)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as they are saved in a model's config."""
-        return asdict(self)
+        """Return the fields as they are saved in a model's config, without `codes` where it is as always."""
+        return {name: value for name, value in asdict(self).items() if name != "codes" or not value}
 
     def window_tokens(self, prompt: int, steps: int = 0) -> int:
         """Return how many of the newest tokens are in full precision.

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 from optimum_mla.convert.run import ALLOCATION_WINDOWS
 from optimum_mla.core.geometry import ModelGeometry
 from optimum_mla.methods.base import MLATransformation
-from optimum_mla.models.layer_source import for_walking
 from optimum_mla.models.registry import family_of
 
 LIBRARIES_BYTES = 450e6
@@ -25,14 +24,16 @@ LOGIT_COPIES = 3
 """Number of float32 copies of a batch's logits that the perplexity holds at once."""
 STATE_COPIES = 4
 """Number of copies of the hidden states of all calibration tokens that a walk holds in float32."""
-WALKED = 4.6
-"""Passes of a calibration token through a decoder layer that cost what the walk, the moments and the refits cost."""
-FIRST_PASS = 2.5
+WALKED = 7.6
+"""Cost of a calibration token with its walk, moments and refits, in passes through a layer's linear maps."""
+FIRST_PASS = 4.1
 """The same for a token of the pass in which the choices for all layers together are made."""
+EVALUATED = 3.3
+"""The same for a token that is run through both models for the perplexity alone."""
 SOLUTIONS = 9
 """Eigenproblems of the size of the hidden state that cost what the factorizations of a layer cost.
 
-These three were fitted to conversions of SmolLM2-135M on one core.
+These four were fitted to conversions of SmolLM2-135M on one core.
 """
 PLAIN_SECONDS = 0.5
 """Seconds per layer of a conversion without calibration."""
@@ -49,7 +50,7 @@ class Probe:
     """How fast a machine does the work of conversions of one model, which was measured in a few seconds.
 
     Attributes:
-        token_seconds: Seconds that a decoder layer takes for a token of a window, in float32.
+        token_seconds: Seconds that the linear maps of a decoder layer take for a token of a window, in float32.
         solution_seconds: Seconds of an eigenproblem of the size of the hidden state, in float64.
     """
 
@@ -77,7 +78,7 @@ class Work:
 
 
 def probe(config: PreTrainedConfig, device: torch.device, window_tokens: int = PROBE_TOKENS) -> Probe:
-    """Measure how fast this machine is, with a decoder layer of random weights.
+    """Measure how fast this machine is, with the linear maps of a decoder layer of random weights.
 
     Args:
         config: The config of the source model.
@@ -87,22 +88,20 @@ def probe(config: PreTrainedConfig, device: torch.device, window_tokens: int = P
     family = family_of(config)
     with torch.device("meta"):
         layer: Any = family.source_model(config).get_submodule(family.spec.layer_path(0))
-    layer = for_walking(layer.to(torch.float32).to_empty(device=device))
+    layer = layer.to(torch.float32).to_empty(device=device)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     tokens = min(window_tokens, PROBE_TOKENS)
-    states = torch.randn(1, tokens, config.hidden_size, device=device)
-    positions = torch.arange(tokens, device=device)[None]
-    head_dim = family.spec.geometry(config.per_layer_config[0]).head_dim
-    cos_sin = torch.ones(2, 1, tokens, head_dim, device=device).unbind()
+    maps = [part for part in layer.modules() if isinstance(part, nn.Linear)]
+    states = {part.in_features: torch.randn(tokens, part.in_features, device=device) for part in maps}
     size = min(config.hidden_size, PROBE_SIZE)
     square = torch.randn(size, size, dtype=torch.float64, device=device)
     square = square @ square.T
 
     @torch.no_grad()
     def walked() -> None:
-        output = layer(states, position_embeddings=cos_sin, attention_mask=None, position_ids=positions)
-        (output[0] if isinstance(output, tuple) else output).sum().item()  # Reading a number waits for the device.
+        sums = [part(states[part.in_features]).sum() for part in maps]
+        torch.stack(sums).sum().item()  # Reading a number waits for the device.
 
     passed = seconds_of(walked)
     solved = seconds_of(lambda: torch.linalg.eigvalsh(square).sum().item() and None)
@@ -149,7 +148,7 @@ def conversion_seconds(speed: Probe, work: Work) -> float:
         speed: The speed of the machine.
         work: The work of the conversion.
     """
-    passes = WALKED * work.tokens + FIRST_PASS * work.first_tokens + 2 * work.evaluated_tokens
+    passes = WALKED * work.tokens + FIRST_PASS * work.first_tokens + EVALUATED * work.evaluated_tokens
     solutions = SOLUTIONS * (1 if not work.first_tokens else 2) if work.factorizes else 0
     return work.layers * (PLAIN_SECONDS + passes * speed.token_seconds + solutions * speed.solution_seconds)
 
