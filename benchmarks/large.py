@@ -24,8 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import optimum_mla  # noqa: F401
-from benchmarks.real_quality import earlier
-from benchmarks.result import CONFIGS, RESULTS, save_result
+from benchmarks.result import CONFIGS, RESULTS, earlier, save_result
 from optimum_mla.io.shards import place_shards, write_shard
 
 STANDARD_DEVIATION = 0.02
@@ -123,9 +122,10 @@ def main() -> None:
         print(json.dumps(convert_one(folder, json.loads(text))))
         return
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
-    runs: list[dict[str, Any]] = earlier(arguments.output, config).get("runs", [])
+    known, measured = earlier(arguments.output, config, "layers")
+    runs: list[dict[str, Any]] = [one for one in known.get("runs", []) if one["layers"] in measured]
     for layers in arguments.layers or config["layers"]:
-        if all(known["layers"] != layers for known in runs):
+        if all(one["layers"] != layers for one in runs):
             runs.append(run(config, layers))
             print(json.dumps(runs[-1]), flush=True)
         save_result(arguments.output, config, runs=sorted(runs, key=lambda one: int(one["layers"])))

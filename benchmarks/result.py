@@ -28,7 +28,7 @@ def commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
-def earlier(path: Path, config: dict[str, Any], lines: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def earlier(path: Path, config: dict[str, Any], lines: str) -> tuple[dict[str, Any], list[Any]]:
     """Return what an earlier run has measured, and those lines of the config of which it holds.
 
     Both are empty if anything but these lines has changed in the config.
