@@ -38,14 +38,14 @@ PROBE_PROMPT = 16
 """Tokens of the probe that go through the cache in one call; the others follow one by one."""
 NEW_TOKENS = 8
 PROBE_SEED = 0
-CODED_TOLERANCE = 0.03
-"""The same where latents are codes: a difference in the last digit of a latent may turn its code into the next one."""
 UNQUANTIZED = {"bits": 16, "rope_bits": 16, "codes": False}
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 """The largest relative difference of logits that rounding may cause, by the dtype of the weights.
 
 A cache that is not read, or positions that are off by one, cause differences of about one.
 """
+CODED_TOLERANCE = 0.03
+"""The least of these where latents are codes: a difference in the last digit may turn a code into the next one."""
 LARGEST_DEVIATION = 10
 """A single logit may be off by so many times the root mean square of all deviations."""
 
