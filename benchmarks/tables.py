@@ -464,23 +464,6 @@ def real_speed() -> str:
     return table(header, rows)
 
 
-def real_recovery() -> str:
-    """Return what short trainings brought back on the real model."""
-    rows = [
-        (
-            f"`{run['recipe']['train']}`",
-            f"{run['trainable_percent']:.1f} %",
-            f"{run['tokens']:,}",
-            ", ".join(f"{run[f'perplexity_{name}']:.2f}" for name in ("source", "converted", "recovered")),
-            f"{run['percent_of_excess_closed']:.0f} %",
-            f"{run['seconds'] / 60:.0f}",
-        )
-        for run in result("real_recovery")["runs"]
-    ]
-    header = ("trains", "parameters", "tokens", "perplexity: source, converted, recovered", "closed", "minutes")
-    return table(header, rows)
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -502,7 +485,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
         real_abilities,
         real_depths,
         real_speed,
-        real_recovery,
     )
 }
 """The functions that render blocks, by the names that pages use."""
