@@ -45,7 +45,7 @@ TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03, tor
 A cache that is not read, or positions that are off by one, cause differences of about one.
 """
 CODED_TOLERANCE = 0.03
-"""The least of these where latents are codes: a difference in the last digit may turn a code into the next one."""
+"""Smallest tolerance where latents are codes, because a difference in the last digit may turn one into the next."""
 LARGEST_DEVIATION = 10
 """A single logit may be off by so many times the root mean square of all deviations."""
 

@@ -10,7 +10,6 @@ import copy as copying
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning, UnsupportedModelError
-from optimum_mla.core.geometry import SINK_TOKENS, MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.layers import LayerChoice, parse_layers
-from optimum_mla.core.segments import GRANULE, WIDTHS
 from optimum_mla.families.spec import sliding_window
-from optimum_mla.methods.coding import LayerCodes
+from optimum_mla.methods.coding import LayerCodes, with_equal_bits
 from optimum_mla.methods.options import check_choice
 from optimum_mla.methods.shared_rope import SharedRope
 from optimum_mla.methods.signature import whole_signature
@@ -61,8 +59,7 @@ class MLATransformation(ModelTransformation):
             and token ids.
         rank_allocation: How the layers share the budget: `uniform`; `energy`, which minimizes the lost shares of the
             layers' weighted energy; or `error`, which minimizes the measured errors. None takes `error` with a
-            calibrated factorization of a fixed rank, and `uniform` otherwise. Under a budget of bytes, `error` takes
-            longer and has not been found to lose less.
+            calibrated factorization of a fixed rank, and `uniform` otherwise.
         shared_rope: Whether all layers rotate the same number of dims at the same frequencies, which `deepseek_v3` and
             inference engines need. Ranks are then uniform by default. Only methods with one rotary key have it.
 
@@ -305,20 +302,3 @@ class MLATransformation(ModelTransformation):
             plan = weightless.plan_layer(source)
             geometries[layer] = with_equal_bits(plan, self.code_bits(plan)) if self.coded else plan
         return converted_config(family, config, geometries, self.name)
-
-
-def with_equal_bits(geometry: MLAGeometry, bits: int, width: int | None = None) -> MLAGeometry:
-    """Return a shape with codes of so many bits in all channels together, as if all channels deserved the same.
-
-    Args:
-        geometry: The shape with the largest rank and without codes.
-        bits: Bits of the codes of one token.
-        width: Bits of each channel. None takes 4, or more where all channels would have room for them; then the shape
-            stands for the one that calibration will choose, whose bytes it has up to a few.
-    """
-    most = geometry.kv_lora_rank // GRANULE * GRANULE
-    if width is None:
-        enough = (one for one in reversed(WIDTHS) if one >= min(4, bits // GRANULE) and one * most >= bits)
-        width = next(enough, max(WIDTHS))
-    channels = min(most, max(GRANULE, bits // width // GRANULE * GRANULE))
-    return replace(geometry, kv_lora_rank=channels, channel_bits=((width, channels),), sink_tokens=SINK_TOKENS)

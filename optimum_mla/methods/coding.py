@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from optimum_mla.codec.fit import CodeTable, allocate_bits
-from optimum_mla.core.segments import ChannelBits, segments
+from optimum_mla.core.geometry import SINK_TOKENS, MLAGeometry
+from optimum_mla.core.segments import GRANULE, WIDTHS, ChannelBits, segments
 
 DOWN = ("kv_a_proj_with_mqa", "kv_a_proj")
 """Names of the projection that makes the joint latent."""
@@ -63,3 +65,20 @@ class LayerCodes:
                 tensors[f"{name}.weight"] = up[:, order] * steps
                 tensors[f"{name}.bias"] = tensors[f"{name}.bias"] + constant
         return tensors, segments(widths[order].tolist())
+
+
+def with_equal_bits(geometry: MLAGeometry, bits: int, width: int | None = None) -> MLAGeometry:
+    """Return a shape with codes of so many bits in all channels together, as if all channels deserved the same.
+
+    Args:
+        geometry: The shape with the largest rank and without codes.
+        bits: Bits of the codes of one token.
+        width: Bits of each channel. None takes 4, or more where all channels would have room for them; then the shape
+            stands for the one that calibration will choose, whose bytes it has up to a few.
+    """
+    most = geometry.kv_lora_rank // GRANULE * GRANULE
+    if width is None:
+        enough = (one for one in reversed(WIDTHS) if one >= min(4, bits // GRANULE) and one * most >= bits)
+        width = next(enough, max(WIDTHS))
+    channels = min(most, max(GRANULE, bits // width // GRANULE * GRANULE))
+    return replace(geometry, kv_lora_rank=channels, channel_bits=((width, channels),), sink_tokens=SINK_TOKENS)

@@ -27,9 +27,9 @@ STATE_COPIES = 4
 WALKED = 7.6
 """Cost of a calibration token with its walk, moments and refits, in passes through a layer's linear maps."""
 FIRST_PASS = 4.1
-"""The same for a token of the pass in which the choices for all layers together are made."""
+"""Cost, in such passes, of a token of the pass in which the choices for all layers together are made."""
 EVALUATED = 3.3
-"""The same for a token that is run through both models for the perplexity alone."""
+"""Cost, in such passes, of a token that is run through both models for the perplexity alone."""
 SOLUTIONS = 9
 """Eigenproblems of the size of the hidden state that cost what the factorizations of a layer cost.
 

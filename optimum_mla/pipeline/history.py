@@ -1,4 +1,4 @@
-"""What earlier conversions on this machine took, beside what was predicted for them."""
+"""A record of the time and memory that conversions on this machine took, beside what was predicted for them."""
 
 from __future__ import annotations
 

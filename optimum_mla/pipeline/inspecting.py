@@ -18,7 +18,7 @@ from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.core.segments import WIDTHS
 from optimum_mla.families.spec import SourceAttention, sliding_window
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
-from optimum_mla.methods.base import with_equal_bits
+from optimum_mla.methods.coding import with_equal_bits
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted

@@ -16,7 +16,7 @@ DEFAULT_CACHE_RATIO = 0.5
 """Share of the source's cache that a conversion keeps where nobody asks for a size."""
 
 DEFAULT_CACHE_BUDGET = 0.125
-"""The same in bytes, where the latents can be coded."""
+"""Share of the bytes of the cache that a conversion keeps where nobody asks for a size and latents can be coded."""
 
 
 @dataclass(frozen=True)
