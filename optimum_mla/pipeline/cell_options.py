@@ -24,8 +24,8 @@ class BenchmarkOptions:
         batch_sizes: Numbers of rows.
         caches: Names of caches; see `optimum_mla.cache.settings.named_cache`.
         baselines: What to compare with: `source`, the baseline with its unquantized cache, which always takes part, and
-            `source-CACHE`, such as `source-hqq-int4`, for the baseline with a quantized cache of Transformers. None
-            takes `source`, and `source-hqq-int4` too if hqq is installed.
+            `source-CACHE`, such as `source-hqq-int4`, for the baseline with a quantized cache; see
+            `optimum_mla.cache.source`. None takes `source`, and `source-hqq-int4` too if hqq is installed.
         new_tokens: Number of decoding steps after each timed prefill.
         repeats: Number of timed prefills.
         eval_data: The text on which the quality is measured, or None to leave the quality out.

@@ -53,7 +53,8 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
             "--baselines",
             metavar="NAMES",
             help="What to compare with, separated by commas: source (the baseline, always measured), and the baseline "
-            "with a quantized cache of Transformers: source-hqq-int8, -int4, -int2, source-quanto-int4, -int2. "
+            "with a quantized cache of Transformers: source-hqq-int8, -int4, -int2, source-quanto-int4, -int2, "
+            "source-kivi-int4, -int2 (keys in groups over tokens). -first4 behind a name keeps the first 4 tokens. "
             "Default: source, and source-hqq-int4 if hqq is installed.",
         )
         parser.add_argument(
