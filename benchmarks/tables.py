@@ -195,6 +195,23 @@ def recovery_2m() -> str:
     return table(("trains", "parameters", "perplexity: source, converted, recovered", "closed"), rows)
 
 
+def real_recovery() -> str:
+    """Return what a short distillation closes on the real model at a sixteenth of the bytes, by what trains."""
+    rows = [
+        (
+            f"`{run['recipe']['train']}`",
+            f"{run['trainable_percent']:.1f} %",
+            f"{run['tokens']:,}",
+            ", ".join(f"{run[f'perplexity_{name}']:.2f}" for name in ("source", "converted", "recovered")),
+            f"{run['percent_of_excess_closed']:.0f} %",
+            f"{run['seconds'] / 60:.0f}",
+        )
+        for run in result("real_recovery")["runs"]
+    ]
+    header = ("trains", "parameters", "tokens", "perplexity: source, converted, recovered", "closed", "minutes")
+    return table(header, rows)
+
+
 def recovery_runs() -> dict[tuple[str, str], dict[str, Any]]:
     """Return the runs of the recovery experiment by conversion and label."""
     return {(run["conversion"], run["label"]): run for run in result("recovery")["runs"]}
@@ -485,6 +502,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         real_abilities,
         real_depths,
         real_speed,
+        real_recovery,
     )
 }
 """The functions that render blocks, by the names that pages use."""
