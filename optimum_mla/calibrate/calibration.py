@@ -17,8 +17,6 @@ from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 SAMPLE_TOKENS = 4096
 """Largest number of tokens whose inputs steps of codes are fitted to."""
-FIRST_TOKENS = 4
-"""Number of tokens at the start of a window whose latents may be many times larger than those of others."""
 
 
 class Calibration(ABC):

@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.calibrate.calibration import FIRST_TOKENS, SAMPLE_TOKENS, Calibration
+from optimum_mla.calibrate.calibration import SAMPLE_TOKENS, Calibration
 from optimum_mla.calibrate.damage import rotary_damage
 from optimum_mla.calibrate.healing import refit_output
-from optimum_mla.calibrate.moments import LayerMoments, contribution, gather_moments
+from optimum_mla.calibrate.moments import FIRST_TOKENS, LayerMoments, contribution, gather_moments
 from optimum_mla.calibrate.states import LayerStates
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.families.spec import SourceAttention

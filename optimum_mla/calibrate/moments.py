@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optimum_mla.calibrate.distances import distances, turned
 from optimum_mla.calibrate.states import LayerStates
+
+FIRST_TOKENS = 4
+"""Number of tokens at the start of a window whose latents may be many times larger than those of others."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,15 @@ class LayerMoments:
         queries: Second moments of each query head after its norm and before its rotation, [H, D, D]. The weight of a
             query is the effect of its logits on the layer's output: the variance, under its attention, of what the
             values add to the hidden state.
+        relative_queries: The same as the keys meet them, [H, D, D]: turned by the distance between query and key, with
+            the distances weighted by the effect of such keys on the output. Keys of the first tokens are left out.
         key_scale: Mean square of the factor by which the key norm multiplies each key head, [G]; ones without a norm.
     """
 
     inputs: Tensor
     input_mean: Tensor
     queries: Tensor
+    relative_queries: Tensor
     key_scale: Tensor
 
     @property
@@ -42,6 +49,8 @@ def gather_moments(layer: LayerStates) -> LayerMoments:
     inputs, mean = (torch.zeros(*size, dtype=torch.float64, device=device) for size in ((d, d), (d,)))
     queries = torch.zeros(g.num_attention_heads, g.head_dim, g.head_dim, dtype=torch.float64, device=device)
     key_scale = torch.zeros(g.num_key_value_heads, dtype=torch.float64, device=device)
+    apart = torch.zeros(g.num_attention_heads, walk.windows.shape[1], dtype=torch.float64, device=device)
+    reached = torch.zeros(g.num_attention_heads, dtype=torch.float64, device=device)
     rows, total, count = layer.relative_weights, 0.0, 0
     for windows in walk.fitted_batches():
         heads, row = layer.heads(walk.converted[windows]), rows[windows]
@@ -55,10 +64,20 @@ def gather_moments(layer: LayerStates) -> LayerMoments:
         effect = (layer.value_spread(weights, heads.value) * row[:, None]).double()[..., None]  # [B, H, L, 1]
         query = heads.query.double()
         queries += ((query * effect).mT @ query).sum(0)
+        found = distances(layer, heads, weights, row, FIRST_TOKENS)
+        apart, reached = apart + found[0], reached + found[1]
         key_scale += heads.key_factor.double().square().sum((0, 2))
         count += row.numel()
     mean = mean / total
-    return LayerMoments(inputs / total - mean[:, None] * mean, mean, queries / count, key_scale / count)
+    queries = queries / count
+    half, scaling = g.head_dim // 2, layer.source.attention_scaling
+    cos, sin = (table[0, :, :half].double() / scaling for table in walk.position_embeddings)
+    kept = apart.sum(1, keepdim=True)
+    nearest = torch.nn.functional.one_hot(torch.zeros(1, dtype=torch.long, device=device), apart.shape[1]).double()
+    share = torch.where(kept > 0, apart / kept, nearest)  # what reads first tokens only reads no other distance
+    part = (kept[:, 0] / reached.clamp_min(torch.finfo(torch.float64).tiny))[:, None, None]
+    relative = turned(queries, share, cos, sin) * part
+    return LayerMoments(inputs / total - mean[:, None] * mean, mean, queries, relative, key_scale / count)
 
 
 def contribution(layer: LayerStates) -> Tensor:

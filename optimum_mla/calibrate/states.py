@@ -81,7 +81,8 @@ class LayerStates:
         return logits.masked_fill(~self.walk.mask, float("-inf")).softmax(dim=-1)
 
     @cached_property
-    def _output_moments(self) -> Tensor:
+    def output_moments(self) -> Tensor:
+        """Return W_O,hᵀ W_O,h of every query head h in the walk's dtype, [H, D, D]."""
         return output_moments(self.source).to(self.walk.dtype)
 
     def value_spread(self, weights: Tensor, value: Tensor) -> Tensor:
@@ -92,9 +93,9 @@ class LayerStates:
             value: Values, [B, G, L, D].
         """
         value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)  # [B, H, L, D]
-        size = ((value @ self._output_moments) * value).sum(-1, keepdim=True)
+        size = ((value @ self.output_moments) * value).sum(-1, keepdim=True)
         mean = weights @ value
-        mean_size = ((mean @ self._output_moments) * mean).sum(-1)
+        mean_size = ((mean @ self.output_moments) * mean).sum(-1)
         return ((weights @ size)[..., 0] - mean_size).clamp_min(0)
 
 

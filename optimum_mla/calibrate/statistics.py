@@ -21,7 +21,7 @@ class LayerStatistics:
     """The statistics of one layer, with the names that they have in a file.
 
     Attributes:
-        inputs, input_mean, queries, key_scale: See `LayerMoments`.
+        inputs, input_mean, queries, relative_queries, key_scale: See `LayerMoments`.
         contribution: 2-norm contribution of each rotary pair, [G, D/2].
         damage: Damage that is done if a rotary pair stops rotating, [G·D/2].
         mix_keys, mix_queries: The maps of `Calibration.mix`, [D/2, G, G, 2] with real and imaginary parts.
@@ -34,6 +34,7 @@ class LayerStatistics:
     inputs: Tensor
     input_mean: Tensor
     queries: Tensor
+    relative_queries: Tensor
     key_scale: Tensor
     contribution: Tensor
     damage: Tensor

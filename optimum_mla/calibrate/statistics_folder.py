@@ -29,7 +29,7 @@ from optimum_mla.models.layer_source import LayerSource
 
 FILE_NAME = "statistics.json"
 """File of a folder of statistics that says what they were gathered from."""
-FORMAT = 1
+FORMAT = 2
 """Version of that folder's format."""
 
 

@@ -246,6 +246,7 @@ class Run:
             if self.method.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
                 geometry = search.best_shape(geometry)
             geometry, tensors = search.convert(geometry, self.code_bits.get(layer))
+            search.calibration.memo.clear()  # The factorization is several times as large as the layer.
         calibration = None if search is None else search.calibration
         if search is not None and isinstance(calibration, LayerCalibration):
             trial = search.attention(geometry, tensors)

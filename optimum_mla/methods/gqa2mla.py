@@ -17,7 +17,7 @@ from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.mixed_heads import MixedHeads
 from optimum_mla.methods.options import check_choice, fitting
 from optimum_mla.methods.signature import MLAOptions
-from optimum_mla.methods.weighting import key_moments, rotated_moments, value_moments
+from optimum_mla.methods.weighting import key_moments, value_moments
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
@@ -184,11 +184,13 @@ class GQA2MLA(MLATransformation):
             mixed = MixedHeads.of(source, calibration, self.rope)
             return mixed.problem(geometry)
         # The gain of a key norm is part of the readers here, because it stays in the norm, after the latent.
-        gain = source.norm_gain(source.spec.key_norm).square().repeat(geometry.num_key_value_heads)[:, None, None]
+        gain = source.norm_gain(source.spec.key_norm)
         return calibration.factorization(
             "full",
             lambda: [
-                WeightedRows(source.key.flatten(0, 1), rotated_moments(key_moments(source, calibration)) * gain),
+                WeightedRows(
+                    source.key.flatten(0, 1), gain[:, None] * key_moments(source, calibration, rotating=True) * gain
+                ),
                 WeightedRows(source.value.flatten(0, 1), value_moments(source)),
             ],
         )

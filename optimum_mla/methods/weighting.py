@@ -17,26 +17,26 @@ quarter of the cache.
 """
 
 
-def key_moments(source: SourceAttention, calibration: Calibration) -> Tensor:
+def key_moments(source: SourceAttention, calibration: Calibration, rotating: bool = False) -> Tensor:
     """Return the second moments of the queries that read each key head, [G, D, D].
 
     With them, the error of a key gives the squared size of the error in the hidden state.
+
+    Args:
+        source: The layer's attention.
+        calibration: Measurements at the layer.
+        rotating: Whether the keys rotate, so that queries read them turned by the distance.
     """
     moments = calibration.moments
     scale = calibration.logit_scale**2
-    grouped = moments.queries.unflatten(0, (source.geometry.num_key_value_heads, -1)).sum(1)
+    grouped = (
+        (moments.relative_queries if rotating else moments.queries)
+        .unflatten(0, (source.geometry.num_key_value_heads, -1))
+        .sum(1)
+    )
     return grouped * (scale * moments.key_scale)[:, None, None]
 
 
 def value_moments(source: SourceAttention) -> Tensor:
     """Return the sum of W_O,hᵀ W_O,h over the query heads h of each value head, [G, D, D]."""
     return output_moments(source).unflatten(0, (source.geometry.num_key_value_heads, -1)).sum(1)
-
-
-def rotated_moments(moments: Tensor) -> Tensor:
-    """Return second moments [X, D, D] averaged over all rotations of each rotary pair, as weights [X·D, 1, 1].
-
-    On average both dims of a pair weigh the same and different pairs are uncorrelated, so only the diagonal remains.
-    """
-    diagonal = moments.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1))  # [X, 2, D/2]
-    return diagonal.mean(1).repeat(1, 2).flatten()[:, None, None]

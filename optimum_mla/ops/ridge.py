@@ -47,9 +47,12 @@ class Regression:
             self.gram + other.gram, self.cross + other.cross, self.square + other.square, self.rows + other.rows
         )
 
-    def change(self, weight: Tensor, ridge: float) -> Tensor:
-        """Return the change of `weight` [d, c] that fits the targets best, kept small by `ridge`."""
-        residual = self.cross - self.gram @ weight.T
+    def residual(self, weight: Tensor) -> Tensor:
+        """Return the sum of the products of contexts and what `weight` [d, c] leaves of the targets, [c, d]."""
+        return self.cross - self.gram @ weight.T
+
+    def change(self, residual: Tensor, ridge: float) -> Tensor:
+        """Return the change of a weight, [d, c], that fits its `residual` [c, d] best, kept small by `ridge`."""
         damping = ridge * self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         damped = self.gram + damping * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         return torch.cholesky_solve(residual, torch.linalg.cholesky(damped)).T
@@ -70,7 +73,8 @@ def heal(weight: Tensor, fitted: Regression, held: Regression) -> Healing:
         held: Sums over the held-back rows that decide between the ridges.
     """
     before = held.error(weight, None)
-    changes = [fitted.change(weight, ridge) for ridge in RIDGES]
+    residual = fitted.residual(weight)
+    changes = [fitted.change(residual, ridge) for ridge in RIDGES]
     errors = [held.error(weight, change) for change in changes]
     best = errors.index(min(errors))
     if not errors[best] < before:

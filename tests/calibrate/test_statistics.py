@@ -132,7 +132,7 @@ def test_a_folder_is_read_again_and_its_faults_are_told(tmp_path: Path) -> None:
         read.layer(0, attention)
     about = json.loads((tmp_path / FILE_NAME).read_text())
     (tmp_path / FILE_NAME).write_text(json.dumps({**about, "format": 99}))
-    with pytest.raises(CalibrationDataError, match="is not of format 1"):
+    with pytest.raises(CalibrationDataError, match="is not of format 2"):
         CalibrationStatistics.read(tmp_path)
     (tmp_path / FILE_NAME).write_text("{")
     with pytest.raises(CalibrationDataError, match="holds no statistics"):
