@@ -56,7 +56,7 @@ class MLATransformation(ModelTransformation):
             form of the method's paper.
         heal: Whether to refit each layer's output projection in closed form, so that the hidden states come close to
             the source's. A refit is kept if it helps on held-back windows. None refits with a calibrated factorization
-            and token ids, but not under a budget of bytes: behind codes a refit gains next to nothing.
+            and token ids.
         rank_allocation: How the layers share the budget: `uniform`; `energy`, which minimizes the lost shares of the
             layers' weighted energy; or `error`, which minimizes the measured errors. None takes `error` with a
             calibrated factorization of a fixed rank, and `uniform` otherwise.
@@ -119,8 +119,7 @@ class MLATransformation(ModelTransformation):
         self.factorization = factorization or best
         check_choice("factorization", self.factorization, self.factorizations)
         stored = isinstance(calibration, CalibrationStatistics)
-        heals = self.factorization == "calibrated" and not stored and not self.coded
-        self.heal = heals if heal is None else heal
+        self.heal = self.factorization == "calibrated" and not stored if heal is None else heal
         if self.heal and stored:
             remedy = "Give calibration text: the refit needs the states of its tokens."
             raise InvalidValueError("heal", True, "False with statistics", remedy)

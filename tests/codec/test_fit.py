@@ -10,13 +10,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_mla.codec import GRANULE, WIDTHS
-from optimum_mla.codec.fit import GAUSSIAN_STEPS, CodeTable, allocate_bits
+from optimum_mla.codec.fit import GAUSSIAN_STEPS, MARGIN, CodeTable, allocate_bits
 
 GAUSSIAN_ERRORS = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349, 6: 0.00104, 8: 0.0000912}
 """Least mean squared errors of uniform codes on a normal distribution (Max 1960, table II)."""
 
 
-def test_codes_of_a_normal_distribution_are_those_of_the_textbook() -> None:
+def test_steps_are_widened_for_texts_with_larger_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes lose a little on the text that they are fitted to, and less on one with a third more variance."""
+    samples = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    wide = CodeTable.fit(samples, torch.ones(2, dtype=torch.float64))
+    monkeypatch.setattr("optimum_mla.codec.fit.MARGIN", 1.0)
+    narrow = CodeTable.fit(samples, torch.ones(2, dtype=torch.float64))
+    bits = list(WIDTHS)
+    torch.testing.assert_close(wide.steps[:, bits], MARGIN * narrow.steps[:, bits])
+    assert (wide.errors[:, bits] >= narrow.errors[:, bits]).all()
+    assert (wide.errors[:, bits] <= 1.01 * MARGIN**2 * narrow.errors[:, bits]).all()
+    other = 1.35**0.5 * samples
+    for width in (2, 3, 4):
+        half, left = 2 ** (width - 1), []
+        for table in (narrow, wide):
+            steps, centres = table.centres(torch.full((2,), width))
+            codes = ((other - centres) / steps).round().clamp(-half, half - 1)
+            left.append((codes * steps + centres - other).square().mean())
+        assert left[1] < {2: 0.98, 3: 0.95, 4: 0.95}[width] * left[0]
+
+
+def test_codes_of_a_normal_distribution_are_those_of_the_textbook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimum_mla.codec.fit.MARGIN", 1.0)
     samples = 3 + 2 * torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     table = CodeTable.fit(samples, torch.tensor([1.0, 5.0], dtype=torch.float64))
     assert torch.allclose(table.mean, torch.full((2,), 3.0, dtype=torch.float64), atol=0.05)

@@ -139,7 +139,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             action=BooleanOptionalAction,
             default=None,
             help="Refit the output projections in closed form and keep those that are better on held-back windows. "
-            "Default: on with the calibrated factorization, off under --cache-budget.",
+            "Default: on with the calibrated factorization.",
         )
         calibration.add_argument(
             "--rank-allocation",
