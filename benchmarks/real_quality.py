@@ -27,6 +27,8 @@ MADE_BY = "made_by.json"
 CONTEXT = 4096
 """Tokens from which bytes per token are computed for caches with a window of unquantized tokens."""
 ANSWER_TOKENS = 64
+SMALLEST = 2e-3
+"""The least excess that the plot shows; what is below stands there."""
 
 
 def converted(model: str, name: str, options: dict[str, Any]) -> Path:
@@ -89,28 +91,48 @@ def windows_of(config: dict[str, Any], model: Any, tokenizer: Any, encyclopedia:
     return found
 
 
-def source_rows(config: dict[str, Any], model: Any, windows: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the measurements of the source with each of its caches."""
+def source_rows(
+    config: dict[str, Any], model: Any, tokenizer: Any, windows: dict[str, Any], known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the measurements of the source with each of its caches, of which some may be known.
+
+    `components-N` codes keys and values apart in their principal axes, at N % of the bytes.
+    """
     import torch
 
     from benchmarks.coded_caches import coded_cache, kivi_percent
+    from benchmarks.principal_codes import PrincipalCodes
     from optimum_mla.cache.source import source_cache
+    from optimum_mla.calibrate import built_in_windows
     from optimum_mla.measure.memory import measured_cache_bytes
 
-    rows = [{"cache": "16bit", "sinks": 0, "percent": 100.0}]
+    measured = {(row["cache"], row["sinks"]): row for row in known}
+    rows: list[dict[str, Any]] = [{"cache": "16bit", "sinks": 0, "percent": 100.0}]
     probe = windows["books"][:1]
     half = type(model).from_pretrained(ROOT / config["model"], dtype=torch.bfloat16).eval()
     whole = measured_cache_bytes(half, probe)
     for name in config["source_caches"]:
         if name.startswith("kivi"):
             percent = kivi_percent(int(name[-1]))
+        elif name.startswith("components"):
+            percent = float(name.partition("-")[2])
         else:
             percent = 100 * measured_cache_bytes(half, probe, source_cache(model.config, name)) / whole
         rows += [{"cache": name, "sinks": sinks, "percent": percent} for sinks in config["sinks"]]
     del half
+    rows = [measured.get((row["cache"], row["sinks"]), row) for row in rows]
+    components = None
     for row in rows:
+        if "perplexity" in row:
+            continue
         make = None
-        if row["cache"] != "16bit":
+        if row["cache"].startswith("components"):
+            if components is None:
+                common = config["common"]
+                ids = built_in_windows(tokenizer, common["calibration-length"], common["calibration-samples"])
+                components = PrincipalCodes(model, ids)
+            make = lambda row=row, made=components: made.cache(row["percent"] / 100, row["sinks"])  # noqa: E731
+        elif row["cache"] != "16bit":
             make = lambda row=row: coded_cache(model.config, row["cache"], row["sinks"])  # noqa: E731
         row["perplexity"] = {name: one_pass_perplexity(model, ids, make) for name, ids in windows.items()}
         print(row, flush=True)
@@ -187,13 +209,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     texts = list(result["source"][0]["perplexity"])
     figure = Figure(figsize=(4.2 * len(texts), 4.0), layout="constrained")
     panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
-    styles = {"kivi": ("#64748b", "s"), "hqq": ("#a3a3a3", "o"), "quanto": ("#d4a373", "D")}
+    styles = {
+        "components": ("#15803d", "^"),
+        "kivi": ("#64748b", "s"),
+        "hqq": ("#a3a3a3", "o"),
+        "quanto": ("#d4a373", "D"),
+    }
     for axes, text in zip(panels, texts, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in result["source"][1:]:
             kind = row["cache"].partition("-")[0]
             label = f"unconverted, {kind}" + (f", first {row['sinks']} tokens in 16 bits" if row["sinks"] else "")
-            lines.setdefault(label, []).append((row["percent"], row["excess"][text]))
+            lines.setdefault(label, []).append((row["percent"], max(row["excess"][text], SMALLEST)))
         for label, points in lines.items():
             colour, marker = styles[label.split(", ")[1]]
             style = ":" if "first" in label else "--"
@@ -201,10 +228,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         ours: dict[str, list[tuple[float, float]]] = {}
         for row in result["ours"]:
             label = f"{row['series']}" + ("" if row["cache"] in ("16bit", "codes") else f", {row['cache']}")
-            ours.setdefault(label, []).append((row["percent"], row["excess"][text]))
+            ours.setdefault(label, []).append((row["percent"], max(row["excess"][text], SMALLEST)))
         for colour, (label, points) in zip(COLOURS * 2, ours.items(), strict=False):
             axes.plot(*zip(*sorted(points), strict=True), "-", marker="o", color=colour, label=label)
-        axes.set(title=text, xlabel="cache, % of the source's bytes", xscale="log", ylim=(-0.03, 1.0))
+        axes.set(
+            title=text, xlabel="cache, % of the source's bytes", xscale="log", yscale="log", ylim=(SMALLEST / 1.3, 2)
+        )
         axes.set_xticks([6, 12, 25, 50, 100], ["6", "12", "25", "50", "100"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -235,14 +264,14 @@ def main() -> None:
 
     import optimum_mla  # noqa: F401
 
-    known, measured = earlier(arguments.output, config, "conversions")
+    known, measured = earlier(arguments.output, config, "conversions", also=["source_caches"])
     tokenizer = AutoTokenizer.from_pretrained(ROOT / config["model"])
     model = AutoModelForCausalLM.from_pretrained(ROOT / config["model"], dtype="float32").eval()
     windows = windows_of(config, model, tokenizer, arguments.encyclopedia)
     tokens = {name: ids.numel() for name, ids in windows.items()}
     if known.get("tokens") != tokens:
         known = {}
-    source = known.get("source") or source_rows(config, model, windows)
+    source = source_rows(config, model, tokenizer, windows, known.get("source", []))
     del model
     names = {line["name"] for line in measured}
     ours: list[dict[str, Any]] = [row for row in known.get("ours", []) if row["name"] in names]

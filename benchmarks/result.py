@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,24 @@ def commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
-def earlier(path: Path, config: dict[str, Any], lines: str) -> tuple[dict[str, Any], list[Any]]:
+def earlier(
+    path: Path, config: dict[str, Any], lines: str, also: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[Any]]:
     """Return what an earlier run has measured, and those lines of the config of which it holds.
 
-    Both are empty if anything but these lines has changed in the config.
+    Both are empty if anything but these lists has changed in the config.
 
     Args:
         path: The result of the earlier run, which need not exist.
         config: The config of this run.
         lines: Name of the config's list of things that are measured one after the other.
+        also: Names of other such lists, whose measurements the caller compares.
     """
     if not path.is_file():
         return {}, []
     found = json.loads(path.read_text(encoding="utf-8"))
-    if {**found["config"], lines: None} != {**config, lines: None}:
+    lists = dict.fromkeys([lines, *also])
+    if {**found["config"], **lists} != {**config, **lists}:
         return {}, []
     return found, [line for line in config[lines] if line in found["config"][lines]]
 
