@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +127,15 @@ def source_rows(
     for row in rows:
         if "perplexity" in row:
             continue
-        make = None
+        make: Callable[[], Any] | None = None
         if row["cache"].startswith("components"):
             if components is None:
                 common = config["common"]
                 ids = built_in_windows(tokenizer, common["calibration-length"], common["calibration-samples"])
                 components = PrincipalCodes(model, ids)
-            make = lambda row=row, made=components: made.cache(row["percent"] / 100, row["sinks"])  # noqa: E731
+            make = partial(components.cache, row["percent"] / 100, row["sinks"])
         elif row["cache"] != "16bit":
-            make = lambda row=row: coded_cache(model.config, row["cache"], row["sinks"])  # noqa: E731
+            make = partial(coded_cache, model.config, row["cache"], row["sinks"])
         row["perplexity"] = {name: one_pass_perplexity(model, ids, make) for name, ids in windows.items()}
         print(row, flush=True)
     return rows
