@@ -5,7 +5,7 @@
 The models have random weights, which take the same work as trained ones, and are written one layer at a time into a
 folder for temporary files (a 7B-shaped layer takes 0.4 GB, the whole is deleted at the end). Every conversion runs in a
 process of its own, whose peak memory is measured. Numbers of layers that an earlier run has measured with the same
-config are kept.
+config are kept. For other shapes it is computed what `mla-inspect` would say of a conversion with default options.
 """
 
 from __future__ import annotations
@@ -109,6 +109,25 @@ def run(config: dict[str, Any], layers: int) -> dict[str, Any]:
     return {"layers": layers, "weight_bytes": weight_bytes, **found}
 
 
+def expectation(shape: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the size of a model and the time and memory that a conversion of it is predicted to take.
+
+    Args:
+        shape: Arguments of its `LlamaConfig`.
+        dtype: Dtype of its weights.
+    """
+    from optimum_mla.models.layers import model_geometry
+    from optimum_mla.models.registry import family_of
+    from optimum_mla.pipeline.inspecting import prediction
+
+    config = LlamaConfig(**shape, dtype=dtype)
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+    bytes_ = numbers * getattr(torch, dtype).itemsize
+    found = prediction(config, model_geometry(family_of(config).spec, config), bytes_)
+    return {"weight_bytes": bytes_, **{name: found[f"conversion_{name}"] for name in ("seconds", "memory_bytes")}}
+
+
 def main() -> None:
     """Convert a model for each number of layers, and write the result after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -122,13 +141,15 @@ def main() -> None:
         print(json.dumps(convert_one(folder, json.loads(text))))
         return
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
-    known, measured = earlier(arguments.output, config, "layers")
+    known, measured = earlier(arguments.output, config, "layers", also=["computed"])
+    computed = {name: expectation(shape, config["dtype"]) for name, shape in config["computed"].items()}
     runs: list[dict[str, Any]] = [one for one in known.get("runs", []) if one["layers"] in measured]
     for layers in arguments.layers or config["layers"]:
         if all(one["layers"] != layers for one in runs):
             runs.append(run(config, layers))
             print(json.dumps(runs[-1]), flush=True)
-        save_result(arguments.output, config, runs=sorted(runs, key=lambda one: int(one["layers"])))
+        runs = sorted(runs, key=lambda one: int(one["layers"]))
+        save_result(arguments.output, config, runs=runs, computed=computed)
 
 
 if __name__ == "__main__":

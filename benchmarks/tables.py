@@ -212,6 +212,39 @@ def real_recovery() -> str:
     return table(header, rows)
 
 
+def large() -> str:
+    """Return the time and memory of conversions of models with layers of Llama-2-7B's shape."""
+    found = result("large")
+    rows = []
+    for run in found["runs"]:
+        stages = {stage["name"]: stage["seconds"] for stage in run["stages"]}
+        rows.append(
+            (
+                str(run["layers"]),
+                f"{run['weight_bytes'] / 1e9:.1f}",
+                f"{stages['convert'] / run['layers']:.0f}",
+                f"{run['seconds'] / 60:.0f}",
+                f"{run['peak_memory_bytes'] / 1e9:.1f}",
+            )
+        )
+    header = ("layers", "weights, GB", "conversion, seconds a layer", "all in all, minutes", "peak memory, GB")
+    asked = found["config"]
+    text = prose(
+        f"{asked['windows']} windows of {asked['window_tokens']} tokens, an eighth of the bytes in codes, no refits; "
+        f"{found['machine']}, with other work on it (`make bench-large`)."
+    )
+    return f"{table(header, rows)}\n\n{text}"
+
+
+def large_computed() -> str:
+    """Return what is predicted for conversions of other models with default options."""
+    rows = [
+        (name, f"{one['weight_bytes'] / 1e9:.0f}", f"{one['seconds'] / 3600:.1f}", f"{one['memory_bytes'] / 1e9:.0f}")
+        for name, one in result("large")["computed"].items()
+    ]
+    return table(("model of Llama's shapes", "weights, GB", "hours", "memory, GB"), rows)
+
+
 def recovery_runs() -> dict[tuple[str, str], dict[str, Any]]:
     """Return the runs of the recovery experiment by conversion and label."""
     return {(run["conversion"], run["label"]): run for run in result("recovery")["runs"]}
@@ -503,6 +536,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         real_depths,
         real_speed,
         real_recovery,
+        large,
+        large_computed,
     )
 }
 """The functions that render blocks, by the names that pages use."""
