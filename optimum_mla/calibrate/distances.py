@@ -29,8 +29,7 @@ def distances(layer: LayerStates, heads: HeadStates, weights: Tensor, row: Tenso
         first: Number of first keys that no error is expected in, such as those of exempt tokens.
 
     Returns:
-        The sums over all queries and keys by distance, [H, L], and the part of their total that lies on the other
-        keys, [H].
+        The sums by distance without the first keys, [H, L], and the sum over all distances with them, [H].
     """
     length, device = weights.shape[-1], weights.device
     queries = torch.arange(QUERY_STEP - 1, length, QUERY_STEP, device=device)
