@@ -51,7 +51,58 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "qwen3 with biases": ("Qwen3", {"attention_bias": True}),
 }
-"""Name -> class prefix and what its config changes."""
+"""Name -> class prefix and what its config changes. Every method and mode is tested on these."""
+
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MULTIPLIERS = {
+    "attention_multiplier": 0.5,
+    "residual_multiplier": 0.22,
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 0.125,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5],
+    "original_max_position_embeddings": 64,
+    "factor": 2.0,
+}
+FURTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "arcee": ("Arcee", {"attention_bias": True}),
+    "cohere": ("Cohere", {"logit_scale": 0.5}),
+    "gemma": ("Gemma", {}),
+    "gemma2": (
+        "Gemma2",
+        {**WINDOWS, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3_text": ("Gemma3Text", {**WINDOWS, "query_pre_attn_scalar": 64}),
+    "glm4": ("Glm4", {"attention_bias": True}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": 4}),
+    "gpt_neox, one part after the other": ("GPTNeoX", {"num_key_value_heads": 4, "use_parallel_residual": False}),
+    "granite": ("Granite", MULTIPLIERS),
+    "granitemoe": ("GraniteMoe", {**MULTIPLIERS, "num_local_experts": 4}),
+    "helium": ("Helium", {}),
+    "ministral": ("Ministral", WINDOWS),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", WINDOWS),
+    "phi3": ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+    "phi3 with longrope": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 16}),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS),
+    "seed_oss": ("SeedOss", {"attention_out_bias": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm, parts beside each other": ("StableLm", {"use_parallel_residual": True}),
+    "starcoder2": ("Starcoder2", {"sliding_window": None}),
+}
+"""Further families, on which `tests/families/test_matrix.py` runs the methods and forms."""
 
 METHODS: dict[str, Callable[[Tensor], MLATransformation]] = {
     "gqa2mla full rank": lambda ids: GQA2MLA(),
@@ -76,12 +127,13 @@ METHODS: dict[str, Callable[[Tensor], MLATransformation]] = {
 
 def source_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A source model with random weights in which nothing is zero or one: biases and gains are random too."""
-    prefix, own = FAMILIES[family]
+    prefix, own = (FAMILIES | FURTHER_FAMILIES)[family]
     config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **own, "dtype": dtype, **changes})
+    causal_lm = f"{prefix.removesuffix('Text')}ForCausalLM"
     # The same weights at every call, without a trace in the caller's random numbers.
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
-        model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+        model = getattr(transformers, causal_lm)(config).eval()
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.to(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optimum_mla.calibrate.moments import LayerMoments
-from optimum_mla.families.spec import SourceAttention
+from optimum_mla.families.project import SourceAttention
 from optimum_mla.ops.rope_mix import RopeMix, as_pairs, query_aware_mix
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 

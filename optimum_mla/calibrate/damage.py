@@ -36,8 +36,7 @@ def rotary_damage(layer: LayerStates, mix: RopeMix) -> Tensor:
     first, second = torch.triu_indices(4, 4, device=walk.device)
     twice = torch.where(first == second, 1.0, 2.0).double()
     scaling = layer.source.attention_scaling
-    cos, sin = (table[..., :pairs].unsqueeze(1).double() for table in walk.position_embeddings)
-    turns = torch.complex(cos, sin)[0, 0]  # [L, D/2]
+    turns = torch.complex(*(part[0].double() for part in layer.turns))  # [L, D/2]
     for window in windows:
         heads = layer.heads(walk.converted[window, None])
         weights = layer.weights(heads.query, heads.key)

@@ -14,8 +14,8 @@ from optimum_mla.ops.ridge import Healing, Regression, heal
 def refit_output(layer: LayerStates, attention: nn.Module) -> Healing:
     """Refit `attention.o_proj` by ridge regression, so that the hidden states after it come close to the source's.
 
-    The target of the regression is the source's hidden state after the attention minus the converted model's hidden
-    state before it. The fit sees the fitted windows, and the ridge is chosen on windows that are held back. The
+    The target of the regression is `CalibrationWalk.wanted`: the output with which the hidden state after the attention
+    would be the source's. The fit sees the fitted windows, and the ridge is chosen on windows that are held back. The
     module is not changed.
 
     Args:
@@ -38,9 +38,8 @@ def _regression(layer: LayerStates, attention: nn.Module, bias: Tensor | None, b
     total: Regression | None = None
     try:
         for windows in batches:
-            state = walk.converted[windows]
-            list(walk.outputs(attention, state))
-            wanted = walk.middle[windows] - state if bias is None else walk.middle[windows] - state - bias
+            list(walk.outputs(attention, walk.converted[windows]))
+            wanted = walk.wanted(windows) if bias is None else walk.wanted(windows) - bias
             root = layer.row_weights[windows].sqrt().flatten()[:, None].double()
             context = torch.cat(contexts).flatten(0, 1).double() * root
             contexts.clear()

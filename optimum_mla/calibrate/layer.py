@@ -14,7 +14,7 @@ from optimum_mla.calibrate.healing import refit_output
 from optimum_mla.calibrate.moments import FIRST_TOKENS, LayerMoments, contribution, gather_moments
 from optimum_mla.calibrate.states import LayerStates
 from optimum_mla.calibrate.walk import CalibrationWalk
-from optimum_mla.families.spec import SourceAttention
+from optimum_mla.families.project import SourceAttention
 from optimum_mla.ops.ridge import Healing
 from optimum_mla.ops.rope_mix import RopeMix
 
@@ -69,7 +69,7 @@ class LayerCalibration(Calibration):
         for windows in walk.deciding_batches():
             states, weights = walk.converted[windows], self._states.row_weights[windows]
             (output,) = walk.outputs(attention, states)
-            squares = (output - (walk.middle[windows] - states)).double().square().mean(-1) * weights
+            squares = (output - walk.wanted(windows)).double().square().mean(-1) * weights
             total, tokens = total + float(squares.sum()), tokens + squares.numel()
         return math.sqrt(total / tokens) if math.isfinite(total) else math.inf
 

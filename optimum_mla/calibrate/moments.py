@@ -70,8 +70,7 @@ def gather_moments(layer: LayerStates) -> LayerMoments:
         count += row.numel()
     mean = mean / total
     queries = queries / count
-    half, scaling = g.head_dim // 2, layer.source.attention_scaling
-    cos, sin = (table[0, :, :half].double() / scaling for table in walk.position_embeddings)
+    cos, sin = (part[0].double() / layer.source.attention_scaling for part in layer.turns)
     kept = apart.sum(1, keepdim=True)
     nearest = torch.nn.functional.one_hot(torch.zeros(1, dtype=torch.long, device=device), apart.shape[1]).double()
     share = torch.where(kept > 0, apart / kept, nearest)  # what reads first tokens only reads no other distance

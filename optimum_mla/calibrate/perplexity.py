@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +28,12 @@ def stream_perplexities(walk: CalibrationWalk, windows: Tensor | None = None) ->
     """
     ids = walk.windows if windows is None else walk.windows[windows]
     norm, head = walk.model.final_norm().to(walk.dtype), walk.model.head()
+    logits = partial(walk.model.family.spec.logits, walk.model.config)
     found = []
     for states in (walk.source, walk.converted):
         chosen = states if windows is None else states[windows]
         total = sum(
-            _loss(norm(part[:, :-1]).flatten(0, 1), head, of.to(walk.device)[:, 1:].flatten())
+            _loss(norm(part[:, :-1]).flatten(0, 1), head, of.to(walk.device)[:, 1:].flatten(), logits)
             for part, of in zip(walk.batches(chosen), walk.batches(ids), strict=True)
         )
         mean = total / ids[:, 1:].numel()
@@ -38,20 +41,21 @@ def stream_perplexities(walk: CalibrationWalk, windows: Tensor | None = None) ->
     return found[0], found[1]
 
 
-def _loss(states: Tensor, head: nn.Module, targets: Tensor) -> float:
+def _loss(states: Tensor, head: nn.Module, targets: Tensor, logits: Callable[[Tensor], Tensor]) -> float:
     """Return the sum of the negative log-likelihoods of targets [T] behind states [T, d].
 
-    The head is cast to the dtype of the states a part at a time.
+    The head is cast to the dtype of the states a part at a time, and `logits` makes the logits of what it returns.
     """
     weight, bias = head.get_parameter("weight"), dict(head.named_parameters()).get("bias")
     wanted = (states * weight[targets].to(states.dtype)).sum(-1)
     if bias is not None:
         wanted = wanted + bias[targets].to(states.dtype)
+    wanted = logits(wanted)
     total = torch.full_like(wanted, -math.inf)
     for start in range(0, len(weight), VOCABULARY_ROWS):
         rows = slice(start, start + VOCABULARY_ROWS)
-        logits = nn.functional.linear(
+        headed = nn.functional.linear(
             states, weight[rows].to(states.dtype), None if bias is None else bias[rows].to(states.dtype)
         )
-        total = torch.logaddexp(total, logits.logsumexp(-1))
+        total = torch.logaddexp(total, logits(headed).logsumexp(-1))
     return float((total - wanted).double().sum())

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from optimum_mla.calibrate.walk import CalibrationWalk
-from optimum_mla.families.spec import SourceAttention
+from optimum_mla.families.project import SourceAttention
+from optimum_mla.ops.blockwise import capped
 from optimum_mla.ops.rotary import Rotation, rotate
 
 
@@ -54,30 +55,22 @@ class LayerStates:
 
     def heads(self, states: Tensor) -> HeadStates:
         """Return the heads on hidden states before the layer, [B, L, d]."""
-        spec, attention = self.source.spec, self.walk.attention
-        x = self.walk.input_norm(states)
-        query, key, value = (
-            attention.get_submodule(name)(x).unflatten(-1, (-1, self.geometry.head_dim)).transpose(1, 2)
-            for name in (spec.query, spec.key, spec.value)
-        )
-        factor = torch.ones_like(key[..., 0])
-        if spec.query_norm is not None:
-            query = attention.get_submodule(spec.query_norm)(query)
-        if spec.key_norm is not None:
-            norm = attention.get_submodule(spec.key_norm)
-            factor = torch.rsqrt(key.square().mean(-1) + norm.variance_epsilon)  # type: ignore[operator]
-            key = norm(key)
-        return HeadStates(x, query, key, value, factor)
+        normed = self.walk.input_norm(states)
+        return HeadStates(normed, *self.source.project(normed))
+
+    @property
+    def turns(self) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of all pairs at the positions of a window, [1, L, D/2] each."""
+        return self.source.pairs.turns(self.walk.position_embeddings)
 
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the attention weights, [B, H, L, L], of queries [B, H, L, D] and keys [B, G, L, D]."""
-        half = self.geometry.head_dim // 2
-        cos, sin = (table[..., :half].unsqueeze(1) for table in self.walk.position_embeddings)
-        rotation = Rotation(cos, sin)
+        rotation = Rotation(*(part.unsqueeze(1) for part in self.turns))
         query, key = rotate(query, rotation), rotate(key, rotation)
         share = query.shape[1] // key.shape[1]
         # The attention factor of the rotary embedding is already part of cos and sin.
         logits = query @ key.repeat_interleave(share, dim=1).mT * self.geometry.head_dim**-0.5
+        logits = capped(logits, self.geometry.logit_cap)
         return logits.masked_fill(~self.walk.mask, float("-inf")).softmax(dim=-1)
 
     @cached_property

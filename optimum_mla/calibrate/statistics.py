@@ -12,7 +12,7 @@ from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.moments import LayerMoments
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.core.errors import CalibrationDataError
-from optimum_mla.families.spec import SourceAttention
+from optimum_mla.families.project import SourceAttention
 from optimum_mla.ops.rope_mix import RopeMix, identity_mix
 
 

@@ -23,7 +23,7 @@ from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.calibrate.windows import check_tokens
 from optimum_mla.core.errors import CalibrationDataError, first_line
 from optimum_mla.core.progress import progress
-from optimum_mla.families.spec import SourceAttention
+from optimum_mla.families.project import SourceAttention
 from optimum_mla.io.shards import read_shard, sha256, write_shard
 from optimum_mla.models.layer_source import LayerSource
 

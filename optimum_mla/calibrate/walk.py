@@ -2,7 +2,9 @@
 
 At each layer, conversions measure on these states (`optimum_mla.calibrate.layer`). The only activations that the walk
 keeps are hidden states of its tokens, [N, L, d] in float32: those before and behind the layer and behind its attention
-in the source, and those before the layer in the converted model. So its memory does not grow with the number of layers.
+in the source, and those before the layer in the converted model. Where the state behind the attention is not the one
+before it plus a multiple of the attention's output, it also keeps this output. So its memory does not grow with the
+number of layers.
 One layer at a time is copied to float32, or to float64 if the model is in float64. N is the number of windows and L the
 number of tokens in each.
 """
@@ -10,6 +12,7 @@ number of tokens in each.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from optimum_mla.families.spec import sliding_window
 from optimum_mla.models.layer_source import LayerSource, for_walking
 from optimum_mla.stack import bare_copy
 
+BRANCH_TOLERANCE = 1e-4
+"""The largest relative difference between what a layer adds behind its attention and a multiple of its output."""
 TOKENS_PER_BATCH = 4096
 """Number of tokens that go through a layer in one batch."""
 
@@ -38,16 +43,15 @@ class CalibrationWalk:
         middle: The source's states behind the layer's attention, [N, L, d].
         converted: The converted model's states before the layer, [N, L, d].
         mask: Whether a token attends to another, [1, 1, L, L] boolean.
-        position_embeddings: cos and sin of the rotary embedding, [1, L, D] each.
+        position_embeddings: cos and sin of the rotary embedding as the layer gets them, [1, L, W] each.
     """
 
     def __init__(self, model: LayerSource, windows: Tensor) -> None:
         self.model, self.windows, self.device = model, windows, model.device
         self.dtype = torch.promote_types(model.dtype, torch.float32)
-        self.source = model.embedding(windows.to(self.device)).to(self.dtype)
+        self.source = model.embed(windows.to(self.device)).to(self.dtype)
         self.converted = self.middle = self._leaving = self.source
         self.position_ids = torch.arange(windows.shape[1], device=self.device)[None]
-        self.position_embeddings = model.rotary(self.source[:1], self.position_ids)
         self._enter(0)
 
     def _enter(self, layer: int) -> None:
@@ -55,16 +59,25 @@ class CalibrationWalk:
         self.layer = layer
         if layer == self.model.num_layers:
             return
-        window = sliding_window(self.model.config, layer)
+        window, spec = sliding_window(self.model.config, layer), self.model.family.spec
         self.windowed, self.mask = window is not None, self._mask(window)
+        self.position_embeddings = self.model.table(layer, self.source[:1], self.position_ids)
         middles: list[Tensor] = []
-        norm = self.part(self.model.family.spec.mlp_norm)
-        hook = norm.register_forward_pre_hook(lambda _, args: middles.append(args[0]))
-        try:
+        outputs: list[Tensor] = []
+        with ExitStack() as stack:
+            output = self.attention.register_forward_hook(lambda _, args, given: outputs.append(given[0]))
+            stack.callback(output.remove)
+            behind = None if spec.behind_attention is None else getattr(self.decoder_layer, spec.behind_attention, None)
+            if behind is not None:
+                hook = behind.register_forward_pre_hook(lambda _, args: middles.append(args[0]))
+                stack.callback(hook.remove)
             self._leaving = self._through(self.decoder_layer, self.source)
-        finally:
-            hook.remove()
-        self.middle = torch.cat(middles)
+        attended = torch.cat(outputs)
+        # Where the feed-forward part runs beside the attention, its norm gets the state before both, or there is none.
+        beside = not middles or torch.equal(middles[0], self.source[: len(middles[0])])
+        self.middle = self.source + attended if beside else torch.cat(middles)
+        branch = _branch(self.middle[:1] - self.source[:1], attended[:1])
+        self._branch, self._attended = branch or 1.0, attended if branch is None else None
 
     def _mask(self, window: int | None) -> Tensor:
         """Return a mask that is True where a token attends to another, [1, 1, L, L].
@@ -97,10 +110,23 @@ class CalibrationWalk:
         """Return the source's attention in the layer before which the walk stands."""
         return self.part(self.model.family.spec.attention)
 
-    @property
-    def input_norm(self) -> nn.Module:
-        """Return the norm before that attention."""
-        return self.part(self.model.family.spec.input_norm)
+    def input_norm(self, states: Tensor) -> Tensor:
+        """Return the inputs of that attention for states before the layer: behind the norm, if there is one."""
+        name = self.model.family.spec.input_norm
+        return states if name is None else self.part(name)(states)
+
+    def wanted(self, windows: Tensor) -> Tensor:
+        """Return the output that a converted attention should give on some windows, [B, L, d].
+
+        With it the hidden state behind the attention would be that of the source. Where the attention's output is
+        normed before it is added, no output does this exactly, and that of the source is wanted.
+
+        Args:
+            windows: Indices of the windows.
+        """
+        if self._attended is not None:
+            return self._attended[windows]
+        return (self.middle[windows] - self.converted[windows]) / self._branch
 
     def batches(self, states: Tensor) -> tuple[Tensor, ...]:
         """Return states [N, L, ...] split along N into batches of at most `TOKENS_PER_BATCH` tokens, or one window."""
@@ -120,19 +146,34 @@ class CalibrationWalk:
 
     @property
     def row_weights(self) -> Tensor:
-        """Return one over the mean square of the source's state after the attention at each token, [N, L].
+        """Return the weight of each token's squared error in the attention's output, [N, L].
 
-        Every squared error is multiplied by it. The norms of later layers divide by the same size, and otherwise a few
-        tokens with huge hidden states would dominate every measurement.
+        It is one over the mean square of the source's state after the attention, which makes it that of an error in
+        this state. The norms of later layers divide by the same size, and otherwise a few tokens with huge hidden
+        states would dominate every measurement. Where the output is multiplied or normed before it is added, the error
+        grows with it.
         """
-        return self.middle.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+        tiny = torch.finfo(torch.float32).tiny
+        weights = self.middle.square().mean(-1).clamp_min(tiny).reciprocal()
+        if self._attended is None:
+            return weights * self._branch**2
+        added = (self.middle - self.source).square().mean(-1)
+        return weights * added / self._attended.square().mean(-1).clamp_min(tiny)
+
+    @property
+    def _given_mask(self) -> Tensor | None:
+        """Return the mask in the form that the layer's attention takes."""
+        if self.model.implementation == "eager":
+            lowest = torch.finfo(self.dtype).min
+            return torch.zeros(self.mask.shape, dtype=self.dtype, device=self.device).masked_fill(~self.mask, lowest)
+        # Without a mask the attention is causal, which is all that full attention needs and is faster.
+        return self.mask if self.windowed else None
 
     @property
     def _keywords(self) -> dict[str, Any]:
         return {
             "position_embeddings": self.position_embeddings,
-            # Without a mask the attention is causal, which is all that full attention needs and is faster.
-            "attention_mask": self.mask if self.windowed else None,
+            "attention_mask": self._given_mask,
             "position_ids": self.position_ids,
         }
 
@@ -153,10 +194,13 @@ class CalibrationWalk:
             layer = self.decoder_layer
             if attention is not None:
                 layer = bare_copy(layer)
-                layer.set_submodule(self.model.family.spec.attention, for_walking(bare_copy(attention)).to(self.dtype))
+                layer.set_submodule(self.model.family.spec.attention, self._walking(attention))
             self.converted = self._through(layer, self.converted)
         self.source = self._leaving
         self._enter(self.layer + 1)
+
+    def _walking(self, attention: nn.Module) -> nn.Module:
+        return for_walking(bare_copy(attention), self.model.implementation).to(self.dtype)
 
     def _through(self, layer: nn.Module, states: Tensor) -> Tensor:
         """Return the states behind a decoder layer."""
@@ -165,3 +209,14 @@ class CalibrationWalk:
             output = layer(batch, **self._keywords)
             left.append(output[0] if isinstance(output, tuple) else output)
         return torch.cat(left)
+
+
+def _branch(added: Tensor, attended: Tensor) -> float | None:
+    """Return the factor by which an attention's output is added to the hidden state, or None if it is not so added."""
+    energy = float(attended.double().square().sum())
+    if not energy:
+        return 1.0
+    factor = float((added.double() * attended).sum()) / energy
+    rounded = round(factor, 6)  # The factor of most families is exactly 1.
+    rest = float((added - rounded * attended).double().square().sum()) ** 0.5
+    return rounded if rounded and rest <= BRANCH_TOLERANCE * abs(rounded) * energy**0.5 else None

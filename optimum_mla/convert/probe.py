@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_mla.core.errors import VerificationError
-from optimum_mla.families.spec import SourceAttention
+from optimum_mla.families.project import SourceAttention
 from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.decoupled import LATENT_NORM_EPS
 from optimum_mla.nn.reference import reference_attention
@@ -25,7 +25,7 @@ ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch
 
 
 def probe_errors(
-    source: SourceAttention, attention: LatentAttention, tensors: dict[str, Tensor]
+    source: SourceAttention, attention: LatentAttention, tensors: dict[str, Tensor], implementation: str
 ) -> tuple[float, float]:
     """Return the measured and the predicted relative error of a converted layer's output.
 
@@ -38,35 +38,41 @@ def probe_errors(
         source: The attention that was converted.
         attention: The module that takes its place.
         tensors: The layer's tensors before they were cast, by their names in the module.
+        implementation: The attention implementation to run, see `LayerSource.implementation`.
     """
     # Weights of a model in float64 may be out of the range of float32.
     gain = source.input_gain.to(torch.promote_types(attention.o_proj.weight.dtype, torch.float32))
     generator = torch.Generator().manual_seed(PROBE_SEED)
     states = torch.randn(1, PROBE_TOKENS, len(gain), generator=generator).to(gain) * gain
-    table = rotary_table(attention.rotary, states, torch.arange(PROBE_TOKENS, device=gain.device)[None])
-    before = _output(source.module, states, table)
+    positions = torch.arange(PROBE_TOKENS, device=gain.device)[None]
+    table = rotary_table(attention.rotary, states, positions, attention.rotary_keywords)
+    before = _output(source.module, states, table, implementation)
     size = before.norm()
     predicted = reference_attention(
-        attention.geometry, tensors, states, table, float(attention.config.rms_norm_eps), LATENT_NORM_EPS
+        attention.geometry, tensors, states, source.pairs.turns(table), source.eps, LATENT_NORM_EPS
     )
     errors = [
         (after - before).norm() / (size if size > 0 else 1.0)
-        for after in (_output(attention, states, table), predicted)
+        for after in (_output(attention, states, table, implementation), predicted)
     ]
     return float(errors[0]), float(errors[1])
 
 
-def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor], implementation: str) -> Tensor:
     """Return an attention's output in float64, computed in the dtype of the states without dropout or window."""
     shared = [getattr(module, name) for name in ("config", "rotary") if hasattr(module, name)]
     clone: Any = copy.deepcopy(module, {id(part): part for part in shared}).to(states.dtype).eval()
     clone.config = copy.copy(clone.config)
-    clone.config._attn_implementation = "sdpa"  # causal by itself where it gets no mask
+    clone.config._attn_implementation = implementation
     clone.sliding_window = None
     if isinstance(module, LatentAttention):
         # Gaussian states lie outside of the range that codes were fitted to, so latents are not rounded here.
         clone.geometry = replace(module.geometry, channel_bits=())
-    return clone(states, position_embeddings=table, attention_mask=None)[0].double()
+    mask = None  # With `sdpa` that is a causal one.
+    if implementation == "eager":
+        size, lowest = states.shape[1], torch.finfo(states.dtype).min
+        mask = torch.full((1, 1, size, size), lowest, dtype=states.dtype, device=states.device).triu(1)
+    return clone(states, position_embeddings=table, attention_mask=mask)[0].double()
 
 
 def check_errors(layer: int, measured: float, predicted: float, dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ from optimum_mla.core.errors import CorruptWeightsError, UnsupportedModelError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.layers import parse_layers
 from optimum_mla.core.progress import progress
-from optimum_mla.families.spec import SourceAttention
+from optimum_mla.families.project import SourceAttention
 from optimum_mla.families.verify import verify_family
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.shared_rope import SharedRope
@@ -258,7 +258,7 @@ class Run:
                     tensors["o_proj.weight"] = healing.weight
         cast = balanced(self._cast(source, tensors), geometry)
         attention = load_attention(self.family, self.config, layer, cast, self.source.rotary, geometry).eval()
-        measured, predicted = probe_errors(source, attention, tensors)
+        measured, predicted = probe_errors(source, attention, tensors, self.source.implementation)
         check_errors(layer, measured, predicted, attention.o_proj.weight.dtype)
         result = LayerResult(geometry, measured, predicted, state_error, healed_error)
         return attention.train(self.source.model.training), result

@@ -70,7 +70,7 @@ class LayerSearch:
         else:
             source = self.model
             made = load_attention(source.family, source.config, self.layer, cast, source.rotary, geometry)
-            self._modules[geometry] = for_walking(made)
+            self._modules[geometry] = for_walking(made, source.implementation)
         return self._modules[geometry]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,10 @@ from torch.fx import GraphModule, Tracer
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from optimum_mla.families.spec import layer_type
 from optimum_mla.families.verify import verify_family
 from optimum_mla.models import family_of
+from optimum_mla.stack import by_layer_type
 
 
 class PositionIds(nn.Module):
@@ -46,34 +48,40 @@ class _Decoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         spec, config = family_of(model.config).spec, model.config
-        self.base_name = spec.base
+        self.spec, self.config = spec, config
         self.add_module(spec.base, model.get_submodule(spec.base))
-        self.lm_head = model.get_output_embeddings()
-        layer_types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-        self.mask_names = [f"mask_{layer_type or 'causal'}" for layer_type in layer_types]
+        self.add_module(spec.head, model.get_output_embeddings())
+        self.layer_types = [layer_type(config, layer) for layer in range(config.num_hidden_layers)]
         self.positions = PositionIds()
-        for name, layer_type in zip(self.mask_names, layer_types, strict=True):
-            self.add_module(name, CausalMask(config, layer_type))
+        for kind in dict.fromkeys(self.layer_types):
+            self.add_module(f"mask_{kind or 'causal'}", CausalMask(config, kind))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        base: Any = self.get_submodule(self.base_name)
-        hidden_states = base.embed_tokens(input_ids)
+        spec, base = self.spec, self.get_submodule(self.spec.base)
+        rotary: Any = base.get_submodule(spec.rotary)
+        layers: Any = base.get_submodule(spec.layers)
+        hidden_states = spec.embedded(self.config, base.get_submodule(spec.embedding)(input_ids))
         position_ids = self.positions(hidden_states, position_ids)
-        masks = {
-            name: self.get_submodule(name)(hidden_states, attention_mask, position_ids)
-            for name in dict.fromkeys(self.mask_names)
-        }
-        position_embeddings = base.rotary_emb(hidden_states, position_ids)
-        for layer, mask_name in zip(base.layers, self.mask_names, strict=True):
+        masks: dict[str | None, Any] = {}
+        tables: dict[str | None, Any] = {}
+        for kind in dict.fromkeys(self.layer_types):
+            mask = self.get_submodule(f"mask_{kind or 'causal'}")
+            masks[kind] = mask(hidden_states, attention_mask, position_ids)
+        by_type = {kind: by_layer_type(rotary, kind) for kind in self.layer_types}
+        for kind, keywords in by_type.items():
+            if keywords or not tables:
+                tables[kind] = rotary(hidden_states, position_ids, **keywords)
+        for layer, kind in zip(layers, self.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[mask_name],
+                attention_mask=masks[kind],
                 position_ids=position_ids,
-                position_embeddings=position_embeddings,
+                position_embeddings=tables[kind] if by_type[kind] else next(iter(tables.values())),
             )
-        return cast(nn.Module, self.lm_head)(base.norm(hidden_states))
+        normed = base.get_submodule(spec.norm)(hidden_states)
+        return spec.logits(self.config, self.get_submodule(spec.head)(normed))
 
 
 class _DecoderTracer(Tracer):

@@ -40,7 +40,9 @@ class MLAGeometry:
       `r_k + r_v` numbers per token, or one joint latent of rank r if `kv_lora_rank` is set.
 
     With `key_norm` (an RMSNorm on each key head, as in Qwen3) a decoupled layer also caches one number per key head and
-    token, the inverse root mean square of that key, because the norm cannot be folded into weights. With `latent_bias`
+    token, the inverse root mean square of that key, because the norm cannot be folded into weights. With `joint_norms`
+    (a norm over all heads, as in OLMo 2) it is one number per token. With `logit_cap` c, scaled logits x become
+    c·tanh(x / c), as in Gemma 2. With `latent_bias`
     the projections that read the latent have biases even if the source's keys and values have none. These biases hold
     the mean of keys and values, which would otherwise need rank.
 
@@ -70,6 +72,8 @@ class MLAGeometry:
     sink_tokens: int = 0
     code_limit: float = CODE_LIMIT
     key_norm: bool = False
+    joint_norms: bool = False
+    logit_cap: float | None = None
     query_bias: bool = False
     key_value_bias: bool = False
     output_bias: bool = False
@@ -83,13 +87,13 @@ class MLAGeometry:
             )
 
     @classmethod
-    def from_config(cls, config: Any, **features: bool) -> MLAGeometry:
+    def from_config(cls, config: Any, **features: Any) -> MLAGeometry:
         """Return the shape that a config describes.
 
         Args:
             config: The config of a source model, or of one layer of a converted model. If the layer keeps the source's
                 attention, latent fields that the config holds for other layers are ignored.
-            features: Fields that the config does not hold: biases and norms.
+            features: Fields that the config does not hold under these names: biases, norms and the cap of the logits.
         """
         heads = config.num_attention_heads
         known: dict[str, Any] = {
@@ -125,8 +129,13 @@ class MLAGeometry:
 
     @property
     def scale_numbers(self) -> int:
-        """Numbers that a decoupled layer caches per token for its key norms, one per key head."""
-        return self.num_key_value_heads if self.key_norm and self.attention_form == "decoupled" else 0
+        """Numbers that a decoupled layer caches per token for its key norms, one per key head or one for all."""
+        return self.key_factors if self.key_norm and self.attention_form == "decoupled" else 0
+
+    @property
+    def key_factors(self) -> int:
+        """Number of factors by which a key norm multiplies the keys of a token."""
+        return 1 if self.joint_norms else self.num_key_value_heads
 
     @property
     def rope_numbers(self) -> int:
@@ -159,7 +168,8 @@ class MLAGeometry:
         query, key_value = self.num_attention_heads * self.head_dim, 2 * self.num_key_value_heads * self.head_dim
         weights = self.hidden_size * (2 * query + key_value)
         biases = self.query_bias * query + self.key_value_bias * key_value + self.output_bias * self.hidden_size
-        return weights + biases + self.key_norm * 2 * self.head_dim
+        normed = self.num_attention_heads + self.num_key_value_heads if self.joint_norms else 2
+        return weights + biases + self.key_norm * normed * self.head_dim
 
     @property
     def parameters(self) -> int:
@@ -182,7 +192,8 @@ class MLAGeometry:
         else:
             down_and_up = (self.k_lora_rank + self.v_lora_rank) * (d + up)
         biases = self.query_bias * query + self.up_bias * 2 * up
-        return 2 * d * query + down_and_up + biases + self.key_norm * 2 * self.head_dim
+        normed = self.num_attention_heads + self.num_key_value_heads if self.joint_norms else 2
+        return 2 * d * query + down_and_up + biases + self.key_norm * normed * self.head_dim
 
     def _decoupled_parameters(self) -> int:
         d, r, heads, up_heads = self.hidden_size, self.kv_lora_rank, self.num_attention_heads, self.num_up_heads
@@ -195,11 +206,11 @@ class MLAGeometry:
         biases = self.query_bias * query + self.up_bias * up + self.down_bias * r
         biases += rotary * (self.up_bias if rebuilt else self.key_value_bias)
         norms = self.latent_norm * r
-        if (
-            self.key_norm
-        ):  # the gains of the query heads, and the source's key projection, which the key norms are computed with
+        if self.key_norm:
+            # The gains of the query heads, and the source's key projection, which the key norms are computed with.
             keys = self.num_key_value_heads * self.head_dim
-            norms += self.num_rope_heads * self.qk_head_dim + keys * (d + self.key_value_bias)
+            gains = self.num_attention_heads if self.joint_norms else self.num_rope_heads
+            norms += gains * self.qk_head_dim + keys * (d + self.key_value_bias)
         return queries + d * r + rope_input * rotary + r * up + heads * self.v_head_dim * d + biases + norms
 
 

@@ -1,11 +1,10 @@
-"""Descriptions of model families: the names of the projections, biases, norms and rotary embedding that we read."""
+"""Descriptions of model families: where their models keep what a conversion reads, and what their layers compute."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from optimum_mla.core.errors import UnsupportedModelError
@@ -16,28 +15,61 @@ from optimum_mla.core.geometry import MLAGeometry
 class AttentionSpec:
     """The description of a model family.
 
-    A bias field is True, False, or the name of the config field that says whether the projection has a bias.
+    A bias field is True, False, or the name of the config field that says whether the projection has a bias. A factor
+    is a number, the name of the config field that holds it, or None for 1. The factor on the logits is not described:
+    it is the attention's own `scaling`.
 
     Attributes:
         model_type: The family's `model_type` in Transformers; its converted models are `<model_type>_mla`.
         class_prefix: What the family's class names in Transformers begin with ("Llama" of `LlamaForCausalLM`).
+        text_prefix: What the names of its config and of its base model begin with, where that is something else
+            ("Gemma3Text" of `Gemma3TextModel`).
+        module: Name of the module of Transformers that holds these classes; None takes the `model_type`.
         query_bias, key_value_bias, output_bias: Which projections have a bias.
         query_norm, key_norm: Attribute names of the RMSNorms on query and key heads, or None.
+        joint_norms: Whether such a norm takes the root mean square over all heads together instead of over each.
+        norm_offset: What the family's RMSNorms add to their weight to get their gain.
+        interleaved: Whether dims 2i and 2i + 1 of a head turn together, instead of i and i plus half of the rotary
+            dims.
+        interleaved_table: Whether the tables of cos and sin repeat each angle for neighbouring dims, instead of in
+            their second half.
+        rotating_layers: Name of the config field that says for each layer whether its attention rotates queries and
+            keys, or None where all do.
+        logit_cap: Name of the config field with the soft-cap c of the scaled logits x, c·tanh(x / c), or None.
+        embedding_factor: The factor on the token embeddings before the first layer.
+        head_factor, head_divisor: The factor on the logits of the language-model head, and what they are divided by.
+        head_cap: Name of the config field with the soft-cap of those logits, or None.
         base, layers, attention, rotary: Attribute names on the way from the model to its attention.
         embedding, norm: Attribute names, in the base model, of the token embedding and of the norm behind all layers.
         head: Attribute name, in the model, of the language-model head.
-        input_norm, mlp_norm, mlp: Attribute names, in a decoder layer, of the norm before the attention, of the norm
-            before the feed-forward part, and of that part.
+        input_norm: Attribute name, in a decoder layer, of the norm before the attention, or None where there is none.
+        behind_attention: Attribute name, in a decoder layer, of a module whose input is the hidden state behind the
+            attention, or None where the feed-forward part runs beside the attention.
         query, key, value, output: Attribute names of the four projections.
+        fused: Attribute name of the one projection that gives queries, keys and values, or None.
+        fused_by_head: Whether its rows are the query, the key and the value of one head after the other, instead of
+            all queries, all keys and all values.
     """
 
     model_type: str
     class_prefix: str
+    text_prefix: str | None = None
+    module: str | None = None
     query_bias: bool | str = False
     key_value_bias: bool | str = False
     output_bias: bool | str = False
     query_norm: str | None = None
     key_norm: str | None = None
+    joint_norms: bool = False
+    norm_offset: float = 0.0
+    interleaved: bool = False
+    interleaved_table: bool = False
+    rotating_layers: str | None = None
+    logit_cap: str | None = None
+    embedding_factor: float | str | None = None
+    head_factor: float | str | None = None
+    head_divisor: float | str | None = None
+    head_cap: str | None = None
     base: str = "model"
     layers: str = "layers"
     attention: str = "self_attn"
@@ -45,18 +77,25 @@ class AttentionSpec:
     embedding: str = "embed_tokens"
     norm: str = "norm"
     head: str = "lm_head"
-    input_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    mlp: str = "mlp"
+    input_norm: str | None = "input_layernorm"
+    behind_attention: str | None = "post_attention_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    fused: str | None = None
+    fused_by_head: bool = False
 
     @property
     def mla_model_type(self) -> str:
         """Return the `model_type` of the converted family."""
         return f"{self.model_type}_mla"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Return the attribute names of the linear layers of an attention."""
+        inner = (self.query, self.key, self.value) if self.fused is None else (self.fused,)
+        return *inner, self.output
 
     def layer_path(self, layer: int) -> str:
         """Return the dotted name of a decoder layer in the model."""
@@ -93,8 +132,8 @@ class AttentionSpec:
             ) from error
         return found
 
-    def features(self, config: Any) -> dict[str, bool]:
-        """Return the fields of `MLAGeometry` about biases and norms, which not every family's config has.
+    def features(self, config: Any) -> dict[str, Any]:
+        """Return the fields of `MLAGeometry` about biases, norms and caps, which not every family's config has.
 
         Args:
             config: The config of a model, or of a layer, of this family.
@@ -108,148 +147,55 @@ class AttentionSpec:
             "key_value_bias": has(self.key_value_bias),
             "output_bias": has(self.output_bias),
             "key_norm": self.key_norm is not None,
+            "joint_norms": self.joint_norms,
+            "logit_cap": None if self.logit_cap is None else getattr(config, self.logit_cap, None),
         }
 
     def geometry(self, layer_config: Any) -> MLAGeometry:
         """Return the shape of one layer, given its config in a source model or in a converted one."""
         return MLAGeometry.from_config(layer_config, **self.features(layer_config))
 
+    def rotates(self, config: Any, layer: int) -> bool:
+        """Return whether a layer's attention rotates queries and keys."""
+        return self.rotating_layers is None or bool(getattr(config, self.rotating_layers)[layer])
+
+    def embedded(self, config: Any, embeddings: Tensor) -> Tensor:
+        """Return what enters the first layer, given the output of the token embedding."""
+        factor = _factor(config, self.embedding_factor)
+        return embeddings if factor == 1 else embeddings * factor
+
+    def logits(self, config: Any, headed: Tensor) -> Tensor:
+        """Return the model's logits, given the output of its language-model head."""
+        factor = _factor(config, self.head_factor) / _factor(config, self.head_divisor)
+        scaled = headed if factor == 1 else headed * factor
+        cap = None if self.head_cap is None else getattr(config, self.head_cap, None)
+        return scaled if cap is None else cap * (scaled / cap).tanh()
+
+
+def _factor(config: Any, factor: float | str | None) -> float:
+    value = getattr(config, factor, None) if isinstance(factor, str) else factor
+    return 1.0 if value is None else float(value)
+
+
+def layer_type(config: Any, layer: int) -> str | None:
+    """Return the type of a layer, such as `sliding_attention`, or None where the config tells no types apart."""
+    layer_types = getattr(config, "layer_types", None)
+    return None if layer_types is None else layer_types[layer]
+
 
 def sliding_window(config: Any, layer: int) -> int | None:
     """Return the length of a layer's sliding window in tokens, or None for full attention."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[layer] != "sliding_attention":
+    if layer_type(config, layer) not in (None, "sliding_attention"):
         return None
-    return getattr(config, "sliding_window", None)
+    return getattr(config, "sliding_window", None) or None
 
 
-class SourceAttention:
-    """The weights of a source model's attention in float64, split by heads.
-
-    H is the number of query heads, G the number of key and value heads, D the head dim and d the hidden size. A weight
-    is cast when it is first read, and the object keeps the float64 copy. So an object should not live longer than the
-    work on its layer.
-
-    Args:
-        spec: The description of the family.
-        module: The attention module of the source model.
-        geometry: The shape of the layer.
-        attention_scaling: The factor by which the rotary embedding multiplies cos and sin, as with YaRN; otherwise 1.0.
-        input_gain: The gain of the norm before the attention, [d].
-    """
-
-    def __init__(
-        self,
-        spec: AttentionSpec,
-        module: nn.Module,
-        geometry: MLAGeometry,
-        attention_scaling: float,
-        input_gain: Tensor,
-    ) -> None:
-        self.spec, self.module, self.geometry = spec, module, geometry
-        self.attention_scaling, self.input_gain = attention_scaling, input_gain
-        self._weights: dict[str, Tensor] = {}
-
-    def _linear(self, name: str) -> nn.Linear:
-        return self.module.get_submodule(name)  # type: ignore[return-value]
-
-    def _weight(self, name: str) -> Tensor:
-        if name not in self._weights:
-            self._weights[name] = self._linear(name).weight.detach().double()
-        return self._weights[name]
-
-    def _heads(self, name: str) -> Tensor:
-        return self._weight(name).unflatten(0, (-1, self.geometry.head_dim))
-
-    def _bias(self, name: str) -> Tensor:
-        linear = self._linear(name)
-        flat = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-        return flat.to(linear.weight.device).double().unflatten(0, (-1, self.geometry.head_dim))
-
-    @property
-    def query(self) -> Tensor:
-        """Return the query weight W_Q, [H, D, d]."""
-        return self._heads(self.spec.query)
-
-    @property
-    def key(self) -> Tensor:
-        """Return the key weight W_K, [G, D, d]."""
-        return self._heads(self.spec.key)
-
-    @property
-    def gained_key(self) -> Tensor:
-        """Return the key weight W_K times the gain of the key norm, [G, D, d].
-
-        With a key norm, a key is this weight times the state, divided by the root mean square of the unnormed key.
-        """
-        return self.key * self.norm_gain(self.spec.key_norm)[:, None]
-
-    @property
-    def gained_key_bias(self) -> Tensor:
-        """Return the key bias times the gain of the key norm, [G, D]."""
-        return self.key_bias * self.norm_gain(self.spec.key_norm)
-
-    @property
-    def value(self) -> Tensor:
-        """Return the value weight W_V, [G, D, d]."""
-        return self._heads(self.spec.value)
-
-    @property
-    def query_bias(self) -> Tensor:
-        """Return the query bias, [H, D], which is zero if the projection has none."""
-        return self._bias(self.spec.query)
-
-    @property
-    def key_bias(self) -> Tensor:
-        """Return the key bias, [G, D], which is zero if the projection has none."""
-        return self._bias(self.spec.key)
-
-    @property
-    def value_bias(self) -> Tensor:
-        """Return the value bias, [G, D], which is zero if the projection has none."""
-        return self._bias(self.spec.value)
-
-    def norm_gain(self, name: str | None) -> Tensor:
-        """Return the gain of a norm on query or key heads, [D].
-
-        Args:
-            name: The name of the norm in the attention module; None gives ones.
-        """
-        if name is None:
-            device = self._linear(self.spec.query).weight.device
-            return torch.ones(self.geometry.head_dim, dtype=torch.float64, device=device)
-        return self.module.get_submodule(name).weight.detach().double()  # type: ignore[union-attr, operator]
-
-    def output(self) -> dict[str, Tensor]:
-        """Return the parameters of the output projection as `o_proj.weight` and, if it has one, `o_proj.bias`.
-
-        They keep the dtype of the model.
-        """
-        return {f"o_proj.{name}": value.detach() for name, value in self._linear(self.spec.output).named_parameters()}
+def full_layers(config: Any) -> list[int]:
+    """Return the indices of the layers with full attention, or of all layers where all have a sliding window."""
+    layers = list(range(config.num_hidden_layers))
+    return [layer for layer in layers if sliding_window(config, layer) is None] or layers
 
 
-def source_attention(
-    spec: AttentionSpec, decoder_layer: nn.Module, config: Any, layer: int, attention_scaling: float
-) -> SourceAttention:
-    """Return the source attention of one layer of a model.
-
-    Args:
-        spec: The model's family.
-        decoder_layer: The decoder layer.
-        config: The model's config.
-        layer: The layer's index.
-        attention_scaling: The factor by which the rotary embedding multiplies cos and sin.
-
-    Raises:
-        UnsupportedModelError: A projection is not an `nn.Linear`, or the spec names a module that the model lacks.
-    """
-    module = spec.part(decoder_layer, spec.attention, layer)
-    for name in (spec.query, spec.key, spec.value, spec.output):
-        kind = type(spec.part(module, name, layer))
-        if kind is not nn.Linear:
-            raise UnsupportedModelError(
-                f"model: {spec.attention_path(layer)}.{name} is no plain linear layer but "
-                f"{kind.__module__}.{kind.__qualname__}. Merge adapters and undo quantization first."
-            )
-    gain = spec.part(decoder_layer, f"{spec.input_norm}.weight", layer).detach()
-    return SourceAttention(spec, module, spec.geometry(config.per_layer_config[layer]), attention_scaling, gain)
+def norm_eps(config: Any) -> float:
+    """Return what the RMSNorms of a model add to the mean square."""
+    return float(getattr(config, "rms_norm_eps", None) or 1e-6)

@@ -1,60 +1,63 @@
 """Check that an `AttentionSpec` describes a model: the family's own layers compute what the spec says they compute.
 
-A family may share every attribute name with Llama and still compute something else: another score scale, soft-capped
-scores, a rotation of some dims only, layers without positions, a multiplier on the residual branch. A conversion that
-rests on such a spec would give wrong numbers without a word. So before anything is converted, a few tokens go through
-the model, and each layer's real output is compared with the one that is computed from what the spec names.
+A family may share every attribute name with Llama and still compute something else: soft-capped scores, a rotation of
+neighbouring dims, layers without positions, queries that grow with the position. A conversion that rests on such a spec
+would give wrong numbers without a word. So before anything is converted, a few tokens go through the model, and the
+real output of each attention is compared with the one that is computed from what the spec names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import chain, combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optimum_mla.core.errors import UnsupportedModelError
-from optimum_mla.families.spec import AttentionSpec, SourceAttention, sliding_window, source_attention
-from optimum_mla.stack import bare_copy
+from optimum_mla.families.project import SourceAttention, source_attention
+from optimum_mla.families.spec import AttentionSpec, layer_type, sliding_window
+from optimum_mla.ops.blockwise import capped
+from optimum_mla.ops.rotary import Rotation, rotate
+from optimum_mla.stack import bare_copy, by_layer_type, rotary_dims, rotary_table
 
 PROBE_TOKENS = 16
 PROBE_SEED = 0
+FAR = 100_003
+"""A position at which an attention must still compute what it computes at the start."""
+NORM_EPS_FIELDS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+"""Names of the config field with the epsilon of the norms before the attention."""
 TOLERANCE = 1e-3
 """The largest relative error in float32 between a layer and its description: above all rounding, below any fault."""
 
 
 @dataclass(frozen=True)
-class LayerProbe:
-    """The inputs and outputs of one decoder layer, in float32.
+class AttentionProbe:
+    """The input and the outputs of one attention, in float32.
 
     Attributes:
-        layer: The layer's index.
         entering: The hidden states before the layer, [1, S, d].
-        leaving: The hidden states behind it, [1, S, d].
         normed: The attention's input, [1, S, d].
-        attended: The attention's output, [1, S, d].
-        middle: The input of the norm before the feed-forward part, [1, S, d].
-        fed: The feed-forward part's output, [1, S, d].
+        attended: The attention's output at the positions from 0 on, [1, S, d].
+        far: Its output at positions from `FAR` on, [1, S, d].
         table: cos and sin of the rotary embedding as the attention gets them, or None where it gets none.
+        far_table: The same from `FAR` on, or None.
     """
 
-    layer: int
     entering: Tensor
-    leaving: Tensor
     normed: Tensor
     attended: Tensor
-    middle: Tensor
-    fed: Tensor
+    far: Tensor
     table: tuple[Tensor, Tensor] | None
+    far_table: tuple[Tensor, Tensor] | None
 
 
 @torch.no_grad()
 def verify_family(model: nn.Module, spec: AttentionSpec, layers: Iterable[int]) -> None:
-    """Refuse a model whose layers compute something else than its spec says.
+    """Refuse a model whose attention computes something else than its spec says.
 
     Args:
         model: A source model, or one that was converted in other layers.
@@ -69,21 +72,20 @@ def verify_family(model: nn.Module, spec: AttentionSpec, layers: Iterable[int]) 
     try:
         model.eval()
         inputs, last, logits = _first_pass(model, spec, config, sorted(layers))
+        rotary = spec.part(model, spec.rotary_path, 0)
         for layer, (entering, keywords) in inputs.items():
             module = bare_copy(model.get_submodule(spec.layer_path(layer)))
-            scaling = getattr(spec.part(model, spec.rotary_path, layer), "attention_scaling", 1.0)
-            source = source_attention(spec, module, config, layer, scaling)
-            probe = _layer_probe(module.float(), spec, layer, entering, keywords)
-            if differences := list(_differences(spec, config, source, probe)):
+            probe = _probe(module.float(), spec, config, layer, rotary, entering, keywords)
+            if differences := list(_differences(spec, config, layer, module, rotary, probe)):
                 raise UnsupportedModelError(
                     f"model: layer {layer} of this {spec.model_type} model is not what its AttentionSpec says: "
-                    f"{'; '.join(differences)}. Such a family needs more than a spec (docs/add_a_family.md)."
+                    f"{'; '.join(differences)}. See docs/add_a_family.md."
                 )
-        expected = model.get_submodule(spec.head)(last)
-        if _error(logits.float(), expected.float()) > TOLERANCE:
+        headed = model.get_submodule(spec.head)(last)
+        if error_of(logits.float(), spec.logits(config, headed.float())) > TOLERANCE:
             raise UnsupportedModelError(
-                f"model: the logits of this {spec.model_type} model are not what its head makes of the normed states "
-                "(they are scaled or capped). Such a family needs more than a spec (docs/add_a_family.md)."
+                f"model: the logits of this {spec.model_type} model are not what its AttentionSpec says: its head and "
+                "the factors and the cap on its logits give others. See docs/add_a_family.md."
             )
     finally:
         for module, training in modes.items():
@@ -91,14 +93,14 @@ def verify_family(model: nn.Module, spec: AttentionSpec, layers: Iterable[int]) 
 
 
 def _first_pass(
-    model: nn.Module, spec: AttentionSpec, config: Any, layers: Iterable[int]
+    model: nn.Module, spec: AttentionSpec, config: Any, layers: list[int]
 ) -> tuple[dict[int, tuple[Tensor, dict[str, Any]]], Tensor, Tensor]:
     """Run a few tokens through the model, and check what enters the first layer.
 
     Returns:
         The input and the keywords of each layer, the states behind the last norm, and the logits.
     """
-    embedding = model.get_submodule(f"{spec.base}.{spec.embedding}")
+    embedding = spec.part(model, f"{spec.base}.{spec.embedding}", 0)
     weight = next(embedding.parameters())
     generator = torch.Generator().manual_seed(PROBE_SEED)
     ids = torch.randint(config.vocab_size, (1, PROBE_TOKENS), generator=generator)
@@ -120,60 +122,55 @@ def _first_pass(
             handle = module.register_forward_pre_hook(note(layer), with_kwargs=True)
             stack.callback(handle.remove)
         last: list[Tensor] = []
-        handle = model.get_submodule(f"{spec.base}.{spec.norm}").register_forward_hook(
+        handle = spec.part(model, f"{spec.base}.{spec.norm}", 0).register_forward_hook(
             lambda module, args, output: last.append(output)
         )
         stack.callback(handle.remove)
         logits = model(ids, use_cache=False).logits
-    first, expected = seen[0][0].float(), embedding(ids).float()
-    if _error(first, expected) > TOLERANCE:
-        factor = float((first * expected).sum() / expected.square().sum())
+    first, embedded = seen[0][0].float(), spec.embedded(config, embedding(ids)).float()
+    if error_of(first, embedded) > TOLERANCE:
+        factor = float((first * embedded).sum() / embedded.square().sum())
         raise UnsupportedModelError(
-            f"model: the embeddings of this {spec.model_type} model are not what enters its first layer "
-            f"(they are multiplied by about {factor:.4g}). Such a family needs more than a spec (docs/add_a_family.md)."
+            f"model: the embeddings of this {spec.model_type} model are not what enters its first layer (they are "
+            f"multiplied by about {factor:.4g}, which its AttentionSpec must say). See docs/add_a_family.md."
         )
     return {layer: seen[layer] for layer in layers}, last[0], logits
 
 
-def _layer_probe(
-    module: nn.Module, spec: AttentionSpec, layer: int, entering: Tensor, keywords: dict[str, Any]
-) -> LayerProbe:
-    """Run a copy of one layer in float32, and note what its parts were given and gave."""
+def _probe(
+    module: nn.Module,
+    spec: AttentionSpec,
+    config: Any,
+    layer: int,
+    rotary: Any,
+    entering: Tensor,
+    keywords: dict[str, Any],
+) -> AttentionProbe:
+    """Run a copy of one layer in float32, and its attention once more at far positions; note inputs and outputs."""
     wide = {name: _to_float32(value) for name, value in keywords.items()}
     noted: dict[str, Any] = {}
+    attention = spec.part(module, spec.attention, layer)
 
-    def part(name: str) -> nn.Module:
-        return spec.part(module, name, layer)
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        noted["normed"] = args[0] if args else kwargs["hidden_states"]
+        noted["rest"] = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
-    def given(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            noted[name] = args[0] if args else kwargs["hidden_states"]
-            if "position_embeddings" in kwargs:
-                noted["table"] = kwargs["position_embeddings"]
+    def gave(module: nn.Module, args: Any, output: Any) -> None:
+        noted["attended"] = output[0] if isinstance(output, tuple) else output
 
-        return hook
-
-    def gave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            noted[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    part(spec.attention).register_forward_pre_hook(given("normed"), with_kwargs=True)
-    part(spec.attention).register_forward_hook(gave("attended"))
-    part(spec.mlp_norm).register_forward_pre_hook(given("middle"), with_kwargs=True)
-    part(spec.mlp).register_forward_hook(gave("fed"))
-    leaving = module(entering.float(), **wide)
-    return LayerProbe(
-        layer=layer,
-        entering=entering.float(),
-        leaving=leaving[0] if isinstance(leaving, tuple) else leaving,
-        normed=noted["normed"],
-        attended=noted["attended"],
-        middle=noted["middle"],
-        fed=noted["fed"],
-        table=noted.get("table"),
-    )
+    hooks = (attention.register_forward_pre_hook(given, with_kwargs=True), attention.register_forward_hook(gave))
+    module(entering.float(), **wide)
+    for hook in hooks:
+        hook.remove()
+    args, rest = noted["rest"]
+    table, far_table, normed = rest.get("position_embeddings"), None, noted["normed"]
+    if table is not None:
+        positions = torch.arange(FAR, FAR + normed.shape[1], device=normed.device)[None]
+        far_table = rotary_table(rotary, normed, positions, by_layer_type(rotary, layer_type(config, layer)))
+        rest = {**rest, "position_embeddings": far_table}
+        rest |= {"position_ids": positions} if "position_ids" in rest else {}
+    far = attention(normed, *args, **rest)
+    return AttentionProbe(entering.float(), normed, noted["attended"], far[0], table, far_table)
 
 
 def _to_float32(value: Any) -> Any:
@@ -186,138 +183,109 @@ def _to_float32(value: Any) -> Any:
     return value
 
 
-def norm_eps(config: Any) -> float:
-    """Return what the model's RMSNorms add to the mean square."""
-    return float(getattr(config, "rms_norm_eps", 1e-6))
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
+def error_of(found: Tensor, expected: Tensor) -> float:
     """Return the norm of the difference, relative to the norm of what was expected."""
     size = expected.double().norm()
     return float((found.double() - expected.double()).norm() / (size if size > 0 else 1.0))
 
 
-def _differences(spec: AttentionSpec, config: Any, source: SourceAttention, probe: LayerProbe) -> Iterable[str]:
+def _differences(
+    spec: AttentionSpec, config: Any, layer: int, module: nn.Module, rotary: Any, probe: AttentionProbe
+) -> Iterator[str]:
     """Yield, in words, what the layer does that its spec does not say."""
+    source = source_attention(spec, module, config, layer, rotary)
     g = source.geometry
-    for name, declared in ((spec.query, g.query_bias), (spec.key, g.key_value_bias), (spec.value, g.key_value_bias)):
-        if (source.module.get_submodule(name).bias is not None) != declared:
-            yield f"{name} has {'no' if declared else 'a'} bias, and the spec says otherwise"
-    if (source.module.get_submodule(spec.output).bias is not None) != g.output_bias:
-        yield f"{spec.output} has {'no' if g.output_bias else 'a'} bias, and the spec says otherwise"
-    if probe.table is None:
+    declared = {"query": g.query_bias, "key": g.key_value_bias, "value": g.key_value_bias, "output": g.output_bias}
+    for part, said in declared.items():
+        if source.biased(part) != said:
+            yield f"the {part} projection has {'no' if said else 'a'} bias, and the spec says otherwise"
+    if getattr(source.module, "sinks", None) is not None:
+        yield "it has attention sinks, a learned logit for each head that no token has, which latent attention lacks"
+        return
+    if probe.table is None or probe.far_table is None:
         yield "its attention gets no rotary table (position_embeddings)"
         return
-    if probe.table[0].shape[-1] != g.head_dim:
-        yield f"it rotates {probe.table[0].shape[-1]} of {g.head_dim} dims of a head (partial rotation)"
-    expected = _reference(spec, config, source, probe, Reading(g.head_dim**-0.5))
-    error = _error(probe.attended, expected)
-    # A soft-cap acts on large scores only, which the probe may not have.
-    if error > TOLERANCE or getattr(config, "attn_logit_softcapping", None) is not None:
-        yield f"{_explained(spec, config, source, probe)} (relative error of the attention's output: {error:.2g})"
-    gain = source.input_gain.double()
-    rms = probe.entering.double().square().mean(-1, keepdim=True).add(norm_eps(config)).rsqrt()
-    if _error(probe.normed, probe.entering.double() * rms * gain) > TOLERANCE:
-        shifted = _error(probe.normed, probe.entering.double() * rms * (1 + gain)) <= TOLERANCE
-        what = "multiplies by one plus its weight" if shifted else "is no RMSNorm of the layer's input"
-        yield f"{spec.input_norm} {what}"
-    branch = (probe.middle - probe.entering).double()
-    if _error(branch, probe.attended) > TOLERANCE:
-        factor = float((branch * probe.attended).sum() / probe.attended.double().square().sum())
-        scaled = _error(branch, factor * probe.attended.double()) <= TOLERANCE
-        how = f"multiplied by {factor:.4g} (a residual multiplier)" if scaled else "normed or combined in another way"
-        yield f"the attention's output is {how} before it is added to the hidden state"
-    if _error(probe.leaving, probe.middle.double() + probe.fed) > TOLERANCE:
-        yield "the feed-forward part's output is scaled, normed or combined in another way"
+    turned = rotary_dims(rotary, layer_type(config, layer), g.head_dim)
+    if probe.table[0].shape[-1] != turned:
+        yield f"its rotary tables are for {probe.table[0].shape[-1]} dims, and its frequencies for {turned}"
+        return
+    error = error_of(probe.attended, expected_output(source, config, layer, probe.normed, probe.table))
+    if error > TOLERANCE:
+        yield f"{explained(spec, config, layer, module, rotary, probe)} (relative error of its output: {error:.2g})"
+    elif error_of(probe.far, expected_output(source, config, layer, probe.normed, probe.far_table)) > TOLERANCE:
+        yield f"from position {FAR} on its attention computes something else than at the start of a text"
+    if spec.input_norm is not None and not _is_norm(spec, config, source, probe):
+        yield f"{spec.input_norm} is neither an RMSNorm nor a LayerNorm with the gain that the spec says"
+    cap = next((value for name, value in vars(config).items() if "attn_logit_softcap" in name and value), None)
+    if g.logit_cap is None and cap is not None:  # It acts on large scores only, which the probe may not have.
+        yield f"its scores are soft-capped at {cap:g}, and the spec names no logit_cap"
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A way to compute attention from a spec's tensors.
-
-    Attributes:
-        scale: The factor on products of queries and keys.
-        cap: The soft-cap on the scaled scores, or None.
-        rotation: `half` (two halves of a head turn together), `interleaved` (neighbours do), or `none`.
-    """
-
-    scale: float
-    cap: float | None = None
-    rotation: str = "half"
+def _is_norm(spec: AttentionSpec, config: Any, source: SourceAttention, probe: AttentionProbe) -> bool:
+    """Return whether the attention's input is the layer's input behind a norm with the gain of the spec, and a bias."""
+    x = probe.entering.double()
+    eps = next((value for name in NORM_EPS_FIELDS if (value := getattr(config, name, None)) is not None), 1e-6)
+    for centered in (x, x - x.mean(-1, keepdim=True)):
+        plain = centered * centered.square().mean(-1, keepdim=True).add(float(eps)).rsqrt() * source.input_gain.double()
+        rest = probe.normed.double() - plain  # A bias is the same for all tokens.
+        if error_of(plain + rest.mean(1, keepdim=True), probe.normed) <= TOLERANCE:
+            return True
+    return False
 
 
-def _reference(
-    spec: AttentionSpec, config: Any, source: SourceAttention, probe: LayerProbe, reading: Reading
+def expected_output(
+    source: SourceAttention, config: Any, layer: int, normed: Tensor, table: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Compute the attention's output [1, S, d] in float64 from the tensors that the spec names."""
-    g, x = source.geometry, probe.normed.double()
-    biases = (
-        source.query_bias if g.query_bias else 0.0,
-        source.key_bias if g.key_value_bias else 0.0,
-        source.value_bias if g.key_value_bias else 0.0,
-    )
-    query, key, value = (
-        torch.einsum("hed,bsd->bshe", weight, x) + bias
-        for weight, bias in zip((source.query, source.key, source.value), biases, strict=True)
-    )
-    query, key = _normed(query, source, spec.query_norm, config), _normed(key, source, spec.key_norm, config)
-    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-    if probe.table is not None and reading.rotation != "none":
-        query, key = (_turned(heads, probe.table, reading.rotation) for heads in (query, key))
+    """Return the attention's output [1, S, d] in float64, computed from the tensors that the spec names.
+
+    Args:
+        source: The attention.
+        config: The model's config.
+        layer: The layer's index.
+        normed: The attention's input, [1, S, d].
+        table: cos and sin of the rotary embedding as the attention gets them.
+    """
+    g, x = source.geometry, normed.double()
+    heads = source.project(x)
+    rotation = Rotation(*(part.double().unsqueeze(1) for part in source.pairs.turns(table)))
+    query, key = rotate(heads.query, rotation), rotate(heads.key, rotation)
     share = g.num_attention_heads // g.num_key_value_heads
-    scores = query @ key.repeat_interleave(share, dim=1).mT * reading.scale
-    if reading.cap is not None:
-        scores = reading.cap * torch.tanh(scores / reading.cap)
+    scores = capped(query @ key.repeat_interleave(share, dim=1).mT * g.head_dim**-0.5, g.logit_cap)
     tokens = torch.arange(x.shape[1], device=x.device)
-    distance, window = tokens[:, None] - tokens, sliding_window(config, probe.layer)
+    distance, window = tokens[:, None] - tokens, sliding_window(config, layer)
     seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    context = (weights @ value.repeat_interleave(share, dim=1)).transpose(1, 2).flatten(2)
+    context = (weights @ heads.value.repeat_interleave(share, dim=1)).transpose(1, 2).flatten(2)
     output = source.output()
     attended = context @ output["o_proj.weight"].double().T
-    return attended + output["o_proj.bias"].double() if g.output_bias else attended
+    return attended + output["o_proj.bias"].double() if "o_proj.bias" in output else attended
 
 
-def _normed(heads: Tensor, source: SourceAttention, name: str | None, config: Any) -> Tensor:
-    """Return heads [1, S, X, D] behind the query or key norm that the spec names, if any."""
-    if name is None:
-        return heads
-    rms = heads.square().mean(-1, keepdim=True).add(norm_eps(config)).rsqrt()
-    return heads * rms * source.norm_gain(name)
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "interleaved": ({"interleaved": True}, "it rotates neighbouring dims instead of two halves of a head"),
+    "table": ({"interleaved_table": True}, "its rotary tables repeat each angle for neighbouring dims"),
+    "norms": ({"norm_offset": 1.0}, "its norms multiply by one plus their weight"),
+    "joint": ({"joint_norms": True}, "its query and key norms are over all heads together"),
+    "no positions": ({}, "it does not rotate queries and keys (a layer without positions)"),
+}
+"""What a family may do otherwise: the fields of a spec that say so, and words for it."""
 
 
-def _turned(heads: Tensor, table: tuple[Tensor, Tensor], rotation: str) -> Tensor:
-    """Rotate heads [1, X, S, D] by cos and sin [1, S, W]; dims behind the first W stay as they are."""
-    cos, sin = (part.double().unsqueeze(1) for part in table)
-    width = cos.shape[-1]
-    turning, still = heads.split([width, heads.shape[-1] - width], dim=-1)
-    if rotation == "interleaved":
-        cos, sin = (part[..., : width // 2].repeat_interleave(2, dim=-1) for part in (cos, sin))
-        even, odd = turning[..., 0::2], turning[..., 1::2]
-        quarter = torch.stack([-odd, even], dim=-1).flatten(-2)
-    else:
-        first, second = turning.chunk(2, dim=-1)
-        quarter = torch.cat([-second, first], dim=-1)
-    return torch.cat([turning * cos + quarter * sin, still], dim=-1)
-
-
-def _explained(spec: AttentionSpec, config: Any, source: SourceAttention, probe: LayerProbe) -> str:
+def explained(
+    spec: AttentionSpec, config: Any, layer: int, module: nn.Module, rotary: Any, probe: AttentionProbe
+) -> str:
     """Say in which other way the attention computes, if a known one gives its real output."""
-    usual, module = source.geometry.head_dim**-0.5, source.module
-    scales = dict.fromkeys([usual, float(getattr(module, "scaling", None) or usual)])
-    cap = getattr(config, "attn_logit_softcapping", None)
-    for scale, rotation in product(scales, ("half", "interleaved", "none")):
-        reading = Reading(scale, cap, rotation)
-        if _error(probe.attended, _reference(spec, config, source, probe, reading)) > TOLERANCE:
+    for names in chain.from_iterable(combinations(VARIANTS, count) for count in (1, 2)):
+        fields = {name: value for chosen in names for name, value in VARIANTS[chosen][0].items()}
+        try:
+            source = source_attention(replace(spec, **fields), module, config, layer, rotary)
+            if "no positions" in names:
+                source.pairs = replace(source.pairs, rotates=False)
+            output = expected_output(source, config, layer, probe.normed, probe.table)  # type: ignore[arg-type]
+        except (RuntimeError, UnsupportedModelError):  # Shapes do not fit.
             continue
-        words = []
-        if scale != usual:
-            words.append(f"scores are multiplied by {scale:.4g} instead of head_dim ** -0.5 = {usual:.4g}")
-        if cap is not None:
-            words.append(f"scores are soft-capped at {cap:g}")
-        if rotation == "interleaved":
-            words.append("it rotates neighbouring dims instead of two halves of a head")
-        if rotation == "none":
-            words.append("it does not rotate queries and keys (a layer without positions)")
-        return "; ".join(words)
+        if error_of(probe.attended, output) <= TOLERANCE:
+            said = ", ".join(f"{name}={value}" for name, value in fields.items())
+            words = "; ".join(VARIANTS[name][1] for name in names)
+            return f"{words} (an AttentionSpec with {said} says so)" if said else words
     return "its attention gives another output than the projections and norms that the spec names"

@@ -31,6 +31,7 @@ from optimum_mla.methods.transformation import ModelTransformation
 from optimum_mla.models import SourceAttention, family_of
 from optimum_mla.models.assemble import converted_config
 from optimum_mla.models.checks import converted_already
+from optimum_mla.ops.rotary import PairTable
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.plan.allocation import ALLOCATIONS
 from optimum_mla.plan.budget import RankBudget
@@ -298,7 +299,7 @@ class MLATransformation(ModelTransformation):
             geometry = family.spec.geometry(config.per_layer_config[layer])
             if geometry.attention_form != "source":
                 raise converted_already(layer)
-            source = SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0))
+            source = SourceAttention(family.spec, nn.Module(), geometry, PairTable(geometry.head_dim), torch.empty(0))
             plan = weightless.plan_layer(source)
             geometries[layer] = with_equal_bits(plan, self.code_bits(plan)) if self.coded else plan
         return converted_config(family, config, geometries, self.name)

@@ -188,7 +188,8 @@ def decoupled_tensors(
     )
     if g.key_norm:
         order = torch.cat([split.nope, split.rope], dim=-1)  # [K, D]
-        gain = source.norm_gain(source.spec.query_norm)[order.to(factors.down.device)]
+        gain = source.query_gain
+        gain = gather_dims(gain if g.joint_norms else gain.expand(len(order), -1), order)
         gain[:, : g.qk_nope_head_dim] *= source.attention_scaling**2
         tensors["q_norm.weight"] = gain
     return tensors

@@ -184,12 +184,13 @@ class GQA2MLA(MLATransformation):
             mixed = MixedHeads.of(source, calibration, self.rope)
             return mixed.problem(geometry)
         # The gain of a key norm is part of the readers here, because it stays in the norm, after the latent.
-        gain = source.norm_gain(source.spec.key_norm)
+        gain = source.key_gain
         return calibration.factorization(
             "full",
             lambda: [
                 WeightedRows(
-                    source.key.flatten(0, 1), gain[:, None] * key_moments(source, calibration, rotating=True) * gain
+                    source.key.flatten(0, 1),
+                    gain[..., None] * key_moments(source, calibration, rotating=True) * gain[:, None],
                 ),
                 WeightedRows(source.value.flatten(0, 1), value_moments(source)),
             ],
@@ -216,8 +217,7 @@ class GQA2MLA(MLATransformation):
         if g.query_bias:
             tensors["q_proj.bias"] = source.query_bias.flatten()
         if g.key_norm:
-            tensors["q_norm.weight"] = source.norm_gain(source.spec.query_norm)[None]
-            tensors["k_norm.weight"] = source.norm_gain(source.spec.key_norm)[None]
+            tensors |= {"q_norm.weight": source.query_gain, "k_norm.weight": source.key_gain}
         return tensors | (self._joint(source, g, calibration) if g.kv_lora_rank else self._split(source, g))
 
     def _split(self, source: SourceAttention, g: MLAGeometry) -> dict[str, Tensor]:

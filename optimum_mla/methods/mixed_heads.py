@@ -131,17 +131,18 @@ class MixedHeads:
             tensors["k_rope_proj.bias"] = rope_bias + rope_key @ center - rope_up[0] @ (factors.down @ center)
 
         # Each query has the head's own dims for the position-free key, followed by its part for the rotary key.
-        gain = source.norm_gain(source.spec.query_norm)
-        nope_scale = torch.full_like(gain, source.attention_scaling**2)
-        maps = [query_map(self.mix, head, kept) * gain for head in range(g.num_key_value_heads)]
+        gain = source.query_gain  # [1 or H, D]
+        nope_scale = torch.full_like(gain[0], source.attention_scaling**2)
+        maps = torch.stack([query_map(self.mix, head, kept) for head in range(g.num_key_value_heads)])
+        views = maps.repeat_interleave(share, dim=0) * gain[:, None]  # [H, R, D]
         if g.key_norm:
             # The gain of the query norm stays in the norm for the position-free dims, and moves into the weights for
             # the rotary dims, which mix dims of different gains.
             own = torch.eye(g.head_dim, dtype=torch.float64, device=gain.device)
-            tensors["q_norm.weight"] = torch.cat([gain * nope_scale, torch.ones_like(rope_bias)])[None]
+            tensors["q_norm.weight"] = torch.cat([gain * nope_scale, rope_bias.new_ones(len(gain), rope_dim)], dim=1)
         else:
             own = nope_scale.diag()
-        views = torch.stack([torch.cat([own, view]) for view in maps]).repeat_interleave(share, dim=0)  # [H, D + R, D]
+        views = torch.cat([own.expand(len(views), -1, -1), views], dim=1)  # [H, D + R, D]
         tensors["q_proj.weight"] = (views @ source.query).flatten(0, 1)
         if g.query_bias:
             tensors["q_proj.bias"] = (views @ source.query_bias[..., None]).flatten()

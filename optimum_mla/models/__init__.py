@@ -3,7 +3,8 @@
 Importing this package registers `<Family>MLAConfig` and `<Family>MLAForCausalLM` with the Transformers Auto classes.
 """
 
-from optimum_mla.families.spec import AttentionSpec, SourceAttention
+from optimum_mla.families.project import SourceAttention
+from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.registry import (
     Family,
     family_of,

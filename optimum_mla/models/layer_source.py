@@ -9,16 +9,17 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from optimum_mla.core.errors import UnreadableModelError, UnsupportedModelError, first_line
-from optimum_mla.families.spec import SourceAttention, source_attention
+from optimum_mla.families.project import SourceAttention, source_attention
+from optimum_mla.families.spec import layer_type
 from optimum_mla.models.checks import check_convertible, check_finite, config_of
 from optimum_mla.models.registry import is_converted
 from optimum_mla.nn import LatentAttention
-from optimum_mla.stack import bare_copy
+from optimum_mla.stack import bare_copy, by_layer_type
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,7 +65,7 @@ class LayerSource:
         return int(self.config.num_hidden_layers)
 
     def layer(self, index: int, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return a decoder layer in evaluation mode, with `sdpa` attention, which is causal if it gets no mask.
+        """Return a decoder layer in evaluation mode, with the attention that `implementation` names.
 
         Args:
             index: Index of the layer.
@@ -85,8 +86,20 @@ class LayerSource:
         Raises:
             UnsupportedModelError: A projection is not an `nn.Linear`, or the spec names a module that the model lacks.
         """
-        scaling = getattr(self.rotary, "attention_scaling", 1.0)
-        return source_attention(self.family.spec, self.layer(index), self.config, index, scaling)
+        return source_attention(self.family.spec, self.layer(index), self.config, index, self.rotary)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return what enters the first layer for token ids [N, L], which is [N, L, d]."""
+        return self.family.spec.embedded(self.config, self.embedding(ids))
+
+    def table(self, index: int, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin as a layer gets them, [1, L, W] each, at positions [1, L], in the dtype of `like`."""
+        return self.rotary(like, positions, **by_layer_type(self.rotary, layer_type(self.config, index)))
+
+    @property
+    def implementation(self) -> str:
+        """Return the attention implementation with which layers run: the fastest that computes what the family does."""
+        return "sdpa" if self.family.source_model._supports_sdpa else "eager"
 
     def final_norm(self) -> nn.Module:
         """Return the norm behind the last layer."""
@@ -99,7 +112,7 @@ class LayerSource:
     def _decoder_layer(self, index: int) -> nn.Module:
         path = self.family.spec.layer_path(index)
         layer = self._from_skeleton(path, index) if isinstance(self.model, GraphModule) else self._part(path)
-        return for_walking(layer).to(self.device)
+        return for_walking(layer, self.implementation).to(self.device)
 
     def _part(self, path: str) -> Any:
         """Return a copy of a module of the model, after a check of those weights that were not in memory."""
@@ -145,12 +158,17 @@ def reading_weights() -> Iterator[None]:
         ) from error
 
 
-def for_walking(module: M) -> M:
-    """Put a module that is not part of a model into evaluation mode, with `sdpa` attention, and return it."""
+def for_walking(module: M, implementation: str) -> M:
+    """Put a module that is not part of a model into evaluation mode, and return it.
+
+    Args:
+        module: The module.
+        implementation: The attention implementation that it then has.
+    """
     for part in module.eval().modules():
         config = getattr(part, "config", None)
         if config is not None:
             config = copy.copy(config)
-            config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+            config._attn_implementation = implementation  # type: ignore[union-attr]
             part.config = config
     return module

@@ -10,7 +10,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
-from optimum_mla.families.spec import AttentionSpec, sliding_window
+from optimum_mla.families.project import pair_table
+from optimum_mla.families.spec import AttentionSpec, layer_type, sliding_window
 from optimum_mla.nn import ATTENTION_FORMS, LatentAttention
 
 
@@ -31,8 +32,15 @@ def build_attention(
         geometry: Shape of the layer; None reads it from the config.
     """
     geometry = geometry or spec.geometry(config.per_layer_config[layer])
-    window = sliding_window(config, layer)
-    return ATTENTION_FORMS[geometry.attention_form](config, geometry, layer, rotary, window)
+    return ATTENTION_FORMS[geometry.attention_form](
+        config,
+        geometry,
+        layer,
+        rotary,
+        pairs=pair_table(spec, config, layer, rotary),
+        layer_type=layer_type(config, layer),
+        sliding_window=sliding_window(config, layer),
+    )
 
 
 def quantizable_layers(spec: AttentionSpec, config: Any) -> list[int]:

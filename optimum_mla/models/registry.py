@@ -21,7 +21,33 @@ from optimum_mla.models.classes import MLAForCausalLMMixin, MLAModelMixin, base_
 from optimum_mla.models.config import MLA_CONFIG_FIELDS, MLAConfigMixin
 from optimum_mla.stack import enter_class_names
 
-BUILT_IN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+BUILT_IN_FAMILIES = (
+    "arcee",
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt_neox",
+    "granite",
+    "granitemoe",
+    "helium",
+    "llama",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
 """Modules of `optimum_mla.families` that hold a `SPEC`."""
 
 
@@ -120,11 +146,12 @@ def _source_classes(spec: AttentionSpec) -> tuple[Any, Any, Any, Any]:
     Raises:
         UnsupportedModelError: There is no such family, or no such class in it.
     """
-    prefix, home = spec.class_prefix, f"transformers.models.{spec.model_type}.modeling_{spec.model_type}"
+    prefix, module = spec.class_prefix, spec.module or spec.model_type
+    text = spec.text_prefix or prefix
     try:
-        modeling = import_module(home)
-        classes = [getattr(modeling, f"{prefix}{kind}") for kind in ("Model", "ForCausalLM", "Attention")]
-        return getattr(transformers, f"{prefix}Config"), *classes
+        modeling = import_module(f"transformers.models.{module}.modeling_{module}")
+        names = (f"{text}Model", f"{prefix}ForCausalLM", f"{prefix}Attention")
+        return getattr(transformers, f"{text}Config"), *(getattr(modeling, name) for name in names)
     except (ImportError, AttributeError) as error:
         raise UnsupportedModelError(
             f"class_prefix: got {prefix!r} for the model_type {spec.model_type!r}, but Transformers has no such "

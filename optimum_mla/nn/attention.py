@@ -23,10 +23,11 @@ from optimum_mla.codec import coded
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
-from optimum_mla.ops.blockwise import Sums, attend, masked_softmax, softmax_sums
+from optimum_mla.ops.blockwise import Sums, attend, capped, masked_softmax, softmax_sums
 from optimum_mla.ops.positions import cached_positions, check_positions, first_tokens
-from optimum_mla.ops.rotary import AbsoluteFrames, RelativeFrames, RotaryFrames, Rotation
+from optimum_mla.ops.rotary import AbsoluteFrames, PairTable, RelativeFrames, RotaryFrames, Rotation
 from optimum_mla.stack import (
+    by_layer_type,
     changes_attention,
     check_cache,
     check_keywords,
@@ -35,6 +36,9 @@ from optimum_mla.stack import (
     rotary_table,
     takes_cache,
 )
+
+NORM_EPS = 1e-6
+"""What norms of query and key heads add to the mean square in models whose config does not say."""
 
 
 class LatentAttention(nn.Module, ABC):
@@ -49,6 +53,8 @@ class LatentAttention(nn.Module, ABC):
         geometry: Shape of the layer.
         layer_idx: Index of the layer in the cache.
         rotary: The model's rotary embedding; its cos/sin table serves cached positions too. Not a submodule.
+        pairs: How this table is read in this layer; None takes half-split dims that all rotate.
+        layer_type: The type of the layer, such as `full_attention`, or None.
         sliding_window: Window of this layer in tokens, or None.
     """
 
@@ -58,18 +64,26 @@ class LatentAttention(nn.Module, ABC):
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     def __init__(
-        self, config: Any, geometry: MLAGeometry, layer_idx: int, rotary: nn.Module, sliding_window: int | None = None
+        self,
+        config: Any,
+        geometry: MLAGeometry,
+        layer_idx: int,
+        rotary: nn.Module,
+        pairs: PairTable | None = None,
+        layer_type: str | None = None,
+        sliding_window: int | None = None,
     ) -> None:
         super().__init__()
         g = geometry
         self.config, self.geometry, self.layer_idx = config, geometry, layer_idx
+        self.pairs, self.rotary_keywords = pairs or PairTable(g.head_dim), by_layer_type(rotary, layer_type)
         self.sliding_window = sliding_window
         self.scaling = g.head_dim**-0.5
         self.attention_dropout = getattr(config, "attention_dropout", 0.0) or 0.0
         self.num_key_value_groups = g.num_attention_heads // g.num_up_heads
         # Shared by all layers and owned by the model: registering it here would save and move it once a layer.
         object.__setattr__(self, "rotary", rotary)
-        self._build(g, config.rms_norm_eps)
+        self._build(g, getattr(config, "rms_norm_eps", NORM_EPS))
         self.o_proj = nn.Linear(g.num_attention_heads * g.v_head_dim, g.hidden_size, bias=g.output_bias)
 
     @abstractmethod
@@ -89,8 +103,8 @@ class LatentAttention(nn.Module, ABC):
         """Return the queries with their rotary dims rotated."""
 
     @abstractmethod
-    def _rotation(self, position_embeddings: tuple[Tensor, Tensor]) -> Rotation:
-        """Return the frequencies of this layer's rotary heads, from the source's table."""
+    def _rotation(self, turns: tuple[Tensor, Tensor]) -> Rotation:
+        """Return the frequencies of this layer's rotary heads, from cos and sin of all pairs, [B, S, D/2] each."""
 
     @abstractmethod
     def needs_cached_positions(self) -> bool:
@@ -134,7 +148,7 @@ class LatentAttention(nn.Module, ABC):
 
         Args:
             hidden_states: [B, S, d].
-            position_embeddings: cos and sin of the new tokens, [B, S, D] each.
+            position_embeddings: cos and sin of the new tokens, [B, S, W] each for W rotary dims of the source's heads.
             attention_mask: A mask as the attention implementation makes it (None, boolean, additive, 2-D, block mask).
             cache: A Transformers cache or None. `past_key_values` is another name for it.
             position_ids: The new tokens' positions, [1 or B, S].
@@ -147,7 +161,7 @@ class LatentAttention(nn.Module, ABC):
             UnknownKeywordError: A keyword that nothing here would use.
         """
         check_keywords(kwargs, self.known_keywords, type(self).__name__, self.config._attn_implementation)
-        rotation = self._rotation(position_embeddings)
+        rotation = self._rotation(self.pairs.turns(position_embeddings))
         queries, new = self._queries(hidden_states), self._latents(hidden_states, rotation)
         if self.geometry.channel_bits:
             new = self._coded(new[0], cache, position_ids), new[1]
@@ -242,6 +256,7 @@ class LatentAttention(nn.Module, ABC):
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             position_ids=position_ids,
+            **({} if self.geometry.logit_cap is None else {"softcap": self.geometry.logit_cap}),
             **kwargs,
         )
         return context[..., :value_dim], weights
@@ -264,7 +279,8 @@ class LatentAttention(nn.Module, ABC):
         """
 
         def table(positions: Tensor) -> Rotation:
-            return self._rotation(rotary_table(self.rotary, rotation.cos, positions))
+            tables = rotary_table(self.rotary, rotation.cos, positions, self.rotary_keywords)
+            return self._rotation(self.pairs.turns(tables))
 
         device = rotation.cos.device
         if stored is not None and stored.consecutive and length == 1 and relative:
@@ -290,7 +306,7 @@ class LatentAttention(nn.Module, ABC):
         def partial(block: Block, span: slice, mask: Tensor | None) -> Sums:
             keys, values = self._expand(block, None if frames is None else frames.key(span))
             rotated = scaled if frames is None else self._rotate_queries(scaled, frames.query(span))
-            logits = grouped_logits(rotated, keys)
+            logits = capped(grouped_logits(rotated, keys), self.geometry.logit_cap)
             return softmax_sums(logits, lambda weights: grouped_context(weights, values), mask, self._dropout)
 
         attended = attend(view, partial, mask, keep_weights)
@@ -309,6 +325,7 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute plain attention, with the signature of Transformers' attention functions.
@@ -319,7 +336,8 @@ def eager_attention(
     Returns:
         Context [B, S, H, v] and weights [B, H, S, T].
     """
-    weights = masked_softmax(grouped_logits(query, key) * scaling, attention_mask, dropout)
+    logits = capped(grouped_logits(query, key) * scaling, softcap)
+    weights = masked_softmax(logits, attention_mask, dropout)
     return grouped_context(weights, value).transpose(1, 2), weights
 
 

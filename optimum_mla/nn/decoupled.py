@@ -48,7 +48,8 @@ class DecoupledLatentAttention(LatentAttention):
         if g.rope_cache == "rebuilt":
             self.k_rope_proj = nn.Linear(r, rope, bias=g.up_bias)
         if g.key_norm:
-            self.q_norm = HeadRMSNorm(g.num_rope_heads, g.qk_head_dim, eps, normed_dim=g.head_dim)
+            gains = g.num_attention_heads if g.joint_norms else g.num_rope_heads
+            self.q_norm = HeadRMSNorm(gains, g.qk_head_dim, eps, normed_dim=g.head_dim, joint=g.joint_norms)
             self.k_scale_proj = nn.Linear(d, g.num_key_value_heads * g.head_dim, bias=g.key_value_bias)
         # Which of the source's rotary pairs each rotary head turns with; saved with the weights.
         self.register_buffer("rope_pairs", default_rope_pairs(g))
@@ -62,8 +63,8 @@ class DecoupledLatentAttention(LatentAttention):
         queries = queries.view(*hidden_states.shape[:2], -1, g.qk_head_dim).transpose(1, 2)  # [B, H, S, n + R]
         return self.q_norm(queries) if g.key_norm else queries
 
-    def _rotation(self, position_embeddings: tuple[Tensor, Tensor]) -> Rotation:
-        return gather_rotation(*position_embeddings, self.rope_pairs)
+    def _rotation(self, turns: tuple[Tensor, Tensor]) -> Rotation:
+        return gather_rotation(*turns, self.rope_pairs)
 
     def _rotate_queries(self, queries: Tensor, rotation: Rotation) -> Tensor:
         nope, rope = queries.split([self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim], dim=-1)
@@ -82,7 +83,8 @@ class DecoupledLatentAttention(LatentAttention):
             second.append(rotate(rope, rotation).transpose(1, 2).flatten(2))  # [B, S, K·R]
         if g.key_norm:
             keys = self.k_scale_proj(hidden_states).unflatten(-1, (-1, g.head_dim))  # [B, S, G, D]
-            second.append(inverse_rms(keys, self.q_norm.eps))
+            dims = (2, 3) if g.joint_norms else (3,)
+            second.append(inverse_rms(keys, self.q_norm.eps, dims).flatten(2))  # [B, S, G or 1]
         if not second:
             return latent, latent[..., :0]
         return latent, torch.cat(second, dim=-1).unsqueeze(1)
@@ -109,9 +111,7 @@ class DecoupledLatentAttention(LatentAttention):
         rope = rope.repeat_interleave(g.num_up_heads // g.num_rope_heads, dim=1)
         keys = torch.cat([nope, rope], dim=-1)
         if g.key_norm:
-            factors = block.key_factors.transpose(1, 2).repeat_interleave(
-                g.num_up_heads // g.num_key_value_heads, dim=1
-            )
+            factors = block.key_factors.transpose(1, 2).repeat_interleave(g.num_up_heads // g.key_factors, dim=1)
             keys = keys * factors.unsqueeze(-1)
         return keys, values
 
@@ -136,6 +136,7 @@ class DecoupledLatentAttention(LatentAttention):
                 view=view,
                 rebuild=rebuild,
                 mask=mask,
+                logit_cap=g.logit_cap,
                 dropout=self._dropout,
                 keep_weights=keep_weights,
             )

@@ -9,7 +9,7 @@ from optimum_mla.nn.attention import LatentAttention, is_plain
 from optimum_mla.nn.norm import HeadRMSNorm
 from optimum_mla.ops import absorb
 from optimum_mla.ops.blocks import Block, CacheView, Latents
-from optimum_mla.ops.blockwise import Sums, attend, softmax_sums
+from optimum_mla.ops.blockwise import Sums, attend, capped, softmax_sums
 from optimum_mla.ops.rotary import RotaryFrames, Rotation, rotate
 
 
@@ -34,8 +34,8 @@ class FullRopeLatentAttention(LatentAttention):
         self.k_b_proj = nn.Linear(key_rank, g.num_up_heads * g.head_dim, bias=g.up_bias)
         self.v_b_proj = nn.Linear(self.value_rank, g.num_up_heads * g.head_dim, bias=g.up_bias)
         if g.key_norm:
-            self.q_norm = HeadRMSNorm(1, g.head_dim, eps)
-            self.k_norm = HeadRMSNorm(1, g.head_dim, eps)
+            heads = (g.num_attention_heads, g.num_key_value_heads) if g.joint_norms else (1, 1)
+            self.q_norm, self.k_norm = (HeadRMSNorm(gains, g.head_dim, eps, joint=g.joint_norms) for gains in heads)
 
     def _heads(self, flat: Tensor) -> Tensor:
         """Split [B, T, heads·D] into heads [B, heads, T, D]."""
@@ -45,10 +45,8 @@ class FullRopeLatentAttention(LatentAttention):
         queries = self._heads(self.q_proj(hidden_states))
         return self.q_norm(queries) if self.geometry.key_norm else queries
 
-    def _rotation(self, position_embeddings: tuple[Tensor, Tensor]) -> Rotation:
-        half = self.geometry.head_dim // 2
-        cos, sin = position_embeddings
-        return Rotation(cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1))
+    def _rotation(self, turns: tuple[Tensor, Tensor]) -> Rotation:
+        return Rotation(*(part.unsqueeze(1) for part in turns))
 
     def _rotate_queries(self, queries: Tensor, rotation: Rotation) -> Tensor:
         return rotate(queries, rotation)
@@ -91,7 +89,8 @@ class FullRopeLatentAttention(LatentAttention):
             def combine(weights: Tensor) -> Tensor:
                 return values.context(weights.flatten(1, 2)).unflatten(1, (heads, length))
 
-            return softmax_sums(absorb.grouped_logits(rotated, keys), combine, mask, self._dropout)
+            logits = capped(absorb.grouped_logits(rotated, keys), g.logit_cap)
+            return softmax_sums(logits, combine, mask, self._dropout)
 
         attended = attend(view, partial, mask, keep_weights)
         up = self.v_b_proj.weight.view(g.num_up_heads, g.head_dim, self.value_rank)

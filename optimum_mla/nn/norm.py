@@ -7,28 +7,30 @@ from torch import Tensor, nn
 
 
 class HeadRMSNorm(nn.Module):
-    """RMSNorm of each head, one gain vector per rotary head (heads that split their dims differently).
+    """RMSNorm of each head or of all heads together.
 
     Args:
-        heads: K.
+        heads: Number of gain vectors, each of which serves as many consecutive heads.
         dim: Dims of a head.
         eps: Added to the mean square.
         normed_dim: The root mean square is that of the first so many dims, the source head's own; dims behind them are
             linear combinations of those and get the same factor. None takes all.
+        joint: Whether the root mean square is that of all heads together.
     """
 
-    def __init__(self, heads: int, dim: int, eps: float, normed_dim: int | None = None) -> None:
+    def __init__(self, heads: int, dim: int, eps: float, normed_dim: int | None = None, joint: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(heads, dim))
-        self.eps, self.normed_dim = eps, normed_dim or dim
+        self.eps, self.normed_dim, self.joint = eps, normed_dim or dim, joint
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [B, H, S, dim], normed and multiplied by its head's gain."""
         gain = self.weight.repeat_interleave(x.shape[1] // self.weight.shape[0], dim=0).unsqueeze(1)  # [H, 1, dim]
-        return x * inverse_rms(x[..., : self.normed_dim], self.eps).unsqueeze(-1) * gain
+        dims = (1, 3) if self.joint else (3,)
+        return x * inverse_rms(x[..., : self.normed_dim], self.eps, dims) * gain
 
 
-def inverse_rms(heads: Tensor, eps: float) -> Tensor:
-    """Return the factor [...] that gives heads [..., dim] a root mean square of one."""
+def inverse_rms(heads: Tensor, eps: float, dims: tuple[int, ...]) -> Tensor:
+    """Return the factor that gives heads a root mean square of one over some dims, which stay with size one."""
     squares = heads.to(torch.promote_types(heads.dtype, torch.float32)).square()
-    return torch.rsqrt(squares.mean(-1) + eps).to(heads.dtype)
+    return torch.rsqrt(squares.mean(dims, keepdim=True) + eps).to(heads.dtype)

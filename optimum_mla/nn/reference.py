@@ -16,7 +16,7 @@ def reference_attention(
     geometry: MLAGeometry,
     tensors: dict[str, Tensor],
     states: Tensor,
-    table: tuple[Tensor, Tensor],
+    turns: tuple[Tensor, Tensor],
     eps: float,
     latent_eps: float,
     window: int | None = None,
@@ -27,7 +27,7 @@ def reference_attention(
         geometry: The layer's shape.
         tensors: The layer's parameters and buffers by their names in the attention module.
         states: The attention's input, [B, S, d].
-        table: cos and sin of the source's rotary embedding, [1 or B, S, D].
+        turns: cos and sin of all pairs of a source head, [1 or B, S, D/2] each.
         eps: What the norms of query and key heads add to the mean square.
         latent_eps: What the norms of latents add to it.
         window: Tokens that a token sees at most, or None.
@@ -35,7 +35,7 @@ def reference_attention(
     g = geometry
     weights = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
     x = states.double()
-    cos, sin = (part.double() for part in table)
+    cos, sin = (part.double() for part in turns)
 
     def linear(name: str, value: Tensor) -> Tensor:
         bias = weights.get(f"{name}.bias")
@@ -46,7 +46,8 @@ def reference_attention(
         return value.unflatten(-1, (count, -1)).transpose(1, 2)  # [B, count, S, ·]
 
     def normed(value: Tensor, name: str, dims: int, epsilon: float) -> Tensor:
-        rms = value[..., :dims].square().mean(-1, keepdim=True).add(epsilon).rsqrt()
+        over = (1, 3) if g.joint_norms and value.ndim == 4 else -1  # Latents have no heads.
+        rms = value[..., :dims].square().mean(over, keepdim=True).add(epsilon).rsqrt()
         gain = weights[f"{name}.weight"]
         if gain.ndim == 2:  # one gain vector for each of some heads
             gain = gain.repeat_interleave(value.shape[1] // gain.shape[0], dim=0).unsqueeze(1)
@@ -89,12 +90,14 @@ def reference_attention(
         key = torch.cat([nope, rope.repeat_interleave(g.num_up_heads // g.num_rope_heads, dim=1)], dim=-1)
         if g.key_norm:
             own = heads(linear("k_scale_proj", x), g.num_key_value_heads)
-            factor = own.square().mean(-1, keepdim=True).add(eps).rsqrt()
-            key = key * factor.repeat_interleave(g.num_up_heads // g.num_key_value_heads, dim=1)
+            factor = own.square().mean((1, 3) if g.joint_norms else 3, keepdim=True).add(eps).rsqrt()
+            key = key * factor.repeat_interleave(g.num_up_heads // g.key_factors, dim=1)
         query = torch.cat([query[..., :n], rotated(query[..., n:], pairs)], dim=-1)
 
     share = g.num_attention_heads // g.num_up_heads
     scores = query @ key.repeat_interleave(share, dim=1).mT * g.head_dim**-0.5
+    if g.logit_cap is not None:
+        scores = g.logit_cap * torch.tanh(scores / g.logit_cap)
     tokens = torch.arange(x.shape[1], device=x.device)
     distance = tokens[:, None] - tokens
     seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)

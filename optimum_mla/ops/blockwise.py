@@ -127,6 +127,11 @@ def softmax_sums(
     return Sums(peak, total, mass, combine(weights.to(dtype)).to(weights.dtype), logits)
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Return scaled logits with a soft-cap c applied, c·tanh(logits / c); None leaves them as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
     """Return logits [B, H, S, t] with a mask applied, which is None, boolean (True means attend) or additive."""
     if mask is None:
@@ -179,6 +184,7 @@ class LatentDecode:
         view: The cached tokens, first those that are quantized, then those in full precision.
         rebuild: Computes the rotary key from the latent, or None if it is cached.
         mask: None, a boolean mask (True means attend) or an additive one, broadcastable to [B, H, S, T].
+        logit_cap: Soft-cap of the scaled logits, or None.
         dropout: Probability with which a weight is dropped.
         keep_weights: Whether the weights are to be returned.
     """
@@ -191,6 +197,7 @@ class LatentDecode:
     view: CacheView
     rebuild: RotaryRebuild | None
     mask: Tensor | None
+    logit_cap: float | None = None
     dropout: float = 0.0
     keep_weights: bool = False
 
@@ -221,7 +228,7 @@ class LatentDecode:
         def combine(weights: Tensor) -> Tensor:
             return block.first.context(weights.flatten(1, 2)).unflatten(1, (heads, length))
 
-        return softmax_sums(logits, combine, mask, self.dropout)
+        return softmax_sums(capped(logits, self.logit_cap), combine, mask, self.dropout)
 
 
 def latent_decode(step: LatentDecode) -> Attended:

@@ -30,11 +30,13 @@ def cpu_decode(step: LatentDecode) -> Attended:
     All query heads share the latents, so they become the rows of one head, and the pieces of the block become its
     heads, because PyTorch's kernel runs heads in parallel, but not the tokens of one head. If a shared rotary key lies
     beside the latent, both are one key; otherwise the rotary logits are passed as an additive mask. `logit_bias` is the
-    same for all tokens and changes no softmax. Weights, dropout, key norms and gradients are left to the reference.
+    same for all tokens and changes no softmax. Weights, dropout, soft-caps, key norms and gradients are left to the
+    reference.
     """
     if (
         step.keep_weights
         or step.dropout
+        or step.logit_cap is not None
         or step.view.num_key_factors
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()

@@ -1,9 +1,10 @@
-"""Rotation of half-split dims with frequencies that are gathered from the cos/sin table of the source model."""
+"""Rotation of half-split dims with frequencies that are gathered from the cos/sin tables of the source model."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,6 +26,55 @@ class Rotation(NamedTuple):
     def at(self, span: slice) -> Rotation:
         """Return the rotation at some of the positions."""
         return Rotation(self.cos[:, :, span], self.sin[:, :, span])
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Reads a family's tables of cos and sin as those of the D/2 pairs of a head, of which each turns by one angle.
+
+    In this package dim i of a head turns with dim i + D/2. Dims that the family does not rotate are pairs that stand
+    still, whose cosine is the attention factor of the rotary embedding.
+
+    Attributes:
+        head_dim: Number of dims of a head, D.
+        interleaved: Whether the family turns dims 2i and 2i + 1 together, instead of i and i plus half of its rotary
+            dims.
+        repeated: Whether its tables repeat each angle for neighbouring dims, instead of in their second half.
+        rotates: Whether the layer rotates queries and keys at all.
+        scaling: Attention factor of the rotary embedding, which cos and sin are multiplied by.
+    """
+
+    head_dim: int
+    interleaved: bool = False
+    repeated: bool = False
+    rotates: bool = True
+    scaling: float = 1.0
+
+    def turns(self, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of the pairs, [B, S, D/2] each, of the family's tables [B, S, W] with W rotary dims."""
+        if not self.rotates:
+            shape = (*table[0].shape[:-1], self.head_dim // 2)
+            return table[0].new_ones(shape), table[1].new_zeros(shape)
+        half = table[0].shape[-1] // 2
+        cos, sin = (part[..., ::2] if self.repeated else part[..., :half] for part in table)
+        still = self.head_dim // 2 - half
+        if still:
+            cos = torch.nn.functional.pad(cos, (0, still), value=self.scaling)
+            sin = torch.nn.functional.pad(sin, (0, still))
+        return cos, sin
+
+    def order(self, width: int) -> Tensor | None:
+        """Return the family's dim at each place of a head, [D], or None where the order is the same.
+
+        Args:
+            width: Number of dims that the family rotates, W.
+        """
+        if not self.rotates or (width == self.head_dim and not self.interleaved):
+            return None
+        turning = torch.arange(width)
+        first, second = (turning[::2], turning[1::2]) if self.interleaved else turning.chunk(2)
+        still = torch.arange(width, self.head_dim).chunk(2) if width < self.head_dim else (turning[:0], turning[:0])
+        return torch.cat([first, still[0], second, still[1]])
 
 
 class RotaryFrames(ABC):
@@ -89,7 +139,7 @@ class RelativeFrames(RotaryFrames):
 
 
 def gather_rotation(cos: Tensor, sin: Tensor, pairs: Tensor) -> Rotation:
-    """Return the rotation of `pairs` [K, R/2] from the source's tables [B, S, D], whose two halves are equal."""
+    """Return the rotation of `pairs` [K, R/2] from the tables of all pairs [B, S, D/2]."""
     return Rotation(cos[..., pairs].transpose(1, 2), sin[..., pairs].transpose(1, 2))
 
 

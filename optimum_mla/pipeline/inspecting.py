@@ -16,13 +16,15 @@ from optimum_mla.calibrate.text import window_length
 from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.core.segments import WIDTHS
-from optimum_mla.families.spec import SourceAttention, sliding_window
+from optimum_mla.families.project import SourceAttention
+from optimum_mla.families.spec import sliding_window
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.methods.coding import with_equal_bits
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
+from optimum_mla.ops.rotary import PairTable
 from optimum_mla.pipeline.estimate import Work, conversion_memory, conversion_seconds, probe
 from optimum_mla.pipeline.history import accuracy, outcomes
 from optimum_mla.pipeline.loading import RESIDENT_BYTES, check_buildable, load_config
@@ -187,7 +189,7 @@ def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> l
     layers = []
     for layer in config.per_layer_config:
         geometry = family.spec.geometry(layer)
-        source = SourceAttention(family.spec, nn.Module(), geometry, 1.0, torch.empty(0))
+        source = SourceAttention(family.spec, nn.Module(), geometry, PairTable(geometry.head_dim), torch.empty(0))
         weightless = transformation.without_weights()
         shapes = weightless.candidates(source, weightless.plan_layer(source))
         if transformation.coded:

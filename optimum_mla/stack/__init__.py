@@ -23,13 +23,22 @@ from optimum_mla.stack.hooks import (
     spread,
 )
 from optimum_mla.stack.keywords import changes_attention, check_keywords, forward_keywords
-from optimum_mla.stack.rotary import FIXED_ROPE_TYPES, rope_type, rotary_table
+from optimum_mla.stack.rotary import (
+    FIXED_ROPE_TYPES,
+    attention_scaling,
+    by_layer_type,
+    rope_type,
+    rotary_dims,
+    rotary_table,
+)
 from optimum_mla.stack.tables import enter_class_names
 
 __all__ = [
     "CACHE_ARGUMENT",
     "FIXED_ROPE_TYPES",
+    "attention_scaling",
     "bare_copy",
+    "by_layer_type",
     "cache_argument",
     "cache_name",
     "cache_of",
@@ -46,6 +55,7 @@ __all__ = [
     "require_cache",
     "returns_to_memory",
     "rope_type",
+    "rotary_dims",
     "rotary_table",
     "spread",
     "takes_cache",

@@ -16,6 +16,8 @@ from optimum_mla.core.errors import InvalidValueError, UnsupportedStackError
 
 RELEASED_NAMES = ("past_key_values", "cache")
 """The names that released versions of Transformers have given to the argument, the oldest first."""
+OLD_LAYER_NAME = "layer_past"
+"""The name by which the layers of a few old families, such as GPT-NeoX, still hand the cache to their attention."""
 CANONICAL = "cache"
 """The name of the argument inside this package, whatever the installed release calls it."""
 
@@ -164,7 +166,7 @@ def _is_compiling() -> bool:
 
 
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a `forward` with an argument `cache`, so that it takes it by every known name.
+    """Decorate the `forward` of an attention with an argument `cache`, so that it takes it by every known name.
 
     Args:
         forward: A method with a parameter called `cache`.
@@ -172,6 +174,8 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if OLD_LAYER_NAME in kwargs:
+            kwargs[CACHE_ARGUMENT] = kwargs.pop(OLD_LAYER_NAME)
         return forward(self, *args, **renamed_cache(kwargs, CANONICAL, f"{type(self).__name__}.forward"))
 
     return wrapper

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +12,22 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Types of rotary embeddings whose frequencies do not depend on the length of the sequence."""
 
 
-def rope_type(config: Any) -> str:
-    """Return the type of a config's rotary embedding, such as `default` or `yarn`."""
-    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+def rope_type(config: Any, layer_type: str | None = None) -> str:
+    """Return the type of a config's rotary embedding, such as `default` or `yarn`.
+
+    Args:
+        config: The config of a model.
+        layer_type: The layers that are meant, where layers of different types have rotary embeddings of their own.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get(layer_type) or parameters
+    return str(parameters.get("rope_type", "default"))
 
 
-def rotary_table(rotary: Callable[..., Any], like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, [1 or B, T, D] each, at some positions, with the frequencies of the forward pass that runs.
+def rotary_table(
+    rotary: Callable[..., Any], like: Tensor, positions: Tensor, keywords: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, [1 or B, T, W] each, at some positions, with the frequencies of the forward pass that runs.
 
     Embeddings whose frequencies depend on the length (`dynamic`, `longrope`) choose them when they are called, by the
     largest position at hand. The model calls its embedding once a pass; a further call for older tokens would choose
@@ -28,7 +37,31 @@ def rotary_table(rotary: Callable[..., Any], like: Tensor, positions: Tensor) ->
         rotary: The model's rotary embedding.
         like: A tensor of the wanted dtype and device.
         positions: Positions [1 or B, T].
+        keywords: What `by_layer_type` returned for the layer.
     """
     kind: Any = type(rotary)
     plain: Any = inspect.unwrap(kind.forward)
-    return plain(rotary, like, positions)
+    return plain(rotary, like, positions, **keywords)
+
+
+def by_layer_type(rotary: Callable[..., Any], layer_type: str | None) -> dict[str, Any]:
+    """Return the keyword that names a layer's type to a rotary embedding which has frequencies for each type."""
+    kind: Any = type(rotary)
+    takes = "layer_type" in inspect.signature(inspect.unwrap(kind.forward)).parameters
+    return {"layer_type": layer_type} if takes else {}
+
+
+def _of_type(rotary: Any, name: str, layer_type: str | None, default: Any) -> Any:
+    prefix = "".join(f"{value}_" for value in by_layer_type(rotary, layer_type).values())
+    return getattr(rotary, f"{prefix}{name}", default)
+
+
+def rotary_dims(rotary: Any, layer_type: str | None, default: int) -> int:
+    """Return how many dims of a head a rotary embedding turns, or `default` if it does not tell."""
+    frequencies = _of_type(rotary, "inv_freq", layer_type, None)
+    return default if frequencies is None else 2 * len(frequencies)
+
+
+def attention_scaling(rotary: Any, layer_type: str | None) -> float:
+    """Return the attention factor of a rotary embedding, by which it multiplies cos and sin, as with YaRN."""
+    return float(_of_type(rotary, "attention_scaling", layer_type, 1.0))

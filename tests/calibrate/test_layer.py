@@ -68,7 +68,7 @@ def test_no_more_windows_are_measured_than_said(count: int) -> None:
     walk = walk_through(model, token_ids(HELD_BACK * count, 3))
     calibration = LayerCalibration(walk, sources_of(model)[0])
     seen: list[Tensor] = []
-    hook = walk.attention.get_submodule("q_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = walk.part("input_layernorm").register_forward_hook(lambda _, args, normed: seen.append(normed))
     calibration.error(walk.attention)
     compared = torch.cat(seen)
     seen.clear()

@@ -20,6 +20,7 @@ from tests.calibrate.walked import (
     Walked,
     disturbed,
     layer_inputs,
+    normed,
     pairs,
     sources_of,
     walk_through,
@@ -71,7 +72,7 @@ def test_contributions_are_the_source_models_own(family: str) -> None:
         attention, x = layer.self_attn, layer.input_layernorm(states[FITTED])
         query, key = (getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, HEAD_DIM)) for name in "qk")
         if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
+            query, key = normed(attention.q_norm, query), normed(attention.k_norm, key)
         expected = torch.zeros(GROUPS, PAIRS, dtype=torch.float64)
         for head in range(HEADS):
             product = pairs(query[:, :, head]).abs() * pairs(key[:, :, head // 2]).abs()

@@ -92,10 +92,10 @@ class Heads:
         )
         self.raw_key, self.key_factor = key, torch.ones(GROUPS, length, dtype=torch.float64)
         if hasattr(attention, "q_norm"):
-            query = attention.q_norm(query)
+            query = normed(attention.q_norm, query)
             self.key_factor = (key.square().mean(-1) + attention.k_norm.variance_epsilon).rsqrt()
             self.raw_key = key * attention.k_norm.weight
-            key = attention.k_norm(key)
+            key = normed(attention.k_norm, key)
         self.query, self.key, self.value = query, key, value
         cos, sin = model.model.rotary_emb(self.x[None], torch.arange(length)[None])
         self.turn = torch.complex(cos, sin)[0, :, :PAIRS].to(torch.complex128)  # [L, D/2]
@@ -115,6 +115,11 @@ class Heads:
         weights = self.weights[head, t]
         mean = weights @ added
         return float(weights @ (added - mean).square().sum(-1))
+
+
+def normed(norm: Any, heads: Tensor) -> Tensor:
+    """Heads [..., D] behind an RMSNorm in their own dtype; Transformers' norms compute in float32."""
+    return heads * (heads.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt() * norm.weight
 
 
 def pairs(heads: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from optimum_mla import (
 )
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.families.project import source_attention
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models import SourceAttention, family_of
@@ -44,7 +45,7 @@ def test_features_are_those_of_the_modules(family: str) -> None:
 def test_weights_come_by_heads_in_float64() -> None:
     model = source_model("qwen3 with biases", torch.bfloat16)
     attention, spec = model.model.layers[0].self_attn, family_of(model.config).spec
-    source = SourceAttention(spec, attention, spec.geometry(model.config), 1.0, torch.ones(64))
+    source = source_attention(spec, model.model.layers[0], model.config, 0, model.model.rotary_emb)
     for mine, linear, heads in (
         (source.query, attention.q_proj.weight, 4),
         (source.key, attention.k_proj.weight, 2),
@@ -54,15 +55,16 @@ def test_weights_come_by_heads_in_float64() -> None:
         assert mine.shape == (heads, 16, 64)
         assert all(torch.equal(mine[h], linear[16 * h : 16 * (h + 1)].double()) for h in range(heads))
     assert torch.equal(source.key_bias.flatten(), attention.k_proj.bias.double())
-    assert torch.equal(source.norm_gain("k_norm"), attention.k_norm.weight.double())
-    assert torch.equal(source.norm_gain(None), torch.ones(16, dtype=torch.float64))
+    assert torch.equal(source.key_gain, attention.k_norm.weight.double()[None])
+    assert torch.equal(source.query_gain, attention.q_norm.weight.double()[None])
     assert source.output().keys() == {"o_proj.weight", "o_proj.bias"}
 
 
 def test_bias_fields_of_a_config_are_read() -> None:
     spec = AttentionSpec("x", "X", query_bias="attention_bias", key_value_bias=True, output_bias="no_such_field")
     features = spec.features(SimpleNamespace(attention_bias=True))
-    assert features == {"query_bias": True, "key_value_bias": True, "output_bias": False, "key_norm": False}
+    assert features.items() >= {"query_bias": True, "key_value_bias": True, "output_bias": False}.items()
+    assert (features["key_norm"], features["joint_norms"], features["logit_cap"]) == (False, False, None)
     assert spec.features(SimpleNamespace(attention_bias=False))["query_bias"] is False
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from optimum_mla import GQA2MLA, MHA2MLA, AttentionSpec, XEcoMLA, register_family, trace
 from optimum_mla.core.errors import UnsupportedModelError
@@ -17,22 +19,21 @@ from optimum_mla.models import family_of, registry
 from optimum_mla.pipeline import convert
 from tests.cases import FAMILIES, SIZES, source_model, token_ids
 
+LLAMA_4_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 64,
+}
 LOOK_ALIKES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "gemma2": (
-        "Gemma2",
-        {"query_pre_attn_scalar": 64},
-        ["scores are multiplied by 0.125 instead of", "soft-capped at 50", "one plus its weight"],
-    ),
-    "granite": (
-        "Granite",
-        {"attention_multiplier": 0.5, "residual_multiplier": 0.22},
-        ["multiplied by 0.5 instead of", r"multiplied by 0.22 \(a residual multiplier\)"],
-    ),
-    "helium": ("Helium", {}, ["rotates neighbouring dims"]),
+    "gemma2": ("Gemma2", {}, ["soft-capped at 50", "with the gain that the spec says"]),
+    "helium": ("Helium", {}, ["rotates neighbouring dims", "interleaved=True"]),
+    "cohere": ("Cohere", {}, ["repeat each angle", "interleaved=True, interleaved_table=True"]),
     "smollm3": ("SmolLM3", {}, ["layer 3", "does not rotate queries and keys"]),
-    "stablelm": ("StableLm", {}, ["4 of 16 dims"]),
-    "gemma": ("Gemma", {}, ["one plus its weight"]),
-    "starcoder2": ("Starcoder2", {"use_bias": True}, ["q_proj has a bias"]),
+    "gemma": ("Gemma", {}, ["with the gain that the spec says"]),
+    "gpt_oss": ("GptOss", {"num_local_experts": 4}, ["attention sinks"]),
+    "ministral3": ("Ministral3", {"rope_parameters": LLAMA_4_ROPE}, ["from position 100003 on"]),
+    "starcoder2": ("Starcoder2", {"use_bias": True}, ["the query projection has a bias"]),
     "phi3": ("Phi3", {}, ["no 'q_proj'"]),
     "olmo2": ("Olmo2", {}, ["no 'input_layernorm.weight'"]),
 }
@@ -97,7 +98,7 @@ def test_an_embedding_multiplier_is_told() -> None:
 def test_scaled_logits_are_told() -> None:
     as_llama = {"embedding_multiplier": 1.0, "attention_multiplier": 0.25, "residual_multiplier": 1.0}
     model = look_alike("granite", "Granite", {**as_llama, "logits_scaling": 8.0})
-    with pytest.raises(UnsupportedModelError, match=r"logits of this granite model .* scaled or capped"):
+    with pytest.raises(UnsupportedModelError, match=r"logits of this granite model .* factors and the cap"):
         GQA2MLA()(model)
 
 
@@ -119,19 +120,39 @@ def test_the_embedded_models_are_what_their_specs_say(name: str, attention: str)
     verify_family(model, family_of(model.config).spec, range(6))
 
 
-@pytest.mark.parametrize("change", ["scaling", "bias", "norm", "layer"])
+def without_positions(self: Any, hidden_states: Tensor, position_embeddings: Any, *args: Any, **kwargs: Any) -> Any:
+    still = torch.ones_like(position_embeddings[0]), torch.zeros_like(position_embeddings[1])
+    return LlamaAttention.forward(self, hidden_states, still, *args, **kwargs)
+
+
+class Squashed(torch.nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def louder(self: Any, *args: Any, **kwargs: Any) -> Any:
+    output, weights = LlamaAttention.forward(self, *args, **kwargs)
+    return 1.01 * output, weights
+
+
+@pytest.mark.parametrize("change", ["bias", "norm", "positions", "output"])
 def test_one_changed_layer_is_found(change: str) -> None:
     model = source_model("llama")
     layer = model.model.layers[1]
-    if change == "scaling":
-        layer.self_attn.scaling *= 1.01
-    elif change == "bias":
+    if change == "bias":
         layer.self_attn.k_proj.bias = torch.nn.Parameter(torch.zeros(32))
     elif change == "norm":
-        layer.input_layernorm = torch.nn.LayerNorm(64)
+        layer.input_layernorm = Squashed(64)
+    elif change == "positions":
+        layer.self_attn.__class__ = type("Still", (type(layer.self_attn),), {"forward": without_positions})
     else:
-        layer.register_forward_hook(lambda module, args, output: 1.01 * output)
-    words = {"scaling": "instead of", "bias": "k_proj has a bias", "norm": "no RMSNorm", "layer": "feed-forward"}
+        layer.self_attn.__class__ = type("Louder", (type(layer.self_attn),), {"forward": louder})
+    words = {
+        "bias": "the key projection has a bias",
+        "norm": "neither an RMSNorm",
+        "positions": "does not rotate",
+        "output": "another output than",
+    }
     with pytest.raises(UnsupportedModelError, match=f"layer 1 .*{words[change]}"):
         GQA2MLA()(model)
 
