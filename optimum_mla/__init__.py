@@ -20,6 +20,10 @@ from optimum_mla.methods.quantize_cache import QuantizeLatentCache
 from optimum_mla.methods.registry import available_transforms, register_transform
 from optimum_mla.methods.xecomla import XEcoMLA
 from optimum_mla.models import AttentionSpec, register_family, supported_model_types
+from optimum_mla.models.registry import register_installed_families
+
+# Last, because the packages that offer families import from this one.
+register_installed_families()
 
 if TYPE_CHECKING:
     from optimum_mla.pipeline import benchmark as benchmark

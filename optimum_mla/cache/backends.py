@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ _BACKENDS: dict[str, str] = {
     "hqq": "optimum_mla.cache.hqq:HQQBackend",
     "quanto": "optimum_mla.cache.quanto:QuantoBackend",
 }
+
+ENTRY_POINTS = "optimum_mla.backends"
+"""The entry-point group in which other packages offer backends."""
 
 
 class Encoded(NamedTuple):
@@ -103,12 +107,22 @@ def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names of all backends, whether or not their libraries are installed."""
-    return tuple(_BACKENDS)
+    """Return the names of all backends, whether or not their libraries are installed.
+
+    These are the built-in backends, the registered ones, and those that installed packages offer as entry points of the
+    group `optimum_mla.backends`.
+    """
+    return tuple(_locations())
+
+
+def _locations() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)} | _BACKENDS
 
 
 def register_backend(name: str, location: str) -> None:
     """Add a backend to this process.
+
+    To offer a backend on the command line too, a package declares an entry point in the group `optimum_mla.backends`.
 
     Args:
         name: The name by which users select it.
@@ -124,9 +138,11 @@ def make_backend(name: str, bits: int) -> Backend:
         InvalidValueError: There is no such backend, or it has no codes of so many bits.
         MissingDependencyError: The library of the backend is not installed.
     """
-    if name not in _BACKENDS:
-        raise InvalidValueError("backend", name, ", ".join(_BACKENDS), did_you_mean(name, _BACKENDS))
-    module, _, attribute = _BACKENDS[name].partition(":")
+    location = _BACKENDS.get(name) or _locations().get(name)
+    if location is None:
+        known = available_backends()
+        raise InvalidValueError("backend", name, ", ".join(known), did_you_mean(name, known))
+    module, _, attribute = location.partition(":")
     try:
         backend = getattr(import_module(module), attribute)
     except ImportError as error:

@@ -22,7 +22,6 @@ from optimum_mla.convert.search import LayerSearch
 from optimum_mla.convert.shared_rope import choose_shared_rope
 from optimum_mla.core.errors import CorruptWeightsError, UnsupportedModelError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.core.layers import parse_layers
 from optimum_mla.core.progress import progress
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.families.verify import verify_family
@@ -81,7 +80,7 @@ class Run:
     ) -> None:
         self.method, self.source, self.record = method, LayerSource(model), record or Record()
         self.config, self.family = self.source.config, self.source.family
-        self.layers = tuple(parse_layers(method.layers, self.source.num_layers))
+        self.layers = method.covered_layers(self.config)
         spec = self.family.spec
         for layer in self.layers:
             attention = spec.part(model, spec.attention_path(layer), layer)

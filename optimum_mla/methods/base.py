@@ -22,7 +22,7 @@ from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning, UnsupportedModelError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.layers import LayerChoice, parse_layers
-from optimum_mla.families.spec import sliding_window
+from optimum_mla.families.spec import full_layers, sliding_window
 from optimum_mla.methods.coding import LayerCodes, with_equal_bits
 from optimum_mla.methods.options import check_choice
 from optimum_mla.methods.shared_rope import SharedRope
@@ -49,7 +49,8 @@ class MLATransformation(ModelTransformation):
         energy: Share of the squared singular values that each layer keeps. The ranks then differ between layers.
         kv_cache_budget: Bytes of the cache, everything included, relative to the source's cache in 16 bits. Each
             channel of the latents then gets as many bits as it is worth. Only methods with codes have it.
-        layers: `all`, a list such as `0-3,8`, the name of a preset, or indices; see `parse_layers`.
+        layers: `all`, a list such as `0-3,8`, the name of a preset, or indices; see `parse_layers`. Of a model in which
+            some layers have a sliding window, `all` means the others: a window bounds its cache by itself.
         calibration: Token ids, [N, L], that are run through the model layer by layer; see `optimum_mla.calibrate.walk`.
             Or `CalibrationStatistics` of the model, with which no layer is run and nothing can be refitted.
         factorization: One of the method's `factorizations`. `calibrated` weighs errors by what the layer reads and
@@ -160,13 +161,22 @@ class MLATransformation(ModelTransformation):
         if self.rank_allocation == "energy":
             raise InvalidValueError("rank_allocation", "energy", "error, uniform with kv_cache_budget")
 
+    def covered_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        """Return the indices of the layers that a conversion of a model covers, in rising order.
+
+        Raises:
+            InvalidValueError: The choice of layers is malformed or empty, or the model has fewer layers.
+        """
+        chosen = parse_layers(self.layers, config.num_hidden_layers)
+        return tuple(full_layers(config)) if self.layers == "all" else chosen
+
     def check_windows(self, config: PreTrainedConfig) -> None:
         """Refuse codes in layers with a sliding window, whose caches hold latents in the model's dtype.
 
         Raises:
             UnsupportedModelError: A layer to convert has a window, under a budget of bytes.
         """
-        for layer in parse_layers(self.layers, config.num_hidden_layers) if self.coded else ():
+        for layer in self.covered_layers(config) if self.coded else ():
             if sliding_window(config, layer) is not None:
                 raise UnsupportedModelError(
                     f"kv_cache_budget: layer {layer} has a sliding window, whose cache is not coded. Name the other "
@@ -295,7 +305,7 @@ class MLATransformation(ModelTransformation):
         """
         family, weightless, geometries = family_of(config), self.without_weights(), {}
         self.check_windows(config)
-        for layer in parse_layers(self.layers, config.num_hidden_layers):
+        for layer in self.covered_layers(config):
             geometry = family.spec.geometry(config.per_layer_config[layer])
             if geometry.attention_form != "source":
                 raise converted_already(layer)

@@ -14,6 +14,7 @@ from transformers import initialization as init
 from optimum_mla.cache import LatentCache
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.core.geometry import ModelGeometry
+from optimum_mla.families.guess import spec_source
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.config import SHIM_NAME
 from optimum_mla.models.layers import build_attention, latent_cache, model_geometry, quantized_settings
@@ -35,6 +36,8 @@ class LatentInitialization(PreTrainedModel):
     """Initializes what the source family does not know."""
 
     spec: ClassVar[AttentionSpec]
+    built_in: ClassVar[bool]
+    """Whether importing `optimum_mla` registers the family."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -63,6 +66,9 @@ class LatentInitialization(PreTrainedModel):
         prefix = self.spec.class_prefix
         names = [f"{prefix}MLA{kind}" for kind in ("Config", "Model", "ForCausalLM")]
         shim = "".join(f"from optimum_mla.models import {name} as {name}\n" for name in names)
+        if not self.built_in:
+            known = "from optimum_mla import AttentionSpec, register_family"
+            shim = f"{known}\n\nregister_family({spec_source(self.spec)})\n\n{shim}"
         (Path(save_directory) / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
 
 

@@ -21,6 +21,20 @@ def model_geometry(spec: AttentionSpec, config: Any) -> ModelGeometry:
     return ModelGeometry(layers)
 
 
+def kept_layers(config: Any) -> list[str]:
+    """Return which layers keep the source's attention in a converted model, in a line for each reason."""
+    kept = [index for index, layer in enumerate(config.per_layer_config) if layer.attention_form == "source"]
+    windowed = [index for index in kept if sliding_window(config, index) is not None]
+    lines = []
+    for layers, why in (
+        (windowed, "a sliding window bounds their cache by itself"),
+        ([index for index in kept if index not in windowed], "they were not chosen by --layers"),
+    ):
+        if layers:
+            lines.append(f"layers {', '.join(map(str, layers))} keep their attention: {why}")
+    return lines
+
+
 def build_attention(
     spec: AttentionSpec, config: Any, layer: int, rotary: nn.Module, geometry: MLAGeometry | None = None
 ) -> LatentAttention:

@@ -7,15 +7,20 @@ it here and registered with the Transformers Auto classes.
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.core.errors import UnsupportedModelError, first_line
+from optimum_mla.families.guess import guessed_spec
+from optimum_mla.families.refused import refusal
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.classes import MLAForCausalLMMixin, MLAModelMixin, base_forward
 from optimum_mla.models.config import MLA_CONFIG_FIELDS, MLAConfigMixin
@@ -49,6 +54,9 @@ BUILT_IN_FAMILIES = (
     "starcoder2",
 )
 """Modules of `optimum_mla.families` that hold a `SPEC`."""
+
+ENTRY_POINTS = "optimum_mla.families"
+"""The entry-point group in which other packages offer families."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def register_family(spec: AttentionSpec) -> Family:
     prefix, home = spec.class_prefix, f"{__package__}.registry"
     source_config, source_base, source_model, source_attention = _source_classes(spec)
 
-    shared: dict[str, Any] = {"__module__": home, "spec": spec}
+    shared: dict[str, Any] = {"__module__": home, "spec": spec, "built_in": spec.model_type in BUILT_IN_FAMILIES}
     defaults = {name: default for name, (_, default) in MLA_CONFIG_FIELDS.items()}
     config = type(
         f"{prefix}MLAConfig",
@@ -174,10 +182,51 @@ def family_of(config: Any) -> Family:
     for family in _FAMILIES.values():
         if model_type in (family.spec.model_type, family.spec.mla_model_type):
             return family
+    if (why := refusal(config)) is not None:
+        raise UnsupportedModelError(f"model_type: {model_type!r} cannot be converted: {why}.")
     raise UnsupportedModelError(
-        f"model_type: got {model_type!r}, supported: {', '.join(supported_model_types())}. "
-        "A further family is one AttentionSpec (docs/add_a_family.md)."
+        f"model_type: got {model_type!r}, supported: {', '.join(supported_model_types())}. Try --try-family, or "
+        "describe the family by an AttentionSpec (docs/add_a_family.md)."
     )
+
+
+def try_family(config: Any) -> AttentionSpec | None:
+    """Register a family that is not known yet under the spec that its names suggest.
+
+    Whether this describes the family is checked on the model itself, by `verify_family`, before anything is converted.
+
+    Args:
+        config: The config of the model.
+
+    Returns:
+        The spec, or None if the family is known.
+
+    Raises:
+        UnsupportedModelError: Something is known against the family, its names are not the usual ones, or Transformers
+            has no causal language model for the config.
+    """
+    if any(config.model_type == family.spec.model_type for family in _FAMILIES.values()):
+        return None
+    if (why := refusal(config)) is not None:
+        raise UnsupportedModelError(f"model_type: {config.model_type!r} cannot be converted: {why}.")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UnsupportedModelError(f"model_type: {config.model_type!r}: {first_line(error)}") from error
+    return register_family(guessed_spec(config, model)).spec
+
+
+def register_installed_families() -> None:
+    """Register the families that installed packages offer as entry points of the group `optimum_mla.families`.
+
+    An entry point names an `AttentionSpec` as `module:SPEC`. One that does not load is left out with a warning.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            register_family(point.load())
+        except Exception as error:  # A package of somebody else must not keep this one from being imported.
+            warnings.warn(f"the family {point.name!r} ({point.value}) is left out: {first_line(error)}", stacklevel=2)
 
 
 def is_converted(config: Any) -> bool:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from optimum_mla.calibrate.windows import HELD_BACK
 from optimum_mla.methods.base import MLATransformation
-from optimum_mla.models.layers import model_geometry
+from optimum_mla.models.layers import kept_layers, model_geometry
 from optimum_mla.models.registry import family_of
 from optimum_mla.report.pages import size
 from optimum_mla.report.render import duration
@@ -60,6 +60,7 @@ def announcement(
             lines.append(
                 f"warning: fewer than {HELD_BACK} windows, so none is held back: choices are made on what was fitted."
             )
+    lines += kept_layers(planned)
     if geometry.cache_ratio < SMALL_CACHE_RATIO and not transformation.coded:
         lines.append(
             f"warning: {100 * geometry.cache_ratio:.2g} % of the cache is less than models of today can do with; "

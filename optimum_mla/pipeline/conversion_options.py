@@ -12,7 +12,7 @@ from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
-from optimum_mla.families.spec import sliding_window
+from optimum_mla.families.spec import full_layers, sliding_window
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.methods.signature import whole_signature
@@ -66,7 +66,7 @@ def default_size(
         texts: The texts of the conversion.
         exported: Whether the result is exported.
     """
-    windows = any(sliding_window(config, layer) is not None for layer in range(config.num_hidden_layers))
+    windows = sliding_window(config, full_layers(config)[0]) is not None  # Then it is so in all layers.
     plain = options.get("rope_cache") == "cached" or options.get("factorization") not in (None, "calibrated")
     if transform_class(method).has_codes and not (windows or plain or exported or texts.uncalibrated):
         return {"kv_cache_budget": DEFAULT_CACHE_BUDGET}

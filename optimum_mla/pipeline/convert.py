@@ -79,6 +79,7 @@ def convert(
     export_format: str | None = None,
     resume: bool = False,
     announce: Callable[[str], None] | None = None,
+    try_family: bool = False,
 ) -> ConversionReport:
     """Convert a checkpoint and write the result with its model card and `conversion_report.json`.
 
@@ -97,6 +98,7 @@ def convert(
         export_format: Write the result as `mla-export` does (`deepseek_v3`); options that this needs are then added.
         resume: Go on with an interrupted conversion to `output`, which must have had the same options. It gives what an
             uninterrupted one gives.
+        try_family: Describe a family that is not known by what its names suggest, if the model confirms it.
         announce: Called with a few lines that say what will be done and how long it should take, before it starts.
 
     Raises:
@@ -112,7 +114,7 @@ def convert(
         "eval-data": texts.eval_data,
     }
     folder = check_output(output, inputs, overwrite)
-    config = load_source_config(model, hub)
+    config = load_source_config(model, hub, try_family)
     origin: dict[str, Any] = origin_fields(model, hub)
     options = {name: value for name, value in (options or {}).items() if value is not None}
     if export_format is not None:

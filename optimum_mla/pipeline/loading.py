@@ -30,9 +30,11 @@ from optimum_mla.core.errors import (
     UnsupportedModelError,
     first_line,
 )
+from optimum_mla.families.guess import spec_source
 from optimum_mla.io.faults import TOKENIZER_FILES
 from optimum_mla.io.reading import local_folder, reading
 from optimum_mla.models import family_of, is_converted
+from optimum_mla.models.registry import try_family
 from optimum_mla.report.cards import renamed, shown
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 
@@ -84,8 +86,13 @@ def load_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model, **hub)
 
 
-def load_source_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
+def load_source_config(model: str, hub: dict[str, Any], guess_family: bool = False) -> PreTrainedConfig:
     """Return the config of a model that can be converted.
+
+    Args:
+        model: A hub id or a folder.
+        hub: Keyword arguments for loading from the hub.
+        guess_family: Whether a family that is not known is registered as its names suggest.
 
     Raises:
         UnsupportedModelError: Not found, not a supported decoder LM, converted already, or quantized.
@@ -95,6 +102,13 @@ def load_source_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
         raise UnsupportedModelError(f"model: {model} is converted already. Convert the model that it was made from.")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"model: the weights of {model} are quantized. Convert the unquantized model.")
+    spec = try_family(config) if guess_family else None
+    if spec is not None:
+        logger.warning(
+            "%s is described by its names alone. If the conversion passes, register this to load the result: %s",
+            config.model_type,
+            spec_source(spec),
+        )
     family_of(config)
     return config
 

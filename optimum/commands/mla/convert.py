@@ -73,7 +73,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         method.add_argument(
             "--layers",
             help="Layers to convert: all, a list such as 0-7 or 1,3,5, or the preset x-ecomla-hybrid. The other layers "
-            "keep their attention. Default: all.",
+            "keep their attention. Default: all, but where only some layers have a sliding window, these keep it.",
         )
         method.add_argument(
             "--export-format",
@@ -228,6 +228,12 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         run = add_run_arguments(parser)
         run.add_argument("--seed", type=int, default=0, metavar="N", help="Seed for random numbers. Default: 0.")
         run.add_argument(
+            "--try-family",
+            action="store_true",
+            help="Convert a model of a type that is not known, if its attention is confirmed to be what the names of "
+            "its parts suggest. Says what to register before the result is loaded.",
+        )
+        run.add_argument(
             "--resume",
             action="store_true",
             help="Go on with an interrupted conversion to OUTPUT. The other options must be those that it had.",
@@ -270,6 +276,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 hub=hub_options(args),
                 export_format=args.export_format,
                 resume=args.resume,
+                try_family=args.try_family,
                 announce=lambda text: print(text, flush=True),
             )
             print(summary_table([report]))
