@@ -41,6 +41,19 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def families() -> str:
+    """Return the table of families, with what was run of each."""
+    found = result("families")
+    rows = []
+    for name, family in found["families"].items():
+        kind, variant = family["model_type"], name.removeprefix(family["model_type"]).lstrip(", ")
+        about = variant or family["about"].strip().rstrip(".")
+        exact = [f"{family['float32']:.0e}", "-" if family["float64"] is None else f"{family['float64']:.0e}"]
+        export = "yes" if family["no_export"] is None else f"no: {family['no_export']}"
+        rows.append([f"`{kind}`", about, *exact, f"{family['forms']}", export])
+    return table(["`model_type`", "", "float32", "float64", "forms", "`deepseek_v3` export"], rows)
+
+
 def prose(text: str) -> str:
     """Return a paragraph in lines of at most `WIDTH` characters."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -116,10 +116,11 @@ def test_extension_examples_convert_a_model(page: str, working_folder: Path) -> 
             "from optimum_mla import GQA2MLA\n"
             "sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2)\n"
             "heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)\n"
-            "source = transformers.ArceeForCausalLM(transformers.ArceeConfig(**sizes, **heads)).eval()\n"
+            "full = dict(layer_types=['full_attention'] * 2)\n"
+            "source = transformers.CwmForCausalLM(transformers.CwmConfig(**sizes, **heads, **full)).eval()\n"
             "ids = torch.arange(40)[None]\n"
             "whole = GQA2MLA()(source, copy=True)\n"
-            "assert type(whole).__name__ == 'ArceeMLAForCausalLM'\n"
+            "assert type(whole).__name__ == 'CwmMLAForCausalLM'\n"
             "assert (whole(ids).logits - source(ids).logits).abs().max() < 1e-4\n"
             "print(1.0 if GQA2MLA(kv_cache_ratio=0.5)(source).geometry.cache_ratio == 0.5 else 0.0)\n"
         ),

@@ -36,7 +36,10 @@ def check_exportable(config: Any, pad: bool = False) -> None:
         raise refuse("the model is not converted", "Run optimum-cli mla-convert on it first.")
     if getattr(config, "quantization_config", None) is not None:
         raise refuse("the model's weights are quantized", "Export the unquantized model.")
-    layers = model_geometry(family_of(config).spec, config).layers
+    spec = family_of(config).spec
+    if not spec.llama_block:
+        raise refuse(f"the layers of {spec.model_type} are not those of Llama", "Such models run in this package.")
+    layers = model_geometry(spec, config).layers
     engine_form = "Convert with --method gqa2mla --rope-cache cached --shared-rope."
     for index, g in enumerate(layers):
         if g.attention_form == "source":
@@ -45,6 +48,8 @@ def check_exportable(config: Any, pad: bool = False) -> None:
             raise refuse("the rotation acts on up-projected keys (positional full)", engine_form)
         if g.key_norm:
             raise refuse("the model norms its queries and keys, DeepSeek does not", "Such models run in this package.")
+        if not spec.rotates(config, index):
+            raise refuse(f"layer {index} has no positions, DeepSeek's all do", "Such models run in this package.")
         if g.num_rope_heads > 1:
             raise refuse(f"every layer has {g.num_rope_heads} rotary keys, DeepSeek one", engine_form)
         if g.rope_cache == "rebuilt":

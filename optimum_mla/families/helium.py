@@ -8,4 +8,5 @@ SPEC = AttentionSpec(
     query_bias="attention_bias",
     key_value_bias="attention_bias",
     interleaved=True,
+    llama_block=True,
 )

@@ -8,4 +8,5 @@ SPEC = AttentionSpec(
     query_bias="attention_bias",
     key_value_bias="attention_bias",
     output_bias="attention_bias",
+    llama_block=True,
 )

@@ -2,7 +2,4 @@
 
 from optimum_mla.families.spec import AttentionSpec
 
-SPEC = AttentionSpec(
-    model_type="ministral",
-    class_prefix="Ministral",
-)
+SPEC = AttentionSpec(model_type="ministral", class_prefix="Ministral", llama_block=True)

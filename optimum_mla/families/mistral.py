@@ -2,4 +2,4 @@
 
 from optimum_mla.families.spec import AttentionSpec
 
-SPEC = AttentionSpec(model_type="mistral", class_prefix="Mistral")
+SPEC = AttentionSpec(model_type="mistral", class_prefix="Mistral", llama_block=True)

@@ -2,4 +2,4 @@
 
 from optimum_mla.families.spec import AttentionSpec
 
-SPEC = AttentionSpec(model_type="qwen2", class_prefix="Qwen2", query_bias=True, key_value_bias=True)
+SPEC = AttentionSpec(model_type="qwen2", class_prefix="Qwen2", query_bias=True, key_value_bias=True, llama_block=True)

@@ -10,4 +10,5 @@ SPEC = AttentionSpec(
     output_bias="attention_bias",
     query_norm="q_norm",
     key_norm="k_norm",
+    llama_block=True,
 )

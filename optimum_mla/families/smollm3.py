@@ -9,4 +9,5 @@ SPEC = AttentionSpec(
     key_value_bias="attention_bias",
     output_bias="attention_bias",
     rotating_layers="no_rope_layers",
+    llama_block=True,
 )

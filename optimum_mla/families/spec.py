@@ -39,6 +39,7 @@ class AttentionSpec:
         embedding_factor: The factor on the token embeddings before the first layer.
         head_factor, head_divisor: The factor on the logits of the language-model head, and what they are divided by.
         head_cap: Name of the config field with the soft-cap of those logits, or None.
+        llama_block: Whether all but the attention is named and computed as in Llama, so that an export takes it over.
         base, layers, attention, rotary: Attribute names on the way from the model to its attention.
         embedding, norm: Attribute names, in the base model, of the token embedding and of the norm behind all layers.
         head: Attribute name, in the model, of the language-model head.
@@ -70,6 +71,7 @@ class AttentionSpec:
     head_factor: float | str | None = None
     head_divisor: float | str | None = None
     head_cap: str | None = None
+    llama_block: bool = False
     base: str = "model"
     layers: str = "layers"
     attention: str = "self_attn"

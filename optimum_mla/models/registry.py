@@ -24,6 +24,8 @@ from optimum_mla.families.refused import refusal
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.classes import MLAForCausalLMMixin, MLAModelMixin, base_forward
 from optimum_mla.models.config import MLA_CONFIG_FIELDS, MLAConfigMixin
+from optimum_mla.models.layers import model_geometry
+from optimum_mla.models.parallel import tensor_parallel_plan
 from optimum_mla.stack import enter_class_names
 
 BUILT_IN_FAMILIES = (
@@ -107,12 +109,11 @@ def register_family(spec: AttentionSpec) -> Family:
             **defaults,
             "latent_cache": None,
             "model_type": spec.mla_model_type,
-            # Replicated attention is right under tensor parallelism; the source's attention plan would not be.
-            "base_model_tp_plan": {
-                name: how
-                for name, how in (source_config.base_model_tp_plan or {}).items()
-                if f".{spec.attention}." not in name
-            },
+            "base_model_tp_plan": property(
+                lambda config: tensor_parallel_plan(
+                    source_config.base_model_tp_plan or {}, spec.attention, model_geometry(spec, config).layers
+                )
+            ),
         },
     )
     base = type(

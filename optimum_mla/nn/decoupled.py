@@ -96,7 +96,9 @@ class DecoupledLatentAttention(LatentAttention):
     def _up_project(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Return position-free keys [B, U, T, n] and values [B, U, T, v] of latents [B, T, r]."""
         g = self.geometry
-        heads = self.kv_b_proj(latent).unflatten(-1, (g.num_up_heads, -1)).transpose(1, 2)
+        width = g.qk_nope_head_dim + g.v_head_dim
+        # Under tensor parallelism the heads of this process only.
+        heads = self.kv_b_proj(latent).unflatten(-1, (-1, width)).transpose(1, 2)
         nope, value = heads.split([g.qk_nope_head_dim, g.v_head_dim], dim=-1)
         return nope, value
 
@@ -108,10 +110,10 @@ class DecoupledLatentAttention(LatentAttention):
             rope = self._rope_heads(block.second.dense())
         else:
             rope = rotate(self._rope_heads(self.k_rope_proj(latent)), rotation)
-        rope = rope.repeat_interleave(g.num_up_heads // g.num_rope_heads, dim=1)
+        rope = rope.repeat_interleave(nope.shape[1] // g.num_rope_heads, dim=1)
         keys = torch.cat([nope, rope], dim=-1)
         if g.key_norm:
-            factors = block.key_factors.transpose(1, 2).repeat_interleave(g.num_up_heads // g.key_factors, dim=1)
+            factors = block.key_factors.transpose(1, 2).repeat_interleave(nope.shape[1] // g.key_factors, dim=1)
             keys = keys * factors.unsqueeze(-1)
         return keys, values
 

@@ -17,7 +17,7 @@ from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.core.segments import WIDTHS
 from optimum_mla.families.project import SourceAttention
-from optimum_mla.families.spec import sliding_window
+from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.methods.coding import with_equal_bits
 from optimum_mla.methods.registry import transform_class
@@ -30,7 +30,7 @@ from optimum_mla.pipeline.history import accuracy, outcomes
 from optimum_mla.pipeline.loading import RESIDENT_BYTES, check_buildable, load_config
 from optimum_mla.pipeline.weight_headers import headers
 from optimum_mla.report.break_even import break_even_tokens
-from optimum_mla.report.engines import ENGINES, OWN, blockers, source_blockers
+from optimum_mla.report.engines import ENGINES, OWN, Engine, blockers, source_blockers
 from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
 from optimum_mla.report.schema import ConversionReport
 from optimum_mla.stack import rope_type
@@ -112,7 +112,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         apart = frequencies_may_differ(model)
         engines = []
         for engine in ENGINES:
-            why = blockers(engine, geometry.layers, rope, windows)
+            why = [*other_layers(engine, family.spec), *blockers(engine, geometry.layers, rope, windows)]
             if apart and not why and engine is not OWN:
                 why = ["rotary frequencies chosen layer by layer; convert with --shared-rope"]
             engines.append(EngineChoice(engine.name, "as it is" if engine is OWN else "mla-export", None, why))
@@ -128,7 +128,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         known,
         state="convertible",
         choices=choices,
-        engines=engine_choices(geometry, rope, windows),
+        engines=engine_choices(family.spec, geometry, rope, windows),
         **prediction(config, geometry, weight_bytes),
     )
 
@@ -147,6 +147,11 @@ def frequencies_may_differ(model: str) -> bool:
     report = ConversionReport.read(path.parent)
     chosen = report.method == "gqa2mla" or report.options.get("rope_selection") in SCORED_SELECTIONS
     return chosen and not report.options.get("shared_rope")
+
+
+def other_layers(engine: Engine, spec: AttentionSpec) -> list[str]:
+    """Return why an engine cannot run the layers of a family, whatever their attention; empty if it can."""
+    return [] if engine is OWN or spec.llama_block else [f"layers of {spec.model_type}, which are not those of Llama"]
 
 
 def features(config: PreTrainedConfig, layer: MLAGeometry, windows: bool, rope: str) -> list[str]:
@@ -248,17 +253,18 @@ def choice(
     )
 
 
-def engine_choices(source: ModelGeometry, rope: str, windows: bool) -> list[EngineChoice]:
+def engine_choices(spec: AttentionSpec, source: ModelGeometry, rope: str, windows: bool) -> list[EngineChoice]:
     """Return, for each inference engine, the conversion of a model that it can run, or why it can run none.
 
     Args:
+        spec: The model's family.
         source: Shape of the source model.
         rope: The config's `rope_type`.
         windows: Whether any layer has a sliding window.
     """
     first, found = source.layers[0], []
     for engine in ENGINES:
-        why = source_blockers(engine, first, rope, windows)
+        why = [*other_layers(engine, spec), *source_blockers(engine, first, rope, windows)]
         if engine.kv_lora_ranks is None or engine.qk_rope_head_dim is None:
             options = "any" if engine is OWN else "gqa2mla or x-ecomla --export-format deepseek_v3"
             if engine.plain_keys:

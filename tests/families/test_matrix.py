@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.result import ROOT, save_result
 from optimum_mla import GQA2MLA, MLATransformation, trace
+from optimum_mla.core.errors import UnsupportedModelError
+from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.families.spec import full_layers
 from optimum_mla.families.verify import verify_family
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models import family_of
 from optimum_mla.nn import LatentAttention
-from tests.cases import FURTHER_FAMILIES, METHODS, source_model, token_ids
+from tests.cases import FAMILIES, FURTHER_FAMILIES, METHODS, source_model, token_ids
 
 FORMS: dict[str, Callable[[Tensor], MLATransformation]] = {
     **METHODS,
@@ -25,10 +29,12 @@ FORMS: dict[str, Callable[[Tensor], MLATransformation]] = {
     "coded, rebuilt": lambda ids: GQA2MLA(kv_cache_budget=0.25, positional="decoupled", calibration=ids),
 }
 QUICK = ("mha2mla calibrated", "coded, one latent", "coded, rebuilt")
-"""Run on every family in each run of the suite; `slow` runs all."""
+"""The forms that each run of the suite has every family in; the slow test runs all forms of all families."""
 ERRORS = {"gqa2mla rebuilt": 0.5, "gqa2mla one latent": 0.5, "coded, one latent": 0.25, "coded, rebuilt": 0.25}
 """The largest relative error of the logits of a random model that a form may leave; that of an empty cache is 1."""
 
+ALL = FAMILIES | FURTHER_FAMILIES
+RESULTS = ROOT / "benchmarks" / "results" / "families.json"
 EXPERT_FIELDS = {"num_experts", "num_local_experts"}
 """Where a config has one of these: PyTorch multiplies the states of experts in at most 32 bits."""
 
@@ -67,15 +73,8 @@ def test_full_rank_is_exact_in_float64(family: str) -> None:
         assert (GQA2MLA()(model)(ids).logits - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("family", "form"),
-    [
-        pytest.param(family, form, marks=() if form in QUICK else pytest.mark.slow)
-        for family in FURTHER_FAMILIES
-        for form in FORMS
-    ],
-)
-def test_every_form_of_every_family(family: str, form: str, tmp_path: Path) -> None:
+def check_form(family: str, form: str, folder: Path) -> None:
+    """Convert a model, save it, load it, verify its caches and its generation, and take the gradients of a step."""
     ids = token_ids(4, 24)
     with torch.no_grad():
         expected = source_model(family)(ids).logits
@@ -83,8 +82,8 @@ def test_every_form_of_every_family(family: str, form: str, tmp_path: Path) -> N
         logits = model(ids).logits
         assert float((logits - expected).norm() / expected.norm()) < ERRORS.get(form, 2.0)
 
-        model.save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        model.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.allclose(loaded(ids).logits, logits, atol=1e-6)
         # Bytes of the live caches, logits through them, and generation with and without a cache.
         verify(loaded, reference_logits(model))
@@ -94,3 +93,62 @@ def test_every_form_of_every_family(family: str, form: str, tmp_path: Path) -> N
     loss.backward()
     with_gradient = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert any("kv_a_proj" in name or "k_a_proj" in name for name in with_gradient)
+
+
+@pytest.mark.parametrize("form", QUICK)
+@pytest.mark.parametrize("family", FURTHER_FAMILIES)
+def test_forms_of_families(family: str, form: str, tmp_path: Path) -> None:
+    check_form(family, form, tmp_path)
+
+
+RECORDS: dict[str, dict[str, object]] = {}
+"""What the slow test found, by family."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _recorded() -> Iterator[None]:
+    """Write the results of the page on families after a run of the slow test on all of them."""
+    yield
+    if RECORDS.keys() == ALL.keys():
+        save_result(RESULTS, {"forms": list(FORMS)}, families=RECORDS)
+
+
+def exactness(family: str, dtype: torch.dtype) -> float | None:
+    """The largest difference of the logits of a full-rank conversion, or None where a layer has no such dtype."""
+    if dtype == torch.float64 and ALL[family][1].keys() & EXPERT_FIELDS:
+        return None
+    model, ids = source_model(family, dtype), token_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+        return float((GQA2MLA()(model)(ids).logits - expected).abs().max())
+
+
+def why_not_exported(family: str) -> str | None:
+    """Why a family has no export, or None where its export computes the same."""
+    try:
+        method = GQA2MLA(kv_cache_ratio=0.5, rope_cache="cached", shared_rope=True, calibration=token_ids(4, 24))
+        converted = method(source_model(family))
+        exported = export_deepseek(converted)
+    except UnsupportedModelError as error:
+        return str(error).removeprefix("export: ").split(". ")[0]
+    verify(exported, reference_logits(converted))
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL)
+def test_a_family_whole(family: str, tmp_path: Path) -> None:
+    for form in FORMS:
+        check_form(family, form, tmp_path / form)
+    model_type = source_model(family).config.model_type
+    single, double = exactness(family, torch.float32), exactness(family, torch.float64)
+    assert single is not None
+    assert single <= 1e-4
+    RECORDS[family] = {
+        "model_type": model_type,
+        "about": sys.modules[f"optimum_mla.families.{model_type}"].__doc__,
+        "float32": single,
+        "float64": double,
+        "forms": len(FORMS),
+        "no_export": why_not_exported(family),
+    }

@@ -76,10 +76,10 @@ def test_window_of_each_layer() -> None:
 
 
 def test_a_family_of_ones_own_converts_saves_and_loads(tmp_path: object) -> None:
-    bias = dict.fromkeys(("query_bias", "key_value_bias", "output_bias"), "attention_bias")
-    family = register_family(AttentionSpec(model_type="arcee", class_prefix="Arcee", **bias))
-    assert family_of(transformers.ArceeConfig()) is family
-    model = transformers.ArceeForCausalLM(transformers.ArceeConfig(**SIZES, attention_bias=True)).eval()
+    family = register_family(AttentionSpec(model_type="cwm", class_prefix="Cwm"))
+    config = transformers.CwmConfig(**SIZES, layer_types=["full_attention"] * 3)
+    assert family_of(config) is family
+    model = transformers.CwmForCausalLM(config).eval()
     ids = token_ids()
     with torch.no_grad():
         expected = model(ids).logits

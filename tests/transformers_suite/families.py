@@ -12,6 +12,24 @@ from optimum_mla import models
 Kind = Literal["Model", "ForCausalLM"]
 KINDS: tuple[Kind, ...] = ("Model", "ForCausalLM")
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+FURTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "Cohere": {},
+    "Gemma2": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "Glm4": {},
+    "Granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "Olmo2": {},
+    "Phi3": {},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "StableLm": {},
+    "Starcoder2": {"sliding_window": None},
+}
+"""Families that differ from Llama in what the attention or the layer computes, and what their configs change.
+
+GPT-NeoX is not among them: Transformers renames the tensors of its old checkpoints by the model type, which converted
+models do not need, and has tests of that.
+"""
+FURTHER_FORMS = ("rebuilt",)
+"""The forms in which these are run."""
 SOURCE = "source"
 """Stands for the family's own attention, and so for the class of Transformers, where a form is expected."""
 
@@ -85,4 +103,5 @@ def config_fields(form: str, **changes: Any) -> dict[str, Any]:
 
 def tiny_config(family: str, form: str, **changes: Any) -> PreTrainedConfig:
     """Return a fresh config of a few thousand parameters a layer."""
-    return config_class(family, form)(**config_fields(form, **changes))
+    own = {**FURTHER_FAMILIES.get(family, {}), **changes}
+    return config_class(family, form)(**config_fields(form, **own))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.transformers_suite import fetch
-from tests.transformers_suite.families import FAMILIES, FORMS, KINDS, SOURCE, Kind
+from tests.transformers_suite.families import FAMILIES, FORMS, FURTHER_FAMILIES, FURTHER_FORMS, KINDS, SOURCE, Kind
 
 if not fetch.fetched():
     pytest.skip(fetch.MISSING, allow_module_level=True)
@@ -21,6 +21,8 @@ Case = tuple[str, str, Kind, str]
 CASES: list[Case] = [
     (family, form, kind, name) for family in FAMILIES for kind in KINDS for form in FORMS for name in names_of(kind)
 ]
+RUNS = [(family, form) for family in FAMILIES for form in FORMS]
+RUNS += [(family, form) for family in FURTHER_FAMILIES for form in FURTHER_FORMS]
 SLOWEST = ("test_training_overfit", "test_bc_torch_dtype", "test_can_init_all_missing_weights")
 
 
@@ -64,9 +66,8 @@ def test_a_selection_passes_as_for_the_source(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("family", "form"), RUNS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_what_passes_for_the_source_passes_for_ours(family: str, kind: Kind, form: str) -> None:
     # One test for all names: ten thousand of them would take longer to collect than the quick part takes to run.
     wrong = []

@@ -1,0 +1,60 @@
+"""How Transformers' tensor parallelism splits latent attention: by heads, with the latent on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optimum_mla.core.geometry import MLAGeometry
+
+BY_HEADS = {
+    "full": ("q_proj", "k_b_proj", "v_b_proj"),
+    "decoupled": ("q_proj", "q_b_proj", "kv_b_proj"),
+}
+"""The projections whose rows are heads, by the form of the attention."""
+ROTARY_KEY = "mla_kv_a_proj"
+"""Transformers' style for a projection whose last outputs, the rotary key, all heads read."""
+
+
+def splits_by_heads(geometry: MLAGeometry) -> bool:
+    """Return whether the heads of a converted layer can be on several devices.
+
+    They cannot where a norm is over all heads, where heads read different rotary keys or the norms of different keys,
+    and where the rotary key is rebuilt: its gradient is the sum over all heads, which no style of Transformers forms.
+    """
+    if geometry.joint_norms:
+        return False
+    if geometry.attention_form == "full":
+        return True
+    return geometry.num_rope_heads == 1 and geometry.rope_cache == "cached" and not geometry.key_norm
+
+
+def tensor_parallel_plan(source: dict[str, str], attention: str, layers: Sequence[MLAGeometry]) -> dict[str, str]:
+    """Return the plan of a converted base model.
+
+    Attention that cannot be split is replicated.
+
+    Args:
+        source: The plan of the source family's base model.
+        attention: Attribute name of the attention in a decoder layer.
+        layers: Shapes of the attention layers.
+    """
+    prefix = f"layers.*.{attention}."
+    elsewhere = {name: style for name, style in source.items() if not name.startswith(prefix)}
+    of_source = {name: style for name, style in source.items() if name.startswith(prefix)}
+    converted = [layer for layer in layers if layer.attention_form != "source"]
+    rotary = {layer.qk_rope_head_dim for layer in converted if layer.attention_form == "decoupled"}
+    if not of_source or len(rotary) > 1 or not all(map(splits_by_heads, converted)):
+        return elsewhere
+    styles: dict[str, str] = {}
+    for form in {layer.attention_form for layer in converted}:
+        styles |= dict.fromkeys(BY_HEADS[form], "colwise")
+    if all(layer.q_lora_rank is None for layer in converted):
+        styles.pop("q_b_proj", None)
+    elif len(converted) == len(layers):
+        styles.pop("q_proj")
+    if rotary:
+        styles["kv_a_proj_with_mqa"] = ROTARY_KEY
+    styles["o_proj"] = "rowwise"
+    norms = {name: style for name, style in of_source.items() if name.endswith("_norm")}
+    kept = of_source if len(converted) < len(layers) else norms
+    return {**elsewhere, **kept, **{f"{prefix}{name}": style for name, style in styles.items()}}
