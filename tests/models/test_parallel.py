@@ -59,9 +59,7 @@ def test_two_processes_compute_generate_and_train_as_one(tmp_path: Path) -> None
 def test_plans_name_projections_of_the_model(name: str) -> None:
     family, method, share = MODELS[name]
     model = method(token_ids(4, 24))(source_model(family))
-    modules = {
-        path.replace(".0.", ".*.").replace(".1.", ".*.").replace(".2.", ".*.") for path, _ in model.named_modules()
-    }
+    modules = {re.sub(r"\.\d+(\.|$)", r".*\1", path) for path, _ in model.named_modules()}
     plan = model.config.base_model_tp_plan
     assert {f"model.{path}" for path in plan} <= modules
     assert any("self_attn" in path for path in plan) == (share < 1)
