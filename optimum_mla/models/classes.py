@@ -105,7 +105,8 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
     known = forward_keywords(source_forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs = renamed_cache(kwargs, name, f"{type(self).__name__}.forward")
+        # Transformers' pipeline parallelism hands further keywords on as one argument of this name.
+        kwargs = renamed_cache({**kwargs.pop("kwargs", {}), **kwargs}, name, f"{type(self).__name__}.forward")
         check_keywords(kwargs, known, type(self).__name__, self.config._attn_implementation)
         use_cache = kwargs.get("use_cache")
         use_cache = self.config.use_cache if use_cache is None else use_cache

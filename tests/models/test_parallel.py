@@ -1,4 +1,4 @@
-"""Tensor parallelism: the plan of a model, and two processes that compute what one does."""
+"""Tensor and pipeline parallelism: the plan of a model, and two processes that compute what one does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[str, Callable[[Tensor], MLATransformation], float]] = {
 def test_two_processes_compute_generate_and_train_as_one(tmp_path: Path) -> None:
     for name, (family, method, _) in MODELS.items():
         method(token_ids(4, 24))(source_model(family)).save_pretrained(tmp_path / name)
-    script = Path(__file__).with_name("tensor_parallel.py")
+    script = Path(__file__).with_name("processes.py")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*run, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
@@ -53,6 +53,7 @@ def test_two_processes_compute_generate_and_train_as_one(tmp_path: Path) -> None
         assert found[name]["same tokens"], name
         assert found[name]["gradients"] < 1e-4, name
         assert found[name]["share"] == share, name
+        assert found[name]["layers here"] in (1, 2), name
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,4 +1,4 @@
-"""Run by `torchrun` with two processes: models split by heads compute, generate and train as whole ones do."""
+"""Run by `torchrun` with two processes: models that are split compute, generate and train as whole ones do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import optimum_mla  # noqa: F401  (registers the model classes)
 
@@ -21,12 +22,14 @@ def whole(tensor: Any) -> Tensor:
 
 
 def compared(folder: Path) -> dict[str, Any]:
-    """What differs between a model that is split over the processes and the same model in one piece."""
+    """What differs between a model that is split over the processes, by heads or by layers, and one in one piece."""
     ids = torch.arange(2, 26)[None]
-    one, split = (AutoModelForCausalLM.from_pretrained(folder, **more) for more in ({}, {"tp_plan": "auto"}))
+    ways = {}, {"tp_plan": "auto"}, {"distributed_config": DistributedConfig(pp_size=2)}
+    one, split, staged = (AutoModelForCausalLM.from_pretrained(folder, **way) for way in ways)
     with torch.no_grad():
-        logits = float((whole(split(ids).logits) - one(ids).logits).abs().max())
-    tokens = [model.generate(ids[:, :8], max_new_tokens=8, do_sample=False).tolist() for model in (split, one)]
+        expected = one(ids).logits
+        logits = [float((whole(model(ids).logits) - expected).abs().max()) for model in (split, staged)]
+    tokens = [model.generate(ids[:, :8], max_new_tokens=8, do_sample=False).tolist() for model in (one, split, staged)]
     for model in (one, split):
         model.train()
         model(ids, labels=ids).loss.backward()
@@ -38,8 +41,9 @@ def compared(folder: Path) -> dict[str, Any]:
     projection = split.model.layers[0].self_attn.o_proj.weight
     local = projection.to_local() if hasattr(projection, "to_local") else projection
     return {
-        "logits": logits,
-        "same tokens": tokens[0] == tokens[1],
+        "logits": max(logits),
+        "same tokens": tokens[0] == tokens[1] == tokens[2],
+        "layers here": sum(type(layer).__name__ != "PipelineIdentityLayer" for layer in staged.model.layers),
         "gradients": max(errors),
         "share": local.numel() / one.model.layers[0].self_attn.o_proj.weight.numel(),
     }
