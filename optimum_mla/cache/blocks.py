@@ -109,7 +109,12 @@ class StoredBlock:
             return Block(Latents(plain[0]), Latents(plain[1]), key_factors, self.plain.vectors[..., : sum(kept)])
         widths = [part.opened_width if part else width for part, width in zip(coded, kept, strict=True)]
         size = (self.batch, self.tokens, sum(widths))
-        joined = memory if memory is not None and memory.shape == size else self.plain.buffer.new_empty(size)
+        if memory is not None and memory.shape == size:
+            joined = memory
+        elif isinstance(self.first, CodedStored):
+            joined = self.plain.buffer.new_empty(size[0], size[2], size[1]).mT  # Codes are unpacked channel by channel.
+        else:
+            joined = self.plain.buffer.new_empty(size)
         # These are slices because autograd forbids writing to any of the views that one call of `split` returns.
         outs = joined[..., : widths[0]], joined[..., widths[0] :]
         first, second = (

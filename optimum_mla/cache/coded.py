@@ -18,7 +18,7 @@ class CodedStored(Stored):
     """Latents of some tokens as packed codes, and the latents of exempt tokens beside them.
 
     Args:
-        packed: Packed codes of all tokens, [B, T, bytes] uint8. Those of exempt tokens are not read.
+        packed: Packed codes of all tokens, [B, bytes, T] uint8. Those of exempt tokens are not read.
         places: Row and token of each exempt latent, [E, 2] int32.
         exempt: The exempt latents, [E, r] in the model's dtype.
         channels: Bits of the channels.
@@ -37,7 +37,7 @@ class CodedStored(Stored):
 
     @property
     def tokens(self) -> int:
-        return self.packed.shape[1]
+        return self.packed.shape[2]
 
     @property
     def batch(self) -> int:
@@ -56,14 +56,14 @@ class CodedStored(Stored):
         packed, places, exempt = newer.tensors
         later = places + places.new_tensor([0, self.tokens])
         return CodedStored(
-            torch.cat([self.packed, packed], dim=1),
+            torch.cat([self.packed, packed], dim=2),
             torch.cat([self.places, later]),
             torch.cat([self.exempt, exempt]),
             self.channels,
         )
 
     def cut(self, start: int, stop: int) -> CodedStored:
-        packed = self.packed[:, start:stop].clone(memory_format=torch.contiguous_format)
+        packed = self.packed[:, :, start:stop].clone(memory_format=torch.contiguous_format)
         inside = (self.places[:, 1] >= start) & (self.places[:, 1] < stop)
         places = self.places[inside] - self.places.new_tensor([0, start])
         return CodedStored(packed, places, self.exempt[inside], self.channels)
@@ -87,7 +87,7 @@ class CodedStored(Stored):
             out: The tensor to write into, [B, T, r]; None takes new memory.
         """
         if out is None:
-            out = self.exempt.new_empty(self.batch, self.tokens, self.opened_width)
+            out = self.exempt.new_empty(self.batch, self.opened_width, self.tokens).mT
         unpack(self.packed, self.channels, out)
         if len(self.places):
             out[self.places[:, 0].long(), self.places[:, 1].long()] = self.exempt

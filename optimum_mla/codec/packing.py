@@ -44,6 +44,11 @@ class Plane(NamedTuple):
         """Return the number of parts in a byte."""
         return 8 // self.part
 
+    @property
+    def mask(self) -> int:
+        """Return the number whose bits are those of a part."""
+        return 2**self.part - 1
+
 
 def _planes(channels: ChannelBits) -> Iterator[Plane]:
     byte = 0
@@ -61,45 +66,52 @@ def _planes(channels: ChannelBits) -> Iterator[Plane]:
 
 
 def pack(codes: Tensor, channels: ChannelBits) -> Tensor:
-    """Return codes packed into bytes, [..., `code_bytes`] uint8.
+    """Return codes packed into bytes, [..., `code_bytes`, T] uint8.
+
+    The bytes of one place lie side by side for all tokens, because unpacking is fast on long runs only.
 
     Args:
-        codes: Codes as integers or as floating-point numbers, [..., r]; what is not a code is clamped and rounded.
+        codes: Codes as integers or as floating-point numbers, [..., T, r]; what is not a code is clamped and rounded.
         channels: Bits of the channels.
     """
     low, high = code_bounds(channels, codes.new_empty(0, dtype=torch.float32))
-    whole = (codes.float().round().clamp(low, high) - low).to(torch.uint8)
-    packed = torch.empty(*codes.shape[:-1], code_bytes(channels), dtype=torch.uint8, device=codes.device)
+    whole = (codes.float().round().clamp(low, high) - low).to(torch.uint8).mT.contiguous()
+    packed = [torch.empty_like(whole[..., :0, :])]
     for plane in _planes(channels):
-        parts = torch.cat([whole[..., of] >> lowest for of, lowest in plane.segments], dim=-1) & (2**plane.part - 1)
-        lanes = parts.unflatten(-1, (plane.lanes, -1))
-        byte = lanes[..., 0, :].clone()
+        parts = torch.cat([whole[..., of, :] >> lowest for of, lowest in plane.segments], dim=-2) & plane.mask
+        lanes = parts.unflatten(-2, (plane.lanes, -1))
+        byte = lanes[..., 0, :, :].clone()
         for lane in range(1, plane.lanes):
-            byte |= lanes[..., lane, :] << (plane.part * lane)
-        packed[..., plane.bytes] = byte
-    return packed
+            byte |= lanes[..., lane, :, :] << (plane.part * lane)
+        packed.append(byte)
+    return torch.cat(packed, dim=-2)
 
 
 def unpack(packed: Tensor, channels: ChannelBits, out: Tensor) -> Tensor:
     """Unpack codes into `out` as numbers of its dtype, and return it.
 
     Args:
-        packed: Packed codes, [..., `code_bytes`] uint8.
+        packed: Packed codes, [..., `code_bytes`, T] uint8.
         channels: Bits of the channels.
-        out: The tensor to write into, [..., r].
+        out: The tensor to write into, [..., T, r]. It is fastest if the numbers of a channel are contiguous.
     """
-    whole = packed.new_zeros(*packed.shape[:-1], total_channels(channels))
+    whole = packed.new_empty(*packed.shape[:-2], total_channels(channels), packed.shape[-1])
     for plane in _planes(channels):
-        stored = packed[..., plane.bytes]
-        lanes = [stored >> (plane.part * lane) for lane in range(plane.lanes)]
-        parts = torch.cat(lanes, dim=-1) if len(lanes) > 1 else stored
-        if plane.part < 8:
-            parts &= 2**plane.part - 1
+        stored = packed[..., plane.bytes, :]
+        lanes = [stored >> (plane.part * lane) if lane else stored for lane in range(plane.lanes)]
+        parts = torch.cat(lanes, dim=-2) & plane.mask if len(lanes) > 1 else stored
         start = 0
         for of, lowest in plane.segments:
             stop = start + of.stop - of.start
-            piece = parts[..., start:stop]
-            whole[..., of] |= piece << lowest if lowest else piece
+            piece = parts[..., start:stop, :]
+            if lowest:
+                whole[..., of, :].add_(piece, alpha=2**lowest)
+            else:  # The planes of larger parts come first, and they hold the lowest bits.
+                whole[..., of, :] = piece
             start = stop
-    low, _ = code_bounds(channels, out)
-    return out.copy_(whole).add_(low)
+    channel = 0
+    for bits, count in channels:
+        whole[..., channel : channel + count, :] -= 2 ** (bits - 1)  # Wraps around to the code's two's complement.
+        channel += count
+    out.mT.copy_(whole.view(torch.int8))
+    return out

@@ -46,7 +46,11 @@ def cpu_decode(step: LatentDecode) -> Attended:
     queries: dict[Hashable, Tensor] = {}
     sums: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
     latents: dict[Hashable, Latents] = {}
+    others: list[Sums] = []
     for block, span, mask in masked_blocks(step.view, step.mask):
+        if block.first.vectors.stride(-1) != 1:  # Unpacked codes are stored channel by channel.
+            others.append(Sums(*(part.flatten(1, 2) for part in step.partial(block, span, mask)[:4])))
+            continue
         joining = shared_rope and block.adjacent is not None
         layout: Hashable = (joining, block.first.layout, block.second.layout)
         if layout not in queries:
@@ -57,7 +61,8 @@ def cpu_decode(step: LatentDecode) -> Attended:
         keys = block.adjacent if joining and block.adjacent is not None else block.first.vectors
         added = None if joining else step.rope_logits(block, span)
         sums[layout] += _flash(queries[layout], keys, step.scaling, _additive(added, mask, step.latent_queries))
-    merged = reduce(Sums.merged, (_lowered(_merged(pieces), latents[layout]) for layout, pieces in sums.items()))
+    found = [_lowered(_merged(pieces), latents[layout]) for layout, pieces in sums.items()]
+    merged = reduce(Sums.merged, [*found, *others])
     context = merged.context if merged.total is ONE else merged.context / merged.total
     return Attended(context.unflatten(1, step.latent_queries.shape[1:3]), ONE, None)
 

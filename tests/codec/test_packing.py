@@ -22,7 +22,7 @@ def test_packing_is_undone_by_unpacking(channels: ChannelBits, batch: int, token
     spread = torch.rand(batch, tokens, len(low))
     codes = (low + spread * (high - low)).round().to(dtype)
     packed = pack(codes, channels)
-    assert packed.shape == (batch, tokens, code_bytes(channels))
+    assert packed.shape == (batch, code_bytes(channels), tokens)
     assert 8 * code_bytes(channels) == total_bits(channels) == sum(bits * count for bits, count in channels)
     assert torch.equal(unpack(packed, channels, torch.full_like(codes, torch.nan)), codes)
 
@@ -33,7 +33,7 @@ def test_every_code_of_a_width(bits: int) -> None:
     codes = every.repeat(GRANULE, 1).T[:, :GRANULE]  # a token for each code
     channels = ((bits, GRANULE),)
     packed = pack(codes, channels)
-    assert len({tuple(row.tolist()) for row in packed}) == len(every)
+    assert len({tuple(token.tolist()) for token in packed.T}) == len(every)
     assert torch.equal(unpack(packed, channels, torch.empty_like(codes)), codes)
 
 
