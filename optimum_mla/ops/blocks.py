@@ -37,6 +37,14 @@ class Latents:
         self.vectors = vectors
 
     @property
+    def by_channel(self) -> bool:
+        """Return whether the numbers of a channel lie side by side in memory, instead of those of a token.
+
+        Products are many times slower if the factor that is read against its order in memory stands on the left.
+        """
+        return self.vectors.stride(-1) != 1 and self.vectors.stride(-2) == 1
+
+    @property
     def layout(self) -> Hashable:
         """Return a key of the stored form; `lift` and `lower` do the same for all latents of one layout."""
         return None
@@ -51,6 +59,8 @@ class Latents:
 
     def logits(self, queries: Tensor) -> Tensor:
         """Return the inner products of queries [B, M, w] with the vector of every token, [B, M, T]."""
+        if self.by_channel:
+            return self.lift(queries) @ self.vectors.mT
         return product(self.vectors, self.lift(queries).transpose(1, 2)).transpose(1, 2)
 
     def context(self, weights: Tensor) -> Tensor:
@@ -59,7 +69,10 @@ class Latents:
 
     def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return a linear map with weight [m, w] and bias [m] of every vector, [B, T, m]."""
-        projected = product(self.vectors, self.lift(weight).t())
+        if self.by_channel:
+            projected = (self.lift(weight) @ self.vectors.mT).mT
+        else:
+            projected = product(self.vectors, self.lift(weight).t())
         return projected if bias is None else projected + bias
 
     def dense(self) -> Tensor:

@@ -48,7 +48,7 @@ def cpu_decode(step: LatentDecode) -> Attended:
     latents: dict[Hashable, Latents] = {}
     others: list[Sums] = []
     for block, span, mask in masked_blocks(step.view, step.mask):
-        if block.first.vectors.stride(-1) != 1:  # Unpacked codes are stored channel by channel.
+        if block.first.by_channel:  # PyTorch's kernel takes tokens side by side only.
             others.append(Sums(*(part.flatten(1, 2) for part in step.partial(block, span, mask)[:4])))
             continue
         joining = shared_rope and block.adjacent is not None
