@@ -17,8 +17,8 @@ from optimum_mla.io.inputs import check_inputs_stay
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = ("config.json", "adapter_config.json")
-"""A folder that holds one of them is a model or an adapter."""
+MODEL_FILES = ("config.json", "adapter_config.json", "export_report.json")
+"""A folder that holds one of them is a model, an adapter or an export."""
 
 
 def check_output(

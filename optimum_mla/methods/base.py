@@ -63,7 +63,8 @@ class MLATransformation(ModelTransformation):
             layers' weighted energy; or `error`, which minimizes the measured errors. None takes `error` with a
             calibrated factorization of a fixed rank, and `uniform` otherwise.
         shared_rope: Whether all layers rotate the same number of dims at the same frequencies, which `deepseek_v3` and
-            inference engines need. Ranks are then uniform by default. Only methods with one rotary key have it.
+            inference engines need. With `regular` these are every so-many-th of the source's frequencies, each once,
+            which llama.cpp needs. Ranks are then uniform by default. Only methods with one rotary key have it.
 
     The transformation holds options and nothing of a conversion: what `optimum_mla.convert.Run` finds, it keeps itself.
 
@@ -107,7 +108,7 @@ class MLATransformation(ModelTransformation):
         factorization: str | None = None,
         heal: bool | None = None,
         rank_allocation: str | None = None,
-        shared_rope: bool = False,
+        shared_rope: bool | str = False,
         kv_cache_budget: float | None = None,
     ) -> None:
         budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy, kv_cache_budget)
@@ -125,6 +126,8 @@ class MLATransformation(ModelTransformation):
         if self.heal and stored:
             remedy = "Give calibration text: the refit needs the states of its tokens."
             raise InvalidValueError("heal", True, "False with statistics", remedy)
+        if not isinstance(shared_rope, bool):
+            check_choice("shared_rope", shared_rope, ("regular",))
         if shared_rope and not self.one_rotary_key:
             raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
         self.shared_rope = shared_rope

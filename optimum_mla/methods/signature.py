@@ -25,7 +25,7 @@ class MLAOptions(TypedDict, total=False):
     factorization: str | None
     heal: bool | None
     rank_allocation: str | None
-    shared_rope: bool
+    shared_rope: bool | str
     kv_cache_budget: float | None
 
 

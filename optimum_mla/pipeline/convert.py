@@ -36,7 +36,7 @@ from optimum_mla.pipeline.conversion_options import (
     default_size,
 )
 from optimum_mla.pipeline.estimate import PROBE_TOKENS, conversion_memory, conversion_seconds, probe, work_of
-from optimum_mla.pipeline.exporting import ENGINE_OPTIONS, check_format, exported_model
+from optimum_mla.pipeline.exporting import exportable_options, exported_model, write_export
 from optimum_mla.pipeline.history import Outcome, remember
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
@@ -95,7 +95,7 @@ def convert(
         seed: For whatever draws random numbers.
         overwrite: Replace `output` if it is a model folder, and throw an unfinished conversion to it away.
         hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
-        export_format: Write the result as `mla-export` does (`deepseek_v3`); options that this needs are then added.
+        export_format: Write the result as `mla-export` does (`deepseek_v3`, `gguf`), with the options that this needs.
         resume: Go on with an interrupted conversion to `output`, which must have had the same options. It gives what an
             uninterrupted one gives.
         try_family: Describe a family that is not known by what its names suggest, if the model confirms it.
@@ -118,8 +118,7 @@ def convert(
     origin: dict[str, Any] = origin_fields(model, hub)
     options = {name: value for name, value in (options or {}).items() if value is not None}
     if export_format is not None:
-        check_format(export_format)
-        options = {**ENGINE_OPTIONS.get(method, {}), **options}
+        options = exportable_options(export_format, method, options)
     if not options.keys() & RANK_OPTIONS:
         options |= default_size(config, method, options, texts, export_format is not None)
     texts = calibrated_texts(texts, method, options)
@@ -230,10 +229,10 @@ def convert(
             card = model_card(report, folder.name, source_metadata(model, hub))
             if export_format is not None:
                 exported, export_report = exported_model(model, converted, export_format, pad=True)
-                exported.save_pretrained(partial)
+                write_export(exported, export_format, partial, folder.name, tokenizer)
                 export_report.write(partial)
                 card = with_section(card, export_card(export_report))
-            if tokenizer is not None:
+            elif tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             report.write(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.deepseek import export_deepseek
+from optimum_mla.export.gguf_file import check_file_type, check_gguf, write_gguf
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
@@ -26,19 +27,34 @@ from optimum_mla.pipeline.loading import (
 from optimum_mla.report.cards import export_card, with_section
 from optimum_mla.report.schema import ExportReport
 
-FORMATS = ("deepseek_v3",)
 PROBE_TOKENS = 64
-ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
-    "gqa2mla": {"rope_cache": "cached", "shared_rope": True},
-    "x-ecomla": {"shared_rope": True},
+REGULAR: dict[str, Any] = {"shared_rope": "regular", "latent_norm": True}
+ENGINE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "deepseek_v3": {"gqa2mla": {"rope_cache": "cached", "shared_rope": True}, "x-ecomla": {"shared_rope": True}},
+    "gguf": {"gqa2mla": {"rope_cache": "cached", **REGULAR}, "x-ecomla": REGULAR},
 }
-"""Options that make a method's result exportable. They are added where the user gives no others."""
+"""By format: options that make a method's result exportable. They are added where the user gives no others."""
+FILE_TYPES_OF = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def check_format(name: str) -> None:
     """Refuse a format that there is not."""
-    if name not in FORMATS:
-        raise InvalidValueError("format", name, ", ".join(FORMATS))
+    if name not in ENGINE_OPTIONS:
+        raise InvalidValueError("format", name, ", ".join(ENGINE_OPTIONS))
+
+
+def exportable_options(format: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a conversion with those that its export needs.
+
+    Raises:
+        InvalidValueError: There is no such format, or llama.cpp cannot run what the given options make.
+    """
+    check_format(format)
+    needed = ENGINE_OPTIONS[format].get(method, {})
+    for name, value in needed.items() if format == "gguf" else ():
+        if options.get(name, value) != value:
+            raise InvalidValueError(name, options[name], f"{value} with the export format gguf")
+    return {**needed, **options}
 
 
 @claims_output
@@ -51,24 +67,30 @@ def export(
     device: str | None = None,
     overwrite: bool = False,
     hub: dict[str, Any] | None = None,
+    gguf_type: str | None = None,
 ) -> ExportReport:
     """Write a converted model as a plain `deepseek_v3` one, with `export_report.json`.
 
     Args:
         model: A hub id or a folder; converted.
         output: Folder to write; it appears only when whole.
-        format: `deepseek_v3`.
+        format: `deepseek_v3`, or `gguf` for a file that llama.cpp runs.
         pad: Pad the latents of layers with lower ranks by zeros.
         dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
         overwrite: Replace `output` if it is a model folder.
         hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        gguf_type: Type of the matrices in a GGUF file, one of `FILE_TYPES`; None takes that of the model's dtype.
 
     Raises:
         MLAError: Bad input of any kind, or a model that the format cannot express; `output` is as it was.
     """
     check_format(format)
     check_dtype(dtype)
+    if gguf_type is not None:
+        check_file_type(gguf_type)
+        if format != "gguf":
+            raise InvalidValueError("gguf_type", gguf_type, f"nothing with the format {format}")
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     folder = check_output(output, {"model": model}, overwrite)
     config = load_config(model, hub)
@@ -80,13 +102,33 @@ def export(
     exported, report = exported_model(model, native, format, pad)
     weights = sum(p.numel() * p.element_size() for p in exported.parameters())
     with atomic_folder(folder, weights, overwrite) as partial:
-        exported.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        write_export(exported, format, partial, folder.name, tokenizer, gguf_type)
         card = with_section(carried_card(model, partial, folder.name), export_card(report))
         report.write(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def write_export(
+    exported: Any, format: str, folder: Path, name: str, tokenizer: Any, gguf_type: str | None = None
+) -> None:
+    """Write an export and its tokenizer into a folder.
+
+    Args:
+        exported: What `exported_model` returned.
+        format: The format.
+        folder: The folder.
+        name: Name of the model.
+        tokenizer: The tokenizer, or None.
+        gguf_type: Type of the matrices in a GGUF file; None takes that of the model's dtype.
+    """
+    if format == "gguf":
+        of = gguf_type or FILE_TYPES_OF[exported.dtype]
+        write_gguf(exported, folder / f"{name}-{of.upper()}.gguf", name, of, tokenizer)
+        return
+    exported.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def exported_model(name: str, native: PreTrainedModel, format: str, pad: bool) -> tuple[PreTrainedModel, ExportReport]:
@@ -97,6 +139,8 @@ def exported_model(name: str, native: PreTrainedModel, format: str, pad: bool) -
         VerificationError: The export computes something else, or its cache is not what it should be.
     """
     exported = export_deepseek(native, pad)
+    if format == "gguf":
+        check_gguf(exported.config)
     verification = verify(exported, reference_logits(native))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(native.config.vocab_size, (2, PROBE_TOKENS), generator=generator).to(native.device)

@@ -180,6 +180,19 @@ optimum-mla and without remote code, and caches only its latent. Compared with t
 """
 
 
+GGUF_CARD = """\
+## Use
+
+This folder holds a GGUF file of the architecture deepseek2, which llama.cpp runs, caching only the latent:
+`llama-cli -m FILE.gguf`. Compared with the converted model, the model that was written to it has:
+
+```
+{table}
+```
+"""
+
+
 def export_card(report: ExportReport) -> str:
     """Return the section that an export puts into a model card, in place of how the converted model is used."""
-    return EXPORT_CARD.format(format=report.format, table=export_table(report))
+    card = GGUF_CARD if report.format == "gguf" else EXPORT_CARD
+    return card.format(format=report.format, table=export_table(report))

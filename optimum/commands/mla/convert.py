@@ -79,7 +79,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--export-format",
             metavar="FORMAT",
             help="Also export the result as mla-export does, so that Transformers loads it without optimum-mla: "
-            "deepseek_v3. Default: no export.",
+            "deepseek_v3, or as a gguf file for llama.cpp. Default: no export.",
         )
 
         group = parser.add_argument_group("size of the cache, at most one of these")
@@ -179,10 +179,12 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         )
         position.add_argument(
             "--shared-rope",
-            action="store_true",
-            default=None,
+            nargs="?",
+            const=True,
+            metavar="regular",
             help="x-ecomla, and gqa2mla with --rope-cache cached: give all layers the same number of rotary dims and "
-            "the same frequencies, which deepseek_v3 needs.",
+            "the same frequencies, which deepseek_v3 needs. regular: at every so-many-th frequency, which llama.cpp "
+            "needs.",
         )
 
         other = parser.add_argument_group("other parts of the attention")

@@ -13,7 +13,8 @@ class MLAExportCommand(BaseOptimumCLICommand):
     """Parses the arguments of `mla-export`; `optimum_mla.pipeline.export` does the work."""
 
     COMMAND = CommandInfo(
-        name="mla-export", help="Write a converted model as a plain deepseek_v3 model, which loads without optimum-mla."
+        name="mla-export",
+        help="Write a converted model as a plain deepseek_v3 model or a GGUF file, which need no optimum-mla.",
     )
 
     @staticmethod
@@ -21,8 +22,8 @@ class MLAExportCommand(BaseOptimumCLICommand):
         """Add the arguments of the command to a parser."""
         describe(
             parser,
-            "Write a converted model in a format that Transformers loads without\n"
-            "optimum-mla. The model must have been converted to a form that the format can\n"
+            "Write a converted model in a format that Transformers, or llama.cpp, loads\n"
+            "without optimum-mla. The model must have been converted to a form that the format can\n"
             "hold, for example by mla-convert --method x-ecomla --shared-rope. With\n"
             "--export-format, mla-convert does both in one step.",
             "optimum-cli mla-export -m CONVERTED OUTPUT",
@@ -30,7 +31,14 @@ class MLAExportCommand(BaseOptimumCLICommand):
         parser.add_argument("-m", "--model", required=True, help="Hub id or folder of a model from mla-convert.")
         parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_HELP)
         parser.add_argument(
-            "--format", default="deepseek_v3", help="Format to write: deepseek_v3. Default: deepseek_v3."
+            "--format",
+            default="deepseek_v3",
+            help="Format to write: deepseek_v3, or gguf, a file for llama.cpp. Default: deepseek_v3.",
+        )
+        parser.add_argument(
+            "--gguf-type",
+            metavar="TYPE",
+            help="gguf: type of the matrices in the file, f32, f16, bf16 or q8_0. Default: that of the model's dtype.",
         )
         parser.add_argument(
             "--pad",
@@ -52,6 +60,7 @@ class MLAExportCommand(BaseOptimumCLICommand):
                 args.model,
                 args.output,
                 format=args.format,
+                gguf_type=args.gguf_type,
                 pad=args.pad,
                 dtype=args.dtype,
                 device=args.device,
