@@ -15,7 +15,7 @@ TESTS  := --numprocesses logical --maxprocesses 8 --dist worksteal
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-real-abilities bench-real-speed bench-real-recovery bench-large clean
+	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-real-abilities bench-real-speed bench-real-recovery bench-large bench-rope-dims bench-llama-cpp llama-cpp test-llama-cpp clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,13 @@ test: setup transformers-tests
 
 test-slow: setup transformers-tests real-model
 	$(RUN) $(BIN)/python -m pytest -m slow
+
+# llama.cpp is compiled from its source distribution at the first time, for a quarter of an hour and more; pip keeps it.
+llama-cpp: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[llama-cpp]"
+
+test-llama-cpp: llama-cpp
+	$(RUN) $(BIN)/python -m pytest tests/export/test_gguf.py
 
 # Quanto compiles a kernel at its first use. Where that was killed, a lock is left for which every later run would wait.
 define compile_quanto
@@ -143,6 +150,12 @@ bench-real-abilities: real-model
 bench-real-speed: real-model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq]"
 	$(RUN) $(BIN)/python -m benchmarks.real_speed
+
+bench-rope-dims: real-model
+	$(RUN) $(BIN)/python -m benchmarks.real_speed --config benchmarks/configs/rope_dims.json --output benchmarks/results/rope_dims.json
+
+bench-llama-cpp: real-model llama-cpp
+	$(RUN) $(BIN)/python -m benchmarks.llama_cpp
 
 # Writes models of 4 and 16 layers with 0.4 GB each, and their conversions, into a folder for temporary files.
 bench-large: setup

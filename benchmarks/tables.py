@@ -10,6 +10,7 @@ by hand. `tests/benchmarks/test_tables.py` checks that the pages are up to date.
 from __future__ import annotations
 
 import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -39,6 +40,49 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def llama_cpp() -> str:
+    """Return the table of SmolLM2 in llama.cpp beside the converted model in Transformers."""
+    found = result("llama_cpp")
+    source, own = found["source"], found["converted"]
+    rows = [
+        ["source, Transformers", f"16 bit: {source['cache_bytes_per_token']:,}", f"{source['perplexity']:.2f}", "", ""],
+        ["converted, Transformers", f"16 bit: {own['cache_bytes_per_token']:,}", f"{own['perplexity']:.2f}", "", ""],
+    ]
+    rows += [
+        [
+            f"llama.cpp, file {run['file']} ({run['file_bytes'] / 1e6:.0f} MB)",
+            f"{run['cache']}: {run['cache_bytes_per_token']:,.0f}",
+            f"{run['perplexity']:.2f}",
+            f"{run['largest_logit_difference']:.1g}",
+            f"{run['same_greedy_tokens']} of {found['config']['new_tokens']}",
+        ]
+        for run in found["runs"]
+    ]
+    header = ["", "cache, bytes per token", "perplexity, books", "largest logit difference", "same greedy tokens"]
+    return table(header, rows)
+
+
+def rope_dims() -> str:
+    """Return the table of rotary dims of coded models: excess and speed."""
+    quality, speed = result("real_quality"), result("rope_dims")
+    whole = quality["source"][0]["perplexity"]
+    rows = []
+    for run in speed["runs"]:
+        (row,) = [row for row in quality["ours"] if row["name"] == run["name"]]
+        _, _, dims = run["name"].partition("-R")
+        excess = [f"{math.log(value / whole[text]):.3f}" for text, value in row["perplexity"].items()]
+        shares = [
+            f"{row['decode_ratio_to_baseline']:.2f}"
+            for cache in ("default", "16bit")
+            for row in run["speed"]
+            if (row["role"], row["cache"]) == ("model", cache)
+        ]
+        rows.append([dims or "all", *excess, *shares])
+    lengths = speed["config"]["benchmark"]["context_lengths"]
+    times = [f"{kind} at {tokens:,}" for kind in ("codes", "16 bit") for tokens in lengths]
+    return table(["R", *whole, *times], rows)
 
 
 def families() -> str:

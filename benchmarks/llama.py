@@ -1,0 +1,67 @@
+"""llama.cpp behind a few functions, for the tests of GGUF files and their benchmark."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
+"""ggml's numbers of the types that a cache may have."""
+CACHE_LINE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells")
+
+
+class LlamaModel:
+    """A model in llama.cpp, and the size of its cache as llama.cpp reports it.
+
+    Args:
+        path: A GGUF file.
+        tokens: Tokens that the cache has room for.
+        cache: Type of the cache, one of `CACHE_TYPES`.
+    """
+
+    def __init__(self, path: Path, tokens: int = 512, cache: str = "f32") -> None:
+        import llama_cpp
+
+        lines: list[str] = []
+        note = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
+        llama_cpp.llama_log_set(note, ctypes.c_void_p(0))
+        kind = CACHE_TYPES[cache]
+        # verbose=True leaves the log where it was set to go.
+        self.model = llama_cpp.Llama(
+            str(path), n_ctx=tokens, logits_all=True, verbose=True, n_threads=1, type_k=kind, type_v=kind,
+            flash_attn=cache.startswith("q"),
+        )  # fmt: skip
+        self._note = note  # llama.cpp calls it as long as it runs.
+        mebibytes, cells = next(found.groups() for line in lines if (found := CACHE_LINE.search(line)))
+        self.cache_bytes, self.cells = float(mebibytes) * 2**20, int(cells)
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.model.close()
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the logits of a text [S, vocabulary] from an empty cache."""
+        self.model.reset()
+        self.model.eval(list(ids))
+        return np.array(self.model.scores[: len(ids)])
+
+    def greedy(self, ids: Sequence[int], new: int) -> list[int]:
+        """Return so many tokens behind a prompt, the likeliest at each step."""
+        self.model.reset()
+        found: list[int] = []
+        for token in self.model.generate(list(ids), temp=0.0, top_k=1, repeat_penalty=1.0):
+            found.append(int(token))
+            if len(found) == new:
+                break
+        return found
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of a text."""
+        return list(self.model.tokenize(text.encode(), add_bos=True, special=True))

@@ -1,0 +1,159 @@
+"""GGUF files: what is in them, what cannot be in them, and what llama.cpp makes of them where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_mla import GQA2MLA, XEcoMLA
+from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.export.deepseek import export_deepseek
+from optimum_mla.export.gguf_file import FILE_TYPES, ROUNDING, gguf_tensors, write_gguf
+from optimum_mla.export.gguf_vocabulary import vocabulary_of
+from optimum_mla.pipeline import TextOptions, convert, export
+from tests.cases import source_model, token_ids
+
+REFERENCE = "benchmarks/reference_model"
+TEXT = (
+    "The old house stood at the end of the road, and nobody had lived there for 25 years. It's a story!\n\nShe: 'no'."
+)
+CALIBRATION = token_ids(6, 24)
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: make test-llama-cpp"
+)
+
+
+def regular(method: type = GQA2MLA, family: str = "llama", **options: Any) -> Any:
+    """A deepseek_v3 export of a random model that was converted for llama.cpp."""
+    cached = {"rope_cache": "cached"} if method is GQA2MLA else {}
+    made = method(
+        kv_cache_ratio=0.75, shared_rope="regular", latent_norm=True, calibration=CALIBRATION, **cached, **options
+    )
+    return export_deepseek(made(source_model(family)))
+
+
+@pytest.mark.parametrize("method", [GQA2MLA, XEcoMLA])
+@pytest.mark.parametrize("dims", [4, 8])
+def test_regular_rotary_dims_are_at_every_so_many_th_frequency(method: type, dims: int) -> None:
+    exported = regular(method, qk_rope_head_dim=dims)
+    assert exported.config.rope_parameters["rope_type"] == "default"
+    assert exported.config.qk_rope_head_dim == dims
+    frequencies = exported.model.rotary_emb.inv_freq
+    assert torch.allclose(frequencies, source_model("llama").model.rotary_emb.inv_freq[:: 16 // dims])
+
+
+def test_rotary_dims_that_are_not_regular_are_refused() -> None:
+    with pytest.raises(InvalidValueError, match="2, 4, 8, 16 with a regular shared_rope"):
+        regular(qk_rope_head_dim=6)
+    with pytest.raises(InvalidValueError, match=r"shared_rope.*'odd'.*regular"):
+        GQA2MLA(kv_cache_ratio=0.5, rope_cache="cached", shared_rope="odd", calibration=CALIBRATION)
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_a_file_holds_the_model_in_its_type(file_type: str, tmp_path: Path) -> None:
+    exported = regular(family="llama multi-head, tied")
+    write_gguf(exported, tmp_path / "m.gguf", "m", file_type, None)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = exported.config
+    assert fields["general.architecture"] == "deepseek2"
+    assert fields["deepseek2.attention.kv_lora_rank"] == config.kv_lora_rank
+    assert fields["deepseek2.attention.key_length"] == config.kv_lora_rank + config.qk_rope_head_dim
+    assert fields["deepseek2.leading_dense_block_count"] == fields["deepseek2.block_count"] == 3
+    wanted = dict(gguf_tensors(exported))
+    assert "output.weight" not in wanted  # The head is tied.
+    assert {tensor.name for tensor in reader.tensors} == set(wanted)
+    for tensor in reader.tensors:
+        read = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).reshape(
+            wanted[tensor.name].shape
+        )
+        limit = ROUNDING[file_type] * wanted[tensor.name].abs().max()
+        assert (read - wanted[tensor.name]).abs().max() <= limit
+    key = wanted["blk.1.attn_k_b.weight"]
+    up = exported.model.layers[1].self_attn.kv_b_proj.weight.unflatten(0, (4, -1))
+    assert torch.equal(key, up[:, : config.qk_nope_head_dim].mT)
+
+
+def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
+    plain = GQA2MLA(kv_cache_ratio=0.75, rope_cache="cached", shared_rope=True, calibration=CALIBRATION)
+    with pytest.raises(UnsupportedModelError, match=r"no biases.*--latent-norm"):
+        write_gguf(export_deepseek(plain(source_model("llama"))), tmp_path / "m.gguf", "m", "f32", None)
+    sizes = {"kv_cache_ratio": 0.75, "qk_rope_head_dim": 6, "latent_norm": True}
+    irregular = GQA2MLA(rope_cache="cached", shared_rope=True, calibration=CALIBRATION, **sizes)
+    with pytest.raises(UnsupportedModelError, match="--shared-rope regular"):
+        write_gguf(export_deepseek(irregular(source_model("llama"))), tmp_path / "m.gguf", "m", "f32", None)
+    with pytest.raises(InvalidValueError, match="f32, f16, bf16, q8_0"):
+        write_gguf(regular(), tmp_path / "m.gguf", "m", "q3", None)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InvalidValueError, match=r"latent_norm.*False.*True with the export format gguf"):
+        convert(REFERENCE, tmp_path / "out", options={"latent_norm": False}, export_format="gguf")
+
+
+def test_vocabularies_are_those_of_the_tokenizer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    found = vocabulary_of(tokenizer, 4096 + 2)
+    assert found.pre == "gpt-2"
+    assert found.tokens[:4096] == tokenizer.convert_ids_to_tokens(range(4096))
+    assert found.tokens[4096:] == ["[PAD4096]", "[PAD4097]"]
+    assert len(found.types) == 4098
+    assert all(len(merge.split(" ")) == 2 for merge in found.merges)
+    assert found.special["eos"] == tokenizer.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference model, converted for llama.cpp."""
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    options = {"kv_cache_ratio": 0.5, "rope_cache": "cached", "shared_rope": "regular", "latent_norm": True}
+    options["qk_rope_head_dim"] = 32  # llama.cpp's quantized caches want multiples of 32.
+    convert(
+        REFERENCE,
+        folder,
+        options=options,
+        texts=TextOptions(calibration_samples=8, calibration_length=64, eval_samples=1),
+    )
+    return folder
+
+
+@needs_llama_cpp
+def test_llama_cpp_computes_what_the_converted_model_does(converted: Path, tmp_path: Path) -> None:
+    from benchmarks.llama import LlamaModel
+
+    export(str(converted), tmp_path / "out", "gguf", dtype="float32")
+    (path,) = (tmp_path / "out").glob("*-F32.gguf")
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    ids = tokenizer(TEXT).input_ids
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+        greedy = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0, len(ids) :].tolist()
+    numbers = model.geometry.cache_numbers
+    differences = {}
+    for cache, size in {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}.items():
+        with LlamaModel(path, cache=cache) as llama:
+            assert llama.tokens(TEXT) == ids
+            differences[cache] = (torch.from_numpy(llama.logits(ids)) - expected).abs().max()
+            # llama.cpp prints hundredths of a mebibyte.
+            assert llama.cache_bytes == pytest.approx(numbers * size * llama.cells, abs=0.006 * 2**20)
+            if cache == "f32":
+                assert llama.greedy(ids, 32) == greedy
+    assert differences["f32"] < 1e-3
+    assert differences["f16"] < differences["q8_0"] < differences["q4_0"]
+
+
+@needs_llama_cpp
+def test_one_command_converts_and_writes_the_file(tmp_path: Path) -> None:
+    from benchmarks.llama import LlamaModel
+
+    texts = TextOptions(calibration_samples=8, calibration_length=64, eval_samples=1)
+    convert(REFERENCE, tmp_path / "out", "x-ecomla", {"kv_cache_ratio": 0.5}, texts, export_format="gguf")
+    (path,) = (tmp_path / "out").glob("*-BF16.gguf")
+    assert not (tmp_path / "out" / "config.json").exists()
+    with LlamaModel(path, cache="f16") as llama:
+        assert len(llama.greedy(llama.tokens(TEXT), 8)) == 8
