@@ -10,7 +10,6 @@ by hand. `tests/benchmarks/test_tables.py` checks that the pages are up to date.
 from __future__ import annotations
 
 import json
-import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -62,27 +61,6 @@ def llama_cpp() -> str:
     ]
     header = ["", "cache, bytes per token", "perplexity, books", "largest logit difference", "same greedy tokens"]
     return table(header, rows)
-
-
-def rope_dims() -> str:
-    """Return the table of rotary dims of coded models: excess and speed."""
-    quality, speed = result("real_quality"), result("rope_dims")
-    whole = quality["source"][0]["perplexity"]
-    rows = []
-    for run in speed["runs"]:
-        (row,) = [row for row in quality["ours"] if row["name"] == run["name"]]
-        _, _, dims = run["name"].partition("-R")
-        excess = [f"{math.log(value / whole[text]):.3f}" for text, value in row["perplexity"].items()]
-        shares = [
-            f"{row['decode_ratio_to_baseline']:.2f}"
-            for cache in ("default", "16bit")
-            for row in run["speed"]
-            if (row["role"], row["cache"]) == ("model", cache)
-        ]
-        rows.append([dims or "all", *excess, *shares])
-    lengths = speed["config"]["benchmark"]["context_lengths"]
-    times = [f"{kind} at {tokens:,}" for kind in ("codes", "16 bit") for tokens in lengths]
-    return table(["R", *whole, *times], rows)
 
 
 def families() -> str:
@@ -595,6 +573,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         real_recovery,
         large,
         large_computed,
+        families,
+        llama_cpp,
     )
 }
 """The functions that render blocks, by the names that pages use."""

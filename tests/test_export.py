@@ -223,7 +223,12 @@ def test_the_command_prints_what_came_out(converted: Path, tmp_path: Path) -> No
 
 
 BAD_INPUT: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "another format": (InvalidValueError, r"format: got 'gguf', allowed: deepseek_v3", {"format": "gguf"}),
+    "another format": (InvalidValueError, r"format: got 'onnx', allowed: deepseek_v3, gguf", {"format": "onnx"}),
+    "a type without a file": (
+        InvalidValueError,
+        "gguf_type: got 'f16'.* nothing with the format",
+        {"gguf_type": "f16"},
+    ),
     "a source model": (
         UnsupportedModelError,
         r"is not converted\. Run optimum-cli mla-convert",
