@@ -191,9 +191,14 @@ def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> l
     family = family_of(config)
     transformation = transform_class(method)(calibration=torch.zeros(1, 2, dtype=torch.long), **options)
     transformation.check_windows(config)
-    layers = []
-    for layer in config.per_layer_config:
+    covered = transformation.covered_layers(config)
+    layers: list[list[MLAGeometry]] = []
+    kept: dict[int, MLAGeometry] = {}
+    for index, layer in enumerate(config.per_layer_config):
         geometry = family.spec.geometry(layer)
+        if index not in covered:
+            kept[index] = geometry
+            continue
         source = SourceAttention(family.spec, nn.Module(), geometry, PairTable(geometry.head_dim), torch.empty(0))
         weightless = transformation.without_weights()
         shapes = weightless.candidates(source, weightless.plan_layer(source))
@@ -204,7 +209,11 @@ def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> l
                 with_equal_bits(shape, transformation.code_bits(shape), width) for shape in shapes for width in widths
             ]
         layers.append(shapes)
-    return [ModelGeometry(shapes) for shapes in zip(*layers, strict=True)]
+    found = []
+    for choice_of_all in zip(*layers, strict=True):
+        chosen = dict(zip(covered, choice_of_all, strict=True)) | kept
+        found.append(ModelGeometry(tuple(chosen[index] for index in sorted(chosen))))
+    return found
 
 
 def spelled(method: str, options: dict[str, Any]) -> str:
