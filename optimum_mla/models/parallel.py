@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from optimum_mla.core.geometry import MLAGeometry
 
@@ -13,6 +14,24 @@ BY_HEADS = {
 """The projections whose rows are heads, by the form of the attention."""
 ROTARY_KEY = "mla_kv_a_proj"
 """Transformers' style for a projection whose last outputs, the rotary key, all heads read."""
+
+
+class TensorParallelPlan:
+    """The plan of a converted model's config, as an attribute of the config's class.
+
+    It has no `__set__`, because releases of Transformers assign plans with more entries to configs.
+
+    Args:
+        source: The plan of the source family's base model.
+        attention: Attribute name of the attention in a decoder layer.
+        layers: Returns the shapes of the attention layers of a config.
+    """
+
+    def __init__(self, source: dict[str, str], attention: str, layers: Callable[[Any], Sequence[MLAGeometry]]) -> None:
+        self.source, self.attention, self.layers = source, attention, layers
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        return self if config is None else tensor_parallel_plan(self.source, self.attention, self.layers(config))
 
 
 def splits_by_heads(geometry: MLAGeometry) -> bool:

@@ -25,7 +25,7 @@ from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.classes import MLAForCausalLMMixin, MLAModelMixin, base_forward
 from optimum_mla.models.config import MLA_CONFIG_FIELDS, MLAConfigMixin
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.parallel import tensor_parallel_plan
+from optimum_mla.models.parallel import TensorParallelPlan
 from optimum_mla.stack import enter_class_names
 
 BUILT_IN_FAMILIES = (
@@ -109,10 +109,10 @@ def register_family(spec: AttentionSpec) -> Family:
             **defaults,
             "latent_cache": None,
             "model_type": spec.mla_model_type,
-            "base_model_tp_plan": property(
-                lambda config: tensor_parallel_plan(
-                    source_config.base_model_tp_plan or {}, spec.attention, model_geometry(spec, config).layers
-                )
+            "base_model_tp_plan": TensorParallelPlan(
+                source_config.base_model_tp_plan or {},
+                spec.attention,
+                lambda config: model_geometry(spec, config).layers,
             ),
         },
     )
