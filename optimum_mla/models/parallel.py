@@ -31,7 +31,7 @@ class TensorParallelPlan:
         self.source, self.attention, self.layers = source, attention, layers
 
     def __get__(self, config: Any, owner: type) -> Any:
-        return self if config is None else tensor_parallel_plan(self.source, self.attention, self.layers(config))
+        return None if config is None else tensor_parallel_plan(self.source, self.attention, self.layers(config))
 
 
 def splits_by_heads(geometry: MLAGeometry) -> bool:
