@@ -228,7 +228,8 @@ def _is_norm(spec: AttentionSpec, config: Any, source: SourceAttention, probe: A
     for centered in (x, x - x.mean(-1, keepdim=True)):
         plain = centered * centered.square().mean(-1, keepdim=True).add(float(eps)).rsqrt() * source.input_gain.double()
         rest = probe.normed.double() - plain  # A bias is the same for all tokens.
-        if error_of(plain + rest.mean(1, keepdim=True), probe.normed) <= TOLERANCE:
+        # States that are not finite are told elsewhere, with a better word for it.
+        if not error_of(plain + rest.mean(1, keepdim=True), probe.normed) > TOLERANCE:
             return True
     return False
 

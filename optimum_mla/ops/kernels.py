@@ -7,6 +7,7 @@ A kernel is a function that takes a `LatentDecode` and returns an `Attended`, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -49,7 +50,9 @@ def cpu_decode(step: LatentDecode) -> Attended:
     others: list[Sums] = []
     for block, span, mask in masked_blocks(step.view, step.mask):
         if block.first.by_channel:  # PyTorch's kernel takes tokens side by side only.
-            others.append(Sums(*(part.flatten(1, 2) for part in step.partial(block, span, mask)[:4])))
+            # Without the bias, which is the same for all tokens and which PyTorch's kernel leaves out for other blocks.
+            sums_of_block = replace(step, logit_bias=None).partial(block, span, mask)
+            others.append(Sums(*(part.flatten(1, 2) for part in sums_of_block[:4])))
             continue
         joining = shared_rope and block.adjacent is not None
         layout: Hashable = (joining, block.first.layout, block.second.layout)

@@ -58,7 +58,9 @@ def test_specs_are_true_and_full_rank_is_exact(family: str) -> None:
         assert torch.equal(trace(model)(ids), expected)
         assert (GQA2MLA()(trace(model))(ids) - expected).abs().max() <= 1e-4
         converted = GQA2MLA()(model)
-        assert all(isinstance(m, LatentAttention) for n, m in converted.named_modules() if n.endswith("attn"))
+        attentions = [converted.get_submodule(family_of(converted.config).spec.attention_path(n)) for n in range(3)]
+        latent = [n for n, attention in enumerate(attentions) if isinstance(attention, LatentAttention)]
+        assert latent == full_layers(converted.config)
         assert (converted(ids).logits - expected).abs().max() <= 1e-4
 
 

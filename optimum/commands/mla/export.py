@@ -22,10 +22,10 @@ class MLAExportCommand(BaseOptimumCLICommand):
         """Add the arguments of the command to a parser."""
         describe(
             parser,
-            "Write a converted model in a format that Transformers, or llama.cpp, loads\n"
-            "without optimum-mla. The model must have been converted to a form that the format can\n"
-            "hold, for example by mla-convert --method x-ecomla --shared-rope. With\n"
-            "--export-format, mla-convert does both in one step.",
+            "Write a converted model in a format that Transformers or llama.cpp loads\n"
+            "without optimum-mla. The model must have been converted to a form that the\n"
+            "format can hold, for example by mla-convert --method x-ecomla --shared-rope.\n"
+            "With --export-format, mla-convert does both in one step.",
             "optimum-cli mla-export -m CONVERTED OUTPUT",
         )
         parser.add_argument("-m", "--model", required=True, help="Hub id or folder of a model from mla-convert.")
