@@ -1,16 +1,7 @@
 """OLMo 3: OLMo 2 with sliding windows in some layers."""
 
-from optimum_mla.families.spec import AttentionSpec
+from dataclasses import replace
 
-SPEC = AttentionSpec(
-    model_type="olmo3",
-    class_prefix="Olmo3",
-    query_bias="attention_bias",
-    key_value_bias="attention_bias",
-    output_bias="attention_bias",
-    query_norm="q_norm",
-    key_norm="k_norm",
-    joint_norms=True,
-    input_norm=None,
-    behind_attention="mlp",
-)
+from optimum_mla.families.olmo2 import SPEC as OLMO2
+
+SPEC = replace(OLMO2, model_type="olmo3", class_prefix="Olmo3")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.nn.norm import NORM_EPS
 
 
 @dataclass(frozen=True)
@@ -200,4 +201,4 @@ def full_layers(config: Any) -> list[int]:
 
 def norm_eps(config: Any) -> float:
     """Return what the RMSNorms of a model add to the mean square."""
-    return float(getattr(config, "rms_norm_eps", None) or 1e-6)
+    return float(getattr(config, "rms_norm_eps", None) or NORM_EPS)

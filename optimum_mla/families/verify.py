@@ -269,7 +269,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "joint": ({"joint_norms": True}, "its query and key norms are over all heads together"),
     "no positions": ({}, "it does not rotate queries and keys (a layer without positions)"),
 }
-"""What a family may do otherwise: the fields of a spec that say so, and words for it."""
+"""Each variant names the fields of a spec that say what a family does otherwise than Llama, and has words for it."""
 
 
 def explained(

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from optimum_mla.codec import coded
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.nn.norm import NORM_EPS
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
 from optimum_mla.ops.blockwise import Sums, attend, capped, masked_softmax, softmax_sums
@@ -36,9 +37,6 @@ from optimum_mla.stack import (
     rotary_table,
     takes_cache,
 )
-
-NORM_EPS = 1e-6
-"""What norms of query and key heads add to the mean square in models whose config does not say."""
 
 
 class LatentAttention(nn.Module, ABC):

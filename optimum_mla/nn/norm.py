@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+NORM_EPS = 1e-6
+"""The number that norms of query and key heads add to the mean square in models whose config does not say."""
+
 
 class HeadRMSNorm(nn.Module):
     """RMSNorm of each head or of all heads together.

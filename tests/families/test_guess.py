@@ -29,6 +29,8 @@ GUESSABLE = ("llama", "llama with biases", "qwen2", "qwen3", "mixtral", "olmo2",
 @pytest.fixture
 def _forgotten_families() -> Iterator[None]:
     before = dict(registry._FAMILIES)
+    for unknown in ("cwm", "glm"):  # Another test may have registered them.
+        registry._FAMILIES.pop(unknown, None)
     yield
     registry._FAMILIES.clear()
     registry._FAMILIES.update(before)
