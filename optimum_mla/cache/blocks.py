@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optimum_mla.cache.coded import CodedStored
 from optimum_mla.cache.stored import DenseStored, QuantizedStored
+from optimum_mla.ops.absorb import working_dtype
 from optimum_mla.ops.blocks import Block, CacheView, Latents, concatenate
 
 Encoder = Callable[[Tensor], QuantizedStored | CodedStored]
@@ -112,13 +113,15 @@ class StoredBlock:
         if memory is not None and memory.shape == size:
             joined = memory
         elif isinstance(self.first, CodedStored):
-            joined = self.plain.buffer.new_empty(size[0], size[2], size[1]).mT  # Codes are unpacked channel by channel.
+            # Codes are unpacked channel by channel, in the dtype that is computed with.
+            dtype = working_dtype(self.plain.buffer.dtype, self.plain.buffer.device, self.tokens)
+            joined = self.plain.buffer.new_empty(size[0], size[2], size[1], dtype=dtype).mT
         else:
             joined = self.plain.buffer.new_empty(size)
         # These are slices because autograd forbids writing to any of the views that one call of `split` returns.
         outs = joined[..., : widths[0]], joined[..., widths[0] :]
         first, second = (
-            part.open(out) if part else Latents(out.copy_(vectors))
+            part.open(out) if part else Latents(out.copy_(vectors), vectors.dtype)
             for part, vectors, out in zip(coded, plain, outs, strict=True)
         )
         return Block(first, second, key_factors, joined)

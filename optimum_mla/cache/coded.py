@@ -90,5 +90,5 @@ class CodedStored(Stored):
             out = self.exempt.new_empty(self.batch, self.opened_width, self.tokens).mT
         unpack(self.packed, self.channels, out)
         if len(self.places):
-            out[self.places[:, 0].long(), self.places[:, 1].long()] = self.exempt
-        return Latents(out)
+            out[self.places[:, 0].long(), self.places[:, 1].long()] = self.exempt.to(out.dtype)
+        return Latents(out, self.exempt.dtype)

@@ -51,6 +51,7 @@ class LatentLayer(CacheLayerMixin):
             self.encoders = (partial(CodedStored.encode, channels=geometry.channel_bits), self.encoders[1])
             # The codes are the latents themselves, so that a window of newer tokens would gain nothing.
             self.encodes, self.window = True, 0
+        self.encodes_exactly = bool(geometry.channel_bits) and settings.codes and self.encoders[1] is None
         self.block_tokens = block_tokens(self._first_width)
         second = geometry.cache_numbers - self._first_width
         self._second_widths = (second - geometry.scale_numbers, geometry.scale_numbers)
@@ -129,6 +130,9 @@ class LatentLayer(CacheLayerMixin):
         view = BlockView([*self.blocks, recent])
         self.seen += tokens
         self._settle(recent)
+        if tokens == 1 and self.residual is None and self.encodes_exactly and not torch.is_grad_enabled():
+            # A block for one token would take as many operations as one for thousands.
+            return BlockView(self.blocks)
         return view
 
     def _check_fits(self, new: Tensor) -> None:

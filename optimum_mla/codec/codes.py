@@ -6,10 +6,29 @@ before and after it, so a code is the integer next to the latent, within the ran
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from optimum_mla.codec.constants import constant
 from optimum_mla.core.segments import ChannelBits
+
+
+@lru_cache(maxsize=1024)
+def halves(channels: ChannelBits) -> tuple[int, ...]:
+    """Return 2^(b-1) for the bits b of each channel, by which its smallest code is below zero."""
+    return tuple(2 ** (bits - 1) for bits, count in channels for _ in range(count))
+
+
+@lru_cache(maxsize=1024)
+def _largest(channels: ChannelBits) -> tuple[int, ...]:
+    return tuple(half - 1 for half in halves(channels))
+
+
+@lru_cache(maxsize=1024)
+def _smallest(channels: ChannelBits) -> tuple[int, ...]:
+    return tuple(-half for half in halves(channels))
 
 
 def code_bounds(channels: ChannelBits, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,9 +41,10 @@ def code_bounds(channels: ChannelBits, like: Tensor) -> tuple[Tensor, Tensor]:
         channels: Bits of the channels.
         like: A tensor whose dtype and device the result has.
     """
-    halves = [2 ** (bits - 1) for bits, count in channels for _ in range(count)]
-    half = torch.tensor(halves, dtype=like.dtype, device=like.device)
-    return -half, half - 1
+    return (
+        constant(_smallest(channels), like.dtype, like.device),
+        constant(_largest(channels), like.dtype, like.device),
+    )
 
 
 def coded(latents: Tensor, channels: ChannelBits, exempt: Tensor | None = None, limit: float | None = None) -> Tensor:

@@ -8,13 +8,14 @@ few long runs, whatever the bits of the channels are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from optimum_mla.codec.codes import code_bounds
+from optimum_mla.codec.codes import code_bounds, halves
+from optimum_mla.codec.constants import constant
 from optimum_mla.core.segments import ChannelBits, total_bits, total_channels
 
 PARTS = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
@@ -32,12 +33,12 @@ class Plane(NamedTuple):
     Attributes:
         part: Bits of a part.
         bytes: The bytes of the plane.
-        segments: For each segment of channels with such parts, its channels and the position of the part in its codes.
+        segments: For each run of channels with such parts, the channels and the position of the part in their codes.
     """
 
     part: int
     bytes: slice
-    segments: list[tuple[slice, int]]
+    segments: tuple[tuple[slice, int], ...]
 
     @property
     def lanes(self) -> int:
@@ -50,19 +51,35 @@ class Plane(NamedTuple):
         return 2**self.part - 1
 
 
-def _planes(channels: ChannelBits) -> Iterator[Plane]:
+@lru_cache(maxsize=1024)
+def _planes(channels: ChannelBits) -> tuple[Plane, ...]:
+    planes: list[Plane] = []
     byte = 0
     for part in (8, 4, 2, 1):
-        found, channel = [], 0
+        found: list[tuple[slice, int]] = []
+        channel = 0
         for bits, count in channels:
             if part in PARTS[bits]:
-                below = PARTS[bits][: PARTS[bits].index(part)]
-                found.append((slice(channel, channel + count), sum(below)))
+                lowest, start = sum(PARTS[bits][: PARTS[bits].index(part)]), channel
+                if found and found[-1][0].stop == start and found[-1][1] == lowest:
+                    start = found.pop()[0].start  # One long run is unpacked faster than two.
+                found.append((slice(start, channel + count), lowest))
             channel += count
         size = sum(of.stop - of.start for of, _ in found) * part // 8
         if found:
-            yield Plane(part, slice(byte, byte + size), found)
+            planes.append(Plane(part, slice(byte, byte + size), tuple(found)))
         byte += size
+    return tuple(planes)
+
+
+def _number(value: int, device: torch.device) -> Tensor:
+    """Return a number as a tensor, because shifts by Python's numbers are several times as slow."""
+    return constant((value,), torch.uint8, device)
+
+
+def _shifts(plane: Plane, device: torch.device) -> Tensor:
+    """Return by how many bits each part of a byte is shifted, [lanes, 1, 1]."""
+    return constant(tuple(range(0, 8, plane.part)), torch.uint8, device)[:, None, None]
 
 
 def pack(codes: Tensor, channels: ChannelBits) -> Tensor:
@@ -78,12 +95,15 @@ def pack(codes: Tensor, channels: ChannelBits) -> Tensor:
     whole = (codes.float().round().clamp(low, high) - low).to(torch.uint8).mT.contiguous()
     packed = [torch.empty_like(whole[..., :0, :])]
     for plane in _planes(channels):
-        parts = torch.cat([whole[..., of, :] >> lowest for of, lowest in plane.segments], dim=-2) & plane.mask
-        lanes = parts.unflatten(-2, (plane.lanes, -1))
-        byte = lanes[..., 0, :, :].clone()
-        for lane in range(1, plane.lanes):
-            byte |= lanes[..., lane, :, :] << (plane.part * lane)
-        packed.append(byte)
+        pieces = []
+        for of, lowest in plane.segments:
+            piece = whole[..., of, :]
+            pieces.append(piece >> _number(lowest, whole.device) if lowest else piece)
+        parts = torch.cat(pieces, dim=-2)
+        if plane.lanes > 1:
+            lanes = (parts & plane.mask).unflatten(-2, (plane.lanes, -1))
+            parts = (lanes << _shifts(plane, whole.device)).sum(-3, dtype=torch.uint8)  # The lanes share no bits.
+        packed.append(parts)
     return torch.cat(packed, dim=-2)
 
 
@@ -98,8 +118,10 @@ def unpack(packed: Tensor, channels: ChannelBits, out: Tensor) -> Tensor:
     whole = packed.new_empty(*packed.shape[:-2], total_channels(channels), packed.shape[-1])
     for plane in _planes(channels):
         stored = packed[..., plane.bytes, :]
-        lanes = [stored >> (plane.part * lane) if lane else stored for lane in range(plane.lanes)]
-        parts = torch.cat(lanes, dim=-2) & plane.mask if len(lanes) > 1 else stored
+        parts = stored
+        if plane.lanes > 1:
+            lanes = (stored.unsqueeze(-3) >> _shifts(plane, packed.device)).bitwise_and_(plane.mask)
+            parts = lanes.flatten(-3, -2)
         start = 0
         for of, lowest in plane.segments:
             stop = start + of.stop - of.start
@@ -109,9 +131,7 @@ def unpack(packed: Tensor, channels: ChannelBits, out: Tensor) -> Tensor:
             else:  # The planes of larger parts come first, and they hold the lowest bits.
                 whole[..., of, :] = piece
             start = stop
-    channel = 0
-    for bits, count in channels:
-        whole[..., channel : channel + count, :] -= 2 ** (bits - 1)  # Wraps around to the code's two's complement.
-        channel += count
+    half = constant(halves(channels), torch.uint8, packed.device)
+    whole -= half[:, None]  # Wraps around to the code's two's complement.
     out.mT.copy_(whole.view(torch.int8))
     return out

@@ -11,7 +11,6 @@ expanded keys and values live only for the length of one forward pass. A cache t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from optimum_mla.stack import (
     changes_attention,
     check_cache,
     check_keywords,
+    first_positions_table,
     forward_keywords,
     only_moves_inputs,
     rotary_table,
@@ -59,7 +59,7 @@ class LatentAttention(nn.Module, ABC):
     is_causal = True
     known_keywords = forward_keywords() | {"use_cache"}
     """Keywords that `forward` may be given beside its own arguments."""
-    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    rotary: nn.Module
 
     def __init__(
         self,
@@ -282,7 +282,11 @@ class LatentAttention(nn.Module, ABC):
 
         device = rotation.cos.device
         if stored is not None and stored.consecutive and length == 1 and relative:
-            return RelativeFrames(table, torch.tensor([[view.tokens - 1]], device=device), view.sizes)
+            longest = max(view.sizes)
+            tables = first_positions_table(self.rotary, rotation.cos, longest, self.rotary_keywords)
+            turns = self.pairs.turns((tables[0][:, :longest], tables[1][:, :longest]))
+            distances = torch.tensor([[view.tokens - 1]], device=device)
+            return RelativeFrames(table, self._rotation(turns), distances, view.sizes)
         if view.tokens == length:
             return AbsoluteFrames(rotation.at, rotation)
         if stored is not None:

@@ -63,15 +63,18 @@ class FullRopeLatentAttention(LatentAttention):
     def _value_latent(self, block: Block) -> Latents:
         return block.first if self.geometry.kv_lora_rank else block.second
 
-    def _keys(self, latent: Tensor, rotation: Rotation | None) -> Tensor:
-        """Return keys [B, U, T, D], rotated, of latents [B, T, r]."""
-        keys = self._heads(self.k_b_proj(latent))
+    def _keys(self, latents: Latents, rotation: Rotation | None) -> Tensor:
+        """Return keys [B, U, T, D], rotated, of the latents of some tokens."""
+        up = self.k_b_proj
+        # Outside of the module the product may follow the order in which the latents lie in memory.
+        flat = latents.project(up.weight, up.bias) if is_plain(up) else up(latents.dense())
+        keys = self._heads(flat)
         keys = self.k_norm(keys) if self.geometry.key_norm else keys
         return rotate(keys, rotation) if rotation is not None else keys
 
     def _expand(self, block: Block, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        keys = self._keys(block.first.dense(), rotation)
-        return keys, self._heads(self.v_b_proj(self._value_latent(block).dense()))
+        values = self._heads(self.v_b_proj(self._value_latent(block).dense()))
+        return self._keys(block.first, rotation).to(values.dtype), values
 
     def _absorbed(
         self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
@@ -83,7 +86,7 @@ class FullRopeLatentAttention(LatentAttention):
             rotated, key_rotation = scaled, None
             if frames is not None:
                 rotated, key_rotation = self._rotate_queries(scaled, frames.query(span)), frames.key(span)
-            keys = self._keys(block.first.dense(), key_rotation)
+            keys = self._keys(block.first, key_rotation)
             values = self._value_latent(block)
 
             def combine(weights: Tensor) -> Tensor:

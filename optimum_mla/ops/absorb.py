@@ -6,8 +6,12 @@ query length instead, so every product is one batched matrix product over the ca
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from optimum_mla.ops.rotary import is_transposed
 
 SHORT_PRODUCT = 256
 """Products over fewer tokens than this are computed in float32 on CPUs."""
@@ -17,25 +21,44 @@ def grouped_logits(query: Tensor, key: Tensor) -> Tensor:
     """Return the products [B, H, S, T] of queries [B, H, S, R] and keys [B, K, T, R]; H/K heads share a key head."""
     batch, heads, length, dim = query.shape
     folded = query.reshape(batch, key.shape[1], -1, dim)  # [B, K, H/K·S, R]
-    return product(key, folded.transpose(2, 3)).transpose(2, 3).reshape(batch, heads, length, -1)
+    if is_transposed(key):
+        return product(folded, key.mT, key.shape[2]).reshape(batch, heads, length, -1)
+    logits = product(key, folded.transpose(2, 3), key.shape[2]).transpose(2, 3)
+    return logits.reshape(batch, heads, length, -1)
 
 
-def product(cached: Tensor, other: Tensor) -> Tensor:
-    """Return the matrix product of `cached` [..., T, a], which has a row per cached token, and `other` [..., a, m].
+def product(left: Tensor, right: Tensor, tokens: int) -> Tensor:
+    """Return the matrix product of the cached vectors of some tokens and another factor, in the dtype of the latter.
 
-    The cache is the left factor, because 16-bit kernels on CPUs would first rearrange all of a right factor. They are
-    also compiled anew for every number of tokens, which costs more than a short product takes, so short products are
-    computed in float32.
+    On CPUs it is computed in float32 where that is faster than in 16 bits: kernels for 16 bits are compiled anew for
+    every number of tokens, which costs more than a short product takes, and without instructions for them they take
+    many times as long as those for float32.
+
+    Args:
+        left, right: The factors, of which one may be in float32 already, as codes are opened.
+        tokens: Number of tokens.
     """
-    if cached.device.type == "cpu" and cached.dtype.itemsize == 2 and cached.shape[-2] < SHORT_PRODUCT:
-        return (cached.float() @ other.float()).to(cached.dtype)
-    return cached @ other
+    dtype = left.dtype if left.dtype.itemsize < right.dtype.itemsize else right.dtype
+    working = working_dtype(dtype, left.device, tokens)
+    return (left.to(working) @ right.to(working)).to(dtype)
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device, tokens: int) -> torch.dtype:
+    """Return the dtype in which products over some tokens are fastest, for vectors and queries of a dtype."""
+    half = device.type == "cpu" and dtype.itemsize == 2
+    return torch.float32 if half and (tokens < SHORT_PRODUCT or not _multiplies_halves()) else dtype
+
+
+@lru_cache(maxsize=1)
+def _multiplies_halves() -> bool:
+    """Return whether the processor has units for matrix products in 16 bits."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def grouped_context(weights: Tensor, value: Tensor) -> Tensor:
     """Return the sums [B, H, S, v] of values [B, U, T, v] with weights [B, H, S, T]; H/U heads share a value head."""
     batch, heads, length, tokens = weights.shape
-    folded = weights.reshape(batch, value.shape[1], -1, tokens) @ value  # [B, U, H/U·S, v]
+    folded = product(weights.reshape(batch, value.shape[1], -1, tokens), value, tokens)  # [B, U, H/U·S, v]
     return folded.reshape(batch, heads, length, -1)
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.ops.absorb import product
+from optimum_mla.ops.absorb import product, working_dtype
+from optimum_mla.ops.rotary import is_transposed
 
 BLOCK_NUMBERS = 2**20
 """A block holds about so many numbers, which is enough for efficient matrix products and little beside a long cache."""
@@ -31,10 +32,11 @@ class Latents:
 
     Args:
         vectors: The stored vectors, [B, T, w].
+        dtype: The model's dtype, where the vectors are in another one for the time of the computation.
     """
 
-    def __init__(self, vectors: Tensor) -> None:
-        self.vectors = vectors
+    def __init__(self, vectors: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.vectors, self.dtype = vectors, dtype or vectors.dtype
 
     @property
     def by_channel(self) -> bool:
@@ -42,7 +44,7 @@ class Latents:
 
         Products are many times slower if the factor that is read against its order in memory stands on the left.
         """
-        return self.vectors.stride(-1) != 1 and self.vectors.stride(-2) == 1
+        return is_transposed(self.vectors)
 
     @property
     def layout(self) -> Hashable:
@@ -59,25 +61,32 @@ class Latents:
 
     def logits(self, queries: Tensor) -> Tensor:
         """Return the inner products of queries [B, M, w] with the vector of every token, [B, M, T]."""
+        tokens = self.vectors.shape[1]
         if self.by_channel:
-            return self.lift(queries) @ self.vectors.mT
-        return product(self.vectors, self.lift(queries).transpose(1, 2)).transpose(1, 2)
+            return product(self.lift(queries), self.vectors.mT, tokens)
+        return product(self.vectors, self.lift(queries).transpose(1, 2), tokens).transpose(1, 2)
 
     def context(self, weights: Tensor) -> Tensor:
         """Return the sums of the vectors with weights [B, M, T], [B, M, w]."""
-        return self.lower(weights @ self.vectors)
+        return self.lower(product(weights, self.vectors, self.vectors.shape[1]))
 
     def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return a linear map with weight [m, w] and bias [m] of every vector, [B, T, m]."""
-        if self.by_channel:
-            projected = (self.lift(weight) @ self.vectors.mT).mT
-        else:
-            projected = product(self.vectors, self.lift(weight).t())
-        return projected if bias is None else projected + bias
+        """Return a linear map with weight [m, w] and bias [m] of every vector, [B, T, m].
+
+        The numbers of a row of the weight lie side by side in memory for all tokens.
+        """
+        tokens = self.vectors.shape[1]
+        working = working_dtype(weight.dtype, weight.device, tokens)
+        vectors = self.vectors.to(working)
+        # A product of a matrix and a batch would be computed token by token, so both factors are batches.
+        lifted = self.lift(weight).to(working).expand(len(vectors), -1, -1)
+        if bias is None:
+            return torch.bmm(lifted, vectors.mT).mT
+        return torch.baddbmm(bias.to(working)[:, None], lifted, vectors.mT).mT
 
     def dense(self) -> Tensor:
         """Return the original vectors as a plain tensor, [B, T, w]."""
-        return self.lower(self.vectors)
+        return self.lower(self.vectors).to(self.dtype)
 
 
 class ShiftedLatents(Latents):

@@ -118,17 +118,20 @@ class RelativeFrames(RotaryFrames):
 
     Args:
         table: Returns the rotations at positions [1 or B, t].
+        keys: Rotation at the positions from 0, at least as many as a block has tokens.
         distances: Positions of the queries relative to the first cached token, [1 or B, S].
         sizes: Number of tokens in each block, in order.
     """
 
-    def __init__(self, table: Callable[[Tensor], Rotation], distances: Tensor, sizes: Sequence[int]) -> None:
+    def __init__(
+        self, table: Callable[[Tensor], Rotation], keys: Rotation, distances: Tensor, sizes: Sequence[int]
+    ) -> None:
         starts = [0, *accumulate(sizes)][:-1]
         self.blocks = {start: index for index, start in enumerate(starts)}
         origins = torch.tensor(starts, device=distances.device)
         self.length = distances.shape[1]
         self.queries = table((distances[:, None] - origins[None, :, None]).flatten(1))  # blocks · S positions
-        self.keys = table(torch.arange(max(sizes), device=distances.device)[None])
+        self.keys = keys
 
     def query(self, span: slice) -> Rotation:
         first = self.blocks[span.start] * self.length
@@ -139,16 +142,27 @@ class RelativeFrames(RotaryFrames):
 
 
 def gather_rotation(cos: Tensor, sin: Tensor, pairs: Tensor) -> Rotation:
-    """Return the rotation of `pairs` [K, R/2] from the tables of all pairs [B, S, D/2]."""
+    """Return the rotation of `pairs` [K, R/2] from the tables of all pairs [B, S, D/2], in the same order in memory."""
+    if is_transposed(cos):
+        return Rotation(cos.mT[:, pairs].mT, sin.mT[:, pairs].mT)
     return Rotation(cos[..., pairs].transpose(1, 2), sin[..., pairs].transpose(1, 2))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Return x [B, H, S, R] rotated; H/K consecutive heads share the frequencies of one rotary head."""
+    """Return x [B, H, S, R] rotated; H/K consecutive heads share the frequencies of one rotary head.
+
+    The result is in the same order in memory as x: dim by dim or token by token.
+    """
     batch, heads, length, dim = x.shape
     rope_heads = rotation.cos.shape[1]
     grouped = x.reshape(batch, rope_heads, heads // rope_heads, length, dim)  # [B, K, H/K, S, R]
     first, second = grouped.chunk(2, dim=-1)
     cos, sin = rotation.cos.unsqueeze(2), rotation.sin.unsqueeze(2)  # [B, K, 1, S, R/2]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).reshape(x.shape)
-    return turned.to(x.dtype)  # under autocast the table is in float32 and the projections are not
+    halves = first * cos - second * sin, second * cos + first * sin
+    turned = torch.cat([half.mT for half in halves], dim=-2).mT if is_transposed(x) else torch.cat(halves, dim=-1)
+    return turned.reshape(x.shape).to(x.dtype)  # under autocast the table is in float32 and the projections are not
+
+
+def is_transposed(x: Tensor) -> bool:
+    """Return whether the last dimension but one is the one whose numbers lie side by side in memory."""
+    return x.stride(-1) != 1 and x.stride(-2) == 1

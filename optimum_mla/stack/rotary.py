@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Types of rotary embeddings whose frequencies do not depend on the length of the sequence."""
@@ -42,6 +44,52 @@ def rotary_table(
     kind: Any = type(rotary)
     plain: Any = inspect.unwrap(kind.forward)
     return plain(rotary, like, positions, **keywords)
+
+
+class _KeptTable(NamedTuple):
+    """A table and the frequencies that it was computed from, with the number of changes in place that they had seen."""
+
+    cos: Tensor
+    sin: Tensor
+    frequencies: Tensor
+    version: int
+
+
+_KEPT: WeakKeyDictionary[nn.Module, dict[Hashable, _KeptTable]] = WeakKeyDictionary()
+
+
+def first_positions_table(
+    rotary: nn.Module, like: Tensor, tokens: int, keywords: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, [1, `tokens` or more, W] each, at the positions from 0.
+
+    The tables of all layers and steps are the same, so they are computed once and kept as long as the embedding and its
+    frequencies live. The angles of a dim lie side by side in memory.
+
+    Args:
+        rotary: The model's rotary embedding.
+        like: A tensor of the wanted dtype and device.
+        tokens: Number of positions.
+        keywords: What `by_layer_type` returned for the layer.
+    """
+
+    def table(count: int) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_table(rotary, like, torch.arange(count, device=like.device)[None], keywords)
+        return cos.mT.contiguous().mT, sin.mT.contiguous().mT
+
+    frequencies = _of_type(rotary, "inv_freq", keywords.get("layer_type"), None)
+    if torch.compiler.is_compiling() or type(frequencies) is not Tensor or frequencies.is_inference():
+        return table(tokens)
+    kept = _KEPT.setdefault(rotary, {})
+    key = (tuple(keywords.items()), like.dtype, like.device)
+    found = kept.get(key)
+    fits = found is not None and found.frequencies is frequencies and found.version == frequencies._version
+    if found is None or not fits or found.cos.shape[1] < tokens:
+        # A table made in inference mode could not take part in training later. Powers of two are reached seldom.
+        with torch.inference_mode(False), torch.no_grad():
+            cos, sin = table(1 << (tokens - 1).bit_length())
+        found = kept[key] = _KeptTable(cos, sin, frequencies, frequencies._version)
+    return found.cos, found.sin
 
 
 def by_layer_type(rotary: Callable[..., Any], layer_type: str | None) -> dict[str, Any]:

@@ -1,0 +1,26 @@
+"""Small tensors of whole numbers that every step needs again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_KEPT: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+
+
+def constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of the values, [n], which callers must not change.
+
+    Making a tensor from Python numbers takes longer than most operations on it, and on accelerators a transfer, so each
+    is made once.
+    """
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = (values, dtype, device)
+    if key in _KEPT:
+        return _KEPT[key]
+    with torch.inference_mode(False):  # A tensor made in inference mode could not take part in training later.
+        made = torch.tensor(values, dtype=dtype, device=device)
+    if type(made) is Tensor:  # Under a mode that traces it is another type, and of no use behind it.
+        _KEPT[key] = made
+    return made
