@@ -9,6 +9,7 @@ The conversions are those of the experiment on quality, which are made where the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
 def run(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the tables of speed, of memory and of the memory budget for each conversion of the config."""
+    """Return the tables of speed, of memory and of the memory budget for each conversion and dtype of the config."""
     from optimum_mla.pipeline import BenchmarkOptions, benchmark
     from optimum_mla.report.pages import terminal
 
@@ -29,14 +30,14 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
         name: tuple(value) if isinstance(value, list) else value for name, value in config["benchmark"].items()
     }
     found = []
-    for name in config["conversions"]:
+    for dtype, name in itertools.product(config["dtypes"], config["conversions"]):
         folder = conversion_of(quality, name)
         with tempfile.TemporaryDirectory() as scratch:
             output, source = Path(scratch) / "report", str(ROOT / config["model"])
-            report = benchmark(str(folder), output, source, BenchmarkOptions(**options), dtype=config["dtype"])
+            report = benchmark(str(folder), output, source, BenchmarkOptions(**options), dtype=dtype)
         print(terminal([(name, report)]), flush=True)
         content = asdict(report)
-        found.append({"name": name, **{table: content[table] for table in ("speed", "memory", "budget")}})
+        found.append({"name": name, "dtype": dtype, **{table: content[table] for table in ("speed", "memory", "budget")}})
     return found
 
 
