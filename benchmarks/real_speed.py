@@ -37,7 +37,9 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
             report = benchmark(str(folder), output, source, BenchmarkOptions(**options), dtype=dtype)
         print(terminal([(name, report)]), flush=True)
         content = asdict(report)
-        found.append({"name": name, "dtype": dtype, **{table: content[table] for table in ("speed", "memory", "budget")}})
+        found.append(
+            {"name": name, "dtype": dtype, **{table: content[table] for table in ("speed", "memory", "budget")}}
+        )
     return found
 
 

@@ -154,8 +154,17 @@ class MLAForCausalLMMixin(LatentInitialization):
         """
         return latent_cache(self.spec, self.config, offloading, **settings)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse continuous batching, which `generate_batch` and `transformers serve --continuous-batching` begin here.
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Deny that the model has this method, so that `transformers serve --continuous-batching` goes without it.
+
+        Raises:
+            AttributeError: Always; the paged cache of continuous batching holds keys and values of heads, not latents.
+        """
+        raise AttributeError("init_continuous_batching")
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching.
 
         Raises:
             UnsupportedModelError: Always; its paged cache holds keys and values of heads, not latents.

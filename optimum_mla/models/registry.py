@@ -145,7 +145,7 @@ def register_family(spec: AttentionSpec) -> Family:
     AutoConfig.register(spec.mla_model_type, config, exist_ok=True)
     AutoModel.register(config, base, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
-    enter_class_names(spec.mla_model_type, base.__name__, model.__name__)
+    enter_class_names(spec.mla_model_type, base, model)
     return family
 
 

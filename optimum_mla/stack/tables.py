@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import transformers
 from transformers.models.auto import modeling_auto
 
+SERVER = "transformers.cli.serving.model_manager"
+"""The module with which `transformers serve` loads models."""
 
-def enter_class_names(model_type: str, base: str, causal_lm: str) -> None:
+
+def enter_class_names(model_type: str, base: type, causal_lm: type) -> None:
     """Enter a family of converted models where Transformers looks up names of classes.
 
-    The Auto classes know registered classes by their configs. `Trainer` (the loss with label smoothing), pipelines,
-    `transformers serve` and model cards look names up in these tables instead.
+    The Auto classes know registered classes by their configs. `Trainer` (the loss with label smoothing), pipelines and
+    model cards look names up in these tables instead, and `transformers serve` takes the class that a config names
+    from the package itself.
 
     Args:
         model_type: The family's `model_type`.
-        base: The name of its base model class.
-        causal_lm: The name of its causal language model class.
+        base: Its base model class.
+        causal_lm: Its causal language model class.
     """
-    modeling_auto.MODEL_MAPPING_NAMES[model_type] = base
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal_lm
+    modeling_auto.MODEL_MAPPING_NAMES[model_type] = base.__name__
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal_lm.__name__
+    for package in _packages():
+        for made in (base, causal_lm):
+            setattr(package, made.__name__, made)
+
+
+def _packages() -> Iterator[ModuleType]:
+    """Yield the modules called `transformers`.
+
+    There may be several: Transformers executes its own `__init__` again when it first imports processors, and modules
+    that imported the package before keep the module of the first time.
+    """
+    yield transformers
+    yield sys.modules["transformers"]
+    yield getattr(sys.modules.get(SERVER), "transformers", transformers)
