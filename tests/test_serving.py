@@ -85,7 +85,7 @@ def generated(folder: Path, prompt: str) -> str:
 def test_generate_batch_is_refused_in_one_line(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert not hasattr(model, "init_continuous_batching")
-    with pytest.raises(UnsupportedModelError, match="^generate_batch: the paged cache .*Use generate"):
+    with pytest.raises(UnsupportedModelError, match=r"^generate_batch: the paged cache .*Use generate"):
         model.generate_batch([[1, 2]])
 
 
