@@ -229,6 +229,7 @@ BAD_INPUT: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         "gguf_type: got 'f16'.* nothing with the format",
         {"gguf_type": "f16"},
     ),
+    "a size that is none": (InvalidValueError, r"pad_to: got '512'.* RANK\+DIMS, such as 512\+64", {"pad_to": "512"}),
     "a source model": (
         UnsupportedModelError,
         r"is not converted\. Run optimum-cli mla-convert",

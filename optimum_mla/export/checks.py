@@ -68,7 +68,7 @@ def check_exportable(config: Any, pad: bool = False) -> None:
         if len(values) > 1:
             raise refuse(f"layers differ in their {field} ({', '.join(sorted(map(str, values)))})", engine_form)
     ranks = sorted({g.kv_lora_rank for g in layers})
-    if len(ranks) > 1 and (not pad or layers[0].latent_norm):
+    if len(ranks) > 1 and not pad:
         remedy = "Pad them to the largest with --pad, or convert with --rank-allocation uniform."
         raise refuse(f"the layers' latents have ranks from {ranks[0]} to {ranks[-1]}", remedy)
     rope = rope_type(config)

@@ -98,7 +98,7 @@ def deepseek_config(model: PreTrainedModel, shape: Shape) -> DeepseekV3Config:
         kv_lora_rank=shape.rank,
         q_lora_rank=shape.query_rank,
         qk_nope_head_dim=g.qk_nope_head_dim,
-        qk_rope_head_dim=g.qk_rope_head_dim,
+        qk_rope_head_dim=shape.rope_dims,
         v_head_dim=g.v_head_dim,
         rope_parameters=rope_parameters(model, shape.pairs),
         rope_interleave=shape.interleaved,
@@ -108,7 +108,9 @@ def deepseek_config(model: PreTrainedModel, shape: Shape) -> DeepseekV3Config:
 
 
 @torch.no_grad()
-def export_deepseek(model: PreTrainedModel, pad: bool = False) -> DeepseekV3ForCausalLM:
+def export_deepseek(
+    model: PreTrainedModel, pad: bool = False, pad_to: tuple[int, int] | None = None
+) -> DeepseekV3ForCausalLM:
     """Return a model as a `DeepseekV3ForCausalLM` that computes the same.
 
     The two models share all weights other than those of the attention.
@@ -116,12 +118,15 @@ def export_deepseek(model: PreTrainedModel, pad: bool = False) -> DeepseekV3ForC
     Args:
         model: A converted model.
         pad: Whether to pad layers of lower rank with zeros to the largest rank.
+        pad_to: Rank of the latent and dims of the rotary key to which all layers are padded with zeros, such as
+            (512, 64), for engines whose kernels take these sizes only. None adds nothing.
 
     Raises:
         UnsupportedModelError: `deepseek_v3` cannot express the model.
+        InvalidValueError: The model is larger than `pad_to`.
     """
-    check_exportable(model.config, pad)
-    shape = export_shape(model)
+    check_exportable(model.config, pad or pad_to is not None)
+    shape = export_shape(model, pad_to)
     spec: AttentionSpec = family_of(model.config).spec
     rotary = model.get_submodule(spec.rotary_path)
     scaling = float(getattr(rotary, "attention_scaling", 1.0))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.export.checks import refuse
 from optimum_mla.export.constant_channel import constant_norm
@@ -27,8 +28,10 @@ class Shape:
         normed: Whether the model norms its latents itself, so that there is no constant channel.
         biased: Whether the down-projections have biases.
         interleaved: Whether the two dims of a rotary pair are neighbours, as inference engines expect them. Otherwise
-            they are R/2 dims apart.
-        pairs: The source's rotary pair from which each rotary pair comes, [R/2].
+            they are half of the rotary dims apart.
+        pairs: The source's rotary pair with whose frequency each rotary pair turns, [P]. Pairs that pad the rotary key
+            are among them.
+        places: Which of these pairs each pair of the converted model is, in the order of frequencies, [R/2].
     """
 
     rank: int
@@ -37,13 +40,31 @@ class Shape:
     biased: bool
     interleaved: bool
     pairs: Tensor
+    places: Tensor
+
+    @property
+    def rope_dims(self) -> int:
+        """Return the number of dims of the rotary key."""
+        return 2 * len(self.pairs)
+
+    @property
+    def slots(self) -> Tensor:
+        """Return the rotary dim of the export for each first dim and then each second dim of `places`, [R]."""
+        if self.interleaved:
+            return torch.cat([2 * self.places, 2 * self.places + 1])
+        return torch.cat([self.places, self.places + len(self.pairs)])
 
 
-def export_shape(model: PreTrainedModel) -> Shape:
+def export_shape(model: PreTrainedModel, pad_to: tuple[int, int] | None = None) -> Shape:
     """Return the shape of the export of a model that has passed `check_exportable`.
+
+    Args:
+        model: A converted model.
+        pad_to: Rank of the latent and dims of the rotary key that zeros are added for, or None.
 
     Raises:
         UnsupportedModelError: The layers rotate at different frequencies.
+        InvalidValueError: The model is larger than it shall be after padding.
     """
     attentions = latent_attentions(model)
     layers = [attention.geometry for attention in attentions]
@@ -57,14 +78,45 @@ def export_shape(model: PreTrainedModel) -> Shape:
         query_rank = g.hidden_size
     constant = 0 if normed else 1
     biased = not normed or any(layer.key_value_bias or layer.output_bias for layer in layers)
+    rank = max(layer.kv_lora_rank for layer in layers) + constant
+    pairs, places = orders[0], torch.arange(len(orders[0]))
+    if pad_to is not None:
+        if pad_to[0] < rank or pad_to[1] < g.qk_rope_head_dim or pad_to[1] % 2:
+            allowed = f"a latent from {rank} and an even number of rotary dims from {g.qk_rope_head_dim}"
+            raise InvalidValueError("pad_to", f"{pad_to[0]}+{pad_to[1]}", f"{allowed} for this model")
+        rank = pad_to[0]
+        pairs, places = padded_pairs(pairs.cpu(), pad_to[1] // 2, g.head_dim // 2)
     return Shape(
-        rank=max(layer.kv_lora_rank for layer in layers) + constant,
+        rank=rank,
         query_rank=None if query_rank is None else query_rank + constant,
         normed=normed,
         biased=biased,
         interleaved=normed,
-        pairs=orders[0],
+        pairs=pairs,
+        places=places,
     )
+
+
+def padded_pairs(pairs: Tensor, count: int, most: int) -> tuple[Tensor, Tensor]:
+    """Return `count` rotary pairs that hold the given ones, in order, and where the given ones are among them.
+
+    They are those at every so-many-th frequency, which follow from one base, where the given ones are among these.
+
+    Args:
+        pairs: Indices of rotary pairs, [R/2], rising; a pair may be there more than once, from different heads.
+        count: Number of pairs wanted, at least R/2.
+        most: Number of pairs of the source's heads.
+    """
+    given = pairs.tolist()
+    regular = list(range(0, most, max(1, most // count)))[:count]
+    if set(given) <= set(regular) and len(set(given)) == len(given):
+        filled = regular
+    else:
+        spare = [pair for pair in range(most) if pair not in given]
+        filled = sorted([*given, *spare[: count - len(given)]])
+    filled += [most - 1] * (count - len(filled))  # What a padded pair turns with does not matter: it is zero.
+    places = [filled.index(pair) + given[:index].count(pair) for index, pair in enumerate(given)]
+    return torch.tensor(filled), torch.tensor(places)
 
 
 def latent_attentions(model: PreTrainedModel) -> list[Any]:
@@ -85,22 +137,19 @@ def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scal
     g: MLAGeometry = attention.geometry
     dtype = attention.o_proj.weight.dtype
     n, half, r = g.qk_nope_head_dim, g.qk_rope_head_dim // 2, g.kv_lora_rank
-    order = attention.rope_pairs[0].argsort(stable=True)
+    order = attention.rope_pairs[0].argsort(stable=True).cpu()
     rope_order = torch.cat([order, order + half])
-    if shape.interleaved:
-        rope_order = rope_order.view(2, half).T.flatten()
     longest = input_gain * math.sqrt(g.hidden_size)  # An RMS-normed state is not longer than this after its gain.
 
     # The query weights get DeepSeek's order of rotary pairs and the ratio of the two logit scales. They also get the
     # factor of the source's rotary embedding twice, because the exported one multiplies neither queries nor keys by it.
-    scale = torch.full((g.qk_head_dim,), math.sqrt(g.qk_head_dim / g.head_dim), dtype=torch.float64)
-    scale[n:] *= rope_scaling**2
-    rows = torch.cat([torch.arange(n), n + rope_order.cpu()])
+    scale = math.sqrt((n + shape.rope_dims) / g.head_dim)
     tensors: dict[str, Tensor] = {}
 
     def queries(tensor: Tensor) -> Tensor:
-        heads = double(tensor).unflatten(0, (g.num_attention_heads, -1))[:, rows]
-        return (heads * scale.view(-1, *[1] * (heads.ndim - 2))).flatten(0, 1)
+        heads = double(tensor).unflatten(0, (g.num_attention_heads, -1)) * scale
+        rope = _spread(heads[:, n:][:, rope_order].transpose(0, 1), shape.slots, shape.rope_dims).transpose(0, 1)
+        return torch.cat([heads[:, :n], rope * rope_scaling**2], dim=1).flatten(0, 1)
 
     if shape.query_rank is None:
         tensors["q_proj.weight"] = queries(attention.q_proj.weight)
@@ -122,18 +171,22 @@ def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scal
     compressed = attention.kv_a_proj_with_mqa
     weight = double(compressed.weight)
     bias = torch.zeros(len(weight), dtype=torch.float64) if compressed.bias is None else double(compressed.bias)
-    share = g.num_attention_heads // g.num_up_heads
+    group = g.num_attention_heads // g.num_up_heads
 
     def repeated(tensor: Tensor) -> Tensor:
-        return double(tensor).unflatten(0, (g.num_up_heads, -1)).repeat_interleave(share, dim=0).flatten(0, 1)
+        return double(tensor).unflatten(0, (g.num_up_heads, -1)).repeat_interleave(group, dim=0).flatten(0, 1)
 
     up_weight = repeated(attention.kv_b_proj.weight)
     up_bias = None if attention.kv_b_proj.bias is None else repeated(attention.kv_b_proj.bias)
     if shape.normed:
-        tensors["kv_a_proj_with_mqa.weight"], tensors["kv_b_proj.weight"] = weight[:r], up_weight
-        tensors["kv_a_layernorm.weight"] = double(attention.kv_a_layernorm.weight)
+        # The norm divides by the root of the mean square over all channels, those of the padding included.
+        share = math.sqrt(shape.rank / r)
+        kept = torch.arange(r)
+        tensors["kv_a_proj_with_mqa.weight"] = _spread(weight[:r] * share, kept, shape.rank)
+        tensors["kv_a_layernorm.weight"] = _spread(double(attention.kv_a_layernorm.weight) / share, kept, shape.rank)
+        tensors["kv_b_proj.weight"] = _spread(up_weight.T, kept, shape.rank).T.contiguous()
         if shape.biased:
-            tensors["kv_a_proj_with_mqa.bias"] = bias[:r]
+            tensors["kv_a_proj_with_mqa.bias"] = _spread(bias[:r] * share, kept, shape.rank)
     else:
         made = constant_norm(
             "kv_a", "kv_b_proj", weight[:r], bias[:r], up_weight, up_bias, longest, shape.rank - 1, dtype
@@ -141,16 +194,21 @@ def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scal
         for part in ("weight", "bias"):
             tensors[f"kv_a_proj_with_mqa.{part}"] = made.pop(f"kv_a_proj.{part}")
         tensors |= made
-    rotary = {"weight": weight[r:][rope_order.cpu()], "bias": bias[r:][rope_order.cpu()]}
-    for part, rows_ in rotary.items():
+    for part, whole in (("weight", weight), ("bias", bias)):
         name = f"kv_a_proj_with_mqa.{part}"
         if name in tensors:
-            tensors[name] = torch.cat([tensors[name], rows_])
+            rotary = _spread(whole[r:][rope_order], shape.slots, shape.rope_dims)
+            tensors[name] = torch.cat([tensors[name], rotary])
     for part, tensor in attention.o_proj.named_parameters():
         tensors[f"o_proj.{part}"] = double(tensor)
     if shape.biased and "o_proj.bias" not in tensors:
         tensors["o_proj.bias"] = torch.zeros(g.hidden_size, dtype=torch.float64)
     return tensors
+
+
+def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
+    """Return `size` rows, [size, ...], of which those at `places` are the given ones and the others are zero."""
+    return rows.new_zeros(size, *rows.shape[1:]).index_copy(0, places, rows)
 
 
 def double(tensor: Tensor) -> Tensor:

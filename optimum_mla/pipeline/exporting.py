@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from optimum_mla.report.cards import export_card, with_section
 from optimum_mla.report.schema import ExportReport
 
 PROBE_TOKENS = 64
+SIZES = re.compile(r"(\d+)\+(\d+)")
 REGULAR: dict[str, Any] = {"shared_rope": "regular", "latent_norm": True}
 ENGINE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "deepseek_v3": {"gqa2mla": {"rope_cache": "cached", "shared_rope": True}, "x-ecomla": {"shared_rope": True}},
@@ -68,6 +70,7 @@ def export(
     overwrite: bool = False,
     hub: dict[str, Any] | None = None,
     gguf_type: str | None = None,
+    pad_to: str | None = None,
 ) -> ExportReport:
     """Write a converted model as a plain `deepseek_v3` one, with `export_report.json`.
 
@@ -81,6 +84,8 @@ def export(
         overwrite: Replace `output` if it is a model folder.
         hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
         gguf_type: Type of the matrices in a GGUF file, one of `FILE_TYPES`; None takes that of the model's dtype.
+        pad_to: Rank of the latent and dims of the rotary key, such as `512+64`, to which all layers are padded by
+            zeros; None adds none.
 
     Raises:
         MLAError: Bad input of any kind, or a model that the format cannot express; `output` is as it was.
@@ -91,15 +96,16 @@ def export(
         check_file_type(gguf_type)
         if format != "gguf":
             raise InvalidValueError("gguf_type", gguf_type, f"nothing with the format {format}")
+    sizes = None if pad_to is None else _sizes(pad_to)
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     folder = check_output(output, {"model": model}, overwrite)
     config = load_config(model, hub)
     if not is_converted(config):
         raise UnsupportedModelError(f"model: {model} is not converted. Run optimum-cli mla-convert on it first.")
-    check_exportable(config, pad)
+    check_exportable(config, pad or sizes is not None)
     tokenizer = load_tokenizer(model, hub, needed=False)
     native = load_model(model, config, dtype, device, hub)
-    exported, report = exported_model(model, native, format, pad)
+    exported, report = exported_model(model, native, format, pad, sizes)
     weights = sum(p.numel() * p.element_size() for p in exported.parameters())
     with atomic_folder(folder, weights, overwrite) as partial:
         write_export(exported, format, partial, folder.name, tokenizer, gguf_type)
@@ -131,14 +137,24 @@ def write_export(
         tokenizer.save_pretrained(folder)
 
 
-def exported_model(name: str, native: PreTrainedModel, format: str, pad: bool) -> tuple[PreTrainedModel, ExportReport]:
+def _sizes(text: str) -> tuple[int, int]:
+    """Return the rank and the rotary dims of a text such as `512+64`."""
+    found = SIZES.fullmatch(text)
+    if found is None:
+        raise InvalidValueError("pad_to", text, "RANK+DIMS, such as 512+64 for a latent of 512 and a rotary key of 64")
+    return int(found[1]), int(found[2])
+
+
+def exported_model(
+    name: str, native: PreTrainedModel, format: str, pad: bool, pad_to: tuple[int, int] | None = None
+) -> tuple[PreTrainedModel, ExportReport]:
     """Return the export of a converted model in memory, and what it is beside it.
 
     Raises:
         UnsupportedModelError: The format cannot express it.
         VerificationError: The export computes something else, or its cache is not what it should be.
     """
-    exported = export_deepseek(native, pad)
+    exported = export_deepseek(native, pad, pad_to)
     if format == "gguf":
         check_gguf(exported.config)
     verification = verify(exported, reference_logits(native))

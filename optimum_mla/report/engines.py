@@ -63,7 +63,17 @@ def blockers(engine: Engine, layers: Sequence[MLAGeometry], rope_type: str, wind
             found.append(f"rank {rank} (it supports {' or '.join(map(str, engine.kv_lora_ranks))})")
         if engine.qk_rope_head_dim is not None and rope != engine.qk_rope_head_dim:
             found.append(f"{rope} rotary dims (it supports {engine.qk_rope_head_dim})")
+        if found and (size := padding(engine, layers[0])) is not None:
+            found[-1] += f", which mla-export --pad-to {size} gives"
     return found
+
+
+def padding(engine: Engine, layer: MLAGeometry) -> str | None:
+    """Return the least sizes, such as `512+64`, to which a layer could be padded for an engine, or None."""
+    least = layer.kv_lora_rank + (0 if layer.latent_norm else 1)  # The constant channel comes to the latent.
+    ranks = [rank for rank in engine.kv_lora_ranks or () if rank >= least]
+    rope = engine.qk_rope_head_dim or layer.qk_rope_head_dim
+    return f"{min(ranks)}+{rope}" if ranks and rope >= layer.qk_rope_head_dim else None
 
 
 def source_blockers(engine: Engine, layer: MLAGeometry, rope_type: str, windows: bool) -> list[str]:

@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DeepseekV3ForCausalLM, PreTrainedModel
+from transformers import DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
-from optimum_mla.core.errors import UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.export.constant_channel import CONSTANT, LARGEST_LATENT, constant_norm
 from optimum_mla.export.deepseek import export_deepseek
+from optimum_mla.export.tensors import padded_pairs
+from optimum_mla.stack import CACHE_ARGUMENT
 from tests.cases import source_model, token_ids
 
 FAMILIES = (
@@ -107,6 +109,66 @@ def test_layers_of_lower_rank_are_padded() -> None:
     exported = export_deepseek(native, pad=True)
     assert exported.config.kv_lora_rank == max(ranks) + 1
     assert (logits(exported) - logits(native)).abs().max() < 1e-5
+
+
+def normed(family: str = "llama") -> PreTrainedModel:
+    """A converted model that norms its latents itself."""
+    return irregular(family, latent_norm=True)
+
+
+def irregular(family: str = "llama", **options: Any) -> PreTrainedModel:
+    """A converted model with 6 of 16 rotary dims, which follow from no base."""
+    sizes = {"kv_cache_ratio": 0.75, "qk_rope_head_dim": 6, "calibration": CALIBRATION, **options}
+    return GQA2MLA(rope_cache="cached", shared_rope=True, **sizes)(source_model(family, rms_norm_eps=1e-3))
+
+
+@pytest.mark.parametrize("form", [*METHODS, "normed", "irregular"])
+def test_padding_to_a_size_changes_nothing_but_the_sizes(form: str) -> None:
+    made = {"normed": normed, "irregular": irregular}
+    native = made[form]() if form in made else METHODS[form]()(source_model("llama"))
+    g = native.geometry.layers[0]
+    wanted = logits(native)
+    for rope in (g.qk_rope_head_dim, g.head_dim, g.head_dim + 4):
+        exported = export_deepseek(native, pad_to=(48, rope))
+        assert (exported.config.kv_lora_rank, exported.config.qk_rope_head_dim) == (48, rope)
+        assert (logits(exported) - wanted).abs().max() < 1e-5
+        cache = DynamicCache()
+        exported(token_ids(), **{CACHE_ARGUMENT: cache})
+        latent, rotary = cache.layers[0].keys, cache.layers[0].values
+        assert (latent.shape[-1], rotary.shape[-1]) == (48, rope)
+        # What is added is zero in the cache too. The constant channel is the last one.
+        used = g.kv_lora_rank
+        assert not latent[..., used : 47 if form != "normed" else 48].any()
+        assert int(rotary.abs().amax((0, 1, 2)).gt(0).sum()) == g.qk_rope_head_dim
+
+
+def test_all_pairs_of_the_source_need_no_factors() -> None:
+    native = METHODS["x-ecomla"]()(source_model("llama"))
+    assert export_deepseek(native).config.rope_parameters["rope_type"] == "longrope"
+    padded = export_deepseek(native, pad_to=(48, native.geometry.layers[0].head_dim))
+    assert padded.config.rope_parameters["rope_type"] == "default"
+
+
+def test_padding_to_less_is_refused() -> None:
+    native = METHODS["gqa2mla"]()(source_model("llama"))
+    g = native.geometry.layers[0]
+    least = f"got '8\\+64', allowed: a latent from {g.kv_lora_rank + 1} and .* from {g.qk_rope_head_dim}"
+    with pytest.raises(InvalidValueError, match=f"^pad_to: {least}"):
+        export_deepseek(native, pad_to=(8, 64))
+    with pytest.raises(InvalidValueError, match="even number"):
+        export_deepseek(native, pad_to=(64, g.qk_rope_head_dim + 1))
+
+
+@given(st.data())
+def test_padded_pairs_hold_the_given_ones_in_order(data: st.DataObject) -> None:
+    most = data.draw(st.sampled_from([4, 8, 32]))
+    given_pairs = sorted(data.draw(st.lists(st.integers(0, most - 1), min_size=1, max_size=2 * most)))
+    count = data.draw(st.integers(len(given_pairs), 2 * most))
+    pairs, places = padded_pairs(torch.tensor(given_pairs), count, most)
+    assert len(pairs) == count
+    assert pairs[places].tolist() == given_pairs
+    assert pairs.tolist() == sorted(pairs.tolist())
+    assert places.tolist() == sorted(set(places.tolist()))
 
 
 @pytest.mark.parametrize("method", ["gqa2mla", "x-ecomla"])

@@ -95,6 +95,15 @@ def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
         convert(REFERENCE, tmp_path / "out", options={"latent_norm": False}, export_format="gguf")
 
 
+def test_all_pairs_of_the_source_follow_from_its_base(tmp_path: Path) -> None:
+    selecting = XEcoMLA(kv_cache_ratio=0.5, shared_rope=True, latent_norm=True, calibration=CALIBRATION)
+    native = selecting(source_model("llama"))
+    with pytest.raises(UnsupportedModelError, match="--shared-rope regular"):
+        write_gguf(export_deepseek(native), tmp_path / "m.gguf", "m", "f32", None)
+    write_gguf(export_deepseek(native, pad_to=(64, 16)), tmp_path / "m.gguf", "m", "f32", None)
+    assert (tmp_path / "m.gguf").is_file()
+
+
 def test_vocabularies_are_those_of_the_tokenizer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     found = vocabulary_of(tokenizer, 4096 + 2)

@@ -45,6 +45,12 @@ class MLAExportCommand(BaseOptimumCLICommand):
             action="store_true",
             help="Pad the latents of layers with a lower rank with zeros, so that all layers have one size.",
         )
+        parser.add_argument(
+            "--pad-to",
+            metavar="RANK+DIMS",
+            help="Pad the latent and the rotary key of every layer with zeros to these sizes, such as 512+64 or "
+            "256+64, for engines whose kernels take no others. The model computes the same, but its cache grows.",
+        )
         add_run_arguments(parser)
 
     def run(self) -> None:
@@ -62,6 +68,7 @@ class MLAExportCommand(BaseOptimumCLICommand):
                 format=args.format,
                 gguf_type=args.gguf_type,
                 pad=args.pad,
+                pad_to=args.pad_to,
                 dtype=args.dtype,
                 device=args.device,
                 overwrite=args.overwrite,
