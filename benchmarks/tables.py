@@ -549,6 +549,46 @@ def real_speed() -> str:
     return table(header, rows)
 
 
+def rope_dims() -> str:
+    """Return the price of rebuilt rotary dims: perplexity of the real model, and decoding speed beside its source."""
+    quality = result("real_quality")
+    whole = quality["source"][0]["perplexity"]
+    rises = {row["name"]: _rises(row, whole) for row in quality["ours"] if row["cache"] == "codes"}
+    rows = []
+    for run in result("rope_dims")["runs"]:
+        _, _, dims = run["name"].partition("-R")
+        times = {(row["role"], row["cache"], row["context_tokens"]): row for row in run["speed"]}
+        for length in sorted({context for _, _, context in times}):
+            source = times["baseline", "default", length]
+            ours = [times["model", cache, length] for cache in ("default", "16bit")]
+            rows.append(
+                (
+                    (run["dtype"], length, int(dims or 1e9)),
+                    (
+                        run["dtype"],
+                        f"{length:,}",
+                        dims or "all 192",
+                        rises[run["name"]][0],
+                        f"{source['decode_tokens_per_second']:.1f}",
+                        *(f"{row['decode_tokens_per_second']:.1f}" for row in ours),
+                        *(_ratio(row["decode_ratio_to_baseline"]) for row in ours),
+                    ),
+                )
+            )
+    header = (
+        "computed in",
+        "context",
+        "rotary dims rebuilt",
+        "perplexity, books",
+        "source, tokens/s",
+        "codes, tokens/s",
+        "16-bit latents, tokens/s",
+        "codes, ratio",
+        "16-bit latents, ratio",
+    )
+    return table(header, [row for _, row in sorted(rows)])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -570,6 +610,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         real_abilities,
         real_depths,
         real_speed,
+        rope_dims,
         real_recovery,
         large,
         large_computed,

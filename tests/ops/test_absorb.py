@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +53,31 @@ def test_decode_absorbs_and_prefill_expands() -> None:
     llama_2_7b = {"heads": 32, "up_heads": 32, "key_dim": 112, "value_dim": 128}
     assert absorb.absorbing_saves(1, 8192, 512, **llama_2_7b)
     assert not absorb.absorbing_saves(8192, 8192, 512, **llama_2_7b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [8, 600])
+def test_products_in_16_bits_are_rounded_once(dtype: torch.dtype, tokens: int) -> None:
+    left, right = randn(3, 64).to(dtype), randn(64, tokens).to(dtype)
+    exact = left.double() @ right.double()
+    found = absorb.product(left, right, tokens)
+    assert found.dtype is dtype
+    assert (found.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+    # Codes are opened in the dtype that is computed with; the result is in that of the queries.
+    opened = right.to(absorb.working_dtype(dtype, right.device, tokens))
+    assert torch.equal(absorb.product(left, opened, tokens), found)
+
+
+def test_only_16_bits_on_a_cpu_are_computed_in_another_dtype() -> None:
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    for dtype in (torch.float32, torch.float64):
+        assert absorb.working_dtype(dtype, cpu, 8) is dtype
+    assert absorb.working_dtype(torch.bfloat16, cpu, 8) is torch.float32
+    assert absorb.working_dtype(torch.bfloat16, other, 8) is torch.bfloat16
+
+
+def test_keys_dim_by_dim_give_the_same_logits() -> None:
+    query, keys = randn(B, H, S, R), randn(B, U, T, R)
+    by_dim = keys.mT.contiguous().mT
+    assert absorb.is_transposed(by_dim)
+    assert torch.allclose(absorb.grouped_logits(query, by_dim), absorb.grouped_logits(query, keys), atol=1e-12)

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from optimum_mla.ops.rotary import gather_rotation, rotate
+from optimum_mla.ops.rotary import gather_rotation, is_transposed, rotate
 
 
 def table(length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,3 +31,16 @@ def test_each_rotary_head_turns_its_own_pairs() -> None:
         dims = torch.cat([pairs[head // 2], pairs[head // 2] + 8])  # two heads to a rotary head
         ours = rotate(x[..., :4] * 0 + x[:, head : head + 1, :, dims], gather_rotation(cos, sin, pairs))
         assert torch.allclose(ours[:, head], whole[:, head][..., dims], atol=1e-12)
+
+
+def test_the_order_in_memory_changes_no_number() -> None:
+    cos, sin = table(6)
+    pairs = torch.tensor([[0, 3], [6, 2]])
+    x = torch.randn(2, 4, 6, 4, dtype=torch.float64)
+    plain = rotate(x, gather_rotation(cos, sin, pairs))
+    by_dim = gather_rotation(*(part.mT.contiguous().mT for part in (cos, sin)), pairs)
+    assert is_transposed(by_dim.cos)
+    turned = rotate(x.mT.contiguous().mT, by_dim)
+    assert is_transposed(turned)
+    assert torch.equal(turned, plain)
+    assert torch.equal(rotate(x, by_dim), plain)
