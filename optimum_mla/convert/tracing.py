@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -85,14 +86,29 @@ class _Decoder(nn.Module):
 
 
 class _DecoderTracer(Tracer):
-    """A tracer that traces into decoder layers, but keeps their attention, MLP and norms, and the masks, as modules."""
+    """A tracer that traces into decoder layers and their dense feed-forward parts.
 
-    def __init__(self, layer_class: type[nn.Module]) -> None:
+    Attentions, norms, mixtures of experts and the masks stay modules. The linear layers of a feed-forward part are nodes
+    of their own, on which Optimum's transformations of linear layers work.
+
+    Args:
+        layer_class: The class of the decoder layers.
+        attentions: The attentions of all layers.
+    """
+
+    def __init__(self, layer_class: type[nn.Module], attentions: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.layer_class = layer_class
+        self.layer_class, self.attentions = layer_class, set(attentions)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not isinstance(m, self.layer_class)
+        return not isinstance(m, self.layer_class) and (m in self.attentions or not _is_dense(m))
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Return whether all weights of a module are those of linear layers in it, of which there is more than one."""
+    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+    weights = {id(weight) for linear in linears for weight in linear.parameters()}
+    return len(linears) > 1 and all(id(weight) in weights for weight in module.parameters())
 
 
 def trace(model: PreTrainedModel) -> GraphModule:
@@ -116,7 +132,7 @@ def trace(model: PreTrainedModel) -> GraphModule:
     verify_family(model, spec, [n for n, module in attentions.items() if isinstance(module, family.source_attention)])
     root = _Decoder(model)
     layers = model.get_submodule(f"{spec.base}.{spec.layers}")
-    graph = _DecoderTracer(type(layers[0])).trace(root)  # type: ignore[index]
+    graph = _DecoderTracer(type(layers[0]), attentions.values()).trace(root)  # type: ignore[index]
     graph_module = GraphModule(root, graph, class_name=f"Traced{type(model).__name__}")
     graph_module.meta["config"] = model.config  # A copy of the graph keeps `meta`, but not plain attributes.
     return graph_module.train(model.training)

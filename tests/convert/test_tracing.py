@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optimum.fx.optimization import MergeLinears
 from torch.fx import GraphModule
 
 from optimum_mla import GQA2MLA, MHA2MLA, compose, trace
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
-from tests.cases import FAMILIES, METHODS, SIZES, source_model, token_ids
+from tests.cases import FAMILIES, FURTHER_FAMILIES, METHODS, SIZES, source_model, token_ids
 
 
 @pytest.mark.compat
@@ -64,3 +65,23 @@ def test_a_foreign_graph_is_refused() -> None:
     foreign = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match=r"optimum_mla\.trace of one"):
         GQA2MLA()(foreign)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *FURTHER_FAMILIES])
+def test_optimums_own_transformations_work_on_the_rest_of_the_graph(family: str) -> None:
+    model, ids = source_model(family), token_ids()
+    gated = [name for name, _ in model.named_modules() if name.endswith("mlp.gate_proj")]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    merging = MergeLinears()
+    merged = compose(GQA2MLA(), merging)(trace(model))
+    names = dict(merged.named_modules())
+    assert [name for name in names if name.endswith("gate_proj-up_proj-merged")] == [
+        name.replace("gate_proj", "gate_proj-up_proj-merged") for name in gated
+    ]
+    assert not any(name in names for name in gated)
+    with torch.no_grad():
+        assert (merged(ids) - expected).abs().max() < 1e-4
+        apart = merging(merged, reverse=True)
+        assert (apart(ids) - expected).abs().max() < 1e-4
+    assert all(name in dict(apart.named_modules()) for name in gated)
