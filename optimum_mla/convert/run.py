@@ -62,7 +62,7 @@ class Run:
     Attributes:
         source: The layers of the model.
         layers: The indices of the layers to convert.
-        code_bits: The bits of a token's codes in each layer, under a budget of bytes.
+        code_bits: The bits of a token's codes in each layer, where a budget of bytes is shared out between them.
         results: The results of the conversion, by the index of the layer; empty before it.
         perplexities: The perplexity before and after the conversion, or None if it was not measured.
 
@@ -161,8 +161,6 @@ class Run:
         if self.method.shared_rope:
             self.method = self.method.sharing(self._shared_rope(plans))
             plans = self.plans()
-        if self.method.coded:
-            self.code_bits = {layer: self.method.code_bits(plan) for layer, plan in plans.items()}
         return plans if self.method.rank_allocation == "uniform" else self._allocate(plans)
 
     def _shared_rope(self, plans: dict[int, MLAGeometry]) -> SharedRope:
@@ -216,7 +214,7 @@ class Run:
             found = {"geometry": asdict(plans[layer]), "errors": list(curves[layer].items())}
             self.record.keep(f"rank curve {layer}", found)
         if self.method.coded:
-            sizes = allocate_ranks(curves, sum(self.code_bits.values()) // 8)
+            sizes = allocate_ranks(curves, sum(self.method.code_bits(plan) for plan in plans.values()) // 8)
             self.code_bits = {layer: 8 * size for layer, size in sizes.items()}
             return plans
         ranks = allocate_ranks(curves, sum(plan.kv_lora_rank for plan in plans.values()))
@@ -244,7 +242,10 @@ class Run:
         else:
             if self.method.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
                 geometry = search.best_shape(geometry)
-            geometry, tensors = search.convert(geometry, self.code_bits.get(layer))
+            bits = self.code_bits.get(layer)
+            if bits is None and self.method.coded:
+                bits = self.method.code_bits(geometry)
+            geometry, tensors = search.convert(geometry, bits)
             search.calibration.memo.clear()  # The factorization is several times as large as the layer.
         calibration = None if search is None else search.calibration
         if search is not None and isinstance(calibration, LayerCalibration):

@@ -95,7 +95,11 @@ class LayerSearch:
     def squared_error(self, geometry: MLAGeometry) -> float:
         """Return the squared error that a shape leaves, predicted if the method can, and measured otherwise."""
         predicted = self.method.predicted_error(self.source, geometry, self.calibration)
-        return self.error(geometry) ** 2 if predicted is None else predicted
+        return self._measured(geometry) if predicted is None else predicted
+
+    def _measured(self, geometry: MLAGeometry) -> float:
+        """Return the squared error of a shape as measured, under a budget of bytes with the codes that it leaves."""
+        return self.error(geometry, self.method.code_bits(geometry) if self.method.coded else None) ** 2
 
     def best_shape(self, geometry: MLAGeometry) -> MLAGeometry:
         """Return the cheapest of the method's candidates whose error is within `GOOD_ENOUGH` of the least error.
@@ -107,7 +111,7 @@ class LayerSearch:
         errors: list[float] = []
         for candidate in candidates if len(candidates) > 1 else []:
             predicted = self.method.predicted_error(self.source, candidate, self.calibration)
-            errors.append(self.error(candidate) ** 2 if predicted is None else predicted)
+            errors.append(self._measured(candidate) if predicted is None else predicted)
             if predicted is None and errors[-1] > GOOD_ENOUGH**2 * min(errors):
                 break  # The error is taken to rise from here on.
         good = GOOD_ENOUGH**2 * min(errors, default=0.0)

@@ -88,8 +88,8 @@ class _Decoder(nn.Module):
 class _DecoderTracer(Tracer):
     """A tracer that traces into decoder layers and their dense feed-forward parts.
 
-    Attentions, norms, mixtures of experts and the masks stay modules. The linear layers of a feed-forward part are nodes
-    of their own, on which Optimum's transformations of linear layers work.
+    Attentions, norms, mixtures of experts and the masks stay modules. The linear layers of a feed-forward part are
+    nodes of their own, on which Optimum's transformations of linear layers work.
 
     Args:
         layer_class: The class of the decoder layers.

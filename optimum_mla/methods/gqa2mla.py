@@ -93,8 +93,8 @@ class GQA2MLA(MLATransformation):
         self.rope_cache = None if self.positional == "full" else rope_cache or "rebuilt"
         if self.rope_cache is not None:
             check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))
-        if self.coded and self.rope_cache == "cached":
-            raise InvalidValueError("rope_cache", "cached", "rebuilt with kv_cache_budget", "Leave it out.")
+        if self.coded and latent_norm:
+            raise InvalidValueError("latent_norm", True, "False with kv_cache_budget", "Leave it out.")
         self.qk_rope_head_dim, self.latent_norm = qk_rope_head_dim, latent_norm
         if latent_norm and self.rope_cache != "cached":
             raise InvalidValueError(
@@ -163,7 +163,10 @@ class GQA2MLA(MLATransformation):
         """Return the shape with another number of rotary dims, and the rank that the budget then leaves."""
         g = replace(geometry, qk_rope_head_dim=rope)
         held = 2 * g.num_key_value_heads * g.head_dim - (rope if g.rope_cache == "cached" else 0)
-        return replace(g, kv_lora_rank=self._rank(g, g.rope_numbers, min(held, g.hidden_size), None))
+        shape = replace(g, kv_lora_rank=self._rank(g, g.rope_numbers, min(held, g.hidden_size), None))
+        if self.coded:
+            self.code_bits(shape)  # It refuses a rotary key that leaves no room for codes.
+        return shape
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         """Return a shape for every number of rotary dims that the budget allows."""

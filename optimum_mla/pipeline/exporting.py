@@ -14,6 +14,7 @@ from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.export.gguf_file import check_file_type, check_gguf, write_gguf
+from optimum_mla.export.uncoded import uncoded
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
@@ -154,15 +155,16 @@ def exported_model(
         UnsupportedModelError: The format cannot express it.
         VerificationError: The export computes something else, or its cache is not what it should be.
     """
-    exported = export_deepseek(native, pad, pad_to)
-    if format == "gguf":
-        check_gguf(exported.config)
-    verification = verify(exported, reference_logits(native))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(native.config.vocab_size, (2, PROBE_TOKENS), generator=generator).to(native.device)
-    ids = ids[:, : getattr(native.config, "max_position_embeddings", PROBE_TOKENS)]
-    with torch.no_grad():
-        theirs, ours = exported(ids).logits.float(), native(ids).logits.float()
+    with uncoded(native) as codes:
+        exported = export_deepseek(native, pad, pad_to)
+        if format == "gguf":
+            check_gguf(exported.config)
+        verification = verify(exported, reference_logits(native))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(native.config.vocab_size, (2, PROBE_TOKENS), generator=generator).to(native.device)
+        ids = ids[:, : getattr(native.config, "max_position_embeddings", PROBE_TOKENS)]
+        with torch.no_grad():
+            theirs, ours = exported(ids).logits.float(), native(ids).logits.float()
     config: Any = exported.config
     return exported, ExportReport(
         model=name,
@@ -175,5 +177,6 @@ def exported_model(
         largest_logit_difference=(theirs - ours).abs().max().item(),
         largest_logit=ours.abs().max().item(),
         dtype=str(native.dtype).removeprefix("torch."),
+        codes_left_out=codes,
         verification=asdict(verification),
     )

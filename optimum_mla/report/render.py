@@ -161,6 +161,8 @@ def export_table(report: ExportReport) -> str:
         (f"largest logit difference, {report.dtype}", f"{report.largest_logit_difference:.2g}"),
         ("  largest logit", f"{report.largest_logit:.2g}"),
     ]
+    if report.codes_left_out:
+        rows.append(("latents", "in full, no codes"))
     return table(("", report.format), rows)
 
 

@@ -288,6 +288,8 @@ class ExportReport(Report):
             random tokens in this dtype.
         largest_logit: Largest logit of the converted model, for comparison.
         dtype: Dtype of the weights.
+        codes_left_out: Whether the converted model's latents are codes, which no format has, so that the export caches
+            them in full and without rounding. The logits are compared with those of the unrounded model.
         verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
         versions: Versions of Python and of the packages that matter.
@@ -303,6 +305,7 @@ class ExportReport(Report):
     largest_logit_difference: float
     largest_logit: float
     dtype: str
+    codes_left_out: bool = False
     verification: dict[str, Any] | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())

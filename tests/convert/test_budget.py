@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from optimum_mla import GQA2MLA, MHA2MLA, CalibrationStatistics, QuantizeLatentCache
 from optimum_mla.cache.sizes import predicted_bytes
 from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.codec import total_bits
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.measure.memory import live_cache_bytes, measured_cache_bytes_per_token
@@ -28,6 +29,9 @@ CASES = [
     ("llama multi-head, tied", {"positional": "decoupled"}),
     ("qwen2", {}),
     ("qwen3", {}),
+    ("llama", {"rope_cache": "cached"}),
+    ("qwen2", {"rope_cache": "cached"}),
+    ("llama multi-head, tied", {"rope_cache": "cached", "shared_rope": True}),
 ]
 
 
@@ -43,7 +47,7 @@ def test_live_bytes_are_the_budget(family: str, options: dict[str, Any]) -> None
     for budget in (0.25, 0.125):
         model = converted(family, budget, torch.float32, **options)
         assert model.geometry.cache_ratio == pytest.approx(budget, rel=0.01)
-        assert measured_cache_bytes_per_token(model, IDS[:1]) == model.geometry.cache_bytes()
+        assert measured_cache_bytes_per_token(model, IDS[:1]) == model.geometry.cache_bytes(bits=32)  # in float32
         assert model.geometry.cache_bytes() <= budget * 2 * numbers
         cache = model.make_cache()
         model(IDS[:2], **cache_argument(model, cache))
@@ -136,6 +140,14 @@ def test_saved_models_are_the_same_again(tmp_path: Path) -> None:
     assert torch.equal(again(IDS[:1]).logits, model(IDS[:1]).logits)
 
 
+def test_a_cached_rotary_key_takes_its_part_of_the_budget() -> None:
+    model = converted(budget=0.3, rope_cache="cached")
+    for g in model.geometry.layers:
+        assert (g.rope_cache, g.attention_form) == ("cached", "decoupled")
+        # 0.3 of 64 numbers in 16 bits are 38.4 bytes, of which the codes take what the rotary key leaves, in bytes.
+        assert total_bits(g.channel_bits) // 8 + 2 * g.rope_numbers in (37, 38)
+
+
 def test_training_goes_through_the_codes() -> None:
     model = converted().train()
     before = model(IDS[:4], labels=IDS[:4]).loss
@@ -166,8 +178,10 @@ def test_what_has_no_codes_is_refused() -> None:
         MHA2MLA(kv_cache_budget=0.25, calibration=IDS)
     with pytest.raises(InvalidValueError, match="without a calibrated factorization"):
         GQA2MLA(kv_cache_budget=0.25)
-    with pytest.raises(InvalidValueError, match="rope_cache"):
-        GQA2MLA(kv_cache_budget=0.25, calibration=IDS, rope_cache="cached")
+    with pytest.raises(InvalidValueError, match="latent_norm"):
+        GQA2MLA(kv_cache_budget=0.25, calibration=IDS, rope_cache="cached", latent_norm=True)
+    with pytest.raises(InvalidValueError, match=r"kv_cache_budget: got 0\.25, allowed: 0\.258 to 0\.5 for this model"):
+        GQA2MLA(kv_cache_budget=0.25, calibration=IDS, rope_cache="cached", qk_rope_head_dim=16)(source_model("llama"))
     with pytest.raises(InvalidValueError, match=r"kv_cache_budget: got 0\.001, allowed: 0\.00781 to 0\.5"):
         GQA2MLA(kv_cache_budget=0.001, calibration=IDS)(source_model("llama"))
     with pytest.raises(UnsupportedModelError, match="layer 0 has a sliding window"):
