@@ -28,7 +28,7 @@ def grouped_logits(query: Tensor, key: Tensor) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor, tokens: int) -> Tensor:
-    """Return the matrix product of the cached vectors of some tokens and another factor, in the dtype of the latter.
+    """Return the product of the cached vectors of some tokens and another factor, in the narrower of their dtypes.
 
     On CPUs it is computed in float32 where that is faster than in 16 bits: kernels for 16 bits are compiled anew for
     every number of tokens, which costs more than a short product takes, and without instructions for them they take
