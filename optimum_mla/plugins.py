@@ -1,4 +1,4 @@
-"""What inference engines call when they start, by entry points in `pyproject.toml`."""
+"""This file holds the function that inference engines call when they start, by the entry points in `pyproject.toml`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from optimum_mla.codec import coded
@@ -33,7 +32,6 @@ from optimum_mla.stack import (
     check_keywords,
     first_positions_table,
     forward_keywords,
-    only_moves_inputs,
     rotary_table,
     takes_cache,
 )
@@ -341,18 +339,3 @@ def eager_attention(
     logits = capped(grouped_logits(query, key) * scaling, softcap)
     weights = masked_softmax(logits, attention_mask, dropout)
     return grouped_context(weights, value).transpose(1, 2), weights
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Return whether the product with a linear layer's weight, plus its bias, is exactly what calling it would give.
-
-    It is not where something acts only when the module is called (an adapter, a quantizer, a hook, an offload hook of
-    accelerate) or where the weight is no plain tensor (a parametrization, a subclass such as torchao's or DTensor).
-    """
-    if type(linear) is not nn.Linear or not only_moves_inputs(linear):
-        return False
-    tensors = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-    kinds = {type(kind) for tensor in tensors for kind in (tensor, tensor.data)}
-    plain = kinds <= {nn.Parameter, Tensor} and all(t.is_floating_point() and not t.is_meta for t in tensors)
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return plain and not any(hooks) and not _has_any_global_hook()

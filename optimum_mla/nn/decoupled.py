@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.nn.attention import LatentAttention, is_plain
+from optimum_mla.nn.attention import LatentAttention
 from optimum_mla.nn.norm import HeadRMSNorm, inverse_rms
+from optimum_mla.nn.plain import is_plain
 from optimum_mla.ops import absorb
 from optimum_mla.ops.blocks import Block, CacheView
 from optimum_mla.ops.blockwise import LatentDecode, RotaryRebuild

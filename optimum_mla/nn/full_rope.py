@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.nn.attention import LatentAttention, is_plain
+from optimum_mla.nn.attention import LatentAttention
 from optimum_mla.nn.norm import HeadRMSNorm
+from optimum_mla.nn.plain import is_plain
 from optimum_mla.ops import absorb
 from optimum_mla.ops.blocks import Block, CacheView, Latents
 from optimum_mla.ops.blockwise import Sums, attend, capped, softmax_sums

@@ -57,6 +57,9 @@ def exportable_options(format: str, method: str, options: dict[str, Any]) -> dic
     for name, value in needed.items() if format == "gguf" else ():
         if options.get(name, value) != value:
             raise InvalidValueError(name, options[name], f"{value} with the export format gguf")
+    if format == "gguf" and options.get("kv_cache_budget") is not None:
+        remedy = "Codes leave no place for the norm that llama.cpp expects on the latent. Give kv_cache_ratio."
+        raise InvalidValueError("kv_cache_budget", options["kv_cache_budget"], "nothing with gguf", remedy)
     return {**needed, **options}
 
 

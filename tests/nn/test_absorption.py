@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from optimum_mla.nn.attention import is_plain
+from optimum_mla.nn.plain import is_plain
 from tests.cases import token_ids
 from tests.nn.test_attention import FORMS, build, forced, latent_attentions
 
