@@ -50,16 +50,16 @@ def exportable_options(format: str, method: str, options: dict[str, Any]) -> dic
     """Return the options of a conversion with those that its export needs.
 
     Raises:
-        InvalidValueError: There is no such format, or llama.cpp cannot run what the given options make.
+        InvalidValueError: There is no such format, or it cannot hold what the given options make.
     """
     check_format(format)
     needed = ENGINE_OPTIONS[format].get(method, {})
     for name, value in needed.items() if format == "gguf" else ():
         if options.get(name, value) != value:
             raise InvalidValueError(name, options[name], f"{value} with the export format gguf")
-    if format == "gguf" and options.get("kv_cache_budget") is not None:
-        remedy = "Codes leave no place for the norm that llama.cpp expects on the latent. Give kv_cache_ratio."
-        raise InvalidValueError("kv_cache_budget", options["kv_cache_budget"], "nothing with gguf", remedy)
+    if options.get("kv_cache_budget") is not None:
+        remedy = "No format has codes, so the budget would not hold. Give kv_cache_ratio."
+        raise InvalidValueError("kv_cache_budget", options["kv_cache_budget"], "nothing with an export format", remedy)
     return {**needed, **options}
 
 

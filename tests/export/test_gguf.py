@@ -93,10 +93,11 @@ def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InvalidValueError, match=r"latent_norm.*False.*True with the export format gguf"):
         convert(REFERENCE, tmp_path / "out", options={"latent_norm": False}, export_format="gguf")
-    with pytest.raises(
-        InvalidValueError, match=r"kv_cache_budget: got 0\.4, allowed: nothing with gguf.*kv_cache_ratio"
-    ):
-        convert(REFERENCE, tmp_path / "out", options={"kv_cache_budget": 0.4}, export_format="gguf")
+    for format in ("gguf", "deepseek_v3"):
+        with pytest.raises(
+            InvalidValueError, match=r"kv_cache_budget: got 0\.4, allowed: nothing with an export format"
+        ):
+            convert(REFERENCE, tmp_path / "out", options={"kv_cache_budget": 0.4}, export_format=format)
 
 
 def test_all_pairs_of_the_source_follow_from_its_base(tmp_path: Path) -> None:
