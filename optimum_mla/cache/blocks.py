@@ -27,9 +27,9 @@ class StoredBlock:
 
     Attributes:
         plain: The numbers that stay in the model's dtype, side by side: the first vectors, the second vectors, and the
-            factors of the key norms, without the vectors that are quantized.
+            factors of the key norms, without those that are quantized or coded.
         first: The quantized or coded first vectors, or None if the first vectors are in `plain`.
-        second: The quantized second vectors, or None if the second vectors are in `plain`.
+        second: The quantized second vectors, or the codes of second vectors and factors; None if they are in `plain`.
         widths: Number of entries per token in the first vectors, in the second vectors, and in the factors.
     """
 
@@ -80,13 +80,17 @@ class StoredBlock:
         second = self.second and newer.second and self.second.joined(newer.second)
         return StoredBlock(self.plain.joined(newer.plain), first, second, self.widths)
 
-    def encoded(self, encoders: tuple[Encoder | None, Encoder | None]) -> StoredBlock:
+    def encoded(self, encoders: tuple[Encoder | None, Encoder | None], codes_factors: bool = False) -> StoredBlock:
         """Return a quantized copy of a block whose first and second vectors are both still in `plain`.
 
         Args:
             encoders: What stores the first and the second vectors; None keeps them in the model's dtype.
+            codes_factors: Whether the factors of the key norms are stored with the second vectors.
         """
-        *vectors, key_factors = self.plain.vectors.split(self.widths, dim=-1)
+        first, second, factors = self.widths
+        if codes_factors:
+            second, factors = second + factors, 0
+        *vectors, key_factors = self.plain.vectors.split([first, second, factors], dim=-1)
         kept: list[Tensor] = []
         coded: list[QuantizedStored | CodedStored | None] = []
         for part, encoder in zip(vectors, encoders, strict=True):
@@ -105,7 +109,7 @@ class StoredBlock:
         """
         coded = (self.first, self.second)
         kept = [0 if part else width for part, width in zip(coded, self.widths, strict=False)]
-        *plain, key_factors = self.plain.vectors.split([*kept, self.widths[2]], dim=-1)
+        *plain, key_factors = self.plain.vectors.split([*kept, self.plain.width - sum(kept)], dim=-1)
         if not self.quantized:
             return Block(Latents(plain[0]), Latents(plain[1]), key_factors, self.plain.vectors[..., : sum(kept)])
         widths = [part.opened_width if part else width for part, width in zip(coded, kept, strict=True)]
@@ -124,6 +128,11 @@ class StoredBlock:
             part.open(out) if part else Latents(out.copy_(vectors), vectors.dtype)
             for part, vectors, out in zip(coded, plain, outs, strict=True)
         )
+        if isinstance(self.second, CodedStored):
+            vectors, of_second = second.vectors, self.widths[1]
+            if not key_factors.shape[-1]:
+                key_factors = vectors[..., of_second:]
+            second = Latents(vectors[..., :of_second], second.dtype)
         return Block(first, second, key_factors, joined)
 
 

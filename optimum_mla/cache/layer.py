@@ -49,9 +49,13 @@ class LatentLayer(CacheLayerMixin):
             if settings.bits != FULL_BITS:
                 raise InvalidValueError("bits", settings.bits, "16 for a model whose latents are codes already")
             self.encoders = (partial(CodedStored.encode, channels=geometry.channel_bits), self.encoders[1])
+            if geometry.second_bits:
+                self.encoders = (self.encoders[0], partial(CodedStored.encode, channels=geometry.second_bits))
             # The codes are the latents themselves, so that a window of newer tokens would gain nothing.
             self.encodes, self.window = True, 0
-        self.encodes_exactly = bool(geometry.channel_bits) and settings.codes and self.encoders[1] is None
+        codes = bool(geometry.channel_bits) and settings.codes
+        self.codes_factors = codes and bool(geometry.factor_bits)
+        self.encodes_exactly = codes and (self.encoders[1] is None or bool(geometry.second_bits))
         self.block_tokens = block_tokens(self._first_width)
         second = geometry.cache_numbers - self._first_width
         self._second_widths = (second - geometry.scale_numbers, geometry.scale_numbers)
@@ -160,7 +164,7 @@ class LatentLayer(CacheLayerMixin):
             stop = min(leaving, start + (room or self.block_tokens))
             block = recent.cut(start, stop)
             if self.encodes:
-                block = block.encoded(self.encoders)
+                block = block.encoded(self.encoders, self.codes_factors)
             if room:
                 self.blocks[-1] = self.blocks[-1].joined(block)
             else:
@@ -244,7 +248,7 @@ class LatentLayer(CacheLayerMixin):
     @property
     def exempt_bytes(self) -> int:
         """Return the bytes of the latents that are not coded in a layer of codes, and of their places."""
-        coded = (block.first for block in self.blocks if isinstance(block.first, CodedStored))
+        coded = (part for block in self.blocks for part in (block.first, block.second) if isinstance(part, CodedStored))
         return sum(stored.places.nbytes + stored.exempt.nbytes for stored in coded)
 
     @property

@@ -70,6 +70,11 @@ class DenseStored(Stored):
         self._tokens = buffer.shape[1] if tokens is None else tokens
 
     @property
+    def width(self) -> int:
+        """Return the number of entries of a vector, w."""
+        return self.buffer.shape[2]
+
+    @property
     def vectors(self) -> Tensor:
         """Return the vectors of the tokens, [B, T, w], as a view of the buffer."""
         return self.buffer[:, : self._tokens]

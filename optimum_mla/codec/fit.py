@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class CodeTable:
     mean: Tensor
 
     @classmethod
-    def fit(cls, samples: Tensor, weights: Tensor) -> CodeTable:
+    def fit(cls, samples: Tensor, weights: Tensor, about_mean: bool = True) -> CodeTable:
         """Return the table for samples of the latents.
 
         The clip, and so the step, is the one with the least mean squared error, not the one that spans the range, and
@@ -43,8 +44,9 @@ class CodeTable:
         Args:
             samples: Latents of tokens that are to be coded, [T, r].
             weights: Cost of a unit of squared error in each channel, [r].
+            about_mean: Whether the middle of the codes is the mean, and not zero.
         """
-        mean = samples.double().mean(0)
+        mean = samples.double().mean(0) if about_mean else torch.zeros_like(samples[0], dtype=torch.float64)
         centred = samples.float() - mean.float()
         deviation = centred.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         errors = torch.full((len(weights), max(WIDTHS) + 1), torch.inf, dtype=torch.float64, device=samples.device)
@@ -78,7 +80,7 @@ def _squared_error(centred: Tensor, step: Tensor, bits: int) -> Tensor:
     return codes.add_(0.5).mul_(step).sub_(centred).square_().mean(0)
 
 
-def allocate_bits(errors: Tensor, budget: int) -> Tensor:
+def allocate_bits(errors: Tensor, budget: int, together: int = 0) -> Tensor:
     """Return the bits of each channel that make the sum of errors least within a budget, [r].
 
     Groups of `GRANULE` neighbouring channels get the same bits, so channels should be sorted by energy. Bits go where
@@ -88,22 +90,28 @@ def allocate_bits(errors: Tensor, budget: int) -> Tensor:
     Args:
         errors: Squared error of each channel by bits, [r, 9]; see `CodeTable`.
         budget: Largest number of bits of a token's codes.
+        together: Number of channels at the end that are one group, which gets a bit at least.
     """
-    whole = len(errors) // GRANULE * GRANULE
-    groups = errors[:whole].unflatten(0, (-1, GRANULE)).sum(1)
-    steps = sorted(
-        (step for group, curve in enumerate(groups.tolist()) for step in _hull_steps(group, curve)),
-        key=lambda step: (-step[0], step[1], step[2]),
-    )
-    widths, left, blocked = [0] * len(groups), budget, set()
-    for _, group, low, high in steps:
-        cost = GRANULE * (high - low)
+    apart = (len(errors) - together) // GRANULE * GRANULE
+    curves = errors[:apart].unflatten(0, (-1, GRANULE)).sum(1).tolist()
+    steps = [step for group, curve in enumerate(curves) for step in _hull_steps(group, curve)]
+    sizes = [GRANULE] * len(curves)
+    if together:
+        one = errors[-together:].sum(0).tolist()
+        steps += [(step[0] if step[2] else math.inf, *step[1:]) for step in _hull_steps(len(sizes), one)]
+        sizes.append(together)
+    widths, left, blocked = [0] * len(sizes), budget, set()
+    for _, group, low, high in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
+        cost = sizes[group] * (high - low)
         if group in blocked or cost > left:
             blocked.add(group)  # A group cannot take a later step without this one.
             continue
         widths[group], left = high, left - cost
     channels = torch.zeros(len(errors), dtype=torch.long, device=errors.device)
-    channels[:whole] = torch.tensor(widths, device=errors.device).repeat_interleave(GRANULE)
+    given = torch.tensor(widths, device=errors.device)
+    channels[:apart] = given[: len(curves)].repeat_interleave(GRANULE)
+    if together:
+        channels[-together:] = given[-1]
     return channels
 
 

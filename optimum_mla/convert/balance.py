@@ -37,7 +37,7 @@ def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry) -> dict[str, Ten
             into = _parts(scaled, down, slice(0, width))
             out_of = [scaled[f"{up}.weight"] for up in ups if f"{up}.weight" in scaled]
             _trade(into, out_of)
-    if g.attention_form == "decoupled" and g.qk_rope_head_dim and not g.key_norm:
+    if g.attention_form == "decoupled" and g.qk_rope_head_dim and not (g.key_norm or g.rope_channel_bits):
         keys = (
             _parts(scaled, "k_rope_proj", slice(None))
             if g.rope_cache == "rebuilt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor], imp
     clone.sliding_window = None
     if isinstance(module, LatentAttention):
         # Gaussian states lie outside of the range that codes were fitted to, so latents are not rounded here.
-        clone.geometry = replace(module.geometry, channel_bits=())
+        clone.geometry = module.geometry.uncoded()
     mask = None  # With `sdpa` that is a causal one.
     if implementation == "eager":
         size, lowest = states.shape[1], torch.finfo(states.dtype).min

@@ -11,8 +11,8 @@ from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.statistics import StoredCalibration
 from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.core.geometry import SINK_TOKENS, MLAGeometry
-from optimum_mla.core.segments import GRANULE, total_channels
+from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.segments import GRANULE
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models import SourceAttention
 from optimum_mla.models.assemble import load_attention
@@ -54,9 +54,7 @@ class LayerSearch:
         """
         if code_bits is None:
             return geometry, self.method.convert_layer(self.source, geometry, self.calibration)
-        tensors, channels = self.method.codes(self.source, geometry, self.calibration).coded(code_bits)
-        shape = replace(geometry, kv_lora_rank=total_channels(channels), channel_bits=channels, sink_tokens=SINK_TOKENS)
-        return shape, tensors
+        return self.method.codes(self.source, geometry, self.calibration).coded(code_bits)
 
     def attention(self, geometry: MLAGeometry, tensors: dict[str, Tensor]) -> LatentAttention:
         """Return the layer's attention as a module in the dtype of the calibration, causal if it gets no mask.
@@ -128,7 +126,9 @@ class LayerSearch:
         They are predicted, and where the calibration can measure, bent so that they are right at both ends.
         """
         codes = self.method.codes(self.source, geometry, self.calibration)
-        low, high = rank_range(self.method.code_bits(geometry) // 8, GRANULE * geometry.kv_lora_rank // 8)
+        low, high = rank_range(
+            self.method.code_bits(geometry) // 8, GRANULE * (geometry.kv_lora_rank + geometry.cached_rope_dims) // 8
+        )
         predicted = {size: codes.error(8 * size) for size in range(low, high + 1)}
         if isinstance(self.calibration, StoredCalibration):
             return {size: self.calibration.state_weight * error for size, error in predicted.items()}

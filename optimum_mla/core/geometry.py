@@ -10,7 +10,7 @@ Letters, used in every file of this package (the full table is `docs/notation.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from optimum_mla.core.errors import InvalidValueError
@@ -22,6 +22,12 @@ RopeCache = Literal["cached", "rebuilt"]
 
 SINK_TOKENS = 4
 """Number of tokens at the start of a sequence that conversions do not code: their latents are many times larger."""
+FACTOR_BITS = 8
+"""Bits of the code of a key norm's factor."""
+FACTOR_CENTRE = 192.5
+"""Steps in the mean factor of a key head. Codes reach from a third of it to five thirds."""
+ROPE_CENTRE = 0.5
+"""Steps by which a rotary key lies above its code: the codes of b bits have their middle at -1/2, the key at zero."""
 CODE_LIMIT = 1.0
 """Default of `code_limit`, in squares of a channel's step. Rounding alone leaves a twelfth."""
 
@@ -48,7 +54,9 @@ class MLAGeometry:
 
     With `channel_bits` the joint latent is stored as integer codes, which are the latents themselves. The first
     `sink_tokens` tokens of a sequence, and those whose mean squared clipping error over the channels is larger than
-    `code_limit`, keep their latents in the model's dtype.
+    `code_limit`, keep their latents in the model's dtype. With `rope_channel_bits` a cached rotary key is coded too,
+    after its rotation and about zero, as rotation leaves the size of a pair as it is; a segment has both dims of its
+    pairs. With `factor_bits` the factors of key norms are coded.
     """
 
     hidden_size: int
@@ -69,6 +77,8 @@ class MLAGeometry:
     latent_norm: bool = False
     latent_bias: bool = False
     channel_bits: ChannelBits = ()
+    rope_channel_bits: ChannelBits = ()
+    factor_bits: int = 0
     sink_tokens: int = 0
     code_limit: float = CODE_LIMIT
     key_norm: bool = False
@@ -85,6 +95,16 @@ class MLAGeometry:
             raise InvalidValueError(
                 "channel_bits", self.channel_bits, f"bits of {self.kv_lora_rank} channels, which is kv_lora_rank"
             )
+        rope = check_channel_bits(self.rope_channel_bits, "rope_channel_bits")
+        object.__setattr__(self, "rope_channel_bits", rope)
+        if rope and (self.num_rope_heads != 1 or total_channels(rope) != self.cached_rope_dims):
+            raise InvalidValueError(
+                "rope_channel_bits",
+                self.rope_channel_bits,
+                f"bits of {self.qk_rope_head_dim} dims, which is qk_rope_head_dim, of one cached rotary key",
+            )
+        if self.factor_bits not in (0, FACTOR_BITS):
+            raise InvalidValueError("factor_bits", self.factor_bits, f"0, {FACTOR_BITS}")
 
     @classmethod
     def from_config(cls, config: Any, **features: Any) -> MLAGeometry:
@@ -138,10 +158,41 @@ class MLAGeometry:
         return 1 if self.joint_norms else self.num_key_value_heads
 
     @property
+    def query_gains(self) -> int:
+        """Number of gain vectors of a decoupled layer's query norm, each of which serves as many consecutive heads."""
+        if self.joint_norms:
+            return self.num_attention_heads
+        return self.key_factors if self.factor_bits else self.num_rope_heads
+
+    @property
+    def cached_rope_dims(self) -> int:
+        """Dims of the rotary key of a decoupled layer, if it is cached."""
+        cached = self.attention_form == "decoupled" and self.rope_cache == "cached"
+        return self.num_rope_heads * self.qk_rope_head_dim if cached else 0
+
+    @property
     def rope_numbers(self) -> int:
         """Numbers per token in the second cached tensor of a decoupled layer: rotary key and key-norm factors."""
-        rotary = self.num_rope_heads * self.qk_rope_head_dim if self.rope_cache == "cached" else 0
-        return rotary + self.scale_numbers
+        return self.cached_rope_dims + self.scale_numbers
+
+    @property
+    def second_bits(self) -> ChannelBits:
+        """Bits of the second cached tensor's channels in their order, or nothing if it is not coded.
+
+        They are those of the first dims of all rotary pairs, of the second dims, and of the factors of key norms.
+        """
+        halves = tuple((bits, count // 2) for bits, count in self.rope_channel_bits)
+        factors = ((self.factor_bits, self.scale_numbers),) if self.factor_bits and self.scale_numbers else ()
+        return halves + halves + factors
+
+    @property
+    def factor_centre(self) -> float:
+        """Number that is added to the cached factors of key norms."""
+        return FACTOR_CENTRE if self.factor_bits else 0.0
+
+    def uncoded(self) -> MLAGeometry:
+        """Return the same shape with latents that are not rounded to codes."""
+        return replace(self, channel_bits=(), rope_channel_bits=(), factor_bits=0, sink_tokens=0)
 
     @property
     def cache_numbers(self) -> int:
@@ -159,8 +210,8 @@ class MLAGeometry:
 
     def cache_bytes(self, bits: float = 16) -> float:
         """Return the bytes that this layer caches per token at `bits` per number that is not coded."""
-        plain = self.cache_numbers - total_channels(self.channel_bits)
-        return (total_bits(self.channel_bits) + plain * bits) / 8
+        codes = self.channel_bits + self.second_bits
+        return (total_bits(codes) + (self.cache_numbers - total_channels(codes)) * bits) / 8
 
     @property
     def source_parameters(self) -> int:
@@ -209,7 +260,7 @@ class MLAGeometry:
         if self.key_norm:
             # The gains of the query heads, and the source's key projection, which the key norms are computed with.
             keys = self.num_key_value_heads * self.head_dim
-            gains = self.num_attention_heads if self.joint_norms else self.num_rope_heads
+            gains = self.query_gains
             norms += gains * self.qk_head_dim + keys * (d + self.key_value_bias)
         return queries + d * r + rope_input * rotary + r * up + heads * self.v_head_dim * d + biases + norms
 

@@ -15,8 +15,12 @@ ChannelBits = tuple[tuple[int, int], ...]
 """Pairs of bits and of the number of channels that have them, with falling bits."""
 
 
-def check_channel_bits(received: Any) -> ChannelBits:
+def check_channel_bits(received: Any, field: str = "channel_bits") -> ChannelBits:
     """Return the bits of the channels as tuples, after checking them.
+
+    Args:
+        received: What a config or a caller gave.
+        field: Its name, for the error message.
 
     Raises:
         InvalidValueError: They are no pairs of bits and multiples of `GRANULE`, with falling bits.
@@ -25,12 +29,12 @@ def check_channel_bits(received: Any) -> ChannelBits:
     try:
         pairs = tuple((bits, count) for bits, count in received)
     except (TypeError, ValueError) as error:
-        raise InvalidValueError("channel_bits", received, allowed) from error
+        raise InvalidValueError(field, received, allowed) from error
     widths = [bits for bits, _ in pairs]
     if widths != sorted(set(widths), reverse=True) or not set(widths) <= set(WIDTHS):
-        raise InvalidValueError("channel_bits", received, allowed)
+        raise InvalidValueError(field, received, allowed)
     if any(not isinstance(count, int) or count < 1 or count % GRANULE for _, count in pairs):
-        raise InvalidValueError("channel_bits", received, allowed)
+        raise InvalidValueError(field, received, allowed)
     return pairs
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from torch import nn
 
@@ -24,7 +23,7 @@ def uncoded(model: nn.Module) -> Iterator[bool]:
     coded = [m for m in model.modules() if isinstance(m, LatentAttention) and m.geometry.channel_bits]
     shapes = [attention.geometry for attention in coded]
     for attention in coded:
-        attention.geometry = replace(attention.geometry, channel_bits=(), sink_tokens=0)
+        attention.geometry = attention.geometry.uncoded()
     try:
         yield bool(coded)
     finally:

@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from optimum_mla.cache import LatentLayer
 from optimum_mla.cache.settings import CacheSettings
-from optimum_mla.cache.sizes import PLACE_BYTES
+from optimum_mla.cache.sizes import exempt_token_bytes
 from optimum_mla.core.errors import VerificationError
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.measure.memory import live_cache_bytes
@@ -207,8 +207,8 @@ def _found_exempt_bytes(model: Any, cache: Cache, rows: int, tokens: int) -> int
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, LatentLayer) and layer.exempt_bytes:
             g = model.geometry.layers[index]
-            each = g.kv_lora_rank * model.dtype.itemsize + PLACE_BYTES
-            found += layer.exempt_bytes - rows * min(tokens, g.sink_tokens) * each
+            first = rows * min(tokens, g.sink_tokens)
+            found += layer.exempt_bytes - first * exempt_token_bytes(g, model.dtype.itemsize)
     return found
 
 

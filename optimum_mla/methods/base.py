@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning, UnsupportedModelError
-from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.geometry import FACTOR_BITS, MLAGeometry
 from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.families.spec import full_layers, sliding_window
 from optimum_mla.methods.coding import LayerCodes, with_equal_bits
@@ -251,12 +251,20 @@ class MLATransformation(ModelTransformation):
         if calibration.memo.get("codes", (None, None))[0] != geometry:
             tensors = self.convert_layer(source, geometry, calibration)
             costs = self.problem(source, geometry, calibration).factors(geometry.kv_lora_rank).costs
-            calibration.memo["codes"] = (geometry, LayerCodes(tensors, costs, calibration.inputs()))
+            rope_costs = self.rope_costs(source, geometry, calibration) if geometry.cached_rope_dims else None
+            codes = LayerCodes(
+                source, geometry, tensors, costs, calibration.inputs(), rope_costs, together=bool(self.shared_rope)
+            )
+            calibration.memo["codes"] = (geometry, codes)
         return calibration.memo["codes"][1]
+
+    def rope_costs(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> Tensor:
+        """Return the weighted squared error that a unit of it in a dim of each cached rotary pair costs, [R/2]."""
+        raise NotImplementedError(f"{type(self).__name__}.rope_costs, which codes of a cached rotary key need")
 
     def code_bits(self, geometry: MLAGeometry) -> int:
         """Return the bits that the codes of one token may have in a layer if all layers get the same share."""
-        return self.budget.code_bits(geometry.source_cache_numbers, geometry.cache_numbers - geometry.kv_lora_rank)
+        return self.budget.code_bits(geometry.source_cache_numbers, FACTOR_BITS * geometry.scale_numbers)
 
     def predicted_error(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> float | None:
         """Return the squared error of a shape that follows from closed forms, to compare the shapes of one layer.

@@ -13,6 +13,7 @@ from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_integer
+from optimum_mla.core.segments import GRANULE
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.mixed_heads import MixedHeads
 from optimum_mla.methods.options import check_choice, fitting
@@ -143,11 +144,12 @@ class GQA2MLA(MLATransformation):
 
     def _plan_decoupled(self, g: MLAGeometry) -> MLAGeometry:
         width = g.num_key_value_heads * g.head_dim
-        rope = self.rope_dims
-        if rope is not None and (rope % 2 or not 2 <= rope <= width - 2):
-            raise InvalidValueError("qk_rope_head_dim", rope, f"even integers from 2 to {width - 2} for this model")
+        rope, unit = self.rope_dims, self._rope_unit
+        if rope is not None and (rope % unit or not unit <= rope <= width - 2):
+            allowed = "even integers" if unit == 2 else f"multiples of {unit}"
+            raise InvalidValueError("qk_rope_head_dim", rope, f"{allowed} from {unit} to {width - 2} for this model")
         # If R is still to be chosen, the smallest candidate is planned, because it leaves the most room for the latent.
-        rope = rope or max(2, int(ROPE_CANDIDATES[0] * g.head_dim) // 2 * 2)
+        rope = rope or max(unit, int(ROPE_CANDIDATES[0] * g.head_dim) // unit * unit)
         geometry = replace(
             g,
             attention_form="decoupled",
@@ -163,17 +165,23 @@ class GQA2MLA(MLATransformation):
         """Return the shape with another number of rotary dims, and the rank that the budget then leaves."""
         g = replace(geometry, qk_rope_head_dim=rope)
         held = 2 * g.num_key_value_heads * g.head_dim - (rope if g.rope_cache == "cached" else 0)
-        shape = replace(g, kv_lora_rank=self._rank(g, g.rope_numbers, min(held, g.hidden_size), None))
-        if self.coded:
-            self.code_bits(shape)  # It refuses a rotary key that leaves no room for codes.
-        return shape
+        return replace(g, kv_lora_rank=self._rank(g, g.rope_numbers, min(held, g.hidden_size), None))
+
+    @property
+    def _rope_unit(self) -> int:
+        """Return the number of which the rotary dims are a multiple: a pair, or what fills whole bytes with codes."""
+        return GRANULE if self.coded and self.rope_cache == "cached" else 2
+
+    def rope_costs(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> Tensor:
+        return MixedHeads.of(source, calibration, self.rope).rope_costs(geometry)
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         """Return a shape for every number of rotary dims that the budget allows."""
         if geometry.attention_form == "full" or self.rope_dims is not None:
             return [geometry]
         width = geometry.num_key_value_heads * geometry.head_dim
-        ropes = (max(2, int(share * geometry.head_dim) // 2 * 2) for share in ROPE_CANDIDATES)
+        unit = self._rope_unit
+        ropes = dict.fromkeys(max(unit, int(share * geometry.head_dim) // unit * unit) for share in ROPE_CANDIDATES)
         return fitting(lambda rope: self._with_rope(geometry, rope), [r for r in ropes if r <= width - 2]) or [geometry]
 
     def rotary_damage(self, source: SourceAttention, calibration: Calibration) -> Tensor:

@@ -69,35 +69,39 @@ class MixedHeads:
         These are the rotating components if the rotary key is rebuilt, the position-free components, and the values.
         """
         rope_dim, rebuilt = geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt"
-        return self.calibration.factorization(
-            (rope_dim, rebuilt), lambda: self._rows(rope_dim, rebuilt), geometry.latent_bias
-        )
+        return self.calibration.factorization((rope_dim, rebuilt), lambda: self._rows(geometry), geometry.latent_bias)
+
+    def rope_costs(self, geometry: MLAGeometry) -> Tensor:
+        """Return the weighted squared error that a unit of it in a dim of each rotating component costs, [R/2].
+
+        On average over all rotations, both dims of a component weigh the same and components are uncorrelated.
+        """
+        kept, _ = self._split(geometry.qk_rope_head_dim)
+        return self._seen_through(kept).diagonal().unflatten(0, (2, -1)).mean(0)
 
     def stopped_error(self, geometry: MLAGeometry) -> float:
         """Return the squared error that the stopped rotations of a shape leave."""
         _, rest = self._split(geometry.qk_rope_head_dim)
         return STOPPED_WEIGHT * float(self.damage[rest].sum())
 
-    def _rows(self, rope_dim: int, rebuilt: bool) -> list[WeightedRows]:
-        g = self.source.geometry
-        kept, rest = self._split(rope_dim)
+    def _rows(self, geometry: MLAGeometry) -> list[WeightedRows]:
+        kept, rest = self._split(geometry.qk_rope_head_dim)
         weight, _ = self._keys
-        readers = key_moments(self.source, self.calibration)
-
-        def seen_through(components: Tensor) -> Tensor:
-            maps = [query_map(self.mix, head, components) for head in range(g.num_key_value_heads)]
-            weighted = torch.cat([b @ m for b, m in zip(maps, readers, strict=True)], dim=1)
-            return weighted @ torch.cat(maps, dim=1).T
-
         rows = [
-            WeightedRows(_stacked(weight[rest]), seen_through(rest)[None]),
+            WeightedRows(_stacked(weight[rest]), self._seen_through(rest)[None]),
             WeightedRows(self.source.value.flatten(0, 1), value_moments(self.source)),
         ]
-        if rebuilt:
-            # On average over all rotations, both dims of a component weigh the same and components are uncorrelated.
-            diagonal = seen_through(kept).diagonal().unflatten(0, (2, -1)).mean(0).repeat(2)
+        if geometry.rope_cache == "rebuilt":
+            diagonal = self.rope_costs(geometry).repeat(2)
             rows.insert(0, WeightedRows(_stacked(weight[kept]), diagonal[:, None, None]))
         return rows
+
+    def _seen_through(self, components: Tensor) -> Tensor:
+        """Return the second moments of what reads some components, real parts before imaginary ones, [2·m, 2·m]."""
+        maps = [query_map(self.mix, head, components) for head in range(self.source.geometry.num_key_value_heads)]
+        readers = key_moments(self.source, self.calibration)
+        weighted = torch.cat([b @ m for b, m in zip(maps, readers, strict=True)], dim=1)
+        return weighted @ torch.cat(maps, dim=1).T
 
     def tensors(self, geometry: MLAGeometry) -> dict[str, Tensor]:
         """Return all parameters and buffers of the layer by their names in the attention module."""

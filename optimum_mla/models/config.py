@@ -24,6 +24,8 @@ MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
     "latent_norm": (bool, False),
     "latent_bias": (bool, False),
     "channel_bits": (list, ()),
+    "rope_channel_bits": (list, ()),
+    "factor_bits": (int, 0),
     "sink_tokens": (int, 0),
     "code_limit": (float, CODE_LIMIT),
 }

@@ -160,18 +160,19 @@ class LatentAttention(nn.Module, ABC):
         rotation = self._rotation(self.pairs.turns(position_embeddings))
         queries, new = self._queries(hidden_states), self._latents(hidden_states, rotation)
         if self.geometry.channel_bits:
-            new = self._coded(new[0], cache, position_ids), new[1]
+            new = self._coded(new, cache, position_ids)
         context, weights = self.attend(queries, new, rotation, attention_mask, cache, position_ids, **kwargs)
         return self.o_proj(context.flatten(2)), weights
 
-    def _coded(self, latents: Tensor, cache: Any, position_ids: Tensor | None) -> Tensor:
-        """Return the latents of new tokens, [B, 1, S, r], rounded to their codes where the tokens are not exempt."""
-        g = self.geometry
+    def _coded(self, new: tuple[Tensor, Tensor], cache: Any, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the tensors to cache of new tokens, [B, 1, S, ·], rounded to codes where tokens are not exempt."""
+        (latents, second), g = new, self.geometry
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
             position_ids = torch.arange(latents.shape[2], device=latents.device)[None] + seen
         sinks = first_tokens(position_ids, g.sink_tokens)[:, None]  # [1 or B, 1, S]
-        return coded(latents, g.channel_bits, sinks, g.code_limit)
+        latents = coded(latents, g.channel_bits, sinks, g.code_limit)
+        return latents, coded(second, g.second_bits, sinks, g.code_limit) if g.second_bits else second
 
     def attend(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.geometry import ROPE_CENTRE, MLAGeometry
 from optimum_mla.nn.attention import LatentAttention
 from optimum_mla.nn.norm import HeadRMSNorm, inverse_rms
 from optimum_mla.nn.plain import is_plain
@@ -29,9 +29,13 @@ class DecoupledLatentAttention(LatentAttention):
     The K rotary heads lie side by side in the second tensor, because static caches give both tensors as many heads.
     With key norms it also holds one factor per key head, by which the whole logit of that head is multiplied. It comes
     from the source's own key projection, so it is exact at any rank.
+
+    Where the second tensor is coded too, it holds the codes of the rotary key and of the factors, which lie
+    `ROPE_CENTRE` below the key and `factor_centre` below the factors, in steps.
     """
 
     rope_pairs: Tensor
+    key_factor_scale: Tensor | None
 
     def _build(self, g: MLAGeometry, eps: float) -> None:
         d, r, query = g.hidden_size, g.kv_lora_rank, g.num_attention_heads * g.qk_head_dim
@@ -49,9 +53,11 @@ class DecoupledLatentAttention(LatentAttention):
         if g.rope_cache == "rebuilt":
             self.k_rope_proj = nn.Linear(r, rope, bias=g.up_bias)
         if g.key_norm:
-            gains = g.num_attention_heads if g.joint_norms else g.num_rope_heads
-            self.q_norm = HeadRMSNorm(gains, g.qk_head_dim, eps, normed_dim=g.head_dim, joint=g.joint_norms)
+            self.q_norm = HeadRMSNorm(g.query_gains, g.qk_head_dim, eps, normed_dim=g.head_dim, joint=g.joint_norms)
             self.k_scale_proj = nn.Linear(d, g.num_key_value_heads * g.head_dim, bias=g.key_value_bias)
+        # Steps of codes in a unit of each factor. The gains of the queries are divided by it.
+        scale = torch.ones(g.key_factors) if g.factor_bits and g.key_norm else None
+        self.register_buffer("key_factor_scale", scale)
         # Which of the source's rotary pairs each rotary head turns with; saved with the weights.
         self.register_buffer("rope_pairs", default_rope_pairs(g))
 
@@ -81,11 +87,15 @@ class DecoupledLatentAttention(LatentAttention):
         second = []
         if g.rope_cache == "cached":
             rope = self._rope_heads(compressed[..., g.kv_lora_rank :])
-            second.append(rotate(rope, rotation).transpose(1, 2).flatten(2))  # [B, S, K·R]
+            rotated = rotate(rope, rotation).transpose(1, 2).flatten(2)  # [B, S, K·R]
+            second.append(rotated - ROPE_CENTRE if g.rope_channel_bits else rotated)
         if g.key_norm:
             keys = self.k_scale_proj(hidden_states).unflatten(-1, (-1, g.head_dim))  # [B, S, G, D]
             dims = (2, 3) if g.joint_norms else (3,)
-            second.append(inverse_rms(keys, self.q_norm.eps, dims).flatten(2))  # [B, S, G or 1]
+            factors = inverse_rms(keys, self.q_norm.eps, dims).flatten(2)  # [B, S, G or 1]
+            if self.key_factor_scale is not None:
+                factors = factors * self.key_factor_scale.to(factors.dtype) - g.factor_centre
+            second.append(factors)
         if not second:
             return latent, latent[..., :0]
         return latent, torch.cat(second, dim=-1).unsqueeze(1)
@@ -108,14 +118,15 @@ class DecoupledLatentAttention(LatentAttention):
         latent = block.first.dense()
         nope, values = self._up_project(latent)
         if rotation is None:
-            rope = self._rope_heads(block.second.dense())
+            rope = self._rope_heads(block.second.dense()) + self._rope_centre
         else:
             rope = rotate(self._rope_heads(self.k_rope_proj(latent)), rotation)
         rope = rope.repeat_interleave(nope.shape[1] // g.num_rope_heads, dim=1)
         keys = torch.cat([nope, rope], dim=-1)
         if g.key_norm:
-            factors = block.key_factors.transpose(1, 2).repeat_interleave(nope.shape[1] // g.key_factors, dim=1)
-            keys = keys * factors.unsqueeze(-1)
+            factors = block.key_factors.to(torch.promote_types(keys.dtype, torch.float32)) + g.factor_centre
+            factors = factors.transpose(1, 2).repeat_interleave(nope.shape[1] // g.key_factors, dim=1)
+            keys = (keys * factors.unsqueeze(-1)).to(keys.dtype)
         return keys, values
 
     def _absorbed(
@@ -126,6 +137,10 @@ class DecoupledLatentAttention(LatentAttention):
         bias = None if self.kv_b_proj.bias is None else self.kv_b_proj.bias.view(g.num_up_heads, -1)  # [U, n + v]
         n = g.qk_nope_head_dim
         nope, rope = queries.split([n, g.qk_rope_head_dim], dim=-1)
+        logit_bias = None if bias is None else absorb.query_bias_logits(nope, bias[:, :n])
+        if self._rope_centre:
+            centre = rope.sum(-1, keepdim=True) * self._rope_centre
+            logit_bias = centre if logit_bias is None else logit_bias + centre
         rebuild = None
         if frames is not None:
             rebuild = RotaryRebuild(self.k_rope_proj.weight, self.k_rope_proj.bias, frames)
@@ -133,13 +148,14 @@ class DecoupledLatentAttention(LatentAttention):
             LatentDecode(
                 latent_queries=absorb.folded_queries(nope, up[:, :n]),
                 rope_queries=rope,
-                logit_bias=None if bias is None else absorb.query_bias_logits(nope, bias[:, :n]),
+                logit_bias=logit_bias,
                 scaling=self.scaling,
                 rope_heads=g.num_rope_heads,
                 view=view,
                 rebuild=rebuild,
                 mask=mask,
                 logit_cap=g.logit_cap,
+                factor_centre=g.factor_centre,
                 dropout=self._dropout,
                 keep_weights=keep_weights,
             )
@@ -148,6 +164,11 @@ class DecoupledLatentAttention(LatentAttention):
             attended.context.to(queries.dtype), attended.mass.to(queries.dtype), up, bias, skip=n
         )
         return context, attended.weights
+
+    @property
+    def _rope_centre(self) -> float:
+        """Return the number that is added to the cached rotary key."""
+        return ROPE_CENTRE if self.geometry.rope_channel_bits else 0.0
 
     def _absorbable(self) -> bool:
         rebuilt = self.geometry.rope_cache == "rebuilt"

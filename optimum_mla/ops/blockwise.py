@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_mla.ops.absorb import grouped_logits
-from optimum_mla.ops.blocks import Block, CacheView
+from optimum_mla.ops.blocks import Block, CacheView, Latents
 from optimum_mla.ops.rotary import RotaryFrames, rotate
 
 
@@ -185,6 +185,7 @@ class LatentDecode:
         rebuild: Computes the rotary key from the latent, or None if it is cached.
         mask: None, a boolean mask (True means attend) or an additive one, broadcastable to [B, H, S, T].
         logit_cap: Soft-cap of the scaled logits, or None.
+        factor_centre: Number that is added to the cached factors of key norms.
         dropout: Probability with which a weight is dropped.
         keep_weights: Whether the weights are to be returned.
     """
@@ -198,6 +199,7 @@ class LatentDecode:
     rebuild: RotaryRebuild | None
     mask: Tensor | None
     logit_cap: float | None = None
+    factor_centre: float = 0.0
     dropout: float = 0.0
     keep_weights: bool = False
 
@@ -215,15 +217,23 @@ class LatentDecode:
         """Attend to one block with plain torch operations."""
         batch, heads, length, _ = self.latent_queries.shape
         # The queries are scaled, which is done once per step and not once per cached token.
-        folded = (self.latent_queries * self.scaling).reshape(batch, heads * length, -1)
-        logits = block.first.logits(folded).unflatten(1, (heads, length))  # [B, H, S, t]
-        if (rope := self.rope_logits(block, span)) is not None:
-            logits = logits + rope
+        latent, rotary = (queries * self.scaling for queries in (self.latent_queries, self.rope_queries))
+        if self.rebuild is None and self.rope_heads == 1 and rotary.shape[-1] and block.adjacent is not None:
+            # Latent and rotary key are one key of one head.
+            joined = torch.cat([block.first.lift(latent), block.second.lift(rotary)], dim=-1)
+            keys = Latents(block.adjacent[..., : joined.shape[-1]])
+            logits = keys.logits(joined.reshape(batch, heads * length, -1)).unflatten(1, (heads, length))
+        else:
+            folded = latent.reshape(batch, heads * length, -1)
+            logits = block.first.logits(folded).unflatten(1, (heads, length))  # [B, H, S, t]
+            if (rope := self.rope_logits(block, span)) is not None:
+                logits = logits + rope
         if self.logit_bias is not None:
             logits = logits + self.logit_bias * self.scaling
         if key_heads := block.key_factors.shape[-1]:
-            factors = block.key_factors.transpose(1, 2).repeat_interleave(heads // key_heads, dim=1)  # [B, H, t]
-            logits = logits * factors.unsqueeze(2)
+            factors = block.key_factors.to(torch.promote_types(logits.dtype, torch.float32)) + self.factor_centre
+            factors = factors.transpose(1, 2).repeat_interleave(heads // key_heads, dim=1)  # [B, H, t]
+            logits = (logits * factors.unsqueeze(2)).to(logits.dtype)
 
         def combine(weights: Tensor) -> Tensor:
             return block.first.context(weights.flatten(1, 2)).unflatten(1, (heads, length))

@@ -68,16 +68,16 @@ class RankBudget:
 
         Args:
             cache_numbers: Numbers that the source layer caches per token.
-            overhead: Numbers of 16 bits that are cached beside the codes.
+            overhead: Bits that are cached beside them.
 
         Raises:
             InvalidValueError: The budget leaves no room for a channel.
         """
         if self.kv_cache_budget is None:
             raise RuntimeError("no budget of bytes")
-        bits = int(16 * (self.kv_cache_budget * cache_numbers - overhead) + 1e-6) // 8 * 8
+        bits = int(16 * self.kv_cache_budget * cache_numbers - overhead + 1e-6) // 8 * 8
         if bits < GRANULE:
-            low = (overhead + GRANULE / 16) / cache_numbers
+            low = (overhead + GRANULE) / (16 * cache_numbers)
             raise InvalidValueError("kv_cache_budget", self.kv_cache_budget, f"{low:.3g} to 0.5 for this model")
         return bits
 

@@ -27,10 +27,17 @@ FORMS: dict[str, Callable[[Tensor], MLATransformation]] = {
     **METHODS,
     "coded, one latent": lambda ids: GQA2MLA(kv_cache_budget=0.25, positional="full", calibration=ids),
     "coded, rebuilt": lambda ids: GQA2MLA(kv_cache_budget=0.25, positional="decoupled", calibration=ids),
+    "coded, cached": lambda ids: GQA2MLA(kv_cache_budget=0.25, rope_cache="cached", calibration=ids),
 }
-QUICK = ("mha2mla calibrated", "coded, one latent", "coded, rebuilt")
+QUICK = ("mha2mla calibrated", "coded, one latent", "coded, rebuilt", "coded, cached")
 """The forms that each run of the suite has every family in; the slow test runs all forms of all families."""
-ERRORS = {"gqa2mla rebuilt": 0.5, "gqa2mla one latent": 0.5, "coded, one latent": 0.25, "coded, rebuilt": 0.25}
+ERRORS = {
+    "gqa2mla rebuilt": 0.5,
+    "gqa2mla one latent": 0.5,
+    "coded, one latent": 0.25,
+    "coded, rebuilt": 0.25,
+    "coded, cached": 0.4,
+}
 """The largest relative error of the logits of a random model that a form may leave; that of an empty cache is 1."""
 
 ALL = FAMILIES | FURTHER_FAMILIES
