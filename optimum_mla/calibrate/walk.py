@@ -71,7 +71,7 @@ class CalibrationWalk:
             if behind is not None:
                 hook = behind.register_forward_pre_hook(lambda _, args: middles.append(args[0]))
                 stack.callback(hook.remove)
-            self._leaving = self._through(self.decoder_layer, self.source)
+            self._leaving = self.through(self.decoder_layer, self.source)
         attended = torch.cat(outputs)
         # Where the feed-forward part runs beside the attention, its norm gets the state before both, or there is none.
         beside = not middles or torch.equal(middles[0], self.source[: len(middles[0])])
@@ -191,19 +191,20 @@ class CalibrationWalk:
         if attention is None and self.converted is self.source:
             self.converted = self._leaving
         else:
-            layer = self.decoder_layer
-            if attention is not None:
-                layer = bare_copy(layer)
-                layer.set_submodule(self.model.family.spec.attention, self._walking(attention))
-            self.converted = self._through(layer, self.converted)
+            layer = self.decoder_layer if attention is None else self.with_attention(attention)
+            self.converted = self.through(layer, self.converted)
         self.source = self._leaving
         self._enter(self.layer + 1)
 
-    def _walking(self, attention: nn.Module) -> nn.Module:
-        return for_walking(bare_copy(attention), self.model.implementation).to(self.dtype)
+    def with_attention(self, attention: nn.Module) -> nn.Module:
+        """Return the layer before which the walk stands, with another attention in the place of its own."""
+        layer = bare_copy(self.decoder_layer)
+        walking = for_walking(bare_copy(attention), self.model.implementation).to(self.dtype)
+        layer.set_submodule(self.model.family.spec.attention, walking)
+        return layer
 
-    def _through(self, layer: nn.Module, states: Tensor) -> Tensor:
-        """Return the states behind a decoder layer."""
+    def through(self, layer: nn.Module, states: Tensor) -> Tensor:
+        """Return the states [B, L, d] behind a decoder layer at the walk's place, for states before it."""
         left = []
         for batch in self.batches(states):
             output = layer(batch, **self._keywords)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 
 import torch
@@ -16,6 +16,7 @@ from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.calibrate.windows import check_tokens, deciding
 from optimum_mla.convert.balance import balanced
+from optimum_mla.convert.first_pass import FirstPass
 from optimum_mla.convert.probe import check_errors, probe_errors
 from optimum_mla.convert.record import LayerResult, Record
 from optimum_mla.convert.search import LayerSearch
@@ -32,14 +33,8 @@ from optimum_mla.models.checks import converted_already
 from optimum_mla.models.layer_source import LayerSource, reading_weights
 from optimum_mla.models.registry import Family
 from optimum_mla.nn import LatentAttention
-from optimum_mla.plan.allocation import allocate_ranks
+from optimum_mla.plan.allocation import allocate_ranks, scaled
 from optimum_mla.stack import remove_spread, returns_to_memory, spread
-
-ALLOCATION_WINDOWS = 16
-"""Largest number of windows on which the choices for all layers together are made, before the first one is converted.
-
-Errors are only compared with each other there.
-"""
 
 
 class Run:
@@ -167,7 +162,7 @@ class Run:
         known = self.record.known("shared rope")
         if known is not None:
             return SharedRope(known["dims"], torch.tensor(known["counts"]))
-        found = choose_shared_rope(self.method, self._first_pass(), plans)
+        found = choose_shared_rope(self.method, self._first_pass().search, plans)
         self.record.keep("shared rope", {"dims": found.dims, "counts": found.counts.tolist()})
         return found
 
@@ -179,46 +174,45 @@ class Run:
             return None
         return LayerSearch(self.method, self.source, layer, source, LayerCalibration(walk, source))
 
-    def _first_pass(self) -> Callable[[int], LayerSearch]:
-        """Return the search of each layer, in order, on the states of the source; few windows are taken of the text."""
-        walk: CalibrationWalk | None = None
-
-        def search(layer: int) -> LayerSearch:
-            nonlocal walk
-            if self.tokens is not None:
-                walk = walk or CalibrationWalk(self.source, self.tokens[:: -(-len(self.tokens) // ALLOCATION_WINDOWS)])
-                while walk.layer < layer:
-                    walk.advance()
-            found = self._search(walk, layer, self.source.attention(layer))
-            if found is None:
-                raise RuntimeError("a first pass without calibration")
-            return found
-
-        return search
+    def _first_pass(self) -> FirstPass:
+        return FirstPass(self.source, self.tokens, self._search)
 
     def _allocate(self, plans: dict[int, MLAGeometry]) -> dict[int, MLAGeometry]:
-        """Return the plans with the same total of ranks, distributed over the layers so that their errors are small."""
-        plans, curves, search_of = dict(plans), {}, self._first_pass()
+        """Return the plans with the same total of ranks, distributed over the layers so that their errors are small.
+
+        Under a budget of bytes, the bytes of the codes are distributed.
+        """
+        plans, curves, uniform, first = dict(plans), {}, {}, self._first_pass()
+        compares = self.method.rank_allocation == "error" and self.tokens is not None
+        divergences = self.record.known("divergences") if compares else []
         for layer in progress(self.layers, f"{self.method.name}: rank allocation", main=True):
             known = self.record.known(f"rank curve {layer}")
+            search = first.search(layer) if known is None or divergences is None else None
             if known is not None:
                 plans[layer] = MLAGeometry(**known["geometry"])
                 curves[layer] = dict(known["errors"])
-                continue
-            search = search_of(layer)
-            plans[layer] = search.best_shape(plans[layer])
-            if self.method.coded:
-                curves[layer] = search.byte_curve(plans[layer])
-            else:
-                curves[layer] = search.rank_curve(plans[layer], self.method.rank_allocation)
-            found = {"geometry": asdict(plans[layer]), "errors": list(curves[layer].items())}
-            self.record.keep(f"rank curve {layer}", found)
+            elif search is not None:
+                plans[layer] = search.best_shape(plans[layer])
+                if self.method.coded:
+                    curves[layer] = search.byte_curve(plans[layer])
+                else:
+                    curves[layer] = search.rank_curve(plans[layer], self.method.rank_allocation)
+                found = {"geometry": asdict(plans[layer]), "errors": list(curves[layer].items())}
+                self.record.keep(f"rank curve {layer}", found)
+            bits = self.method.code_bits(plans[layer]) if self.method.coded else None
+            uniform[layer] = plans[layer].kv_lora_rank if bits is None else bits // 8
+            if search is not None and compares:
+                first.replace(search.attention(*search.convert(plans[layer], bits)))
+        if divergences is None:
+            divergences = list(first.divergences().items())
+            self.record.keep("divergences", divergences)
+        for layer, divergence in divergences:
+            curves[layer] = scaled(curves[layer], uniform[layer], divergence)
+        shares = allocate_ranks(curves, sum(uniform.values()))
         if self.method.coded:
-            sizes = allocate_ranks(curves, sum(self.method.code_bits(plan) for plan in plans.values()) // 8)
-            self.code_bits = {layer: 8 * size for layer, size in sizes.items()}
+            self.code_bits = {layer: 8 * size for layer, size in shares.items()}
             return plans
-        ranks = allocate_ranks(curves, sum(plan.kv_lora_rank for plan in plans.values()))
-        return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in ranks.items()}
+        return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in shares.items()}
 
     def _layer(
         self, layer: int, geometry: MLAGeometry, walk: CalibrationWalk | None

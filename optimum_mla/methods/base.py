@@ -132,7 +132,7 @@ class MLATransformation(ModelTransformation):
             raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
         self.shared_rope = shared_rope
         shared = self.factorization == "calibrated" and self.budget.energy is None
-        measured_ranks = shared and not shared_rope and not self.coded
+        measured_ranks = shared and not shared_rope and not (self.coded and stored)
         self.rank_allocation = rank_allocation or ("error" if measured_ranks else "uniform")
         check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         if self.coded:

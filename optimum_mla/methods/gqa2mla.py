@@ -76,7 +76,8 @@ class GQA2MLA(MLATransformation):
         latent_norm: bool = False,
         **options: Unpack[MLAOptions],
     ) -> None:
-        if rope_cache == "cached" and options.get("rank_allocation") is None:
+        sized = options.get("kv_cache_budget") is None and options.get("rank_allocation") is None
+        if rope_cache == "cached" and sized:
             options["rank_allocation"] = "uniform"  # Inference engines need latents of one size in all layers.
         super().__init__(**options)
         decoupled = self.factorization == "calibrated"

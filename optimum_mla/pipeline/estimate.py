@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from optimum_mla.convert.run import ALLOCATION_WINDOWS
+from optimum_mla.calibrate.sensitivity import SENSITIVITY_TOKENS
+from optimum_mla.convert.first_pass import ALLOCATION_WINDOWS
 from optimum_mla.core.geometry import ModelGeometry
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models.registry import family_of
@@ -68,6 +69,7 @@ class Work:
         first_tokens: Tokens of the pass in which the choices for all layers together are made.
         factorizes: Whether weights are factorized with calibration.
         evaluated_tokens: Tokens that are run through both models for the perplexity alone.
+        compared_tokens: Tokens of the first pass that are also run through the layers behind each replaced one.
     """
 
     layers: int
@@ -75,6 +77,7 @@ class Work:
     first_tokens: int = 0
     factorizes: bool = False
     evaluated_tokens: int = 0
+    compared_tokens: int = 0
 
 
 def probe(config: PreTrainedConfig, device: torch.device, window_tokens: int = PROBE_TOKENS) -> Probe:
@@ -120,10 +123,11 @@ def work_of(transformation: MLATransformation, layers: int, evaluation: Tensor |
     if given is None or not transformation.needs_calibration:
         return Work(layers, evaluated_tokens=evaluated)
     tokens = given.numel() if isinstance(given, Tensor) else 0
-    first = 0
+    first, compared = 0, 0
     if isinstance(given, Tensor) and (transformation.rank_allocation != "uniform" or transformation.shared_rope):
         first = min(ALLOCATION_WINDOWS, len(given)) * given.shape[1]
-    return Work(layers, tokens, first, transformation.factorization == "calibrated", evaluated)
+        compared = min(SENSITIVITY_TOKENS, first) if transformation.rank_allocation == "error" else 0
+    return Work(layers, tokens, first, transformation.factorization == "calibrated", evaluated, compared)
 
 
 def seconds_of(work: Callable[[], None]) -> float:
@@ -149,6 +153,7 @@ def conversion_seconds(speed: Probe, work: Work) -> float:
         work: The work of the conversion.
     """
     passes = WALKED * work.tokens + FIRST_PASS * work.first_tokens + EVALUATED * work.evaluated_tokens
+    passes += work.layers / 2 * work.compared_tokens
     solutions = SOLUTIONS * (1 if not work.first_tokens else 2) if work.factorizes else 0
     return work.layers * (PLAIN_SECONDS + passes * speed.token_seconds + solutions * speed.solution_seconds)
 

@@ -33,6 +33,11 @@ def bent(predicted: dict[int, float], measured: dict[int, float]) -> dict[int, f
     return {rank: measured[low] * (error / predicted[low]) ** power for rank, error in predicted.items()}
 
 
+def scaled(curve: dict[int, float], rank: int, error: float) -> dict[int, float]:
+    """Return a curve times the factor that makes the error at one of its ranks a given one."""
+    return {one: value * error / curve[rank] if curve[rank] > 0 else error for one, value in curve.items()}
+
+
 def allocate_ranks(curves: dict[int, dict[int, float]], total: int) -> dict[int, int]:
     """Return ranks by layer that make the sum of errors small and add up to `total`, as far as the curves reach.
 

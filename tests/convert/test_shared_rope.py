@@ -52,7 +52,7 @@ def test_the_frequencies_are_those_with_the_most_damage_together() -> None:
         assert damage.shape == (2, 8)
         assert (damage[0] >= damage[1]).all()
         total += damage
-    shared = choose_shared_rope(method, run._first_pass(), run.plans())
+    shared = choose_shared_rope(method, run._first_pass().search, run.plans())
     assert shared.dims == 8
     assert int(shared.counts.sum()) == 4
     kept = torch.stack([total[slot, pair] for pair in range(8) for slot in range(int(shared.counts[pair]))])

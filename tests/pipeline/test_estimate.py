@@ -42,7 +42,7 @@ def test_the_probe_measures_a_layer_of_every_family(family: str) -> None:
 def test_the_work_follows_the_options() -> None:
     ids = token_ids(32, 24)
     by_error = work_of(GQA2MLA(kv_cache_ratio=0.5, calibration=ids), 3)
-    assert by_error == Work(3, 32 * 24, 16 * 24, True)
+    assert by_error == Work(3, 32 * 24, 16 * 24, True, compared_tokens=16 * 24)
     uniform = work_of(GQA2MLA(kv_cache_ratio=0.5, calibration=ids, rank_allocation="uniform"), 3, token_ids(2, 10))
     assert uniform == Work(3, 32 * 24, 0, True, 20)
     assert work_of(GQA2MLA(kv_cache_ratio=0.5), 2) == Work(2)
@@ -54,6 +54,7 @@ def test_the_time_adds_up_the_work() -> None:
     assert plain == 4 * PLAIN_SECONDS
     walked = conversion_seconds(speed, Work(4, 1000, 100, True)) - plain
     assert walked == pytest.approx(4 * (WALKED * 1 + FIRST_PASS * 0.1 + 2 * SOLUTIONS * 0.5))
+    assert conversion_seconds(speed, Work(4, compared_tokens=1000)) - plain == pytest.approx(4 * 2)
     assert conversion_seconds(speed, Work(4, evaluated_tokens=1000)) - plain == pytest.approx(4 * EVALUATED)
 
 
