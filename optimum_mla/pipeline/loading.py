@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows
-from optimum_mla.calibrate.text import token_windows, window_length
+from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows, with_repeats
+from optimum_mla.calibrate.recall import DEFAULT_REPEATS
+from optimum_mla.calibrate.text import text_beginning, token_windows, window_length
 from optimum_mla.core.errors import (
     CorruptWeightsError,
     InvalidValueError,
@@ -57,6 +58,7 @@ class TextOptions:
         chat_template: The calibration data are chats, to be rendered by the tokenizer's chat template.
         calibration_samples: Windows of calibration text.
         calibration_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
+        calibration_repeats: Number of windows of which one repeats itself, so that exact recall counts; 0 for none.
         eval_data: Text for the perplexity before and after, or None.
         eval_samples: At most so many windows of it.
         eval_length: Tokens per window of it; None as for `calibration_length`.
@@ -68,6 +70,7 @@ class TextOptions:
     chat_template: bool = False
     calibration_samples: int = 128
     calibration_length: int | None = None
+    calibration_repeats: int = DEFAULT_REPEATS
     eval_data: str | None = None
     eval_samples: int = 128
     eval_length: int | None = None
@@ -280,6 +283,8 @@ def read_texts(
         InvalidValueError: The number of windows or their length is not possible.
         CalibrationDataError: A text is missing, malformed or shorter than one window.
     """
+    if texts.calibration_repeats < 0:
+        raise InvalidValueError("calibration_repeats", texts.calibration_repeats, "integers from 0")
     windows: dict[str, Tensor] = {}
     data: dict[str, dict[str, Any]] = {}
     for kind, source, samples, length in (
@@ -296,11 +301,16 @@ def read_texts(
                 ids = built_in_windows(tokenizer, length, samples)
             else:
                 ids = token_windows(tokenizer, source, length, samples, field, chats)
+            if kind == "calibration":
+                start = 0 if tokenizer is None else len(text_beginning(tokenizer))
+                ids = with_repeats(ids, texts.calibration_repeats, start)
             windows[field] = ids
             digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             origin = str(source) if isinstance(source, str | Path) else "token ids"
             origin = "built-in" if origin == str(BUILT_IN_TEXT) else origin
             data[field] = {"source": origin, "windows": len(ids), "tokens_per_window": length, "sha256": digest}
+            if kind == "calibration":
+                data[field]["repeats"] = texts.calibration_repeats
     return windows.get("calibration-data"), windows.get("eval-data"), data
 
 

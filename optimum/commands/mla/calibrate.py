@@ -49,6 +49,7 @@ class MLACalibrateCommand(BaseOptimumCLICommand):
                     chat_template=args.chat_template,
                     calibration_samples=args.calibration_samples,
                     calibration_length=args.calibration_length,
+                    calibration_repeats=args.calibration_repeats,
                 ),
                 dtype=args.dtype,
                 device=args.device,

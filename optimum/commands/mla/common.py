@@ -54,6 +54,14 @@ def add_calibration_text(group: _ArgumentGroup) -> None:
     )
     group.add_argument("--calibration-length", type=int, metavar="N", help=LENGTH_HELP)
     group.add_argument(
+        "--calibration-repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="Let one window of N repeat itself, so that what copies and looks up words of long ago is kept; 0 for "
+        "none. Default: 3.",
+    )
+    group.add_argument(
         "--chat-template",
         action="store_true",
         help="Treat the calibration data as chats: rows with a messages column, which the chat template of the "

@@ -144,9 +144,9 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         calibration.add_argument(
             "--rank-allocation",
             metavar="RULE",
-            help="How the layers share the cache: error (where the measured error falls most), energy (each layer "
-            "loses the same share of its energy) or uniform. Default: error, but uniform with --cache-budget, "
-            "--rope-cache cached, --shared-rope or --uncalibrated.",
+            help="How the layers share the cache: error (where the model's predictions gain most), energy (each layer "
+            "loses the same share of its energy) or uniform. Default: error, but uniform with --shared-rope, "
+            "--statistics, --uncalibrated or 16-bit latents of --rope-cache cached.",
         )
 
         position = parser.add_argument_group("position (rotary embedding)")
@@ -267,6 +267,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                     chat_template=args.chat_template,
                     calibration_samples=args.calibration_samples,
                     calibration_length=args.calibration_length,
+                    calibration_repeats=args.calibration_repeats,
                     eval_data=args.eval_data,
                     eval_samples=args.eval_samples,
                     eval_length=args.eval_length,
