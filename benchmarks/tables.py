@@ -589,6 +589,22 @@ def rope_dims() -> str:
     return table(header, [row for _, row in sorted(rows)])
 
 
+def fidelity() -> str:
+    """Return how far the predictions of the real model move on running text and on passages read twice."""
+    found = result("fidelity")
+    sides = []
+    for kind, told in (("windows", "windows of {:,}"), ("read_twice", "read again, {:,}")):
+        sets = [one for one in found["measured"] if one["kind"] == kind]
+        header = ("divergence / excess, nats", *(f"{one['text']}, {told.format(one['tokens'])}" for one in sets))
+        rows = []
+        for number, row in enumerate(found["config"]["rows"]):
+            cells = (one["rows"][number] for one in sets)
+            shown = _named(row) if "cache" in row else f"`{row['model']}`"
+            rows.append((shown, *(f"{cell['divergence']:.3f} / {cell['excess']:.3f}" for cell in cells)))
+        sides.append(table(header, rows))
+    return "\n\n".join([*sides, prose(f"Measured by `make bench-fidelity` on {found['machine']}.")])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -609,6 +625,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         real_conversion,
         real_abilities,
         real_depths,
+        fidelity,
         real_speed,
         rope_dims,
         real_recovery,
