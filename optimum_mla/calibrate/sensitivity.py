@@ -13,6 +13,8 @@ from optimum_mla.calibrate.walk import CalibrationWalk
 SENSITIVITY_TOKENS = 2048
 """Number of tokens whose predictions are compared, rounded down to whole windows, of which there is one at least. All
 layers behind a replaced one compute them again, so that the work grows with the square of the number of layers."""
+STREAM_NUMBERS = 2**28
+"""Largest number of numbers in the streams of all layers together; there are fewer tokens where they would be more."""
 TOKENS_AT_ONCE = 256
 """Number of tokens whose predictions are computed at once."""
 
@@ -29,7 +31,8 @@ class Sensitivity:
 
     def __init__(self, walk: CalibrationWalk) -> None:
         self._walk = walk
-        self._windows = min(len(walk.windows), max(1, SENSITIVITY_TOKENS // walk.windows.shape[1]))
+        room = STREAM_NUMBERS // (walk.model.num_layers * walk.source.shape[-1])
+        self._windows = min(len(walk.windows), max(1, min(SENSITIVITY_TOKENS, room) // walk.windows.shape[1]))
         self._streams: dict[int, Tensor] = {}
 
     def replace(self, attention: nn.Module) -> None:
@@ -40,11 +43,9 @@ class Sensitivity:
     def advance(self) -> None:
         """Carry the walk, and the streams of earlier layers, through the layer before which the walk stands."""
         walk = self._walk
-        earlier = [layer for layer in self._streams if layer != walk.layer]
-        if earlier:
-            states = torch.cat([self._streams[layer] for layer in earlier])
-            moved = walk.through(walk.decoder_layer, states).split(self._windows)
-            self._streams |= dict(zip(earlier, moved, strict=True))
+        for layer, states in self._streams.items():
+            if layer != walk.layer:
+                self._streams[layer] = walk.through(walk.decoder_layer, states)
         walk.advance()
 
     def divergences(self) -> dict[int, float]:
