@@ -34,8 +34,10 @@ def bent(predicted: dict[int, float], measured: dict[int, float]) -> dict[int, f
 
 
 def scaled(curve: dict[int, float], rank: int, error: float) -> dict[int, float]:
-    """Return a curve times the factor that makes the error at one of its ranks a given one."""
-    return {one: value * error / curve[rank] if curve[rank] > 0 else error for one, value in curve.items()}
+    """Return a curve times the factor that makes the error at a rank within its reach a given one."""
+    table = _every_rank(curve)
+    held = table[min(max(rank, min(table)), max(table))]
+    return {one: value * error / held if held > 0 else error for one, value in curve.items()}
 
 
 def allocate_ranks(curves: dict[int, dict[int, float]], total: int) -> dict[int, int]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.plan.allocation import SMALLEST_SHARE, allocate_ranks, bent, rank_range
+from optimum_mla.plan.allocation import SMALLEST_SHARE, allocate_ranks, bent, rank_range, scaled
 
 Curves = dict[int, dict[int, float]]
 
@@ -146,3 +146,9 @@ def test_a_prediction_is_bent_to_what_was_measured(
 @pytest.mark.parametrize("measured", [{1: 1.0, 3: 1.0}, {1: 0.5, 3: 1.0}, {1: 1.0, 3: 0.0}], ids=str)
 def test_what_does_not_fall_is_taken_as_it_is(measured: dict[int, float]) -> None:
     assert bent({1: 4.0, 2: 2.0, 3: 1.0}, measured) == measured
+
+
+def test_a_curve_is_scaled_at_a_rank_between_its_own() -> None:
+    assert scaled({4: 9.0, 8: 1.0}, 6, 6.0) == pytest.approx({4: 18.0, 8: 2.0})
+    assert scaled({4: 9.0, 8: 3.0}, 20, 1.0) == pytest.approx({4: 3.0, 8: 1.0})
+    assert scaled({4: 0.0, 8: 0.0}, 4, 0.5) == {4: 0.5, 8: 0.5}
