@@ -58,7 +58,7 @@ class TextOptions:
         chat_template: The calibration data are chats, to be rendered by the tokenizer's chat template.
         calibration_samples: Windows of calibration text.
         calibration_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
-        calibration_repeats: Number of windows of which one repeats itself, so that exact recall counts; 0 for none.
+        calibration_repeats: Number of windows of which one repeats itself, so that copying counts; 0 for none.
         eval_data: Text for the perplexity before and after, or None.
         eval_samples: At most so many windows of it.
         eval_length: Tokens per window of it; None as for `calibration_length`.

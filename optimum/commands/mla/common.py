@@ -58,8 +58,8 @@ def add_calibration_text(group: _ArgumentGroup) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="Let one window of N repeat itself, so that what copies and looks up words of long ago is kept; 0 for "
-        "none. Default: 3.",
+        help="Let one window of N repeat itself, so that the heads that copy words of long ago count; 0 for none. "
+        "Default: 3.",
     )
     group.add_argument(
         "--chat-template",
