@@ -14,8 +14,8 @@ def with_repeats(windows: Tensor, every: int, start: int = 0) -> Tensor:
     """Return windows [N, L] of which every so-many-th one repeats itself.
 
     In ordinary text, hardly any token asks for exact words of long ago. So the heads that copy them seem to need little
-    and are left little: then passages are no longer copied, while the perplexity hardly shows it. In a window that repeats itself, each token is the one that stands a period before it; the periods are
-    `PERIODS` in turn.
+    and are left little: then passages are no longer copied, while the perplexity hardly shows it. In a window that
+    repeats itself, each token is the one that stands a period before it; the periods are `PERIODS` in turn.
 
     Args:
         windows: Token ids.
