@@ -37,7 +37,7 @@ def rotary_damage(layer: LayerStates, mix: RopeMix) -> Tensor:
     twice = torch.where(first == second, 1.0, 2.0).double()
     scaling = layer.source.attention_scaling
     turns = torch.complex(*(part[0].double() for part in layer.turns))  # [L, D/2]
-    for window in windows:
+    for window in walk.processes.share(windows):
         heads = layer.heads(walk.converted[window, None])
         weights = layer.weights(heads.query, heads.key)
         effect = layer.value_spread(weights, heads.value)[0] * layer.relative_weights[window]  # [H, L]
@@ -63,4 +63,5 @@ def rotary_damage(layer: LayerStates, mix: RopeMix) -> Tensor:
             reader = torch.stack([a.real, a.imag, -b.real, -b.imag])
             change = (reader[first] * reader[second] * covariance * twice[:, None, None]).sum(0)
             total += (change * effect[head, rows, None].double()).sum(0).clamp_min(0)
+    (total,) = walk.processes.total(total)
     return total * g.head_dim**-1.0 / (len(windows) * len(rows))

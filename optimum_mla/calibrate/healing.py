@@ -33,21 +33,25 @@ def refit_output(layer: LayerStates, attention: nn.Module) -> Healing:
 def _regression(layer: LayerStates, attention: nn.Module, bias: Tensor | None, batches: Iterable[Tensor]) -> Regression:
     """Return the sums of the regression over some windows, whose indices come in batches."""
     walk = layer.walk
+    output: nn.Linear = attention.o_proj  # type: ignore[assignment]
     contexts: list[Tensor] = []
-    hook = attention.get_submodule("o_proj").register_forward_pre_hook(lambda _, args: contexts.append(args[0]))
-    total: Regression | None = None
+    hook = output.register_forward_pre_hook(lambda _, args: contexts.append(args[0]))
+    gram, cross = (
+        torch.zeros(output.in_features, width, dtype=torch.float64, device=walk.device)
+        for width in (output.in_features, output.out_features)
+    )
+    square, rows = 0.0, 0
     try:
         for windows in batches:
-            list(walk.outputs(attention, walk.converted[windows]))
+            walk.output(attention, walk.converted[windows])
             wanted = walk.wanted(windows) if bias is None else walk.wanted(windows) - bias
             root = layer.row_weights[windows].sqrt().flatten()[:, None].double()
             context = torch.cat(contexts).flatten(0, 1).double() * root
             contexts.clear()
             wanted = wanted.flatten(0, 1).double() * root
-            part = Regression(context.T @ context, context.T @ wanted, float(wanted.square().sum()), len(root))
-            total = part if total is None else total + part
+            gram += context.T @ context
+            cross += context.T @ wanted
+            square, rows = square + float(wanted.square().sum()), rows + len(root)
     finally:
         hook.remove()
-    if total is None:
-        raise RuntimeError("no calibration windows")
-    return total
+    return Regression(*walk.processes.total(gram, cross, square, rows))

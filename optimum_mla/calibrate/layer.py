@@ -14,6 +14,7 @@ from optimum_mla.calibrate.healing import refit_output
 from optimum_mla.calibrate.moments import FIRST_TOKENS, LayerMoments, contribution, gather_moments
 from optimum_mla.calibrate.states import LayerStates
 from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.calibrate.windows import fitted
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.ops.ridge import Healing
 from optimum_mla.ops.rope_mix import RopeMix
@@ -44,7 +45,7 @@ class LayerCalibration(Calibration):
 
     def inputs(self) -> Tensor:
         """Return normed inputs of some tokens, without the first ones of a window, [T, d]; see `Calibration`."""
-        fit = torch.cat(self._walk.fitted_batches())
+        fit = fitted(len(self._walk.windows))
         later = range(min(FIRST_TOKENS, self._walk.windows.shape[1] - 1), self._walk.windows.shape[1])
         step = -(-len(fit) * len(later) // SAMPLE_TOKENS)
         picked = torch.arange(0, len(fit) * len(later), step)
@@ -68,9 +69,9 @@ class LayerCalibration(Calibration):
         walk, total, tokens = self._walk, 0.0, 0
         for windows in walk.deciding_batches():
             states, weights = walk.converted[windows], self._states.row_weights[windows]
-            (output,) = walk.outputs(attention, states)
-            squares = (output - walk.wanted(windows)).double().square().mean(-1) * weights
+            squares = (walk.output(attention, states) - walk.wanted(windows)).double().square().mean(-1) * weights
             total, tokens = total + float(squares.sum()), tokens + squares.numel()
+        total, tokens = walk.processes.total(total, tokens)
         return math.sqrt(total / tokens) if math.isfinite(total) else math.inf
 
     def heal(self, attention: nn.Module) -> Healing:

@@ -68,6 +68,9 @@ def gather_moments(layer: LayerStates) -> LayerMoments:
         apart, reached = apart + found[0], reached + found[1]
         key_scale += heads.key_factor.double().square().sum((0, 2))
         count += row.numel()
+    inputs, mean, queries, apart, reached, key_scale, total, count = walk.processes.total(
+        inputs, mean, queries, apart, reached, key_scale, total, count
+    )
     mean = mean / total
     queries = queries / count
     cos, sin = (part[0].double() / layer.source.attention_scaling for part in layer.turns)
@@ -95,4 +98,5 @@ def contribution(layer: LayerStates) -> Tensor:
         sizes = [x.double().unflatten(-1, (2, -1)).norm(dim=-2) for x in (heads.query, heads.key)]  # [B, X, L, D/2]
         grouped = sizes[0].unflatten(1, (g.num_key_value_heads, -1)).mean(2)
         total += (grouped * sizes[1]).sum((0, 2))
+    total, tokens = walk.processes.total(total, tokens)
     return total / tokens

@@ -32,10 +32,11 @@ def stream_perplexities(walk: CalibrationWalk, windows: Tensor | None = None) ->
     found = []
     for states in (walk.source, walk.converted):
         chosen = states if windows is None else states[windows]
-        total = sum(
+        total: float = sum(
             _loss(norm(part[:, :-1]).flatten(0, 1), head, of.to(walk.device)[:, 1:].flatten(), logits)
             for part, of in zip(walk.batches(chosen), walk.batches(ids), strict=True)
         )
+        (total,) = walk.processes.total(total)
         mean = total / ids[:, 1:].numel()
         found.append(math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf)
     return found[0], found[1]

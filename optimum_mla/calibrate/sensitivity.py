@@ -65,13 +65,15 @@ class Sensitivity:
         found = dict.fromkeys(self._streams, 0.0)
         pieces = {layer: stream.flatten(0, 1).split(TOKENS_AT_ONCE) for layer, stream in self._streams.items()}
         source = walk.source[: self._windows].flatten(0, 1)
-        for number, states in enumerate(source.split(TOKENS_AT_ONCE)):
-            expected = predicted(states)
+        parts = source.split(TOKENS_AT_ONCE)
+        for number in walk.processes.share(torch.arange(len(parts))).tolist():
+            expected = predicted(parts[number])
             weights = expected.exp()
             for layer in found:
                 off = expected - predicted(pieces[layer][number])
                 found[layer] += float((weights * off).sum(-1).double().sum()) / len(source)
-        return {layer: max(0.0, divergence) for layer, divergence in found.items()}  # Rounding may leave less.
+        totals = walk.processes.total(*found.values())
+        return {layer: max(0.0, total) for layer, total in zip(found, totals, strict=True)}  # Rounding may leave less.
 
 
 def _headed(states: Tensor, head: nn.Module) -> Tensor:

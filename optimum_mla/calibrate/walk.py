@@ -6,12 +6,11 @@ in the source, and those before the layer in the converted model. Where the stat
 before it plus a multiple of the attention's output, it also keeps this output. So its memory does not grow with the
 number of layers.
 One layer at a time is copied to float32, or to float64 if the model is in float64. N is the number of windows and L the
-number of tokens in each.
+number of tokens in each. Several processes share the windows of each step, and each keeps the states of all windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_mla.calibrate.windows import deciding, fitted
+from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.models.layer_source import LayerSource, for_walking
 from optimum_mla.stack import bare_copy
@@ -35,9 +35,11 @@ class CalibrationWalk:
     Args:
         model: The layers of the model.
         windows: Token ids, [N, L].
+        processes: The processes that share the work.
 
     Attributes:
         windows: The token ids.
+        processes: The processes that share the work.
         layer: Index of the layer before which the walk stands.
         source: The source's states before the layer, [N, L, d].
         middle: The source's states behind the layer's attention, [N, L, d].
@@ -46,8 +48,8 @@ class CalibrationWalk:
         position_embeddings: cos and sin of the rotary embedding as the layer gets them, [1, L, W] each.
     """
 
-    def __init__(self, model: LayerSource, windows: Tensor) -> None:
-        self.model, self.windows, self.device = model, windows, model.device
+    def __init__(self, model: LayerSource, windows: Tensor, processes: Processes = ALONE) -> None:
+        self.model, self.windows, self.device, self.processes = model, windows, model.device, processes
         self.dtype = torch.promote_types(model.dtype, torch.float32)
         self.source = model.embed(windows.to(self.device)).to(self.dtype)
         self.converted = self.middle = self._leaving = self.source
@@ -62,8 +64,8 @@ class CalibrationWalk:
         window, spec = sliding_window(self.model.config, layer), self.model.family.spec
         self.windowed, self.mask = window is not None, self._mask(window)
         self.position_embeddings = self.model.table(layer, self.source[:1], self.position_ids)
-        middles: list[Tensor] = []
-        outputs: list[Tensor] = []
+        none = self.source[:0]
+        middles, outputs = [none], [none]
         with ExitStack() as stack:
             output = self.attention.register_forward_hook(lambda _, args, given: outputs.append(given[0]))
             stack.callback(output.remove)
@@ -72,10 +74,11 @@ class CalibrationWalk:
                 hook = behind.register_forward_pre_hook(lambda _, args: middles.append(args[0]))
                 stack.callback(hook.remove)
             self._leaving = self.through(self.decoder_layer, self.source)
-        attended = torch.cat(outputs)
+        attended = self.processes.gathered(torch.cat(outputs), len(self.source))
         # Where the feed-forward part runs beside the attention, its norm gets the state before both, or there is none.
-        beside = not middles or torch.equal(middles[0], self.source[: len(middles[0])])
-        self.middle = self.source + attended if beside else torch.cat(middles)
+        middle = None if behind is None else self.processes.gathered(torch.cat(middles), len(self.source))
+        beside = middle is None or torch.equal(middle, self.source)
+        self.middle = self.source + attended if middle is None or beside else middle
         branch = _branch(self.middle[:1] - self.source[:1], attended[:1])
         self._branch, self._attended = branch or 1.0, attended if branch is None else None
 
@@ -129,16 +132,20 @@ class CalibrationWalk:
         return (self.middle[windows] - self.converted[windows]) / self._branch
 
     def batches(self, states: Tensor) -> tuple[Tensor, ...]:
-        """Return states [N, L, ...] split along N into batches of at most `TOKENS_PER_BATCH` tokens, or one window."""
-        return states.split(self._windows_per_batch)
+        """Return this process's share of states [N, L, ...], split along N into batches.
+
+        They have at most `TOKENS_PER_BATCH` tokens, or one window.
+        """
+        share = self.processes.share(states)
+        return share.split(self._windows_per_batch) if len(share) else ()
 
     def fitted_batches(self) -> tuple[Tensor, ...]:
-        """Return the indices of the windows that fits may see, in batches of about `TOKENS_PER_BATCH` tokens."""
-        return fitted(len(self.windows)).split(self._windows_per_batch)
+        """Return the indices of the windows that fits may see, of which this process has its share, in batches."""
+        return self.batches(fitted(len(self.windows)))
 
     def deciding_batches(self) -> tuple[Tensor, ...]:
         """Return the indices of the windows on which candidates are compared, in such batches."""
-        return deciding(len(self.windows)).split(self._windows_per_batch)
+        return self.batches(deciding(len(self.windows)))
 
     @property
     def _windows_per_batch(self) -> int:
@@ -177,10 +184,9 @@ class CalibrationWalk:
             "position_ids": self.position_ids,
         }
 
-    def outputs(self, attention: nn.Module, states: Tensor) -> Iterator[Tensor]:
-        """Yield the output of an attention for each batch of states, after the norm before the attention."""
-        for batch in self.batches(states):
-            yield attention(self.input_norm(batch), **self._keywords)[0]
+    def output(self, attention: nn.Module, states: Tensor) -> Tensor:
+        """Return the output of an attention for a batch of states, after the norm before the attention."""
+        return attention(self.input_norm(states), **self._keywords)[0]  # type: ignore[no-any-return]
 
     def advance(self, attention: nn.Module | None = None) -> None:
         """Carry the hidden states of both models through the layer.
@@ -205,11 +211,11 @@ class CalibrationWalk:
 
     def through(self, layer: nn.Module, states: Tensor) -> Tensor:
         """Return the states [B, L, d] behind a decoder layer at the walk's place, for states before it."""
-        left = []
+        left = [states[:0]]
         for batch in self.batches(states):
             output = layer(batch, **self._keywords)
             left.append(output[0] if isinstance(output, tuple) else output)
-        return torch.cat(left)
+        return self.processes.gathered(torch.cat(left), len(states))
 
 
 def _branch(added: Tensor, attended: Tensor) -> float | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from optimum_mla.calibrate.sensitivity import Sensitivity
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.convert.search import LayerSearch
+from optimum_mla.core.processes import Processes
 from optimum_mla.models import SourceAttention
 from optimum_mla.models.layer_source import LayerSource
 
@@ -24,6 +25,7 @@ class FirstPass:
         source: The layers of the model.
         tokens: The calibration tokens, [N, L], or None with statistics.
         make_search: Returns the search of a layer, given the walk and the layer.
+        processes: The processes that share the work.
     """
 
     def __init__(
@@ -31,8 +33,9 @@ class FirstPass:
         source: LayerSource,
         tokens: Tensor | None,
         make_search: Callable[[CalibrationWalk | None, int, SourceAttention], LayerSearch | None],
+        processes: Processes,
     ) -> None:
-        self._source, self._tokens, self._make_search = source, tokens, make_search
+        self._source, self._tokens, self._make_search, self._processes = source, tokens, make_search, processes
         self._sensitivity: Sensitivity | None = None
         self._walk: CalibrationWalk | None = None
 
@@ -40,7 +43,8 @@ class FirstPass:
         """Return the search of a layer; the layers are asked for in order, and some may be left out."""
         if self._tokens is not None:
             if self._walk is None or self._sensitivity is None:
-                self._walk = CalibrationWalk(self._source, self._tokens[:: -(-len(self._tokens) // ALLOCATION_WINDOWS)])
+                tokens = self._tokens[:: -(-len(self._tokens) // ALLOCATION_WINDOWS)]
+                self._walk = CalibrationWalk(self._source, tokens, self._processes)
                 self._sensitivity = Sensitivity(self._walk)
             while self._walk.layer < layer:
                 self._sensitivity.advance()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,25 @@ class Record:
     def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
         """Return the tensors of a layer's converted attention by their names in it, and its result; None if unknown."""
         return None
+
+
+class SharedRecord(Record):
+    """The record that the first of several processes keeps, and that all of them ask in the same order.
+
+    Args:
+        own: The record of the first process; those of the others are not used.
+        processes: The processes.
+    """
+
+    def __init__(self, own: Record, processes: Processes) -> None:
+        self._own, self._processes = own, processes
+
+    def known(self, key: str) -> Any:
+        return self._processes.told(self._own.known(key) if self._processes.leads else None)
+
+    def keep(self, key: str, value: Any) -> None:
+        if self._processes.leads:
+            self._own.keep(key, value)
+
+    def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
+        return self._processes.told(self._own.layer(index) if self._processes.leads else None)

@@ -23,6 +23,7 @@ from optimum_mla.convert.search import LayerSearch
 from optimum_mla.convert.shared_rope import choose_shared_rope
 from optimum_mla.core.errors import CorruptWeightsError, UnsupportedModelError
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import progress
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.families.verify import verify_family
@@ -53,6 +54,7 @@ class Run:
         evaluation: Token ids, [E, L], on which the perplexity before and after the conversion is measured. None takes
             the windows on which a calibrated conversion makes its choices, if `evaluate` says that it is wanted.
         evaluate: Whether the perplexity is measured.
+        processes: The processes that share the work, each with a run of its own of the same conversion.
 
     Attributes:
         source: The layers of the model.
@@ -72,8 +74,10 @@ class Run:
         record: Record | None = None,
         evaluation: Tensor | None = None,
         evaluate: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         self.method, self.source, self.record = method, LayerSource(model), record or Record()
+        self.processes = processes
         self.config, self.family = self.source.config, self.source.family
         self.layers = method.covered_layers(self.config)
         spec = self.family.spec
@@ -127,7 +131,7 @@ class Run:
             with reading_weights():
                 verify_family(model, self.family.spec, self.layers)
         plans = self._planned()
-        walk = None if self.tokens is None else CalibrationWalk(self.source, self.tokens)
+        walk = None if self.tokens is None else CalibrationWalk(self.source, self.tokens, self.processes)
         evaluated = self._evaluated(walk)
         walks = list(dict.fromkeys(one for one in (walk, evaluated) if one is not None))
         last = self.source.num_layers if evaluated is not None else max(self.layers) + 1
@@ -146,7 +150,7 @@ class Run:
         """Return the walk whose states give the perplexity, or None."""
         if not self.evaluate:
             return None
-        return walk if self.evaluation is None else CalibrationWalk(self.source, self.evaluation)
+        return walk if self.evaluation is None else CalibrationWalk(self.source, self.evaluation, self.processes)
 
     def _planned(self) -> dict[int, MLAGeometry]:
         """Return the shape of each layer, after the choices that concern all layers together."""
@@ -174,8 +178,12 @@ class Run:
             return None
         return LayerSearch(self.method, self.source, layer, source, LayerCalibration(walk, source))
 
+    def _best_shape(self, search: LayerSearch, geometry: MLAGeometry) -> MLAGeometry:
+        """Return the shape that the first process chooses, because the last digits of predictions may differ."""
+        return self.processes.told(search.best_shape(geometry))
+
     def _first_pass(self) -> FirstPass:
-        return FirstPass(self.source, self.tokens, self._search)
+        return FirstPass(self.source, self.tokens, self._search, self.processes)
 
     def _allocate(self, plans: dict[int, MLAGeometry]) -> dict[int, MLAGeometry]:
         """Return the plans with the same total of ranks, distributed over the layers so that their errors are small.
@@ -192,7 +200,7 @@ class Run:
                 plans[layer] = MLAGeometry(**known["geometry"])
                 curves[layer] = dict(known["errors"])
             elif search is not None:
-                plans[layer] = search.best_shape(plans[layer])
+                plans[layer] = self._best_shape(search, plans[layer])
                 if self.method.coded:
                     curves[layer] = search.byte_curve(plans[layer])
                 else:
@@ -208,7 +216,7 @@ class Run:
             self.record.keep("divergences", divergences)
         for layer, divergence in divergences:
             curves[layer] = scaled(curves[layer], uniform[layer], divergence)
-        shares = allocate_ranks(curves, sum(uniform.values()))
+        shares = self.processes.told(allocate_ranks(curves, sum(uniform.values())))
         if self.method.coded:
             self.code_bits = {layer: 8 * size for layer, size in shares.items()}
             return plans
@@ -235,7 +243,7 @@ class Run:
             tensors = self.method.convert_layer(source, geometry, None if search is None else search.calibration)
         else:
             if self.method.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
-                geometry = search.best_shape(geometry)
+                geometry = self._best_shape(search, geometry)
             bits = self.code_bits.get(layer)
             if bits is None and self.method.coded:
                 bits = self.method.code_bits(geometry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -21,13 +22,16 @@ def progress(items: Iterable[T], description: str, main: bool = False) -> Iterab
     """Iterate over items and show how far the work is, and how long the rest should take.
 
     On a terminal there is a progress bar once the work has taken over two seconds. Elsewhere, as in a log file, lines
-    on standard error say what has been done: every half minute, or after each item of the main work of a command.
+    on standard error say what has been done: every half minute, or after each item of the main work of a command. Of
+    several processes, only the first one shows anything.
 
     Args:
         items: What to iterate over.
         description: A few words on the work.
         main: Whether this is the main work of a command. Its bar stays when it is done.
     """
+    if int(os.environ.get("RANK", 0)):
+        return items
     total = len(items) if isinstance(items, Sized) else None
     if sys.stderr.isatty():
         return tqdm(items, desc=description, total=total, delay=DELAY_SECONDS, leave=main)

@@ -50,19 +50,29 @@ def lock_file(folder: Path) -> Path:
     return place / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.lock"
 
 
-def claims_output(function: F) -> F:
-    """Decorate a command so that it holds the claim on its argument `output` while it runs.
+def claims_output(distributed: bool = False) -> Callable[[F], F]:
+    """Return a decorator, with which a command holds the claim on its argument `output` while it runs.
 
-    In a distributed run only the process that writes, of rank 0, claims.
+    Args:
+        distributed: Whether the processes of `torchrun` may run the command together. Only that of rank 0 claims then.
     """
-    signature = inspect.signature(function)
 
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        output = signature.bind(*args, **kwargs).arguments["output"]
-        if int(os.environ.get("RANK", 0)) != 0:
-            return function(*args, **kwargs)
-        with claimed(located(output)):
-            return function(*args, **kwargs)
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
 
-    return wrapper  # type: ignore[return-value]
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            output = signature.bind(*args, **kwargs).arguments["output"]
+            if not distributed and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise OutputError(
+                    f"output: the processes of torchrun would all write {output}. Start this command without torchrun; "
+                    "mla-convert and mla-finetune share their work between processes."
+                )
+            if int(os.environ.get("RANK", 0)) != 0:
+                return function(*args, **kwargs)
+            with claimed(located(output)):
+                return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate

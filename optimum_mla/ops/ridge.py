@@ -42,11 +42,6 @@ class Regression:
     square: float
     rows: int
 
-    def __add__(self, other: Regression) -> Regression:
-        return Regression(
-            self.gram + other.gram, self.cross + other.cross, self.square + other.square, self.rows + other.rows
-        )
-
     def residual(self, weight: Tensor) -> Tensor:
         """Return the sum of the products of contexts and what `weight` [d, c] leaves of the targets, [c, d]."""
         return self.cross - self.gram @ weight.T

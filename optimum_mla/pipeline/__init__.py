@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from optimum_mla.pipeline.conversion_options import build_transformation
-from optimum_mla.pipeline.convert import convert
+from optimum_mla.pipeline.convert import assist, convert
 from optimum_mla.pipeline.loading import TextOptions, load_source_config
 from optimum_mla.pipeline.quantize import quantize
 
@@ -31,6 +31,7 @@ LATER = {
 __all__ = [
     "BenchmarkOptions",
     "TextOptions",
+    "assist",
     "benchmark",
     "build_transformation",
     "calibrate",

@@ -19,7 +19,7 @@ from optimum_mla.report.rows import BenchmarkReport
 NO_BASELINE = "none"
 
 
-@claims_output
+@claims_output()
 def benchmark(
     model: str,
     output: str | Path,
@@ -103,7 +103,7 @@ def find_baseline(model: str, baseline: str | None, revision: str | None) -> Nam
     return source_of(model, "baseline", "Name the model to compare with by --baseline, or give --baseline none.")
 
 
-@claims_output
+@claims_output()
 def compare(
     folders: Iterable[str | Path], output: str | Path, formats: Iterable[str] = FORMATS, overwrite: bool = False
 ) -> None:

@@ -26,7 +26,7 @@ from optimum_mla.pipeline.loading import (
 )
 
 
-@claims_output
+@claims_output()
 def calibrate(
     model: str,
     output: str | Path,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from optimum_mla.calibrate import BUILT_IN_TEXT
-from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
-from optimum_mla.calibrate.windows import deciding_windows
-from optimum_mla.convert import Run
-from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.export.checks import check_exportable
+from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
 from optimum_mla.measure.memory import measured_cache_bytes_per_token
@@ -29,42 +25,25 @@ from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.announcement import announcement
-from optimum_mla.pipeline.conversion_options import (
-    build_transformation,
-    calibrated_texts,
-    check_calibration_is_used,
-    default_size,
-)
 from optimum_mla.pipeline.estimate import PROBE_TOKENS, conversion_memory, conversion_seconds, probe, work_of
-from optimum_mla.pipeline.exporting import exportable_options, exported_model, write_export
+from optimum_mla.pipeline.exporting import exported_model, write_export
 from optimum_mla.pipeline.history import Outcome, remember
-from optimum_mla.pipeline.loading import (
-    NO_TEXTS,
-    TextOptions,
-    check_dtype,
-    load_config,
-    load_model,
-    load_source_config,
-    load_tokenizer,
-    read_texts,
-)
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, load_config, load_model
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
+from optimum_mla.pipeline.preparation import prepare
 from optimum_mla.pipeline.unfinished import UnfinishedConversion, write_model
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
 from optimum_mla.report.quality_limit import quality_warning
 from optimum_mla.report.schema import ConversionReport, LayerReport
 
-RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "kv_cache_budget", "energy", "d_kv"}
 CACHE_PROBE_TOKENS = 64
 """Tokens that the live cache is filled with to weigh it."""
-BUILT_IN_WINDOWS = 8
-"""Largest number of windows of the built-in text on which an uncalibrated conversion without text is measured."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")
 """Files of a checkpoint by which an interrupted conversion tells its source from another."""
 
 
-@claims_output
+@claims_output(distributed=True)
 def convert(
     model: str,
     output: str | Path,
@@ -80,6 +59,7 @@ def convert(
     resume: bool = False,
     announce: Callable[[str], None] | None = None,
     try_family: bool = False,
+    processes: Processes = ALONE,
 ) -> ConversionReport:
     """Convert a checkpoint and write the result with its model card and `conversion_report.json`.
 
@@ -100,13 +80,12 @@ def convert(
             uninterrupted one gives.
         try_family: Describe a family that is not known by what its names suggest, if the model confirms it.
         announce: Called with a few lines that say what will be done and how long it should take, before it starts.
+        processes: The processes that share the work. The first one of them calls this function, and the others call
+            `assist`.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
     """
-    torch.manual_seed(seed)
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
-    check_dtype(dtype)
     inputs = {
         "model": model,
         "calibration-data": texts.calibration_data,
@@ -114,38 +93,10 @@ def convert(
         "eval-data": texts.eval_data,
     }
     folder = check_output(output, inputs, overwrite)
-    config = load_source_config(model, hub, try_family)
-    origin: dict[str, Any] = origin_fields(model, hub)
-    options = {name: value for name, value in (options or {}).items() if value is not None}
-    if export_format is not None:
-        options = exportable_options(export_format, method, options)
-    if not options.keys() & RANK_OPTIONS:
-        options |= default_size(config, method, options, texts, export_format is not None)
-    texts = calibrated_texts(texts, method, options)
-    given = texts.calibration_data is not None or texts.statistics is not None
-    if export_format is not None and method == "gqa2mla" and not given:
-        remedy = "Give calibration data, or take --method x-ecomla."
-        raise InvalidValueError("export_format", export_format, "None for gqa2mla without calibration data", remedy)
-
+    prepared = prepare(model, method, options, texts, dtype, hub, export_format, seed, try_family)
+    config, transformation, data, hub = prepared.config, prepared.transformation, prepared.data, prepared.hub
+    tokenizer, windows, text = prepared.tokenizer, prepared.windows, prepared.text
     stages = Stages()
-    tokenizer = load_tokenizer(
-        model, hub, needed=isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
-    )
-    if tokenizer is not None and texts.calibration_data is None and texts.eval_data is None:
-        texts = replace(texts, eval_data=str(BUILT_IN_TEXT), eval_samples=min(texts.eval_samples, BUILT_IN_WINDOWS))
-    calibration, evaluation, data = read_texts(tokenizer, config, texts)
-    statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
-    if statistics is not None:
-        data["calibration-data"] = {**statistics.data, "statistics": statistics.digest}
-    transformation = build_transformation(method, options, calibration if statistics is None else statistics)
-    check_calibration_is_used(transformation, texts, method)
-    planned = transformation.check(config)
-    if export_format is not None:
-        check_exportable(planned, pad=True)
-    windows, text = evaluation, "evaluation" if texts.eval_data != str(BUILT_IN_TEXT) else "built-in"
-    if windows is None and calibration is not None:
-        windows, text = deciding_windows(calibration), "held-back calibration"
-
     made_from = {
         **conversion_identity(model, hub),
         **{"method": method, "dtype": dtype, "device": device, "seed": seed},
@@ -157,11 +108,10 @@ def convert(
         with stages.stage("load"):
             source = load_model(model, config, dtype, device, hub, offload=unfinished.folder)
         check_space(folder, max(0, weight_bytes(source) - unfinished.bytes))
-        measured_on = evaluation if transformation.needs_calibration else windows
-        run = Run(transformation, source, unfinished, measured_on, evaluate=windows is not None)
-        work = work_of(transformation, len(run.layers), measured_on)
-        length = PROBE_TOKENS if calibration is None else calibration.shape[1]
-        predicted_seconds = conversion_seconds(probe(config, source.device, length), work)
+        run = prepared.run(source, unfinished, processes)
+        work = work_of(transformation, len(run.layers), prepared.measured_on)
+        speed = probe(config, source.device, prepared.window_length or PROBE_TOKENS)
+        predicted_seconds = conversion_seconds(speed, work, processes.size)
         predicted_bytes = conversion_memory(
             config,
             model_geometry(family_of(config).spec, config),
@@ -171,7 +121,9 @@ def convert(
             any(parameter.is_meta for parameter in source.parameters()),
         )
         if announce is not None:
-            announce(announcement(model, source, transformation, planned, data, predicted_seconds, predicted_bytes))
+            announce(
+                announcement(model, source, transformation, prepared.planned, data, predicted_seconds, predicted_bytes)
+            )
         few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
         prompt = None if tokenizer is None or not readable_at_once(source) else sample_prompt(tokenizer)
         with stages.stage("measure the source"), reading_weights():
@@ -224,7 +176,7 @@ def convert(
                 break_even_tokens=break_even_tokens(geometry.parameters_added * itemsize, source_bytes - cache_bytes),
                 sample=None if prompt is None else asdict(Sample(prompt[0], str(said), str(says))),
                 stages=stages.done,
-                **origin,
+                **prepared.origin,
             )
             card = model_card(report, folder.name, source_metadata(model, hub))
             if export_format is not None:
@@ -236,10 +188,39 @@ def convert(
                 tokenizer.save_pretrained(partial)
             report.write(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
-    if not resume:
+    if not resume and processes.size == 1:
         made = (predicted_seconds, report.conversion_seconds, predicted_bytes, report.peak_memory_bytes)
         remember(Outcome(model, method, *made))
     return report
+
+
+def assist(
+    processes: Processes,
+    model: str,
+    method: str = "gqa2mla",
+    options: dict[str, Any] | None = None,
+    texts: TextOptions = NO_TEXTS,
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 0,
+    hub: dict[str, Any] | None = None,
+    export_format: str | None = None,
+    try_family: bool = False,
+) -> None:
+    """Do this process's share of a conversion that the first of several processes runs and writes.
+
+    Args:
+        processes: The processes.
+        model, method, options, texts, dtype, device, seed, hub, export_format, try_family: As for `convert`.
+
+    Raises:
+        MLAError: Bad input of any kind.
+    """
+    prepared = prepare(model, method, options, texts, dtype, hub, export_format, seed, try_family)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = load_model(model, prepared.config, dtype, device, prepared.hub, offload=Path(scratch))
+        for _ in prepared.run(source, None, processes).steps():
+            pass
 
 
 def conversion_identity(model: str, hub: dict[str, Any]) -> dict[str, Any]:

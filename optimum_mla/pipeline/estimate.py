@@ -145,17 +145,18 @@ def seconds_of(work: Callable[[], None]) -> float:
     return min(times)
 
 
-def conversion_seconds(speed: Probe, work: Work) -> float:
+def conversion_seconds(speed: Probe, work: Work, processes: int = 1) -> float:
     """Return about how long a conversion with its measurements takes.
 
     Args:
         speed: The speed of the machine.
         work: The work of the conversion.
+        processes: Number of processes that share the passes; all of them solve the eigenproblems.
     """
     passes = WALKED * work.tokens + FIRST_PASS * work.first_tokens + EVALUATED * work.evaluated_tokens
     passes += work.layers / 2 * work.compared_tokens
     solutions = SOLUTIONS * (1 if not work.first_tokens else 2) if work.factorizes else 0
-    return work.layers * (PLAIN_SECONDS + passes * speed.token_seconds + solutions * speed.solution_seconds)
+    return work.layers * (PLAIN_SECONDS + passes / processes * speed.token_seconds + solutions * speed.solution_seconds)
 
 
 def conversion_memory(

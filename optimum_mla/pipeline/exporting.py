@@ -63,7 +63,7 @@ def exportable_options(format: str, method: str, options: dict[str, Any]) -> dic
     return {**needed, **options}
 
 
-@claims_output
+@claims_output()
 def export(
     model: str,
     output: str | Path,

@@ -52,7 +52,7 @@ RUN_FILE = "run.json"
 """The settings of a run, beside its checkpoints."""
 
 
-@claims_output
+@claims_output(distributed=True)
 def finetune(
     model: str,
     output: str | Path,

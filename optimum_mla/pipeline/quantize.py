@@ -36,7 +36,7 @@ LONGEST_PROBE = 4096
 """Tokens, at most, in the caches that are weighed."""
 
 
-@claims_output
+@claims_output()
 def quantize(
     model: str,
     output: str | Path,

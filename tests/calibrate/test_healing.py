@@ -95,7 +95,7 @@ def test_the_refit_is_ridge_regression() -> None:
     fitted = [window for window in range(len(IDS)) if window not in HELD]
     contexts: list[Tensor] = []
     hook = attention.o_proj.register_forward_pre_hook(lambda _, args: contexts.append(args[0]))
-    list(walked.walk.outputs(attention, walked.converted))
+    walked.walk.output(attention, walked.converted)
     hook.remove()
     target = middle_states(walked.model, 1) - walked.converted
     root = (1 / middle_states(walked.model, 1).square().mean(-1)).sqrt()[..., None]

@@ -35,7 +35,7 @@ def other(tmp_path: Path) -> subprocess.Popen[str]:
 def test_the_second_process_is_refused_until_the_first_dies(other: subprocess.Popen[str], tmp_path: Path) -> None:
     calls = []
 
-    @claims_output
+    @claims_output()
     def command(model: str, output: Path) -> None:
         calls.append(model)
 
@@ -61,9 +61,16 @@ def test_a_claim_ends_with_its_block(tmp_path: Path) -> None:
 def test_only_the_writing_process_of_a_distributed_run_claims(
     other: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = claims_output(lambda output: "ran")
+    command = claims_output(distributed=True)(lambda output: "ran")
     monkeypatch.setenv("RANK", "1")
     assert command(tmp_path / "out") == "ran"
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(OutputError):
+        command(tmp_path / "out")
+
+
+def test_commands_of_one_process_refuse_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = claims_output()(lambda output: "ran")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OutputError, match=r"all write .*/out\. Start this command without torchrun"):
         command(tmp_path / "out")

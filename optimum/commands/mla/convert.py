@@ -247,7 +247,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
 
         with exit_on_bad_input("OUTPUT is as it was"):
             from optimum_mla.core.errors import InvalidValueError
-            from optimum_mla.pipeline import TextOptions, convert
+            from optimum_mla.core.processes import joined_processes
+            from optimum_mla.pipeline import TextOptions, assist, convert
             from optimum_mla.report.render import choices, sample_lines, summary_table
             from optimum_mla.report.verdict import next_command, verdict
 
@@ -255,33 +256,35 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             if args.latent_norm not in (None, "calibrated"):
                 raise InvalidValueError("latent_norm", args.latent_norm, "calibrated")
             args.latent_norm = None if args.latent_norm is None else True
-            report = convert(
-                args.model,
-                args.output,
-                method=args.method,
-                options={name: getattr(args, name) for name in METHOD_OPTIONS},
-                texts=TextOptions(
-                    calibration_data=args.calibration_data,
-                    statistics=args.statistics,
-                    uncalibrated=args.uncalibrated,
-                    chat_template=args.chat_template,
-                    calibration_samples=args.calibration_samples,
-                    calibration_length=args.calibration_length,
-                    calibration_repeats=args.calibration_repeats,
-                    eval_data=args.eval_data,
-                    eval_samples=args.eval_samples,
-                    eval_length=args.eval_length,
-                ),
-                dtype=args.dtype,
-                device=args.device,
-                seed=args.seed,
-                overwrite=args.overwrite,
-                hub=hub_options(args),
-                export_format=args.export_format,
-                resume=args.resume,
-                try_family=args.try_family,
-                announce=lambda text: print(text, flush=True),
+            texts = TextOptions(
+                calibration_data=args.calibration_data,
+                statistics=args.statistics,
+                uncalibrated=args.uncalibrated,
+                chat_template=args.chat_template,
+                calibration_samples=args.calibration_samples,
+                calibration_length=args.calibration_length,
+                calibration_repeats=args.calibration_repeats,
+                eval_data=args.eval_data,
+                eval_samples=args.eval_samples,
+                eval_length=args.eval_length,
             )
+            options = {name: getattr(args, name) for name in METHOD_OPTIONS}
+            names = ("method", "dtype", "device", "seed", "export_format", "try_family")
+            common = {name: getattr(args, name) for name in names}
+            common |= {"options": options, "texts": texts, "hub": hub_options(args)}
+            with joined_processes() as processes:
+                if not processes.leads:
+                    assist(processes, args.model, **common)
+                    return
+                report = convert(
+                    args.model,
+                    args.output,
+                    **common,
+                    overwrite=args.overwrite,
+                    resume=args.resume,
+                    announce=lambda text: print(text, flush=True),
+                    processes=processes,
+                )
             print(summary_table([report]))
             print(choices(report))
             print(sample_lines(report))

@@ -1,0 +1,142 @@
+"""All that `mla-convert` decides before it loads a model's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from optimum_mla.calibrate import BUILT_IN_TEXT
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
+from optimum_mla.calibrate.windows import deciding_windows
+from optimum_mla.convert import Run
+from optimum_mla.convert.record import Record, SharedRecord
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.processes import Processes
+from optimum_mla.export.checks import check_exportable
+from optimum_mla.methods.base import MLATransformation
+from optimum_mla.pipeline.conversion_options import (
+    build_transformation,
+    calibrated_texts,
+    check_calibration_is_used,
+    default_size,
+)
+from optimum_mla.pipeline.exporting import exportable_options
+from optimum_mla.pipeline.loading import TextOptions, check_dtype, load_source_config, load_tokenizer, read_texts
+from optimum_mla.pipeline.origin import origin_fields
+
+RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "kv_cache_budget", "energy", "d_kv"}
+BUILT_IN_WINDOWS = 8
+"""Largest number of windows of the built-in text on which an uncalibrated conversion without text is measured."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A conversion that can begin as soon as its model is loaded.
+
+    Attributes:
+        hub: Keyword arguments for loading from the hub.
+        config: The config of the source model.
+        origin: Where the source model is from, as fields of a report.
+        tokenizer: Its tokenizer, or None.
+        transformation: The transformation, with its calibration tokens or statistics.
+        planned: The config that it will give.
+        data: The origins of the texts, as in the report.
+        window_length: Tokens in a calibration window, or None without calibration text.
+        windows: Token ids on which the perplexity is reported, or None.
+        text: What these windows are.
+        measured_on: Token ids that are run through both models for the perplexity alone, or None where it is that of
+            the calibration windows.
+    """
+
+    hub: dict[str, Any]
+    config: PreTrainedConfig
+    origin: dict[str, Any]
+    tokenizer: Any
+    transformation: MLATransformation
+    planned: PreTrainedConfig
+    data: dict[str, dict[str, Any]]
+    window_length: int | None
+    windows: Tensor | None
+    text: str
+    measured_on: Tensor | None
+
+    def run(self, source: PreTrainedModel, record: Record | None, processes: Processes) -> Run:
+        """Return the run of the conversion.
+
+        Args:
+            source: The loaded source model.
+            record: The record of the findings, which only the first process has.
+            processes: The processes that share the work.
+        """
+        shared = SharedRecord(record or Record(), processes)
+        evaluate = self.windows is not None
+        return Run(self.transformation, source, shared, self.measured_on, evaluate, processes)
+
+
+def prepare(
+    model: str,
+    method: str,
+    options: dict[str, Any] | None,
+    texts: TextOptions,
+    dtype: str,
+    hub: dict[str, Any] | None,
+    export_format: str | None,
+    seed: int,
+    try_family: bool,
+) -> Preparation:
+    """Read the texts and decide on the transformation; the arguments are those of `convert`.
+
+    Raises:
+        MLAError: Bad input of any kind.
+    """
+    torch.manual_seed(seed)
+    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    check_dtype(dtype)
+    config = load_source_config(model, hub, try_family)
+    origin: dict[str, Any] = origin_fields(model, hub)
+    options = {name: value for name, value in (options or {}).items() if value is not None}
+    if export_format is not None:
+        options = exportable_options(export_format, method, options)
+    if not options.keys() & RANK_OPTIONS:
+        options |= default_size(config, method, options, texts, export_format is not None)
+    texts = calibrated_texts(texts, method, options)
+    given = texts.calibration_data is not None or texts.statistics is not None
+    if export_format is not None and method == "gqa2mla" and not given:
+        remedy = "Give calibration data, or take --method x-ecomla."
+        raise InvalidValueError("export_format", export_format, "None for gqa2mla without calibration data", remedy)
+
+    tokenizer = load_tokenizer(
+        model, hub, needed=isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
+    )
+    if tokenizer is not None and texts.calibration_data is None and texts.eval_data is None:
+        texts = replace(texts, eval_data=str(BUILT_IN_TEXT), eval_samples=min(texts.eval_samples, BUILT_IN_WINDOWS))
+    calibration, evaluation, data = read_texts(tokenizer, config, texts)
+    statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
+    if statistics is not None:
+        data["calibration-data"] = {**statistics.data, "statistics": statistics.digest}
+    transformation = build_transformation(method, options, calibration if statistics is None else statistics)
+    check_calibration_is_used(transformation, texts, method)
+    planned = transformation.check(config)
+    if export_format is not None:
+        check_exportable(planned, pad=True)
+    windows, text = evaluation, "evaluation" if texts.eval_data != str(BUILT_IN_TEXT) else "built-in"
+    if windows is None and calibration is not None:
+        windows, text = deciding_windows(calibration), "held-back calibration"
+    return Preparation(
+        hub=hub,
+        config=config,
+        origin=origin,
+        tokenizer=tokenizer,
+        transformation=transformation,
+        planned=planned,
+        data=data,
+        window_length=None if calibration is None else calibration.shape[1],
+        windows=windows,
+        text=text,
+        measured_on=evaluation if transformation.needs_calibration else windows,
+    )
