@@ -75,12 +75,13 @@ def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], fol
         shutil.copytree(conversion_of(quality, spec["made"]["name"]), folder)
         return
     model = ROOT / config["model"]
-    texts = TextOptions(
-        calibration_data=str(texts_of(config) / "calibration.txt") if spec["calibrated"] else None,
-        uncalibrated=not spec["calibrated"],
-        calibration_samples=config["calibration_windows"],
-        calibration_length=config["row_tokens"],
-    )
+    texts = TextOptions(uncalibrated=True)
+    if spec["calibrated"]:
+        texts = TextOptions(
+            calibration_data=str(texts_of(config) / "calibration.txt"),
+            calibration_samples=config["calibration_windows"],
+            calibration_length=config["row_tokens"],
+        )
     convert(str(model), folder, spec["method"], dict(spec["options"]), texts, dtype="float32")
     start = spec.get("start")
     if start is None:

@@ -16,7 +16,7 @@ from optimum_mla.families.spec import full_layers, sliding_window
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.methods.signature import whole_signature
-from optimum_mla.pipeline.loading import TextOptions
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
 from optimum_mla.plan.budget import DEFAULT_CACHE_BUDGET, DEFAULT_CACHE_RATIO
 
 
@@ -32,15 +32,23 @@ def calibrated_texts(texts: TextOptions, method: str, options: dict[str, Any]) -
         OptionError: Options about calibration data contradict each other.
         InvalidValueError: There is no such method.
     """
+    about_windows = [
+        (f"--{name.replace('_', '-')}", getattr(texts, name) != getattr(NO_TEXTS, name))
+        for name in ("calibration_samples", "calibration_length", "calibration_repeats")
+    ]
     if texts.statistics is not None:
         for option, given in (
             ("--calibration-data", texts.calibration_data is not None),
             ("--uncalibrated", texts.uncalibrated),
             ("--chat-template", texts.chat_template),
+            *about_windows,
         ):
             if given:
                 raise OptionError(f"{option} and --statistics exclude each other. Give one of them.")
         return texts
+    for option, given in about_windows if texts.uncalibrated else []:
+        if given:
+            raise OptionError(f"{option} and --uncalibrated exclude each other. Give one of them.")
     if texts.calibration_data is not None:
         if texts.uncalibrated:
             raise OptionError("--uncalibrated and --calibration-data exclude each other. Give one of them.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,12 @@ import pytest
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.methods.mha2mla import MHA2MLA
 from optimum_mla.pipeline import TextOptions
-from optimum_mla.pipeline.conversion_options import build_transformation, default_size, option_names
+from optimum_mla.pipeline.conversion_options import (
+    build_transformation,
+    calibrated_texts,
+    default_size,
+    option_names,
+)
 from tests.cases import source_model
 
 
@@ -57,3 +63,13 @@ def test_the_default_size_is_a_budget_of_bytes_where_latents_can_be_coded() -> N
     plain = {"kv_cache_ratio": 0.5}
     assert size("mistral with a window") == size(method="mha2mla") == size(exported=True) == plain
     assert size(uncalibrated=True) == size(rope_cache="cached") == size(factorization="joint") == plain
+
+
+@pytest.mark.parametrize("instead", [{"statistics": "folder"}, {"uncalibrated": True}])
+@pytest.mark.parametrize("option", ["calibration_samples", "calibration_length", "calibration_repeats"])
+def test_options_about_windows_are_refused_where_there_are_none(option: str, instead: dict[str, Any]) -> None:
+    texts = TextOptions(**instead)
+    assert calibrated_texts(texts, "gqa2mla", {}) is texts
+    (name,) = instead
+    with pytest.raises(OptionError, match=f"^--{option.replace('_', '-')} and --{name} exclude each other"):
+        calibrated_texts(replace(texts, **{option: 7}), "gqa2mla", {})
