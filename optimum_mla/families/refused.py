@@ -41,7 +41,7 @@ def refusal(config: Any) -> str | None:
     text = getattr(config, "text_config", None)
     if text is not None:
         return (
-            f"it is a wrapper around a language model of the type {text.model_type!r}. Extract that model as "
-            "docs/families.md shows, and convert it by itself"
+            f"it is a wrapper around a language model of the type {text.model_type!r}. Extract that model with "
+            "optimum_mla.models.language_model, as docs/families.md shows, and give it here"
         )
     return None

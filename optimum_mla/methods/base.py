@@ -295,7 +295,7 @@ class MLATransformation(ModelTransformation):
     def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
         """Convert a model in place and return it. It is unchanged until all layers have been converted."""
         # Imported here, because runs drive methods and not the other way round.
-        from optimum_mla.convert.run import Run
+        from optimum_mla.convert.wrapped import convert_model
 
         if not self.needs_calibration and not self.preserves_computation:
             warnings.warn(
@@ -304,7 +304,7 @@ class MLATransformation(ModelTransformation):
                 UncalibratedWarning,
                 stacklevel=3,  # Behind `__call__`.
             )
-        return Run(self, graph_module).convert()
+        return convert_model(self, graph_module)
 
     def check(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Return the config that a conversion would give, judging by the source config alone.

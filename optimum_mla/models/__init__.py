@@ -12,6 +12,7 @@ from optimum_mla.models.registry import (
     register_family,
     supported_model_types,
 )
+from optimum_mla.models.wrappers import language_model
 
 __all__ = [
     "AttentionSpec",
@@ -19,6 +20,7 @@ __all__ = [
     "SourceAttention",
     "family_of",
     "is_converted",
+    "language_model",
     "register_family",
     "supported_model_types",
 ]

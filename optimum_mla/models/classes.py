@@ -107,6 +107,8 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Transformers' pipeline parallelism hands further keywords on as one argument of this name.
         kwargs = renamed_cache({**kwargs.pop("kwargs", {}), **kwargs}, name, f"{type(self).__name__}.forward")
+        # A model around this one may hand on what it was not given.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name in known}
         check_keywords(kwargs, known, type(self).__name__, self.config._attn_implementation)
         use_cache = kwargs.get("use_cache")
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -125,25 +127,16 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
     return forward
 
 
-class MLAForCausalLMMixin(LatentInitialization):
-    """A source family's language model on top of its `MLAModelMixin` base."""
+class LatentGeneration(PreTrainedModel):
+    """What a model with a language model of latent attention generates with."""
 
-    base_class: ClassVar[type[PreTrainedModel]]
-
-    def __init__(self, config: Any) -> None:
-        # The source class builds its own base model, which gives way to ours. Loading and converting build on the
-        # meta device, where this costs nothing.
-        checkpointing = getattr(config, "gradient_checkpointing", None)
-        super().__init__(config)
-        setattr(self, self.spec.base, self.base_class(config))
-        if checkpointing is not None:
-            config.gradient_checkpointing = checkpointing  # the source's `__init__` has taken it out of the config
-        self.post_init()
+    spec: Any
+    """The `AttentionSpec` of the language model."""
 
     @property
     def geometry(self) -> ModelGeometry:
         """Return the shapes of all attention layers."""
-        return model_geometry(self.spec, self.config)
+        return model_geometry(self.spec, self.config.get_text_config())
 
     def make_cache(self, offloading: bool = False, **settings: Any) -> LatentCache:
         """Return an empty cache for this model, for example to be kept over the turns of a conversation.
@@ -152,7 +145,7 @@ class MLAForCausalLMMixin(LatentInitialization):
             offloading: Keep the layers on the CPU between their turns (CUDA only).
             settings: Fields of `CacheSettings` that differ from the model's own.
         """
-        return latent_cache(self.spec, self.config, offloading, **settings)
+        return latent_cache(self.spec, self.config.get_text_config(), offloading, **settings)
 
     @property
     def init_continuous_batching(self) -> Any:
@@ -190,6 +183,22 @@ class MLAForCausalLMMixin(LatentInitialization):
         model_kwargs[CACHE_ARGUMENT] = cache = self.make_cache(**settings)
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+
+class MLAForCausalLMMixin(LatentGeneration, LatentInitialization):
+    """A source family's language model on top of its `MLAModelMixin` base."""
+
+    base_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: Any) -> None:
+        # The source class builds its own base model, which gives way to ours. Loading and converting build on the
+        # meta device, where this costs nothing.
+        checkpointing = getattr(config, "gradient_checkpointing", None)
+        super().__init__(config)
+        setattr(self, self.spec.base, self.base_class(config))
+        if checkpointing is not None:
+            config.gradient_checkpointing = checkpointing  # the source's `__init__` has taken it out of the config
+        self.post_init()
 
 
 def rotates_cached_keys(model: nn.Module) -> bool:

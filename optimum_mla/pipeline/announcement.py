@@ -25,6 +25,7 @@ def announcement(
     data: dict[str, dict[str, Any]],
     seconds: float,
     memory: int,
+    wrapped: bool = False,
 ) -> str:
     """Return a few lines that say what a conversion will do, and about how long and with how much memory.
 
@@ -36,6 +37,7 @@ def announcement(
         data: The origins of the texts, as in the report.
         seconds: How long it should take.
         memory: How many bytes of memory it should take.
+        wrapped: Whether the model is the language model inside another one.
     """
     parameters = sum(p.numel() for p in source.parameters())
     geometry = model_geometry(family_of(planned).spec, planned)
@@ -60,6 +62,8 @@ def announcement(
             lines.append(
                 f"warning: fewer than {HELD_BACK} windows, so none is held back: choices are made on what was fitted."
             )
+    if wrapped:
+        lines.append("This is the language model of the model, whose other parts stay as they are.")
     lines += kept_layers(planned)
     if geometry.cache_ratio < SMALL_CACHE_RATIO and not transformation.coded:
         lines.append(

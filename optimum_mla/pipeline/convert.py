@@ -32,6 +32,7 @@ from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, load_config, loa
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
 from optimum_mla.pipeline.preparation import prepare
 from optimum_mla.pipeline.unfinished import UnfinishedConversion, write_model
+from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
 from optimum_mla.report.quality_limit import quality_warning
@@ -106,7 +107,7 @@ def convert(
     }
     with UnfinishedConversion(folder, made_from, resume, overwrite) as unfinished:
         with stages.stage("load"):
-            source = load_model(model, config, dtype, device, hub, offload=unfinished.folder)
+            source, wrapper = prepared.load(model, dtype, device, unfinished.folder)
         check_space(folder, max(0, weight_bytes(source) - unfinished.bytes))
         run = prepared.run(source, unfinished, processes)
         work = work_of(transformation, len(run.layers), prepared.measured_on)
@@ -121,9 +122,9 @@ def convert(
             any(parameter.is_meta for parameter in source.parameters()),
         )
         if announce is not None:
-            announce(
-                announcement(model, source, transformation, prepared.planned, data, predicted_seconds, predicted_bytes)
-            )
+            predicted = (predicted_seconds, predicted_bytes)
+            wrapped = wrapper is not None
+            announce(announcement(model, source, transformation, prepared.planned, data, *predicted, wrapped=wrapped))
         few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
         prompt = None if tokenizer is None or not readable_at_once(source) else sample_prompt(tokenizer)
         with stages.stage("measure the source"), reading_weights():
@@ -136,12 +137,13 @@ def convert(
         before, after = run.perplexities or (None, None)
 
         with atomic_folder(folder, overwrite=overwrite, within=unfinished.folder) as partial:
-            converted_folder = partial if export_format is None else unfinished.folder / "converted"
+            final = export_format is None and wrapper is None
+            converted_folder = partial if final else unfinished.folder / "converted"
             with stages.stage("write"):
                 write_model(run, unfinished, converted_folder)
             with stages.stage("verify"):
                 written = str(converted_folder)
-                offload = None if export_format is not None else unfinished.folder
+                offload = unfinished.folder if final else None
                 converted: Any = load_model(written, load_config(written, {}), "auto", device, {}, offload)
                 verification = verify(converted, reference)
             with stages.stage("measure the result"):
@@ -178,7 +180,7 @@ def convert(
                 stages=stages.done,
                 **prepared.origin,
             )
-            card = model_card(report, folder.name, source_metadata(model, hub))
+            card = model_card(report, folder.name, source_metadata(model, hub), wrapped=wrapper is not None)
             if export_format is not None:
                 exported, export_report = exported_model(model, converted, export_format, pad=True)
                 write_export(exported, export_format, partial, folder.name, tokenizer)
@@ -186,6 +188,8 @@ def convert(
                 card = with_section(card, export_card(export_report))
             elif tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            if wrapper is not None:
+                write_wrapped(model, wrapper, converted, partial, hub)
             report.write(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
     if not resume and processes.size == 1:
@@ -218,7 +222,7 @@ def assist(
     """
     prepared = prepare(model, method, options, texts, dtype, hub, export_format, seed, try_family)
     with tempfile.TemporaryDirectory() as scratch:
-        source = load_model(model, prepared.config, dtype, device, prepared.hub, offload=Path(scratch))
+        source, _ = prepared.load(model, dtype, device, Path(scratch))
         for _ in prepared.run(source, None, processes).steps():
             pass
 

@@ -36,6 +36,7 @@ from optimum_mla.io.faults import TOKENIZER_FILES
 from optimum_mla.io.reading import local_folder, reading
 from optimum_mla.models import family_of, is_converted
 from optimum_mla.models.registry import try_family
+from optimum_mla.models.wrappers import wrapper_of
 from optimum_mla.report.cards import renamed, shown
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 
@@ -89,30 +90,34 @@ def load_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model, **hub)
 
 
-def load_source_config(model: str, hub: dict[str, Any], guess_family: bool = False) -> PreTrainedConfig:
+def load_source_config(
+    model: str, hub: dict[str, Any], guess_family: bool = False, wrapped: bool = False
+) -> PreTrainedConfig:
     """Return the config of a model that can be converted.
 
     Args:
         model: A hub id or a folder.
         hub: Keyword arguments for loading from the hub.
         guess_family: Whether a family that is not known is registered as its names suggest.
+        wrapped: Whether it may be a wrapper around a language model, whose config is then returned.
 
     Raises:
         UnsupportedModelError: Not found, not a supported decoder LM, converted already, or quantized.
     """
     config = load_config(model, hub)
-    if is_converted(config):
+    inner = config.text_config if wrapped and wrapper_of(config) is not None else config
+    if is_converted(inner):
         raise UnsupportedModelError(f"model: {model} is converted already. Convert the model that it was made from.")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"model: the weights of {model} are quantized. Convert the unquantized model.")
-    spec = try_family(config) if guess_family else None
+    spec = try_family(inner) if guess_family else None
     if spec is not None:
         logger.warning(
             "%s is described by its names alone. If the conversion passes, register this to load the result: %s",
             config.model_type,
             spec_source(spec),
         )
-    family_of(config)
+    family_of(inner)
     return config
 
 
@@ -123,6 +128,11 @@ def load_converted_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
         UnsupportedModelError: Not found, or not converted.
     """
     config = load_config(model, hub)
+    if is_converted(getattr(config, "text_config", None)):
+        raise UnsupportedModelError(
+            f"model: {model} is a wrapper around a converted language model. Extract that model with "
+            "optimum_mla.models.language_model, as docs/families.md shows, and give it here."
+        )
     if not is_converted(config):
         raise UnsupportedModelError(f"model: {model} is not converted. Run optimum-cli mla-convert on it first.")
     return config
@@ -135,6 +145,7 @@ def load_model(
     device: str | None,
     hub: dict[str, Any],
     offload: Path | None = None,
+    kind: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """Return the model in evaluation mode, on its device.
 
@@ -146,6 +157,7 @@ def load_model(
         hub: Keyword arguments for loading from the hub.
         offload: A folder for weights that are in files from which no layer can be read alone. With it, layers stay on
             the disk until they are used, if the model is of a supported family and has more than `RESIDENT_BYTES`.
+        kind: The Auto class of the model.
 
     Raises:
         InvalidValueError: There is no such dtype or device here.
@@ -168,7 +180,7 @@ def load_model(
     try:
         with reading("weights", model, hub):
             # Weights of other shapes are refused below, where their names are known.
-            loaded, notes = AutoModelForCausalLM.from_pretrained(
+            loaded, notes = kind.from_pretrained(
                 model,
                 config=config,
                 dtype=dtype,
@@ -180,7 +192,7 @@ def load_model(
             loaded = loaded.eval() if spread else loaded.to(place).eval()
     except UnreadableModelError as error:
         if not isinstance(error.__cause__, OSError):
-            check_buildable(model, config, hub)
+            check_buildable(model, config, hub, kind)
         raise
     if others := sorted(notes["mismatched_keys"]):
         name, found, wanted = others[0]
@@ -224,14 +236,16 @@ def layers_on_disk(config: PreTrainedConfig, device: torch.device) -> dict[str, 
     return {**beside, spec.head: str(device), f"{spec.base}.{spec.layers}": "disk"}
 
 
-def check_buildable(model: str, config: PreTrainedConfig, hub: dict[str, Any]) -> None:
+def check_buildable(
+    model: str, config: PreTrainedConfig, hub: dict[str, Any], kind: Any = AutoModelForCausalLM
+) -> None:
     """Refuse a config that no model can be made of (sizes of zero, unknown names); it takes no memory for weights.
 
     Raises:
         UnreadableModelError: What the model's class says about the config.
     """
     with reading("config", model, hub), torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, trust_remote_code=hub.get("trust_remote_code"))
+        kind.from_config(config, trust_remote_code=hub.get("trust_remote_code"))
 
 
 def check_dtype(dtype: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
@@ -19,6 +19,7 @@ from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.processes import Processes
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.methods.base import MLATransformation
+from optimum_mla.models.wrappers import language_model, wrapper_of
 from optimum_mla.pipeline.conversion_options import (
     build_transformation,
     calibrated_texts,
@@ -26,7 +27,14 @@ from optimum_mla.pipeline.conversion_options import (
     default_size,
 )
 from optimum_mla.pipeline.exporting import exportable_options
-from optimum_mla.pipeline.loading import TextOptions, check_dtype, load_source_config, load_tokenizer, read_texts
+from optimum_mla.pipeline.loading import (
+    TextOptions,
+    check_dtype,
+    load_model,
+    load_source_config,
+    load_tokenizer,
+    read_texts,
+)
 from optimum_mla.pipeline.origin import origin_fields
 
 RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "kv_cache_budget", "energy", "d_kv"}
@@ -40,7 +48,8 @@ class Preparation:
 
     Attributes:
         hub: Keyword arguments for loading from the hub.
-        config: The config of the source model.
+        config: The config of the source model, or of the language model inside it.
+        wrapper: The config of the source model if it is a wrapper around a language model, or None.
         origin: Where the source model is from, as fields of a report.
         tokenizer: Its tokenizer, or None.
         transformation: The transformation, with its calibration tokens or statistics.
@@ -55,6 +64,7 @@ class Preparation:
 
     hub: dict[str, Any]
     config: PreTrainedConfig
+    wrapper: PreTrainedConfig | None
     origin: dict[str, Any]
     tokenizer: Any
     transformation: MLATransformation
@@ -64,6 +74,15 @@ class Preparation:
     windows: Tensor | None
     text: str
     measured_on: Tensor | None
+
+    def load(
+        self, model: str, dtype: str, device: str | None, offload: Path
+    ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+        """Return the source model, and the wrapper that it is in, or None; the arguments are those of `load_model`."""
+        if self.wrapper is None:
+            return load_model(model, self.config, dtype, device, self.hub, offload), None
+        whole = load_model(model, self.wrapper, dtype, device, self.hub, kind=AutoModelForImageTextToText)
+        return language_model(whole), whole
 
     def run(self, source: PreTrainedModel, record: Record | None, processes: Processes) -> Run:
         """Return the run of the conversion.
@@ -97,7 +116,11 @@ def prepare(
     torch.manual_seed(seed)
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     check_dtype(dtype)
-    config = load_source_config(model, hub, try_family)
+    whole = load_source_config(model, hub, try_family, wrapped=True)
+    config = whole if wrapper_of(whole) is None else whole.text_config
+    if export_format is not None and config is not whole:
+        remedy = "Extract the language model as docs/families.md shows, and export that."
+        raise InvalidValueError("export_format", export_format, "None for a model around a language model", remedy)
     origin: dict[str, Any] = origin_fields(model, hub)
     options = {name: value for name, value in (options or {}).items() if value is not None}
     if export_format is not None:
@@ -130,6 +153,7 @@ def prepare(
     return Preparation(
         hub=hub,
         config=config,
+        wrapper=None if config is whole else whole,
         origin=origin,
         tokenizer=tokenizer,
         transformation=transformation,

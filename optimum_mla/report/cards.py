@@ -51,17 +51,32 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 With `trust_remote_code=True` the import is not needed where optimum-mla is installed.
 """
+WRAPPER_USE = """\
+## Use
+
+The language model inside is converted; all else is as in the source.
+
+```python
+import optimum_mla  # registers the model classes
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")
+```
+"""
 
 
-def model_card(report: ConversionReport, name: str, source: dict[str, Any]) -> str:
+def model_card(report: ConversionReport, name: str, source: dict[str, Any], wrapped: bool = False) -> str:
     """Return the model card of a conversion, which is the README.md of the output folder.
 
     Args:
         report: The report of the conversion.
         name: Name of the output folder.
         source: Metadata of the source's model card.
+        wrapped: Whether the converted language model is inside a model that reads images.
     """
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    task = "image-text-to-text" if wrapped else "text-generation"
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     metadata |= {field: source[field] for field in CARRIED if field in source}
     on_hub = report.source_folder is None
     if on_hub:
@@ -82,7 +97,7 @@ def model_card(report: ConversionReport, name: str, source: dict[str, Any]) -> s
         before=number(report.perplexity_before),
         after=number(report.perplexity_after),
         added=report.parameters_added,
-        use=USE.format(name=name),
+        use=(WRAPPER_USE if wrapped else USE).format(name=name),
     )
 
 
