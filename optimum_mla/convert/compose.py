@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimum.fx.optimization import Transformation
+from optimum.fx.optimization import ReversibleTransformation, Transformation
 
 from optimum_mla.convert.run import Run
+from optimum_mla.convert.wrapped import language_of
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.transformation import ModelTransformation
@@ -32,9 +33,10 @@ class ComposedTransformation(ModelTransformation):
             InvalidValueError: Two parts convert the same layer.
         """
         seen: set[int] = set()
+        language = language_of(graph_module)
         for part in self.flattened():
             if isinstance(part, MLATransformation):
-                plans = Run(part, graph_module).plans()
+                plans = Run(part, language).plans()
                 if both := sorted(seen & set(plans)):
                     raise InvalidValueError(
                         "layers", both, "each layer in one transformation", "Give the parts layers of their own."
@@ -42,6 +44,18 @@ class ComposedTransformation(ModelTransformation):
                 seen |= set(plans)
         for part in self.flattened():
             graph_module = part(graph_module, lint_and_recompile=False)
+        return graph_module
+
+    def reverse(self, graph_module: Any) -> Any:
+        """Undo all parts in place, the last one first.
+
+        Raises:
+            InvalidValueError: A part cannot be undone.
+        """
+        for part in reversed(self.flattened()):
+            if not isinstance(part, ReversibleTransformation):
+                raise InvalidValueError("reverse", type(part).__name__, "transformations that can be reversed")
+            graph_module = part(graph_module, lint_and_recompile=False, reverse=True)
         return graph_module
 
     def flattened(self) -> list[Transformation]:

@@ -73,11 +73,12 @@ class SourceAttention:
         return self.pairs.scaling if self.pairs.rotates else 1.0
 
     @cached_property
-    def _order(self) -> Tensor | None:
+    def order(self) -> Tensor | None:
+        """Return the family's dim at each place of a head, [D], or None where the order is the same."""
         return self.pairs.order(self.rotary_dims)
 
     @cached_property
-    def _query_factor(self) -> Tensor | None:
+    def query_factor(self) -> Tensor | None:
         """Return what the dims of the queries are multiplied by, [D], or None for ones.
 
         It makes up for the family's factor on the logits, which is D^-½ here, and for pairs that stand still in a head
@@ -94,7 +95,7 @@ class SourceAttention:
 
     def _in_order(self, heads: Tensor) -> Tensor:
         """Return heads [X, D, ...] with their dims in the order of this package."""
-        return heads if self._order is None else heads[:, self._order.to(heads.device)]
+        return heads if self.order is None else heads[:, self.order.to(heads.device)]
 
     def _linear(self, name: str) -> nn.Linear:
         return self.module.get_submodule(name)  # type: ignore[return-value]
@@ -124,9 +125,9 @@ class SourceAttention:
             elif part != "value":
                 found = self._in_order(found)
             found = found.double()
-            if part == "query" and self.spec.query_norm is None and self._query_factor is not None:
+            if part == "query" and self.spec.query_norm is None and self.query_factor is not None:
                 # With a query norm the factor is part of the norm's gain.
-                factor = self._query_factor.to(found.device)
+                factor = self.query_factor.to(found.device)
                 found = found * (factor if tensor == "bias" else factor[:, None])
             self._weights[name] = found
         return self._weights[name]
@@ -178,9 +179,9 @@ class SourceAttention:
     def query_gain(self) -> Tensor:
         """Return the gain of the query norm, [1, D], or [H, D] for a norm over all heads; ones without a norm."""
         gain = self._gain(self.spec.query_norm)
-        if self.spec.query_norm is None or self._query_factor is None:
+        if self.spec.query_norm is None or self.query_factor is None:
             return gain
-        return gain * self._query_factor.to(gain.device)
+        return gain * self.query_factor.to(gain.device)
 
     @property
     def key_gain(self) -> Tensor:

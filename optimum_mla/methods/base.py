@@ -295,7 +295,7 @@ class MLATransformation(ModelTransformation):
     def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
         """Convert a model in place and return it. It is unchanged until all layers have been converted."""
         # Imported here, because runs drive methods and not the other way round.
-        from optimum_mla.convert.wrapped import convert_model
+        from optimum_mla.convert.wrapped import converted
 
         if not self.needs_calibration and not self.preserves_computation:
             warnings.warn(
@@ -304,7 +304,20 @@ class MLATransformation(ModelTransformation):
                 UncalibratedWarning,
                 stacklevel=3,  # Behind `__call__`.
             )
-        return convert_model(self, graph_module)
+        return converted(self, graph_module)
+
+    def reverse(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
+        """Give the chosen layers, if this method converted them, the attention of the source family again, in place.
+
+        Only layers whose keys rotate in all dims, and whose latents are no codes, can go back. The result computes what
+        the converted model computes, and is the source itself where the conversion was exact.
+
+        Raises:
+            UnsupportedModelError: A layer computes what no layer of the source family does.
+        """
+        from optimum_mla.convert.wrapped import converted
+
+        return converted(self, graph_module, reverse=True)
 
     def check(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Return the config that a conversion would give, judging by the source config alone.

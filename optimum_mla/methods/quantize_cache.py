@@ -73,3 +73,8 @@ class QuantizeLatentCache(ModelTransformation):
         self.check(config)
         config.latent_cache = self.settings.to_dict()
         return graph_module
+
+    def reverse(self, graph_module: Any) -> Any:
+        """Let the caches of a model keep the model's own dtype again, and return the model."""
+        config_of(graph_module).latent_cache = None
+        return graph_module

@@ -22,16 +22,20 @@ class TensorParallelPlan:
     It has no `__set__`, because releases of Transformers assign plans with more entries to configs.
 
     Args:
-        source: The plan of the source family's base model.
+        source: The plan of the source family's base model, or None if it has none; then there is none of ours.
         attention: Attribute name of the attention in a decoder layer.
         layers: Returns the shapes of the attention layers of a config.
     """
 
-    def __init__(self, source: dict[str, str], attention: str, layers: Callable[[Any], Sequence[MLAGeometry]]) -> None:
+    def __init__(
+        self, source: dict[str, str] | None, attention: str, layers: Callable[[Any], Sequence[MLAGeometry]]
+    ) -> None:
         self.source, self.attention, self.layers = source, attention, layers
 
     def __get__(self, config: Any, owner: type) -> Any:
-        return None if config is None else tensor_parallel_plan(self.source, self.attention, self.layers(config))
+        if config is None or self.source is None:
+            return None
+        return tensor_parallel_plan(self.source, self.attention, self.layers(config))
 
 
 def splits_by_heads(geometry: MLAGeometry) -> bool:

@@ -110,7 +110,7 @@ def register_family(spec: AttentionSpec) -> Family:
             "latent_cache": None,
             "model_type": spec.mla_model_type,
             "base_model_tp_plan": TensorParallelPlan(
-                source_config.base_model_tp_plan or {},
+                source_config.base_model_tp_plan,
                 spec.attention,
                 lambda config: model_geometry(spec, config).layers,
             ),

@@ -171,7 +171,7 @@ def _text_only(model: PreTrainedModel, inner: Any, prefix: str) -> PreTrainedMod
 
 
 def rewrapped(model: PreTrainedModel, language: PreTrainedModel) -> PreTrainedModel:
-    """Put a converted language model into its wrapper in place, and return the wrapper.
+    """Put a language model that was converted, or is the source's again, into its wrapper in place; return the wrapper.
 
     Args:
         model: The wrapper, which is one of `WRAPPERS`.
@@ -180,7 +180,8 @@ def rewrapped(model: PreTrainedModel, language: PreTrainedModel) -> PreTrainedMo
     wrapper = wrapper_of(model.config)
     if wrapper is None:
         raise UnsupportedModelError(f"model: {type(model).__name__} cannot hold a converted language model.")
-    cls, old, spec = _CONVERTED[wrapper.model_type], model.config, family_of(language.config).spec
+    cls: Any = _CONVERTED[wrapper.model_type] if is_converted(language.config) else wrapper.classes[1]
+    old, spec = model.config, family_of(language.config).spec
     carried = {name: value for name, value in old.to_dict().items() if name not in NOT_CARRIED}
     config: Any = cls.config_class(**carried, text_config=language.config, architectures=[cls.__name__])
     config.name_or_path, config._attn_implementation = old.name_or_path, old._attn_implementation

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from optimum_mla import GQA2MLA, XEcoMLA
+from optimum_mla import GQA2MLA, XEcoMLA, compose
 from optimum_mla.cache import LatentCache
 from optimum_mla.core.errors import MLAError, UnsupportedModelError
 from optimum_mla.models import language_model
@@ -144,13 +144,19 @@ def test_codes_in_a_wrapper_are_those_of_its_language_model(name: str) -> None:
 
 
 @torch.no_grad()
-def test_other_layers_of_a_converted_wrapper_are_converted_later() -> None:
+def test_layers_of_a_wrapper_are_converted_one_after_the_other_and_back() -> None:
     model = wrapper("llava")
     expected = model(input_ids=IDS).logits
     GQA2MLA(kv_cache_ratio=1.0, layers=[0])(model)
-    GQA2MLA(kv_cache_ratio=1.0, layers=[2])(model)
-    forms = [layer.attention_form for layer in model.config.text_config.per_layer_config]
-    assert forms == ["full", "source", "full"]
+    both = compose(GQA2MLA(kv_cache_ratio=1.0, layers=[1]), GQA2MLA(kv_cache_ratio=1.0, layers=[2]))
+    both(model)
+    assert [layer.attention_form for layer in model.config.text_config.per_layer_config] == ["full"] * 3
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    both(model, reverse=True)
+    assert [layer.attention_form for layer in model.config.text_config.per_layer_config] == ["full", "source", "source"]
+    GQA2MLA(layers=[0])(model, reverse=True)
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert model.config.model_type == "llava"
     torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -55,7 +55,9 @@ cache. A model converted at full rank has to give what its source gives.
 
 
 def record(cases: Iterable[tuple[str, str, Kind, str]]) -> None:
-    """Write the counts and the page if every case has run.
+    """Write the counts and the page of every family and form whose cases have all run.
+
+    Those of the others stay, if they were counted with the same versions.
 
     Args:
         cases: Family, form, kind and name of every test.
@@ -64,27 +66,39 @@ def record(cases: Iterable[tuple[str, str, Kind, str]]) -> None:
 
     counts: dict[tuple[str, str, Kind], Counter[str]] = {}
     skips: Counter[str] = Counter()
+    partial: set[tuple[str, str, Kind]] = set()
     for family, form, kind, name in cases:
         source, ours = known(family, SOURCE, kind, name), known(family, form, kind, name)
-        if source is None or ours is None:
-            return
         row = counts.setdefault((family, form, kind), Counter())
+        if source is None or ours is None:
+            partial.add((family, form, kind))
+            continue
         row["source_passed"] += source.status == "passed"
         overridden = source.status == "passed" and name in OVERRIDES
         row["overridden" if overridden else ours.status] += 1
         row["missing"] += source.status == "passed" and not overridden and ours.status != "passed"
         if source.status == "skipped" and (family, form) == (FAMILIES[0], next(iter(FORMS))):
             skips[source.reason] += 1
+    if partial == counts.keys():
+        return
+    versions = {"transformers": VERSION, "torch": torch.__version__.partition("+")[0]}
+    earlier = json.loads(RESULTS.read_text(encoding="utf-8"))
+    same = {name: earlier[name] for name in versions} == versions
+    rows = {(row["family"], row["form"], row["kind"]): row for row in earlier["rows"] if same}
+    for (family, form, kind), row in counts.items():
+        if (family, form, kind) not in partial:
+            found = {name: row[name] for name in COUNTED}
+            rows[family, form, kind] = {"family": family, "form": form, "kind": kind, **found}
+    if same and (FAMILIES[0], next(iter(FORMS)), KINDS[0]) in partial:
+        skipped = earlier["source_skips"]
+    else:
+        skipped = dict(sorted(skips.items(), key=lambda item: (-item[1], item[0])))
     write(
         {
-            "transformers": VERSION,
-            "torch": torch.__version__.partition("+")[0],
-            "rows": [
-                {"family": family, "form": form, "kind": kind, **{name: row[name] for name in COUNTED}}
-                for (family, form, kind), row in counts.items()
-            ],
+            **versions,
+            "rows": [rows[key] for key in counts if key in rows],
             "overrides": {name: override.reason for name, override in OVERRIDES.items()},
-            "source_skips": dict(sorted(skips.items(), key=lambda item: (-item[1], item[0]))),
+            "source_skips": skipped,
         }
     )
 
@@ -115,14 +129,13 @@ def page(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_case = {(row["family"], row["form"], row["kind"]): row for row in results["rows"]}
-    for family in FAMILIES:
-        for form in FORMS:
-            cells = [
-                str(by_case[family, form, kind][name])
-                for kind in KINDS
-                for name in ("source_passed", "passed", "overridden", "missing")
-            ]
-            lines.append(f"| {family} | {form} | {' | '.join(cells)} |")
+    for family, form in dict.fromkeys((family, form) for family, form, _ in by_case):
+        cells = [
+            str(by_case[family, form, kind][name])
+            for kind in KINDS
+            for name in ("source_passed", "passed", "overridden", "missing")
+        ]
+        lines.append(f"| {family} | {form} | {' | '.join(cells)} |")
     lines += ["", "The forms of the attention are:", ""]
     lines += [f"- `{form}`: {text}" for form, text in DESCRIPTIONS.items()]
     lines += ["", MATRIX]

@@ -70,6 +70,10 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 """Attention forms by name: the config fields that each adds to the source's."""
 
+RUNS = [(family, form) for family in FAMILIES for form in FORMS]
+RUNS += [(family, form) for family in FURTHER_FAMILIES for form in FURTHER_FORMS]
+"""The families and forms that all tests run on."""
+
 DESCRIPTIONS = {
     "full": "rotation on every key dim; keys and values each have a latent",
     "joint": "rotation on every key dim; one latent for keys and values",

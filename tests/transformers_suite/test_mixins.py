@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.transformers_suite import fetch
-from tests.transformers_suite.families import FAMILIES, FORMS, FURTHER_FAMILIES, FURTHER_FORMS, KINDS, SOURCE, Kind
+from tests.transformers_suite.families import KINDS, RUNS, SOURCE, Kind
 
 if not fetch.fetched():
     pytest.skip(fetch.MISSING, allow_module_level=True)
@@ -18,11 +18,7 @@ from tests.transformers_suite.overrides import OVERRIDES
 from tests.transformers_suite.tester import is_distributed, names_of
 
 Case = tuple[str, str, Kind, str]
-CASES: list[Case] = [
-    (family, form, kind, name) for family in FAMILIES for kind in KINDS for form in FORMS for name in names_of(kind)
-]
-RUNS = [(family, form) for family in FAMILIES for form in FORMS]
-RUNS += [(family, form) for family in FURTHER_FAMILIES for form in FURTHER_FORMS]
+CASES: list[Case] = [(family, form, kind, name) for family, form in RUNS for kind in KINDS for name in names_of(kind)]
 SLOWEST = ("test_training_overfit", "test_bc_torch_dtype", "test_can_init_all_missing_weights")
 
 
