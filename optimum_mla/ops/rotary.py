@@ -158,6 +158,13 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     grouped = x.reshape(batch, rope_heads, heads // rope_heads, length, dim)  # [B, K, H/K, S, R]
     first, second = grouped.chunk(2, dim=-1)
     cos, sin = rotation.cos.unsqueeze(2), rotation.sin.unsqueeze(2)  # [B, K, 1, S, R/2]
+    if not torch.is_grad_enabled() and cos.dtype == x.dtype and not torch.compiler.is_compiling():
+        # Half of the passes over memory, which decoding from rebuilt keys waits for; autograd cannot follow them.
+        written = torch.empty_like(grouped)
+        one, other = written.chunk(2, dim=-1)
+        torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=other).addcmul_(first, sin)
+        return written.reshape(x.shape)
     halves = first * cos - second * sin, second * cos + first * sin
     turned = torch.cat([half.mT for half in halves], dim=-2).mT if is_transposed(x) else torch.cat(halves, dim=-1)
     return turned.reshape(x.shape).to(x.dtype)  # under autocast the table is in float32 and the projections are not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -44,3 +45,18 @@ def test_the_order_in_memory_changes_no_number() -> None:
     assert is_transposed(turned)
     assert torch.equal(turned, plain)
     assert torch.equal(rotate(x, by_dim), plain)
+
+
+@pytest.mark.parametrize("by_dim", [False, True])
+def test_without_gradients_the_same_is_computed_in_fewer_passes(by_dim: bool) -> None:
+    cos, sin = table(6)
+    rotation = gather_rotation(cos, sin, torch.tensor([[0, 3], [6, 2]]))
+    x = torch.randn(2, 4, 6, 4, dtype=torch.float64)
+    x = x.mT.contiguous().mT if by_dim else x
+    with torch.no_grad():
+        ours = rotate(x, rotation)
+    expected = rotate(x.requires_grad_(), rotation)
+    assert is_transposed(ours) == is_transposed(expected) == by_dim
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-14)
+    expected.square().sum().backward()  # a rotation keeps lengths
+    assert torch.allclose(x.grad, 2 * x, atol=1e-12)

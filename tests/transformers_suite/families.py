@@ -12,22 +12,37 @@ from optimum_mla import models
 Kind = Literal["Model", "ForCausalLM"]
 KINDS: tuple[Kind, ...] = ("Model", "ForCausalLM")
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FURTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "Arcee": {},
     "Cohere": {},
+    "Gemma": {},
     "Gemma2": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "Gemma3": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "Glm4": {},
-    "Granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
+    # With small weights, tests find no effect of the rotation behind this multiplier.
+    "Granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0, "initializer_range": 0.1},
+    "GraniteMoe": {"num_local_experts": 4},
+    "Helium": {},
+    "Ministral": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "Mixtral": {"num_local_experts": 4, "sliding_window": None},
     "Olmo2": {},
+    "Olmo3": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "Phi3": {},
+    "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+    "Qwen3Moe": EXPERTS,
+    "SeedOss": {},
     "SmolLM3": {"no_rope_layers": [1, 0]},
     "StableLm": {},
     "Starcoder2": {"sliding_window": None},
 }
-"""Families that differ from Llama in what the attention or the layer computes, and what their configs change.
+"""Further families, and what their configs change.
 
 GPT-NeoX is not among them: Transformers renames the tensors of its old checkpoints by the model type, which converted
 models do not need, and has tests of that.
 """
+TEXT = {"Gemma3": "Gemma3Text"}
+"""What the names of configs and base models begin with, where it is not the family's prefix."""
 FURTHER_FORMS = ("rebuilt",)
 """The forms in which these are run."""
 SOURCE = "source"
@@ -88,14 +103,18 @@ DESCRIPTIONS = {
 
 def config_class(family: str, form: str) -> type[PreTrainedConfig]:
     """Return the config class of a source family or of its converted models."""
-    name, home = (f"{family}Config", transformers) if form == SOURCE else (f"{family}MLAConfig", models)
+    name, home = f"{family}MLAConfig", models
+    if form == SOURCE:
+        name, home = f"{TEXT.get(family, family)}Config", transformers
     found: type[PreTrainedConfig] = getattr(home, name)
     return found
 
 
 def model_class(family: str, form: str, kind: Kind) -> type[PreTrainedModel]:
     """Return the base model or language model class of a source family or of its converted models."""
-    name, home = (f"{family}{kind}", transformers) if form == SOURCE else (f"{family}MLA{kind}", models)
+    name, home = f"{family}MLA{kind}", models
+    if form == SOURCE:
+        name, home = f"{TEXT.get(family, family) if kind == 'Model' else family}{kind}", transformers
     found: type[PreTrainedModel] = getattr(home, name)
     return found
 
