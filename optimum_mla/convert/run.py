@@ -166,7 +166,7 @@ class Run:
         known = self.record.known("shared rope")
         if known is not None:
             return SharedRope(known["dims"], torch.tensor(known["counts"]))
-        found = choose_shared_rope(self.method, self._first_pass().search, plans)
+        found = choose_shared_rope(self.method, self._first_pass(), plans, self.processes)
         self.record.keep("shared rope", {"dims": found.dims, "counts": found.counts.tolist()})
         return found
 

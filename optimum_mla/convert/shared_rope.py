@@ -2,51 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from optimum_mla.convert.search import LayerSearch
+from optimum_mla.calibrate.statistics import StoredCalibration
+from optimum_mla.convert.first_pass import FirstPass
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import progress
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.shared_rope import SharedRope
 
+TINY = 1e-12
+"""Added to errors and divergences, which are zero where nothing is lost."""
+
 
 def choose_shared_rope(
-    method: MLATransformation, search: Callable[[int], LayerSearch], plans: Mapping[int, MLAGeometry]
+    method: MLATransformation, first: FirstPass, plans: Mapping[int, MLAGeometry], processes: Processes = ALONE
 ) -> SharedRope:
-    """Return the number of rotary dims with the least squared error, and the frequencies that would do the most damage.
+    """Return the number of rotary dims with the least error, and the frequencies that would do the most damage.
 
-    Errors and damages are summed over all layers. With a regular `shared_rope` the frequencies follow from the number.
+    Errors and damages of a layer are squares without a unit. They are summed over all layers in units of what they do
+    to the model's predictions, which one conversion of each layer tells where there are tokens to measure on. With a
+    regular `shared_rope` the frequencies follow from the number.
 
     Args:
         method: The transformation.
-        search: Returns the search of a layer; the layers are asked for in order.
+        first: The pass over the source, which gives the search of each layer.
         plans: The planned shapes of the layers to convert, by the index of the layer.
+        processes: The processes that share the work.
 
     Raises:
         InvalidValueError: No number of rotary dims of these shapes gives regular frequencies.
     """
-    errors: dict[int, list[float]] = {}
-    damages = []
+    errors: dict[int, dict[int, float]] = {}
+    damages: dict[int, Tensor] = {}
+    weights: dict[int, float] = {}
     for layer in progress(plans, f"{method.name}: rotary dims", main=True):
-        tried = search(layer)
-        damages.append(method.rotary_damage(tried.source, tried.calibration))
+        tried = first.search(layer)
+        damages[layer] = method.rotary_damage(tried.source, tried.calibration)
         shapes = method.candidates(tried.source, plans[layer])
-        for shape in shapes:
-            error = tried.squared_error(shape) if len(shapes) > 1 else 0.0
-            errors.setdefault(shape.qk_rope_head_dim, []).append(error)
-    total = torch.stack(damages).sum(0)
+        errors[layer] = processes.told({shape.qk_rope_head_dim: tried.squared_error(shape) for shape in shapes})
+        best = min(shapes, key=lambda shape: errors[layer][shape.qk_rope_head_dim])
+        if isinstance(tried.calibration, StoredCalibration):
+            weights[layer] = tried.calibration.state_weight
+        else:
+            first.replace(tried.attention(*tried.convert(best, method.code_bits(best) if method.coded else None)))
+    for layer, divergence in first.divergences().items():
+        weights[layer] = (divergence + TINY) / (min(errors[layer].values()) + TINY)
+    total = torch.stack([weights[layer] * damage for layer, damage in damages.items()]).sum(0)
     pairs = total.shape[1]
-    everywhere = [dims for dims, found in errors.items() if len(found) == len(plans)]
+    everywhere = [dims for dims in next(iter(errors.values())) if all(dims in found for found in errors.values())]
     if method.shared_rope == "regular":
         everywhere = [dims for dims in everywhere if not 2 * pairs % dims]
         if not everywhere:
             divisors = ", ".join(str(2 * n) for n in range(1, pairs + 1) if not pairs % n)
-            raise InvalidValueError("qk_rope_head_dim", max(errors), f"{divisors} with a regular shared_rope")
-    dims = min(everywhere, key=lambda dims: sum(errors[dims]))
+            tried_dims = max(dims for found in errors.values() for dims in found)
+            raise InvalidValueError("qk_rope_head_dim", tried_dims, f"{divisors} with a regular shared_rope")
+    dims = min(everywhere, key=lambda dims: sum(weights[layer] * found[dims] for layer, found in errors.items()))
     if method.shared_rope == "regular":
         regular = torch.zeros(pairs, dtype=torch.long)
         regular[:: 2 * pairs // dims] = 1

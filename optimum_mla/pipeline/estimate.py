@@ -126,7 +126,8 @@ def work_of(transformation: MLATransformation, layers: int, evaluation: Tensor |
     first, compared = 0, 0
     if isinstance(given, Tensor) and (transformation.rank_allocation != "uniform" or transformation.shared_rope):
         first = min(ALLOCATION_WINDOWS, len(given)) * given.shape[1]
-        compared = min(SENSITIVITY_TOKENS, first) if transformation.rank_allocation == "error" else 0
+        compares = transformation.rank_allocation == "error" or transformation.shared_rope
+        compared = min(SENSITIVITY_TOKENS, first) if compares else 0
     return Work(layers, tokens, first, transformation.factorization == "calibrated", evaluated, compared)
 
 

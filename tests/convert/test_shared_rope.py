@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
-from optimum_mla.calibrate.layer import LayerCalibration
-from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.convert import Run
 from optimum_mla.convert.shared_rope import choose_shared_rope
 from optimum_mla.core.errors import InvalidValueError
@@ -36,23 +36,26 @@ def test_all_layers_rotate_alike(method: str, rope_dim: int | None) -> None:
     assert transformation.options["shared_rope"] is True
 
 
-def test_the_frequencies_are_those_with_the_most_damage_together() -> None:
+@torch.no_grad()
+def test_the_frequencies_are_those_that_would_change_predictions_most() -> None:
     source = source_model("llama")
-    method = GQA2MLA(
-        kv_cache_ratio=0.75, rope_cache="cached", qk_rope_head_dim=8, shared_rope=True, calibration=CALIBRATION
-    )
+    options = {"kv_cache_ratio": 0.75, "rope_cache": "cached", "qk_rope_head_dim": 8, "calibration": CALIBRATION}
+    method = GQA2MLA(shared_rope=True, **options)
     run = Run(method, source)
     total = torch.zeros(2, 8, dtype=torch.float64)
-    walk = CalibrationWalk(run.source, CALIBRATION)
+    plans = run.plans()
+    first = run._first_pass()
     for layer in run.layers:
-        while walk.layer < layer:
-            walk.advance()
-        attention = run.source.attention(layer)
-        damage = method.rotary_damage(attention, LayerCalibration(walk, attention))
+        tried = first.search(layer)
+        damage = method.rotary_damage(tried.source, tried.calibration)
         assert damage.shape == (2, 8)
         assert (damage[0] >= damage[1]).all()
-        total += damage
-    shared = choose_shared_rope(method, run._first_pass().search, run.plans())
+        # What a conversion of this layer alone does to the predictions, from the model itself.
+        alone = GQA2MLA(layers=[layer], heal=False, rank_allocation="uniform", **options)(copy.deepcopy(source))
+        expected, found = (model(CALIBRATION).logits.log_softmax(-1) for model in (source, alone))
+        divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+        total += divergence / tried.squared_error(plans[layer]) * damage
+    shared = choose_shared_rope(method, run._first_pass(), plans)
     assert shared.dims == 8
     assert int(shared.counts.sum()) == 4
     kept = torch.stack([total[slot, pair] for pair in range(8) for slot in range(int(shared.counts[pair]))])
