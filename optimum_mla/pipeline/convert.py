@@ -120,6 +120,7 @@ def convert(
             work.tokens,
             0 if windows is None else min(windows.numel(), TOKENS_PER_BATCH),
             any(parameter.is_meta for parameter in source.parameters()),
+            work.compared_tokens,
         )
         if announce is not None:
             predicted = (predicted_seconds, predicted_bytes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from optimum_mla.calibrate.sensitivity import SENSITIVITY_TOKENS
+from optimum_mla.calibrate.sensitivity import SENSITIVITY_TOKENS, STREAM_NUMBERS
 from optimum_mla.convert.first_pass import ALLOCATION_WINDOWS
 from optimum_mla.core.geometry import ModelGeometry
 from optimum_mla.methods.base import MLATransformation
@@ -167,6 +167,7 @@ def conversion_memory(
     calibration_tokens: int,
     evaluation_batch_tokens: int = 0,
     offloaded: bool = False,
+    compared_tokens: int = 0,
 ) -> int:
     """Return an estimate of the highest memory of a calibrated conversion on the CPU, in bytes.
 
@@ -180,6 +181,7 @@ def conversion_memory(
         calibration_tokens: Number of calibration tokens.
         evaluation_batch_tokens: Number of tokens in one batch of the evaluation.
         offloaded: Whether the layers stay on the disk, so that two of them are in memory at once.
+        compared_tokens: Number of tokens whose predictions are compared with each layer replaced.
     """
     first = geometry.layers[0]
     layer = first.source_parameters + 3 * first.hidden_size * getattr(config, "intermediate_size", 0)
@@ -188,7 +190,8 @@ def conversion_memory(
     attention = sum(one.source_parameters for one in geometry.layers)
     in_memory = embeddings + 2 * layer if offloaded else everything + attention  # both kinds of attention
     states = STATE_COPIES * 4 * calibration_tokens * first.hidden_size
+    streams = 4 * min(STREAM_NUMBERS, len(geometry.layers) * compared_tokens * first.hidden_size)
     wide = max(2 * first.num_key_value_heads * first.head_dim, first.hidden_size)
     work = 4 * layer + FACTOR_COPIES * 8 * wide * first.hidden_size
     logits = LOGIT_COPIES * evaluation_batch_tokens * config.vocab_size * 4
-    return int(LIBRARIES_BYTES + weight_bytes * in_memory / everything + max(states + work, logits))
+    return int(LIBRARIES_BYTES + weight_bytes * in_memory / everything + max(states + streams + work, logits))

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from optimum_mla.calibrate.sensitivity import SENSITIVITY_TOKENS
 from optimum_mla.calibrate.text import window_length
+from optimum_mla.convert.first_pass import ALLOCATION_WINDOWS
 from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.core.segments import WIDTHS
@@ -301,13 +303,14 @@ def prediction(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: 
     """
     length = window_length(config, None, "calibration_length")
     tokens = CALIBRATION_WINDOWS * length
-    work = Work(len(geometry.layers), tokens, factorizes=True)
+    first = min(ALLOCATION_WINDOWS, CALIBRATION_WINDOWS) * length
+    work = Work(len(geometry.layers), tokens, first, True, compared_tokens=min(SENSITIVITY_TOKENS, first))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     offloaded = weight_bytes > RESIDENT_BYTES
     return {
         "conversion_seconds": conversion_seconds(probe(config, device, length), work),
         "conversion_memory_bytes": conversion_memory(
-            config, geometry, weight_bytes, tokens, TOKENS_PER_BATCH, offloaded
+            config, geometry, weight_bytes, tokens, TOKENS_PER_BATCH, offloaded, work.compared_tokens
         ),
         "earlier_predictions": accuracy(outcomes()),
     }

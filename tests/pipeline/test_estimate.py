@@ -67,6 +67,8 @@ def test_the_memory_counts_the_logits_of_the_evaluation() -> None:
     assert LIBRARIES_BYTES < without < min(states, logits)
     assert states - without == 4 * 10**6 * SIZES["hidden_size"] * 4
     assert logits > 3 * 10**6 * SIZES["vocab_size"] * 4
+    streams = conversion_memory(model.config, geometry, 1000, 0, compared_tokens=2048)
+    assert streams - without == 3 * 2048 * SIZES["hidden_size"] * 4
 
 
 def test_the_memory_of_an_offloaded_model_does_not_grow_with_its_depth() -> None:
