@@ -20,8 +20,7 @@ FURTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma2": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "Gemma3": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "Glm4": {},
-    # With small weights, tests find no effect of the rotation behind this multiplier.
-    "Granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0, "initializer_range": 0.1},
+    "Granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
     "GraniteMoe": {"num_local_experts": 4},
     "Helium": {},
     "Ministral": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
@@ -127,4 +126,7 @@ def config_fields(form: str, **changes: Any) -> dict[str, Any]:
 def tiny_config(family: str, form: str, **changes: Any) -> PreTrainedConfig:
     """Return a fresh config of a few thousand parameters a layer."""
     own = {**FURTHER_FAMILIES.get(family, {}), **changes}
+    if family in FURTHER_FAMILIES:
+        # Of smaller weights, rotations with and without scaling sometimes differ by less than a test wants.
+        own.setdefault("initializer_range", 0.1)
     return config_class(family, form)(**config_fields(form, **own))

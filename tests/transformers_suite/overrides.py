@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from optimum_mla.cache import LatentCache
 from optimum_mla.models import family_of
 from optimum_mla.models.layers import model_geometry
-from tests.transformers_suite.families import Kind, model_class, tiny_config
+from tests.transformers_suite.families import SOURCE, Kind, model_class, tiny_config
 
 Check = Callable[[str, str, Kind], None]
 
@@ -52,10 +55,51 @@ def both_cache_names_work(family: str, form: str, kind: Kind) -> None:
             assert held == numbers
 
 
+def stored_as_it_is(family: str, form: str, kind: Kind) -> None:
+    """Check that a checkpoint holds the tensors of the modules under their own names, and that it loads whole."""
+    config = tiny_config(family, form)
+    cls = model_class(family, form, kind)
+    model = cls(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        held = load_file(Path(folder) / "model.safetensors")
+        loaded, notes = cls.from_pretrained(folder, output_loading_info=True)
+    assert held.keys() == model.state_dict().keys()
+    assert not any(notes[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.randint(3, config.vocab_size, (3, 7))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids)[0], model(ids)[0])
+
+
+def router_logits_are_returned(family: str, form: str, kind: Kind) -> None:
+    """Check that `output_router_logits` gives the logits of every layer's router, as for the source."""
+    config = tiny_config(family, form)
+    ids = torch.randint(3, config.vocab_size, (3, 7))
+    found = []
+    for source in (True, False):
+        cls = model_class(family, SOURCE if source else form, kind)
+        model = cls(tiny_config(family, SOURCE) if source else config).eval()
+        with torch.no_grad():
+            found.append(model(ids, output_router_logits=True).router_logits)
+    assert len(found[1]) == config.num_hidden_layers
+    assert [logits.shape for logits in found[1]] == [logits.shape for logits in found[0]]
+
+
 OVERRIDES: dict[str, Override] = {
     "test_bc_cache_name_forward": Override(
         "It skips itself unless the model returns exactly a `DynamicCache`; ours returns a `LatentCache`.",
         both_cache_names_work,
+    ),
+    **dict.fromkeys(
+        ("test_reverse_loading_mapping", "test_can_load_from_already_mapped_keys"),
+        Override(
+            "Transformers renames and joins the tensors of experts in checkpoints by the model type. Converted models "
+            "are stored as their modules are.",
+            stored_as_it_is,
+        ),
+    ),
+    "test_moe_models_record_router_logits": Override(
+        "It skips itself unless the module that defines the class also defines experts.", router_logits_are_returned
     ),
 }
 """Name of Transformers' test -> ours."""
