@@ -22,6 +22,7 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
 
     from optimum_mla.calibrate.text import token_windows
     from optimum_mla.measure.quality import perplexity
+    from optimum_mla.convert.latent_norm import with_latent_norms
     from optimum_mla.pipeline import build_transformation
     from optimum_mla.pipeline.exporting import exported_model
 
@@ -36,6 +37,8 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
             found = {**case, "dtype": dtype, "perplexity_source": perplexity(source, evaluation)}
             converted = build_transformation(case["method"], dict(case["options"]), calibration)(source)
             found["perplexity_converted"] = perplexity(converted, evaluation)  # type: ignore[arg-type]
+            if case.get("norm_at_export"):
+                converted = with_latent_norms(converted, calibration).model  # type: ignore[arg-type]
             if case["options"].get("shared_rope"):
                 exported, report = exported_model(config["model"], converted, "deepseek_v3", pad=False)  # type: ignore[arg-type]
                 found["perplexity_exported"] = perplexity(exported, evaluation)

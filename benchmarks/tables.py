@@ -380,6 +380,7 @@ def export() -> str:
         "rotary frequencies by layer": "`--rope-cache cached`",
         "shared": "`--rope-cache cached --shared-rope`",
         "shared, latent norm": "`--rope-cache cached --shared-rope --latent-norm`",
+        "shared, latent norm at the export": "`--rope-cache cached --shared-rope`, then `mla-export --latent-norm`",
     }
     for run in result("export")["runs"]:
         exported = run.get("perplexity_exported")
@@ -516,27 +517,28 @@ def _ratio(value: float | None) -> str:
 
 def real_speed() -> str:
     """Return the speed of the real model beside its source, and the bytes of both caches, by context."""
-    (run,) = result("real_speed")["runs"]
-    memory = {((row["role"], row["cache"]), row["context_tokens"]): row for row in run["memory"]}
-    names = {("baseline", "default"): "unconverted", ("model", "16bit"): f"`{run['name']}`"}
+    kinds = {"default": "codes", "16bit": "the same latents in 16 bits"}
     rows = []
-    for row in run["speed"]:
-        key = row["role"], row["cache"]
-        held = memory[key, row["context_tokens"]]
-        whose = "unconverted" if key[0] == "baseline" else f"`{run['name']}`"
-        name = names.get(key, f"{whose}, {row['cache']}")
-        rows.append(
-            (
-                f"{row['context_tokens']:,}",
-                name,
-                f"{held['live_cache_bytes'] / 1e6:.1f}",
-                f"{row['prefill_tokens_per_second']:.0f}",
-                _ratio(row["prefill_ratio_to_baseline"]),
-                f"{row['decode_tokens_per_second']:.1f}",
-                _ratio(row["decode_ratio_to_baseline"]),
+    for run in result("real_speed")["runs"]:
+        memory = {((row["role"], row["cache"]), row["context_tokens"]): row for row in run["memory"]}
+        for row in run["speed"]:
+            key = row["role"], row["cache"]
+            held = memory[key, row["context_tokens"]]
+            if key[0] == "baseline":
+                name = "unconverted" if key[1] == "default" else f"unconverted, {key[1]}"
+            else:
+                name = f"`{run['name']}`, {kinds.get(key[1], key[1])}"
+            rows.append(
+                (
+                    f"{row['context_tokens']:,}",
+                    name,
+                    f"{held['live_cache_bytes'] / 1e6:.1f}",
+                    f"{row['prefill_tokens_per_second']:.0f}",
+                    _ratio(row["prefill_ratio_to_baseline"]),
+                    f"{row['decode_tokens_per_second']:.1f}",
+                    _ratio(row["decode_ratio_to_baseline"]),
+                )
             )
-        )
-    rows.sort(key=lambda row: int(row[0].replace(",", "")))
     header = (
         "context",
         "model and cache",

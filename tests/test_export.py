@@ -272,3 +272,26 @@ def test_what_will_not_export_is_not_converted(
     with pytest.raises(UnsupportedModelError, match=message):
         convert(str(REFERENCE.parent / model), tmp_path / "out", method, export_format="deepseek_v3")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_latent_norms_are_fitted_and_exported(tmp_path: Path) -> None:
+    converted, exported = tmp_path / "converted", tmp_path / "exported"
+    options = {"kv_cache_ratio": 0.5, "rope_cache": "cached", "shared_rope": True}
+    convert(str(REFERENCE), converted, options=options, texts=TEXTS, dtype="float32")
+    words = ["mla-export", "-m", str(converted), "--latent-norm", str(exported)]
+    refused = subprocess.run([PROGRAM, *words], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "latent_norm: got True, allowed: True together with recover_data" in refused.stderr
+    text = ["--recover-data", str(REFERENCE / "calibration.txt"), "--recover-samples", "8", "--recover-length", "64"]
+    done = subprocess.run([PROGRAM, *words, *text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "with latent norms" in done.stdout
+    report = json.loads((exported / "export_report.json").read_text(encoding="utf-8"))
+    assert (
+        1 < report["perplexity_without_norm"] < report["perplexity_with_norm"] < 1.5 * report["perplexity_without_norm"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert type(model).__name__ == "DeepseekV3ForCausalLM"
+    assert not any("bias" in name and "self_attn" in name for name, _ in model.named_parameters())
+    source = AutoModelForCausalLM.from_pretrained(converted)
+    assert model.config.kv_lora_rank == source.geometry.layers[0].kv_lora_rank

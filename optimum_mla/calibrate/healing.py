@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.calibrate.states import LayerStates
+from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.ops.ridge import Healing, Regression, heal
 
 
-def refit_output(layer: LayerStates, attention: nn.Module) -> Healing:
+def refit_output(walk: CalibrationWalk, attention: nn.Module) -> Healing:
     """Refit `attention.o_proj` by ridge regression, so that the hidden states after it come close to the source's.
 
     The target of the regression is `CalibrationWalk.wanted`: the output with which the hidden state after the attention
@@ -19,20 +19,20 @@ def refit_output(layer: LayerStates, attention: nn.Module) -> Healing:
     module is not changed.
 
     Args:
-        layer: The layer on the states of the walk.
+        walk: The walk, which stands before the layer.
         attention: The converted attention of this layer.
     """
     output: nn.Linear = attention.o_proj  # type: ignore[assignment]
     bias = None if output.bias is None else output.bias.detach()
-    walk = layer.walk
-    fit = _regression(layer, attention, bias, walk.fitted_batches())
-    check = _regression(layer, attention, bias, walk.deciding_batches())
+    fit = _regression(walk, attention, bias, walk.fitted_batches())
+    check = _regression(walk, attention, bias, walk.deciding_batches())
     return heal(output.weight.detach().double(), fit, check)
 
 
-def _regression(layer: LayerStates, attention: nn.Module, bias: Tensor | None, batches: Iterable[Tensor]) -> Regression:
+def _regression(
+    walk: CalibrationWalk, attention: nn.Module, bias: Tensor | None, batches: Iterable[Tensor]
+) -> Regression:
     """Return the sums of the regression over some windows, whose indices come in batches."""
-    walk = layer.walk
     output: nn.Linear = attention.o_proj  # type: ignore[assignment]
     contexts: list[Tensor] = []
     hook = output.register_forward_pre_hook(lambda _, args: contexts.append(args[0]))
@@ -40,12 +40,12 @@ def _regression(layer: LayerStates, attention: nn.Module, bias: Tensor | None, b
         torch.zeros(output.in_features, width, dtype=torch.float64, device=walk.device)
         for width in (output.in_features, output.out_features)
     )
-    square, rows = 0.0, 0
+    square, rows, weights = 0.0, 0, walk.row_weights
     try:
         for windows in batches:
             walk.output(attention, walk.converted[windows])
             wanted = walk.wanted(windows) if bias is None else walk.wanted(windows) - bias
-            root = layer.row_weights[windows].sqrt().flatten()[:, None].double()
+            root = weights[windows].sqrt().flatten()[:, None].double()
             context = torch.cat(contexts).flatten(0, 1).double() * root
             contexts.clear()
             wanted = wanted.flatten(0, 1).double() * root

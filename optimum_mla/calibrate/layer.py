@@ -76,4 +76,4 @@ class LayerCalibration(Calibration):
 
     def heal(self, attention: nn.Module) -> Healing:
         """Return a refit of `attention.o_proj` to the source's hidden states; see `refit_output`."""
-        return refit_output(self._states, attention)
+        return refit_output(self._walk, attention)

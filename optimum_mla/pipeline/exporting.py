@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from optimum_mla.calibrate.text import token_windows, window_length
+from optimum_mla.convert.latent_norm import check_layers, with_latent_norms
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.deepseek import export_deepseek
@@ -18,7 +20,8 @@ from optimum_mla.export.uncoded import uncoded
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
-from optimum_mla.models.registry import is_converted
+from optimum_mla.models.layers import model_geometry
+from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.pipeline.loading import (
     carried_card,
     check_dtype,
@@ -75,6 +78,10 @@ def export(
     hub: dict[str, Any] | None = None,
     gguf_type: str | None = None,
     pad_to: str | None = None,
+    latent_norm: bool = False,
+    recover_data: str | None = None,
+    recover_samples: int = 128,
+    recover_length: int | None = None,
 ) -> ExportReport:
     """Write a converted model as a plain `deepseek_v3` one, with `export_report.json`.
 
@@ -90,6 +97,11 @@ def export(
         gguf_type: Type of the matrices in a GGUF file, one of `FILE_TYPES`; None takes that of the model's dtype.
         pad_to: Rank of the latent and dims of the rotary key, such as `512+64`, to which all layers are padded by
             zeros; None adds none.
+        latent_norm: Give a model that was converted without it a norm on its latents and no biases behind them, fitted
+            to `recover_data`; see `optimum_mla.convert.latent_norm`.
+        recover_data: What `optimum_mla.io.documents.read_documents` reads, or token ids.
+        recover_samples: Windows of that text.
+        recover_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
 
     Raises:
         MLAError: Bad input of any kind, or a model that the format cannot express; `output` is as it was.
@@ -102,14 +114,31 @@ def export(
             raise InvalidValueError("gguf_type", gguf_type, f"nothing with the format {format}")
     sizes = None if pad_to is None else _sizes(pad_to)
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
-    folder = check_output(output, {"model": model}, overwrite)
+    if latent_norm != (recover_data is not None):
+        raise InvalidValueError(
+            "latent_norm", latent_norm, "True together with recover_data", "Give --latent-norm and --recover-data TEXT."
+        )
+    folder = check_output(output, {"model": model, "recover-data": recover_data}, overwrite)
     config = load_config(model, hub)
     if not is_converted(config):
         raise UnsupportedModelError(f"model: {model} is not converted. Run optimum-cli mla-convert on it first.")
     check_exportable(config, pad or sizes is not None)
-    tokenizer = load_tokenizer(model, hub, needed=False)
+    if latent_norm:
+        check_layers(model_geometry(family_of(config).spec, config).layers)
+    tokenizer = load_tokenizer(model, hub, needed=latent_norm)
+    windows = None
+    if recover_data is not None:
+        if recover_samples < 1:
+            raise InvalidValueError("recover_samples", recover_samples, "integers from 1")
+        length = window_length(config, recover_length, "recover_length")
+        windows = token_windows(tokenizer, recover_data, length, recover_samples, "recover-data")
     native = load_model(model, config, dtype, device, hub)
+    before, after = None, None
+    if windows is not None:
+        normed = with_latent_norms(native, windows)
+        native, (before, after) = normed.model, normed.perplexities
     exported, report = exported_model(model, native, format, pad, sizes)
+    report = replace(report, perplexity_without_norm=before, perplexity_with_norm=after)
     weights = sum(p.numel() * p.element_size() for p in exported.parameters())
     with atomic_folder(folder, weights, overwrite) as partial:
         write_export(exported, format, partial, folder.name, tokenizer, gguf_type)

@@ -163,6 +163,9 @@ def export_table(report: ExportReport) -> str:
     ]
     if report.codes_left_out:
         rows.append(("latents", "in full, no codes"))
+    if report.perplexity_with_norm is not None:
+        rows.append(("perplexity without latent norms", number(report.perplexity_without_norm)))
+        rows.append(("  with latent norms", number(report.perplexity_with_norm)))
     return table(("", report.format), rows)
 
 

@@ -290,6 +290,9 @@ class ExportReport(Report):
         dtype: Dtype of the weights.
         codes_left_out: Whether the converted model's latents are codes, which no format has, so that the export caches
             them in full and without rounding. The logits are compared with those of the unrounded model.
+        perplexity_without_norm: Perplexity of the converted model on held-back windows of the text that latent norms
+            were fitted to, or None if the export did not add them.
+        perplexity_with_norm: The same with these norms.
         verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.
         versions: Versions of Python and of the packages that matter.
@@ -306,6 +309,8 @@ class ExportReport(Report):
     largest_logit: float
     dtype: str
     codes_left_out: bool = False
+    perplexity_without_norm: float | None = None
+    perplexity_with_norm: float | None = None
     verification: dict[str, Any] | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())

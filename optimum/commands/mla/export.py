@@ -6,7 +6,14 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum.commands.mla.common import OUTPUT_HELP, add_run_arguments, describe, hub_options
+from optimum.commands.mla.common import (
+    LENGTH_HELP,
+    OUTPUT_HELP,
+    TEXT_HELP,
+    add_run_arguments,
+    describe,
+    hub_options,
+)
 
 
 class MLAExportCommand(BaseOptimumCLICommand):
@@ -51,6 +58,18 @@ class MLAExportCommand(BaseOptimumCLICommand):
             help="Pad the latent and the rotary key of every layer with zeros to these sizes, such as 512+64 or "
             "256+64, for engines whose kernels take no others. The model computes the same, but its cache grows.",
         )
+        norm = parser.add_argument_group("norm on the latent")
+        norm.add_argument(
+            "--latent-norm",
+            action="store_true",
+            help="Give a model that was converted without --latent-norm a norm on its latents and no biases behind "
+            "them, for engines that load no biases. It is fitted to --recover-data layer by layer.",
+        )
+        norm.add_argument("--recover-data", metavar="TEXT", help=f"Text to fit the norms to: {TEXT_HELP}.")
+        norm.add_argument(
+            "--recover-samples", type=int, default=128, metavar="N", help="Windows of text to use. Default: 128."
+        )
+        norm.add_argument("--recover-length", type=int, metavar="N", help=LENGTH_HELP)
         add_run_arguments(parser)
 
     def run(self) -> None:
@@ -73,6 +92,10 @@ class MLAExportCommand(BaseOptimumCLICommand):
                 device=args.device,
                 overwrite=args.overwrite,
                 hub=hub_options(args),
+                latent_norm=args.latent_norm,
+                recover_data=args.recover_data,
+                recover_samples=args.recover_samples,
+                recover_length=args.recover_length,
             )
             print(export_table(report))
             print(f"\nSaved to {args.output}")
