@@ -21,7 +21,10 @@ from optimum_mla.models import language_model
 from optimum_mla.models.wrappers import WRAPPERS
 from optimum_mla.pipeline import TextOptions, convert, finetune
 from optimum_mla.report.schema import ConversionReport
+from optimum_mla.stack import CACHE_ARGUMENT
 from tests.cases import SIZES, token_ids
+
+pytestmark = pytest.mark.compat
 
 IMAGE, PIXELS = 90, 28
 VISION = {
@@ -137,7 +140,7 @@ def test_codes_in_a_wrapper_are_those_of_its_language_model(name: str) -> None:
     assert torch.equal(model(input_ids=IDS).logits, alone(IDS).logits)
     assert model.config.text_config.to_dict() == alone.config.to_dict()
     cache = model.make_cache()
-    model.generate(**with_image(name), cache=cache, max_new_tokens=4)
+    model.generate(**with_image(name), **{CACHE_ARGUMENT: cache}, max_new_tokens=4)
     coded = [layer for layer in cache.layers if hasattr(layer, "encodes")]
     assert coded
     assert all(layer.encodes for layer in coded)
