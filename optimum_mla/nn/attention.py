@@ -238,7 +238,8 @@ class LatentAttention(nn.Module, ABC):
             everything = slice(0, view.tokens)
             queries, key_rotation = self._rotate_queries(queries, frames.query(everything)), frames.key(everything)
         keys, values = self._expand(view.whole(), key_rotation)
-        value_dim = values.shape[-1]
+        # PyTorch's fast kernels take the numbers of a token side by side only, and keys are made dim by dim.
+        keys, value_dim = keys if keys.stride(-1) == 1 else keys.contiguous(), values.shape[-1]
         if value_dim < keys.shape[-1] and not eager:
             # The fast kernels want keys and values alike: zeros cost less than the slow kernel.
             values = nn.functional.pad(values, (0, keys.shape[-1] - value_dim))

@@ -111,7 +111,7 @@ def test_reasons_of_refusals() -> None:
 def extracted(folder: Path) -> PreTrainedModel:
     """The language model of a wrapper, as docs/families.md extracts it."""
     page = Path("docs/families.md").read_text(encoding="utf-8")
-    code = page.split("## Language models in wrappers")[1].split("```python")[1].split("```")[0]
+    (code,) = (block.split("```")[0] for block in page.split("```python") if "language_model(whole)" in block)
     names: dict[str, object] = {}
     exec(code.replace('"MODEL"', repr(str(folder))).replace('"FOLDER"', repr(str(folder / "text"))), names)
     return AutoModelForCausalLM.from_pretrained(folder / "text")

@@ -22,7 +22,7 @@ def test_page_and_results_agree() -> None:
     ]
     assert results["overrides"] == {name: override.reason for name, override in OVERRIDES.items()}
     for row in results["rows"]:
-        assert row["source_passed"] >= 100
+        assert row["source_passed"] >= 60  # windowed families skip many
         assert row["passed"] + row["overridden"] + row["missing"] >= row["source_passed"]
 
 
