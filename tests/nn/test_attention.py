@@ -11,11 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from optimum_mla import models
+from optimum_mla import GQA2MLA, models
 from optimum_mla.measure.memory import live_cache_bytes
 from optimum_mla.nn import LatentAttention
-from tests.cases import SIZES, token_ids
+from tests.cases import SIZES, source_model, token_ids
 
 DECOUPLED = {
     "attention_form": "decoupled",
@@ -239,3 +240,23 @@ def test_flex_attention_prefills_with_the_same_logits(form: str) -> None:
         model.set_attn_implementation("flex_attention")
         logits = model(ids, attention_mask=mask, position_ids=positions).logits
     assert (logits - expected)[mask.bool()].abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("positional", ["full", "decoupled"])
+def test_attention_functions_get_the_numbers_of_a_token_side_by_side(
+    positional: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's fast kernels take no others, and the slow one takes many times as long for a long prompt."""
+    ids = token_ids(4, 24)
+    model = GQA2MLA(kv_cache_ratio=0.5, positional=positional, calibration=ids)(source_model("llama"))
+    found: list[int] = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        found.extend(tensor.stride(-1) for tensor in (query, key, value))
+        return sdpa(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched)
+    with torch.no_grad():
+        model(ids)
+    assert found == [1] * (3 * 3)
