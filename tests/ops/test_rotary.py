@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from optimum_mla.ops.rotary import gather_rotation, is_transposed, rotate
+from optimum_mla.ops.rotary import Rotation, gather_rotation, is_transposed, rotate
 
 
 def table(length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,5 +58,10 @@ def test_without_gradients_the_same_is_computed_in_fewer_passes(by_dim: bool) ->
     expected = rotate(x.requires_grad_(), rotation)
     assert is_transposed(ours) == is_transposed(expected) == by_dim
     assert torch.allclose(ours, expected, rtol=0, atol=1e-14)
+    with torch.no_grad():
+        half = Rotation(*(part.bfloat16() for part in rotation))
+        with torch.enable_grad():
+            graded = rotate(x.detach().bfloat16().requires_grad_(), half)
+        assert torch.equal(rotate(x.bfloat16(), half), graded)
     expected.square().sum().backward()  # a rotation keeps lengths
     assert torch.allclose(x.grad, 2 * x, atol=1e-12)
