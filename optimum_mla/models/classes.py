@@ -128,7 +128,7 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
 
 
 class LatentGeneration(PreTrainedModel):
-    """What a model with a language model of latent attention generates with."""
+    """Makes caches for a model whose language model has latent attention, and gives them to `generate`."""
 
     spec: Any
     """The `AttentionSpec` of the language model."""
