@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,34 @@ import numpy as np
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 """ggml's numbers of the types that a cache may have."""
+FURTHER_TYPES = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+"""llama.cpp's numbers of the types of files that it makes of an f16 file and that are measured here."""
+KEPT: list[Any] = []
+"""What llama.cpp calls, which must not be freed."""
 CACHE_LINE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells")
+
+
+@lru_cache(maxsize=1)
+def _log() -> list[str]:
+    """Return the list that all that llama.cpp says goes to. llama.cpp keeps its way there as long as it runs."""
+    import llama_cpp
+
+    lines: list[str] = []
+    note = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
+    llama_cpp.llama_log_set(note, ctypes.c_void_p(0))
+    KEPT.append(note)
+    return lines
+
+
+def quantize(path: Path, to: Path, kind: str) -> None:
+    """Write a file in one of `FURTHER_TYPES`, as the program `llama-quantize` does."""
+    import llama_cpp
+
+    _log()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = FURTHER_TYPES[kind], 1
+    if llama_cpp.llama_model_quantize(str(path).encode(), str(to).encode(), ctypes.byref(options)):
+        raise RuntimeError(f"llama.cpp cannot write {path.name} as {kind}")
 
 
 class LlamaModel:
@@ -27,16 +55,14 @@ class LlamaModel:
     def __init__(self, path: Path, tokens: int = 512, cache: str = "f32") -> None:
         import llama_cpp
 
-        lines: list[str] = []
-        note = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
-        llama_cpp.llama_log_set(note, ctypes.c_void_p(0))
+        lines = _log()
+        lines.clear()
         kind = CACHE_TYPES[cache]
         # verbose=True leaves the log where it was set to go.
         self.model = llama_cpp.Llama(
             str(path), n_ctx=tokens, logits_all=True, verbose=True, n_threads=1, type_k=kind, type_v=kind,
             flash_attn=cache.startswith("q"),
         )  # fmt: skip
-        self._note = note  # llama.cpp calls it as long as it runs.
         mebibytes, cells = next(found.groups() for line in lines if (found := CACHE_LINE.search(line)))
         self.cache_bytes, self.cells = float(mebibytes) * 2**20, int(cells)
 
@@ -61,6 +87,13 @@ class LlamaModel:
             if len(found) == new:
                 break
         return found
+
+    def answer(self, message: str, new: int) -> str:
+        """Return the likeliest answer of at most so many tokens to a message, asked by the file's chat template."""
+        self.model.reset()
+        asked = [{"role": "user", "content": message}]
+        said = self.model.create_chat_completion(asked, max_tokens=new, temperature=0.0, repeat_penalty=1.0)
+        return str(said["choices"][0]["message"]["content"])
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a text."""

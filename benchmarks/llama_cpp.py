@@ -3,7 +3,8 @@
     python -m benchmarks.llama_cpp [--config ...] [--output ...]
 
 The model is converted for llama.cpp, written as a GGUF file in each type of the config, and run with each type of cache
-beside the converted model in Transformers. Perplexity is that of the books of the experiment on quality.
+beside the converted model in Transformers. Perplexity is that of the books of the experiment on quality. Logits are
+compared with those of the converted model in float64, from which its own in float32 differ too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llama import LlamaModel
-from benchmarks.real_quality import converted
+from benchmarks.llama import FURTHER_TYPES, LlamaModel, quantize
+from benchmarks.real_quality import ANSWER_TOKENS, answers, converted
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
@@ -42,9 +43,12 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
     windows = token_windows(tokenizer, str(ROOT / quality["books"]), *sizes, "books")
     prompt = tokenizer(config["prompt"]).input_ids
     with torch.no_grad():
-        logits = model(torch.tensor([prompt])).logits[0].numpy()
+        rounded = model(torch.tensor([prompt])).logits[0].numpy()
+        logits = model.double()(torch.tensor([prompt])).logits[0].numpy()
+        model.float()
         tokens = model.generate(torch.tensor([prompt]), max_new_tokens=config["new_tokens"], do_sample=False)
     expected = tokens[0, len(prompt) :].tolist()
+    ((_, answer),) = answers(model, tokenizer, [config["message"]])
     found: dict[str, Any] = {
         "source": {
             "perplexity": perplexity(source, windows),
@@ -53,14 +57,20 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
         "converted": {
             "perplexity": perplexity(model, windows),
             "cache_bytes_per_token": 2 * model.geometry.cache_numbers,
+            "largest_logit_difference": float(np.abs(rounded - logits).max()),
+            "answer": answer["content"],
         },
         "runs": [],
     }
     with tempfile.TemporaryDirectory() as scratch:
         for file_type, caches in config["runs"].items():
             output = Path(scratch) / file_type
-            export(str(folder), output, "gguf", dtype="float32", gguf_type=file_type)
+            written = "f16" if file_type in FURTHER_TYPES else file_type
+            export(str(folder), output, "gguf", dtype="float32", gguf_type=written)
             (path,) = output.glob("*.gguf")
+            if file_type != written:
+                quantize(path, output / f"{file_type}.gguf", file_type)
+                path = output / f"{file_type}.gguf"
             for cache in caches:
                 with LlamaModel(path, cache=cache) as llama:
                     theirs = llama.logits(prompt)
@@ -74,6 +84,7 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
                             "perplexity": math.exp(sum(losses) / (len(losses) * (windows.shape[1] - 1))),
                             "largest_logit_difference": float(np.abs(theirs - logits).max()),
                             "same_greedy_tokens": _alike(llama.greedy(prompt, len(expected)), expected),
+                            "same_answer": llama.answer(config["message"], ANSWER_TOKENS) == answer["content"],
                             "same_prompt_tokens": llama.tokens(config["prompt"]) == prompt,
                         }
                     )

@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 from optimum_mla.export.checks import check_exportable
@@ -58,22 +57,23 @@ CARRIED = (
 """Fields that have the same meaning in the source config and in `DeepseekV3Config`."""
 
 
-def rope_parameters(model: PreTrainedModel, pairs: Tensor) -> dict[str, Any]:
-    """Return the config's `rope_parameters`, which give the frequencies of some of the source's rotary pairs.
+def rope_parameters(model: PreTrainedModel, shape: Shape) -> dict[str, Any]:
+    """Return the config's `rope_parameters`, which give the frequencies of the rotary pairs that are not zero.
 
     They are of type `default` where the formula theta^(-2i/R) gives these frequencies, and of type `longrope` with a
     factor for each frequency otherwise.
 
     Args:
         model: A converted model.
-        pairs: Indices of the source's rotary pairs, [R/2].
+        shape: The shape of the export.
     """
     config: Any = model.config
     rotary = model.get_submodule(family_of(config).spec.rotary_path)
-    frequencies = rotary.inv_freq.detach().double().cpu()[pairs.cpu()]  # type: ignore[operator, union-attr]
+    frequencies = rotary.inv_freq.detach().double().cpu()[shape.pairs]  # type: ignore[operator, union-attr]
     theta = float(config.rope_parameters["rope_theta"])
-    plain = theta ** -(torch.arange(len(pairs), dtype=torch.float64) / len(pairs))
-    factors = plain / frequencies
+    plain = theta ** -(torch.arange(shape.rope_pairs, dtype=torch.float64) / shape.rope_pairs)
+    factors = torch.ones_like(plain)
+    factors[shape.places] = plain[shape.places] / frequencies
     if (factors - 1).abs().max() < 1e-6:  # The source's float32 frequencies are not more precise than this.
         return {"rope_type": "default", "rope_theta": theta}
     return {
@@ -100,7 +100,7 @@ def deepseek_config(model: PreTrainedModel, shape: Shape) -> DeepseekV3Config:
         qk_nope_head_dim=g.qk_nope_head_dim,
         qk_rope_head_dim=shape.rope_dims,
         v_head_dim=g.v_head_dim,
-        rope_parameters=rope_parameters(model, shape.pairs),
+        rope_parameters=rope_parameters(model, shape),
         rope_interleave=shape.interleaved,
         attention_bias=shape.biased,
         dtype=model.dtype,

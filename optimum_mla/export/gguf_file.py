@@ -161,11 +161,15 @@ def _add_shape(writer: Any, config: Any) -> None:
 
 def _add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     found = vocabulary_of(tokenizer, size)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
     writer.add_token_list(found.tokens)
     writer.add_token_types(found.types)
-    writer.add_token_merges(found.merges)
+    if found.scores is None:
+        writer.add_token_merges(found.merges)
+    else:
+        writer.add_token_scores(found.scores)
+        writer.add_add_space_prefix(found.prefixed)
     for name, index in found.special.items():
         getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(found.begins)

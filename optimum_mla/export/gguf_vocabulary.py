@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,26 +20,36 @@ SPLITS = {
 """llama.cpp's names of pre-tokenizers, and the expressions by which they split a text."""
 SPECIAL = ("bos", "eos", "unk", "pad")
 """Tokens with a meaning of their own, by their names in Transformers."""
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""SentencePiece's pieces that stand for a byte each."""
+REMEDY = "Export to deepseek_v3, and let llama.cpp's converter write the file."
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A vocabulary of byte-level BPE.
+    """A vocabulary of byte-level BPE, or one of SentencePiece's BPE.
 
     Attributes:
+        model: llama.cpp's name of the kind, "gpt2" for byte-level BPE and "llama" for SentencePiece.
         pre: llama.cpp's name of the rule by which a text is split before it is encoded.
         tokens: All tokens by their ids; ids that the tokenizer does not know have made-up names.
         types: `gguf.TokenType` of each.
-        merges: The merges, as two tokens with a space between them.
+        merges: The merges, as two tokens with a space between them; empty for SentencePiece, where scores say what is
+            merged first.
+        scores: SentencePiece's score of each token, and None for byte-level BPE.
+        prefixed: Whether a space is put before a text, as SentencePiece does; None for byte-level BPE.
         special: Ids of special tokens by their names in `SPECIAL`.
         begins: Whether the tokenizer puts the first of them before a text.
         chat_template: The template for chats, or None.
     """
 
+    model: str
     pre: str
     tokens: list[str]
     types: list[int]
     merges: list[str]
+    scores: list[float] | None
+    prefixed: bool | None
     special: dict[str, int]
     begins: bool
     chat_template: str | None
@@ -52,18 +63,18 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         size: Number of rows of the model's embedding.
 
     Raises:
-        UnsupportedModelError: The tokenizer is no byte-level BPE, or splits texts by a rule that is not known here.
+        UnsupportedModelError: The tokenizer is no BPE, or splits texts by a rule that is not known here.
     """
     import gguf
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     model = content.get("model", {})
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    if model.get("type") != "BPE":
         raise UnsupportedModelError(
-            "export: a GGUF file is written with byte-level BPE tokenizers only, and this model's is another kind. "
-            "Export to deepseek_v3, and let llama.cpp's converter write the file."
+            f"export: a GGUF file is written with BPE tokenizers only, and this model's is another kind. {REMEDY}"
         )
+    pieces = bool(model.get("byte_fallback"))
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
     for token, index in model["vocab"].items():
@@ -71,15 +82,24 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     for added in content.get("added_tokens", ()):
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     ids = tokenizer("a").input_ids
     template = tokenizer.chat_template
+    if pieces:
+        for index, token in enumerate(tokens):
+            if BYTE.fullmatch(token):
+                types[index] = int(gguf.TokenType.BYTE)
+        if special["unk"] is not None:
+            types[special["unk"]] = int(gguf.TokenType.UNKNOWN)
     return Vocabulary(
-        pre=_pre_tokenizer(content["pre_tokenizer"]),
+        model="llama" if pieces else "gpt2",
+        pre="default" if pieces else _pre_tokenizer(content["pre_tokenizer"]),
         tokens=tokens,
         types=types,
-        merges=merges,
+        merges=[] if pieces else [" ".join(merge) for merge in merges],
+        scores=_scores(tokens, merges) if pieces else None,
+        prefixed=_prefixed(content) if pieces else None,
         special={name: index for name, index in special.items() if index is not None},
         begins=bool(ids) and ids[0] == special["bos"],
         chat_template=template if isinstance(template, str) else None,
@@ -99,7 +119,48 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
         for name, known in SPLITS.items():
             if expression == known:
                 return name
-    raise UnsupportedModelError(
-        f"export: the tokenizer splits texts by a rule that is not known here ({', '.join(kinds)}). Export to "
-        "deepseek_v3, and let llama.cpp's converter write the file."
+    raise _unknown_rule(kinds)
+
+
+def _unknown_rule(kinds: list[str]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"export: the tokenizer splits texts by a rule that is not known here ({', '.join(kinds) or 'none'}). {REMEDY}"
     )
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """Return a score for each token, by which SentencePiece merges in the order of the given merges.
+
+    SentencePiece scores what is made, not what it is made of. The merges that make a token must therefore follow one
+    upon the other, as those do that Transformers reads from a file of SentencePiece.
+    """
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        made = "".join(merge)
+        if made in ranks and "".join(merges[rank - 1]) != made:
+            raise UnsupportedModelError(
+                f"export: the tokenizer makes {made!r} by merges of different rank, which llama.cpp cannot tell apart. "
+                f"{REMEDY}"
+            )
+        ranks.setdefault(made, rank)
+    return [-float(ranks.get(token, 0)) for token in tokens]
+
+
+def _prefixed(content: dict[str, Any]) -> bool:
+    """Return whether a tokenizer with SentencePiece's pieces puts a space before a text.
+
+    Its file says so in one of two ways, by a normalizer or by a pre-tokenizer.
+    """
+    steps = []
+    for name, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        described = content.get(name)
+        if described is not None:
+            steps += described.get(parts, [described])
+    match steps:
+        case [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}]:
+            return scheme != "never"
+        case [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]:
+            return True
+        case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]:
+            return False
+    raise _unknown_rule([step["type"] for step in steps])

@@ -29,9 +29,9 @@ class Shape:
         biased: Whether the down-projections have biases.
         interleaved: Whether the two dims of a rotary pair are neighbours, as inference engines expect them. Otherwise
             they are half of the rotary dims apart.
-        pairs: The source's rotary pair with whose frequency each rotary pair turns, [P]. Pairs that pad the rotary key
-            are among them.
-        places: Which of these pairs each pair of the converted model is, in the order of frequencies, [R/2].
+        pairs: The source's rotary pairs with whose frequencies those of the converted model turn, rising, [R/2].
+        rope_pairs: Number of rotary pairs of the export; those beyond R/2 are zero.
+        places: Which of these each pair of the converted model is, in the order of `pairs`, [R/2].
     """
 
     rank: int
@@ -40,19 +40,20 @@ class Shape:
     biased: bool
     interleaved: bool
     pairs: Tensor
+    rope_pairs: int
     places: Tensor
 
     @property
     def rope_dims(self) -> int:
         """Return the number of dims of the rotary key."""
-        return 2 * len(self.pairs)
+        return 2 * self.rope_pairs
 
     @property
     def slots(self) -> Tensor:
         """Return the rotary dim of the export for each first dim and then each second dim of `places`, [R]."""
         if self.interleaved:
             return torch.cat([2 * self.places, 2 * self.places + 1])
-        return torch.cat([self.places, self.places + len(self.pairs)])
+        return torch.cat([self.places, self.places + self.rope_pairs])
 
 
 def export_shape(model: PreTrainedModel, pad_to: tuple[int, int] | None = None) -> Shape:
@@ -79,13 +80,12 @@ def export_shape(model: PreTrainedModel, pad_to: tuple[int, int] | None = None) 
     constant = 0 if normed else 1
     biased = not normed or any(layer.key_value_bias or layer.output_bias for layer in layers)
     rank = max(layer.kv_lora_rank for layer in layers) + constant
-    pairs, places = orders[0], torch.arange(len(orders[0]))
+    pairs, count = orders[0].cpu(), len(orders[0])
     if pad_to is not None:
         if pad_to[0] < rank or pad_to[1] < g.qk_rope_head_dim or pad_to[1] % 2:
             allowed = f"a latent from {rank} and an even number of rotary dims from {g.qk_rope_head_dim}"
             raise InvalidValueError("pad_to", f"{pad_to[0]}+{pad_to[1]}", f"{allowed} for this model")
-        rank = pad_to[0]
-        pairs, places = padded_pairs(pairs.cpu(), pad_to[1] // 2, g.head_dim // 2)
+        rank, count = pad_to[0], pad_to[1] // 2
     return Shape(
         rank=rank,
         query_rank=None if query_rank is None else query_rank + constant,
@@ -93,30 +93,26 @@ def export_shape(model: PreTrainedModel, pad_to: tuple[int, int] | None = None) 
         biased=biased,
         interleaved=normed,
         pairs=pairs,
-        places=places,
+        rope_pairs=count,
+        places=rotary_places(pairs, count, g.head_dim // 2),
     )
 
 
-def padded_pairs(pairs: Tensor, count: int, most: int) -> tuple[Tensor, Tensor]:
-    """Return `count` rotary pairs that hold the given ones, in order, and where the given ones are among them.
+def rotary_places(pairs: Tensor, count: int, most: int) -> Tensor:
+    """Return which of `count` rotary pairs of an export each of the given ones is, [R/2], rising.
 
-    They are those at every so-many-th frequency, which follow from one base, where the given ones are among these.
+    If one base gives the frequencies of the export, pair j turns at base^(-j/count). The given pairs are put where they
+    turn so, or else before all pairs that are zero.
 
     Args:
-        pairs: Indices of rotary pairs, [R/2], rising; a pair may be there more than once, from different heads.
-        count: Number of pairs wanted, at least R/2.
+        pairs: Indices of the source's rotary pairs, [R/2], rising; a pair may be there more than once, from different
+            heads.
+        count: Number of pairs of the export, at least R/2.
         most: Number of pairs of the source's heads.
     """
-    given = pairs.tolist()
-    regular = list(range(0, most, max(1, most // count)))[:count]
-    if set(given) <= set(regular) and len(set(given)) == len(given):
-        filled = regular
-    else:
-        spare = [pair for pair in range(most) if pair not in given]
-        filled = sorted([*given, *spare[: count - len(given)]])
-    filled += [most - 1] * (count - len(filled))  # What a padded pair turns with does not matter: it is zero.
-    places = [filled.index(pair) + given[:index].count(pair) for index, pair in enumerate(given)]
-    return torch.tensor(filled), torch.tensor(places)
+    places = pairs * count // most
+    regular = bool((places * most == pairs * count).all()) and len(set(places.tolist())) == len(places)
+    return places if regular else torch.arange(len(pairs))
 
 
 def latent_attentions(model: PreTrainedModel) -> list[Any]:

@@ -19,7 +19,7 @@ from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.export.constant_channel import CONSTANT, LARGEST_LATENT, constant_norm
 from optimum_mla.export.deepseek import export_deepseek
-from optimum_mla.export.tensors import padded_pairs
+from optimum_mla.export.tensors import rotary_places
 from optimum_mla.export.uncoded import uncoded
 from optimum_mla.pipeline.exporting import exported_model
 from optimum_mla.stack import CACHE_ARGUMENT
@@ -182,15 +182,16 @@ def test_padding_to_less_is_refused() -> None:
 
 
 @given(st.data())
-def test_padded_pairs_hold_the_given_ones_in_order(data: st.DataObject) -> None:
+def test_rotary_pairs_stand_where_one_base_gives_their_frequencies(data: st.DataObject) -> None:
     most = data.draw(st.sampled_from([4, 8, 32]))
     given_pairs = sorted(data.draw(st.lists(st.integers(0, most - 1), min_size=1, max_size=2 * most)))
     count = data.draw(st.integers(len(given_pairs), 2 * most))
-    pairs, places = padded_pairs(torch.tensor(given_pairs), count, most)
-    assert len(pairs) == count
-    assert pairs[places].tolist() == given_pairs
-    assert pairs.tolist() == sorted(pairs.tolist())
-    assert places.tolist() == sorted(set(places.tolist()))
+    places = rotary_places(torch.tensor(given_pairs), count, most).tolist()
+    assert places == sorted(set(places))
+    assert 0 <= places[0] <= places[-1] < count
+    wanted = [pair * count / most for pair in given_pairs]
+    regular = len(set(wanted)) == len(wanted) and all(place.is_integer() for place in wanted)
+    assert places == (wanted if regular else list(range(len(given_pairs))))
 
 
 @pytest.mark.parametrize("method", ["gqa2mla", "x-ecomla"])

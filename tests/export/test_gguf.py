@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.llama import FURTHER_TYPES, LlamaModel, quantize
 from optimum_mla import GQA2MLA, XEcoMLA
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.export.gguf_file import FILE_TYPES, ROUNDING, gguf_tensors, write_gguf
-from optimum_mla.export.gguf_vocabulary import vocabulary_of
 from optimum_mla.pipeline import TextOptions, convert, export
 from tests.cases import source_model, token_ids
 
@@ -109,17 +110,6 @@ def test_all_pairs_of_the_source_follow_from_its_base(tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").is_file()
 
 
-def test_vocabularies_are_those_of_the_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    found = vocabulary_of(tokenizer, 4096 + 2)
-    assert found.pre == "gpt-2"
-    assert found.tokens[:4096] == tokenizer.convert_ids_to_tokens(range(4096))
-    assert found.tokens[4096:] == ["[PAD4096]", "[PAD4097]"]
-    assert len(found.types) == 4098
-    assert all(len(merge.split(" ")) == 2 for merge in found.merges)
-    assert found.special["eos"] == tokenizer.eos_token_id
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model, converted for llama.cpp."""
@@ -137,8 +127,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_llama_cpp
 def test_llama_cpp_computes_what_the_converted_model_does(converted: Path, tmp_path: Path) -> None:
-    from benchmarks.llama import LlamaModel
-
     export(str(converted), tmp_path / "out", "gguf", dtype="float32")
     (path,) = (tmp_path / "out").glob("*-F32.gguf")
     model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
@@ -162,9 +150,37 @@ def test_llama_cpp_computes_what_the_converted_model_does(converted: Path, tmp_p
 
 
 @needs_llama_cpp
-def test_one_command_converts_and_writes_the_file(tmp_path: Path) -> None:
-    from benchmarks.llama import LlamaModel
+@pytest.mark.parametrize("options", [{"pad_to": "64+64"}, {"pad_to": "512+64", "gguf_type": "f16"}])
+def test_llama_cpp_computes_the_same_of_a_padded_model(converted: Path, tmp_path: Path, options: Any) -> None:
+    export(str(converted), tmp_path / "plain", "gguf", dtype="float32", gguf_type=options.get("gguf_type"))
+    export(str(converted), tmp_path / "padded", "gguf", dtype="float32", **options)
+    ids = AutoTokenizer.from_pretrained(converted)(TEXT).input_ids
+    logits, sizes = {}, {}
+    for kind in ("plain", "padded"):
+        (path,) = (tmp_path / kind).glob("*.gguf")
+        with LlamaModel(path, cache="f32") as llama:
+            logits[kind], sizes[kind] = llama.logits(ids), llama.cache_bytes / llama.cells
+    rank, dims = map(int, options["pad_to"].split("+"))
+    assert sizes["padded"] == pytest.approx(6 * 4 * (rank + dims), rel=0.01)
+    assert abs(logits["padded"] - logits["plain"]).max() < 1e-3
+    assert sizes["plain"] < sizes["padded"]
 
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", FURTHER_TYPES)
+def test_llama_cpp_makes_other_types_of_an_f16_file(converted: Path, tmp_path: Path, kind: str) -> None:
+    export(str(converted), tmp_path / "out", "gguf", dtype="float32", gguf_type="f16")
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    quantize(path, tmp_path / "small.gguf", kind)
+    assert (tmp_path / "small.gguf").stat().st_size < 0.7 * path.stat().st_size
+    ids = AutoTokenizer.from_pretrained(converted)(TEXT).input_ids
+    with LlamaModel(path) as llama, LlamaModel(tmp_path / "small.gguf") as small:
+        correlation = numpy.corrcoef(llama.logits(ids).ravel(), small.logits(ids).ravel())[0, 1]
+    assert correlation > 0.95
+
+
+@needs_llama_cpp
+def test_one_command_converts_and_writes_the_file(tmp_path: Path) -> None:
     texts = TextOptions(calibration_samples=8, calibration_length=64, eval_samples=1)
     convert(REFERENCE, tmp_path / "out", "x-ecomla", {"kv_cache_ratio": 0.5}, texts, export_format="gguf")
     (path,) = (tmp_path / "out").glob("*-BF16.gguf")
