@@ -59,7 +59,7 @@ class LlamaModel:
         lines.clear()
         kind = CACHE_TYPES[cache]
         # verbose=True leaves the log where it was set to go.
-        self.model = llama_cpp.Llama(
+        self.model: Any = llama_cpp.Llama(
             str(path), n_ctx=tokens, logits_all=True, verbose=True, n_threads=1, type_k=kind, type_v=kind,
             flash_attn=cache.startswith("q"),
         )  # fmt: skip
