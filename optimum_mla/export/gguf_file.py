@@ -8,6 +8,8 @@ every so-many-th frequency (`--shared-rope regular`). All layers are dense.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ FILE_TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types of the matrices in a file. Vectors are always in float32."""
 ROUNDING = {"f32": 0.0, "f16": 2.0**-10, "bf16": 2.0**-8, "q8_0": 2.0**-6}
 """The largest difference of a matrix that a type makes, relative to its largest number."""
+LATENTS = re.compile(r"(q_a|kv_a)_proj(_with_mqa)?\.weight$")
+"""The down-projections, whose first rows make a latent that is normed."""
 LITE_DEPTHS = (26, 27)
 """Numbers of layers of which llama.cpp expects no latent of queries."""
 
@@ -59,7 +63,9 @@ def check_gguf(config: Any) -> None:
 def gguf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file with their names there, on the CPU.
 
-    The up-projection is split into that of the keys, [H, r, n], and that of the values, [H, v, r].
+    The up-projection is split into that of the keys, [H, r, n], and that of the values, [H, v, r]. Transformers norms
+    latents with an epsilon of their own and llama.cpp with that of all norms, so the down-projections are scaled to
+    latents for which the other epsilon is as large.
     """
     import gguf
 
@@ -69,6 +75,11 @@ def gguf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         parts = {name: tensor.detach().cpu()}
+        if (latent := LATENTS.search(name)) is not None:
+            norm = model.get_submodule(f"{name[: latent.start()]}{latent[1]}_layernorm")
+            rows = len(norm.weight)  # type: ignore[arg-type]
+            parts[name] = parts[name].clone()
+            parts[name][:rows] *= math.sqrt(config.rms_norm_eps / norm.variance_epsilon)  # type: ignore[operator]
         if name.endswith("kv_b_proj.weight"):
             heads = parts.pop(name).unflatten(0, (config.num_attention_heads, -1))
             key, value = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)

@@ -30,13 +30,13 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
-def regular(method: type = GQA2MLA, family: str = "llama", **options: Any) -> Any:
-    """A deepseek_v3 export of a random model that was converted for llama.cpp."""
+def regular(method: type = GQA2MLA, family: str = "llama", source: dict[str, Any] | None = None, **options: Any) -> Any:
+    """A deepseek_v3 export of a random model that was converted for llama.cpp; `source` changes the model's config."""
     cached = {"rope_cache": "cached"} if method is GQA2MLA else {}
     made = method(
         kv_cache_ratio=0.75, shared_rope="regular", latent_norm=True, calibration=CALIBRATION, **cached, **options
     )
-    return export_deepseek(made(source_model(family)))
+    return export_deepseek(made(source_model(family, **(source or {}))))
 
 
 @pytest.mark.parametrize("method", [GQA2MLA, XEcoMLA])
@@ -79,6 +79,24 @@ def test_a_file_holds_the_model_in_its_type(file_type: str, tmp_path: Path) -> N
     key = wanted["blk.1.attn_k_b.weight"]
     up = exported.model.layers[1].self_attn.kv_b_proj.weight.unflatten(0, (4, -1))
     assert torch.equal(key, up[:, : config.qk_nope_head_dim].mT)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+def test_latents_are_normed_with_the_one_epsilon_of_the_file(eps: float) -> None:
+    exported = regular(XEcoMLA, source={"rms_norm_eps": eps}, q_lora_rank=40)
+    tensors, attention = dict(gguf_tensors(exported)), exported.model.layers[1].self_attn
+    # States so small that the epsilon is a part of what the norm divides by.
+    states = 1e-3 * torch.randn(5, exported.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    for name, down, norm, rank in (
+        ("attn_q_a", attention.q_a_proj, attention.q_a_layernorm, exported.config.q_lora_rank),
+        ("attn_kv_a_mqa", attention.kv_a_proj_with_mqa, attention.kv_a_layernorm, exported.config.kv_lora_rank),
+    ):
+        made = states @ tensors[f"blk.1.{name}.weight"].T
+        gain = tensors[f"blk.1.{name.removesuffix('_mqa')}_norm.weight"]
+        found = torch.nn.functional.rms_norm(made[:, :rank], (rank,), gain, eps)
+        with torch.no_grad():
+            assert torch.allclose(found, norm(down(states)[:, :rank]), rtol=1e-5, atol=1e-7)
+            assert torch.allclose(made[:, rank:], down(states)[:, rank:], rtol=1e-5, atol=1e-7)
 
 
 def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
@@ -147,6 +165,18 @@ def test_llama_cpp_computes_what_the_converted_model_does(converted: Path, tmp_p
                 assert llama.greedy(ids, 32) == greedy
     assert differences["f32"] < 1e-3
     assert differences["f16"] < differences["q8_0"] < differences["q4_0"]
+
+
+@needs_llama_cpp
+def test_llama_cpp_norms_latents_of_models_with_another_epsilon(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    exported = regular(source={"rms_norm_eps": 1e-3, "vocab_size": 4096})
+    write_gguf(exported, tmp_path / "m.gguf", "m", "f32", tokenizer)
+    ids = tokenizer(TEXT).input_ids
+    with torch.no_grad():
+        expected = exported(torch.tensor([ids])).logits[0].numpy()
+    with LlamaModel(tmp_path / "m.gguf") as llama:
+        assert abs(llama.logits(ids) - expected).max() < 1e-5 * abs(expected).max()
 
 
 @needs_llama_cpp

@@ -150,7 +150,7 @@ def test_rules_that_llama_cpp_does_not_have_are_refused(pieces: Path) -> None:
 
 @needs_llama_cpp
 def test_llama_cpp_makes_the_same_tokens(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    write_gguf(regular(vocab_size=1024), tmp_path / "m.gguf", "m", "f32", tokenizer)
+    write_gguf(regular(source={"vocab_size": 1024}), tmp_path / "m.gguf", "m", "f32", tokenizer)
     with LlamaModel(tmp_path / "m.gguf") as llama:
         for text in TEXTS:
             assert llama.tokens(text) == tokenizer(text).input_ids
