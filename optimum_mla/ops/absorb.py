@@ -13,8 +13,10 @@ from torch import Tensor
 
 from optimum_mla.ops.rotary import is_transposed
 
-SHORT_PRODUCT = 256
-"""Products over fewer tokens than this are computed in float32 on CPUs."""
+WHOLE_TOKENS = 256
+"""Products over multiples of so many tokens are computed in 16 bits on CPUs that have instructions for them. Kernels
+for 16 bits are compiled anew for every number of tokens, which costs more than a product takes, and a cache grows by
+one token at a time."""
 
 
 def grouped_logits(query: Tensor, key: Tensor) -> Tensor:
@@ -30,29 +32,44 @@ def grouped_logits(query: Tensor, key: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor, tokens: int) -> Tensor:
     """Return the product of the cached vectors of some tokens and another factor, in the narrower of their dtypes.
 
-    On CPUs it is computed in float32 where that is faster than in 16 bits: kernels for 16 bits are compiled anew for
-    every number of tokens, which costs more than a short product takes, and without instructions for them they take
-    many times as long as those for float32.
+    It is computed in `working_dtype`, or in float32 on a CPU if one of the factors is in float32 already.
 
     Args:
         left, right: The factors, of which one may be in float32 already, as codes are opened.
         tokens: Number of tokens.
     """
-    dtype = left.dtype if left.dtype.itemsize < right.dtype.itemsize else right.dtype
-    working = working_dtype(dtype, left.device, tokens)
-    return (left.to(working) @ right.to(working)).to(dtype)
+    narrow, wide = sorted((left.dtype, right.dtype), key=lambda dtype: dtype.itemsize)
+    opened = left.device.type == "cpu" and narrow.itemsize == 2
+    working = wide if opened and wide is not narrow else working_dtype(narrow, left.device, tokens)
+    # For 16 bits `matmul` copies a factor whose tokens lie side by side, which takes longer than the product.
+    multiply = torch.bmm if left.ndim == right.ndim == 3 else torch.matmul
+    return multiply(left.to(working), right.to(working)).to(narrow)
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device, tokens: int) -> torch.dtype:
-    """Return the dtype in which products over some tokens are fastest, for vectors and queries of a dtype."""
-    half = device.type == "cpu" and dtype.itemsize == 2
-    return torch.float32 if half and (tokens < SHORT_PRODUCT or not _multiplies_halves()) else dtype
+    """Return the dtype in which products over some tokens are fastest, for vectors and queries of a dtype.
+
+    Without instructions for 16 bits a CPU takes many times as long for products in 16 bits as for those in float32.
+    """
+    slow = tokens % WHOLE_TOKENS or not multiplies(dtype)
+    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 and slow else dtype
 
 
-@lru_cache(maxsize=1)
-def _multiplies_halves() -> bool:
-    """Return whether the processor has units for matrix products in 16 bits."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+def attention_dtype(dtype: torch.dtype, device: torch.device, tokens: int) -> torch.dtype:
+    """Return the dtype in which PyTorch's fused attention over some tokens is fastest, for vectors of a dtype."""
+    working = working_dtype(dtype, device, tokens)
+    return working if device.type != "cpu" or dtype.itemsize > 2 or _has("_is_amx_tile_supported") else torch.float32
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return whether the processor has instructions for matrix products in a dtype of 16 bits."""
+    return _has("_is_amx_tile_supported") or (dtype == torch.bfloat16 and _has("_is_avx512_bf16_supported"))
+
+
+@lru_cache(maxsize=8)
+def _has(question: str) -> bool:
+    """Return PyTorch's answer to a question about the processor, and False where it does not know the question."""
+    return bool(getattr(torch.cpu, question, lambda: False)())
 
 
 def grouped_context(weights: Tensor, value: Tensor) -> Tensor:

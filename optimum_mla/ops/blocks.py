@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.ops.absorb import product, working_dtype
+from optimum_mla.ops.absorb import WHOLE_TOKENS, multiplies, product, working_dtype
 from optimum_mla.ops.rotary import is_transposed
 
 BLOCK_NUMBERS = 2**20
@@ -75,18 +75,29 @@ class Latents:
 
         The numbers of a row of the weight lie side by side in memory for all tokens.
         """
-        tokens = self.vectors.shape[1]
-        working = working_dtype(weight.dtype, weight.device, tokens)
-        vectors = self.vectors.to(working)
-        # A product of a matrix and a batch would be computed token by token, so both factors are batches.
-        lifted = self.lift(weight).to(working).expand(len(vectors), -1, -1)
-        if bias is None:
-            return torch.bmm(lifted, vectors.mT).mT
-        return torch.baddbmm(bias.to(working)[:, None], lifted, vectors.mT).mT
+        lifted, dtype, tokens = self.lift(weight), weight.dtype, self.vectors.shape[1]
+        if weight.device.type != "cpu" or dtype.itemsize > 2 or not multiplies(dtype):
+            return _projected(self.vectors.to(working_dtype(dtype, weight.device, tokens)), lifted, bias)
+        # What follows on a CPU is computed in float32, and only a part of a block is computed in 16 bits if it grows.
+        made = self.vectors.new_empty(len(self.vectors), len(weight), tokens, dtype=torch.float32).mT
+        whole = tokens - tokens % WHOLE_TOKENS
+        for span, working in ((slice(0, whole), dtype), (slice(whole, tokens), torch.float32)):
+            if span.start < span.stop:
+                made[:, span] = _projected(self.vectors[:, span].to(working), lifted, bias)
+        return made
 
     def dense(self) -> Tensor:
         """Return the original vectors as a plain tensor, [B, T, w]."""
         return self.lower(self.vectors).to(self.dtype)
+
+
+def _projected(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a linear map with weight [m, w] and bias [m] of vectors [B, T, w] in their dtype, [B, T, m]."""
+    # A product of a matrix and a batch would be computed token by token, so both factors are batches.
+    batched = weight.to(vectors.dtype).expand(len(vectors), -1, -1)
+    if bias is None:
+        return torch.bmm(batched, vectors.mT).mT
+    return torch.baddbmm(bias.to(vectors.dtype)[:, None], batched, vectors.mT).mT
 
 
 class ShiftedLatents(Latents):

@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from optimum_mla.ops.absorb import working_dtype
+from optimum_mla.ops.absorb import attention_dtype
 from optimum_mla.ops.blocks import Latents
 from optimum_mla.ops.blockwise import Attended, LatentDecode, Sums, latent_decode, masked_blocks
 
@@ -89,7 +89,7 @@ def _flash(queries: Tensor, keys: Tensor, scaling: float, added: Tensor | None) 
         Pairs of contexts [B, pieces, H·S, w] and logarithms of the sums of weights [B, pieces, H·S].
     """
     tokens = keys.shape[1]
-    dtype = working_dtype(queries.dtype, queries.device, tokens)
+    dtype = attention_dtype(queries.dtype, queries.device, tokens)
     queries, keys = queries.to(dtype), keys.to(dtype)
     added = None if added is None else added.to(dtype)
     rows = queries.flatten(1, 2).unsqueeze(1)  # [B, 1, H·S, w]

@@ -159,8 +159,10 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     first, second = grouped.chunk(2, dim=-1)
     cos, sin = rotation.cos.unsqueeze(2), rotation.sin.unsqueeze(2)  # [B, K, 1, S, R/2]
     exact = x.dtype.itemsize >= 4  # In 16 bits it would be rounded elsewhere, and training compares with the other way.
-    if exact and not torch.is_grad_enabled() and cos.dtype == x.dtype and not torch.compiler.is_compiling():
+    wider = torch.promote_types(x.dtype, cos.dtype) == x.dtype
+    if exact and wider and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Half of the passes over memory, which decoding from rebuilt keys waits for; autograd cannot follow them.
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         written = torch.empty_like(grouped)
         one, other = written.chunk(2, dim=-1)
         torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)

@@ -56,9 +56,10 @@ def test_decode_absorbs_and_prefill_expands() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [8, 600])
-def test_products_in_16_bits_are_rounded_once(dtype: torch.dtype, tokens: int) -> None:
-    left, right = randn(3, 64).to(dtype), randn(64, tokens).to(dtype)
+@pytest.mark.parametrize("tokens", [8, 512, 600])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_products_in_16_bits_are_rounded_once(dtype: torch.dtype, tokens: int, batch: tuple[int, ...]) -> None:
+    left, right = randn(*batch, 3, 64).to(dtype), randn(*batch, 64, tokens).to(dtype)
     exact = left.double() @ right.double()
     found = absorb.product(left, right, tokens)
     assert found.dtype is dtype
@@ -66,14 +67,28 @@ def test_products_in_16_bits_are_rounded_once(dtype: torch.dtype, tokens: int) -
     # Codes are opened in the dtype that is computed with; the result is in that of the queries.
     opened = right.to(absorb.working_dtype(dtype, right.device, tokens))
     assert torch.equal(absorb.product(left, opened, tokens), found)
+    # What is in float32 on a CPU is not rounded before the product.
+    wide = absorb.product(left, right.float(), tokens)
+    assert (wide.double() - exact).abs().max() <= torch.finfo(dtype).eps / 2 * exact.abs().max()
 
 
-def test_only_16_bits_on_a_cpu_are_computed_in_another_dtype() -> None:
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("avx512", [True, False])
+def test_only_16_bits_on_a_cpu_are_computed_in_another_dtype(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool
+) -> None:
+    monkeypatch.setattr(absorb, "_has", {"_is_amx_tile_supported": amx, "_is_avx512_bf16_supported": avx512}.get)
     cpu, other = torch.device("cpu"), torch.device("meta")
-    for dtype in (torch.float32, torch.float64):
-        assert absorb.working_dtype(dtype, cpu, 8) is dtype
-    assert absorb.working_dtype(torch.bfloat16, cpu, 8) is torch.float32
-    assert absorb.working_dtype(torch.bfloat16, other, 8) is torch.bfloat16
+    for of in (absorb.working_dtype, absorb.attention_dtype):
+        for dtype in (torch.float32, torch.float64):
+            assert of(dtype, cpu, 8) is dtype
+        for dtype in (torch.bfloat16, torch.float16):
+            assert of(dtype, cpu, 8) is of(dtype, cpu, 600) is torch.float32
+            assert of(dtype, other, 8) is dtype
+    # Products over whole multiples of tokens take the instructions that there are.
+    assert absorb.working_dtype(torch.bfloat16, cpu, 512) is (torch.bfloat16 if amx or avx512 else torch.float32)
+    assert absorb.working_dtype(torch.float16, cpu, 512) is (torch.float16 if amx else torch.float32)
+    assert absorb.attention_dtype(torch.bfloat16, cpu, 512) is (torch.bfloat16 if amx else torch.float32)
 
 
 def test_keys_dim_by_dim_give_the_same_logits() -> None:

@@ -63,5 +63,10 @@ def test_without_gradients_the_same_is_computed_in_fewer_passes(by_dim: bool) ->
         with torch.enable_grad():
             graded = rotate(x.detach().bfloat16().requires_grad_(), half)
         assert torch.equal(rotate(x.bfloat16(), half), graded)
+        with torch.enable_grad():  # Keys are in float32 where the table is in the model's 16 bits.
+            graded = rotate(x.detach().float().requires_grad_(), half)
+        mixed = rotate(x.float(), half)
+    assert mixed.dtype is torch.float32
+    assert torch.allclose(mixed, graded, rtol=0, atol=1e-6)
     expected.square().sum().backward()  # a rotation keeps lengths
     assert torch.allclose(x.grad, 2 * x, atol=1e-12)
