@@ -10,6 +10,7 @@ by hand. `tests/benchmarks/test_tables.py` checks that the pages are up to date.
 from __future__ import annotations
 
 import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -46,8 +47,15 @@ def llama_cpp() -> str:
     found = result("llama_cpp")
     source, own = found["source"], found["converted"]
     rows = [
-        ["source, Transformers", f"16 bit: {source['cache_bytes_per_token']:,}", f"{source['perplexity']:.2f}", "", ""],
-        ["converted, Transformers", f"16 bit: {own['cache_bytes_per_token']:,}", f"{own['perplexity']:.2f}", "", ""],
+        [
+            f"{name}, Transformers",
+            f"16 bit: {about['cache_bytes_per_token']:,}",
+            f"{about['perplexity']:.2f}",
+            f"{about['largest_logit_difference']:.1g}" if about is own else "",
+            "",
+            "",
+        ]
+        for name, about in (("source", source), ("converted", own))
     ]
     rows += [
         [
@@ -56,11 +64,57 @@ def llama_cpp() -> str:
             f"{run['perplexity']:.2f}",
             f"{run['largest_logit_difference']:.1g}",
             f"{run['same_greedy_tokens']} of {found['config']['new_tokens']}",
+            "yes" if run["same_answer"] else "no",
         ]
         for run in found["runs"]
     ]
-    header = ["", "cache, bytes per token", "perplexity, books", "largest logit difference", "same greedy tokens"]
+    header = (
+        *("", "cache, bytes per token", "perplexity, books"),
+        *("largest logit difference", "same greedy tokens", "same answer in a chat"),
+    )
     return table(header, rows)
+
+
+def engines() -> str:
+    """Return the table of engines, with what was run of each and what was measured."""
+    coded = next(row for row in result("real_quality")["ours"] if row["name"] == "gqa2mla-budget-12")
+    source_bytes = result("llama_cpp")["source"]["cache_bytes_per_token"]
+    exported = next(run for run in result("export")["runs"] if run.get("largest_logit_difference"))
+    runs = {(run["file"], run["cache"]): run for run in result("llama_cpp")["runs"]}
+    exact, half, small = runs["f32", "f32"], runs["f32", "f16"], runs["f32", "q8_0"]
+    coded_bytes = source_bytes * coded["percent"] / 100
+    rise = 100 * (math.exp(coded["excess"]["books"]) - 1)
+    rows = [
+        (
+            *("Transformers with optimum-mla", "native, all forms", "all tests of this project"),
+            f"SmolLM2, {coded_bytes:,.0f} bytes a token instead of {source_bytes:,}: perplexity of books {rise:+.1f} %",
+            "`make bench-real-quality`",
+        ),
+        (
+            *("`transformers serve`, `transformers chat`", "native, codes or 16 bits"),
+            *("answers whole, streamed, several at a time", "the text that `generate` gives"),
+            "`transformers serve CONVERTED --trust-remote-code`",
+        ),
+        (
+            *("Transformers", "`deepseek_v3`", "logits; generation with dynamic, static and quantized caches"),
+            f"logits within {exported['largest_logit_difference']:.0e} of {exported['largest_logit']:.0f}, float32",
+            "`make bench-export`",
+        ),
+        (
+            *("llama.cpp", "GGUF", "logits, greedy tokens, chat, tokenizers, caches, further types of files"),
+            f"SmolLM2, float32: logits within {exact['largest_logit_difference']:.0e}; "
+            f"{half['cache_bytes_per_token']:,.0f} bytes a token in f16, {small['cache_bytes_per_token']:,.0f} in q8_0",
+            "`make bench-llama-cpp`",
+        ),
+        (
+            *("vLLM, Transformers backend", "`--latent-norm --pad-to 512+64` (or `256+64`)"),
+            *("nothing, only read", "-", "`vllm serve EXPORT --model-impl transformers`"),
+        ),
+        ("vLLM, SGLang, own models", "`--latent-norm`, in the shapes of their kernels", "nothing, only read", "-", "-"),
+        ("FlashMLA kernels", "`--latent-norm`, 512 + 64", "nothing, only read", "-", "-"),
+        ("FlashInfer kernels", "`--latent-norm`, 512 or 256, + 64", "nothing, only read", "-", "-"),
+    ]
+    return table(("engine", "form", "what was run", "what was measured", "command"), rows)
 
 
 def families() -> str:
@@ -635,6 +689,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         large_computed,
         families,
         llama_cpp,
+        engines,
     )
 }
 """The functions that render blocks, by the names that pages use."""
