@@ -4,7 +4,8 @@
 
 Every run converts in a new process with one thread, so that its peak memory is its own. A seed draws the calibration
 windows. Quality is the excess log-perplexity ln(after / before) on text that neither the models nor the calibration
-have seen. `--plot-only` draws the plot of a committed result again.
+have seen. A run measures what its result lacks, for example after lines were added to the config; delete the result to
+measure everything again. `--plot-only` draws the plot of a committed result again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
+from benchmarks.result import CONFIGS, RESULTS, ROOT, earlier, save_result
 
 
 def expand(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield every run of the config with its model, label, method, options, ratio, seed and calibration windows.
 
-    A line of the config may name its own models and ratios.
+    A line of the config may name its own models and ratios, and the option of which the ratio is the value.
     """
     for model in config["models"]:
         for line in config["lines"]:
@@ -76,15 +77,17 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     source_bytes = measured_cache_bytes_per_token(model, evaluation[:1, :32])
     start = time.perf_counter()
     try:
-        transformation = build_transformation(
-            spec["method"], {**spec["options"], "kv_cache_ratio": spec["ratio"]}, calibration
-        )
+        size = {spec.get("size", "kv_cache_ratio"): spec["ratio"]}
+        transformation = build_transformation(spec["method"], {**spec["options"], **size}, calibration)
         converted: Any = transformation(model)
     except InvalidValueError as error:  # there is no room for the rotary key of this method
         return row | {"impossible": str(error)}
     seconds = time.perf_counter() - start
     after = perplexity(converted, evaluation)
-    cache = measured_cache_bytes_per_token(converted, evaluation[:1, :32])
+    if "size" in spec:  # Codes are the same bytes in any dtype; the first tokens of so short a text are not coded.
+        cache, source_bytes = converted.geometry.cache_bytes(), source_bytes / 2
+    else:
+        cache = measured_cache_bytes_per_token(converted, evaluation[:1, :32])
     return row | {
         "perplexity_before": before,
         "perplexity_after": after,
@@ -161,6 +164,10 @@ def summary(result: dict[str, Any]) -> str:
     return table(["excess log-perplexity at", *[f"{100 * ratio:g} %" for ratio in ratios]], lines)
 
 
+def _key(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(run[name] for name in ("part", "model", "label", "seed", "ratio"))
+
+
 def main() -> None:
     """Run everything, print the table, and write the result and the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -174,17 +181,20 @@ def main() -> None:
         plot(json.loads(arguments.output.read_text(encoding="utf-8")), arguments.plot)
         return
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
-    specs = list(expand(config))
+    known, measured = earlier(arguments.output, config, "lines")
+    names = {line["label"] for line in config["lines"] if line not in measured}
+    kept = [row for row in known.get("runs", []) if row["label"] not in names]
+    found = {_key(row): row for row in kept}
+    specs = [spec for spec in expand(config) if _key(spec) not in found]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["optimum_mla", "optimum_mla.pipeline", "transformers.models.qwen3.modeling_qwen3"])
-    runs: list[dict[str, Any]] = []
     with context.Pool(arguments.workers, maxtasksperchild=1) as pool:
         for row in pool.imap(functools.partial(run, config=config), specs):
-            runs.append(row)
+            found[_key(row)] = row
             shown = f"{row['excess_log_perplexity']:.4f}" if "impossible" not in row else "impossible"
-            print(f"{len(runs)}/{len(specs)} {row['model']} {row['label']} {row['ratio']} seed {row['seed']}: {shown}")
+            print(f"{row['model']} {row['label']} {row['ratio']} seed {row['seed']}: {shown}", flush=True)
     remark = f"{arguments.workers} runs at a time, one thread each"
-    result = save_result(arguments.output, config, remark, runs=runs)
+    result = save_result(arguments.output, config, remark, runs=[found[_key(spec)] for spec in expand(config)])
     print(summary(result))
     plot(result, arguments.plot)
 

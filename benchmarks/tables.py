@@ -22,6 +22,8 @@ from benchmarks.result import RESULTS, ROOT
 BLOCK = re.compile(r"<!-- results: (\w+) -->\n.*?<!-- end of results -->", re.DOTALL)
 WIDTH = 120
 """Characters in a line of generated prose."""
+SMALL_CACHES = (0.25, 0.125, 0.0625)
+"""Shares of the cache at which codes are compared with 16 bits on the small models."""
 VISIBLE_NATS = 0.005
 """Losses of single trainings that differ by less are not told apart."""
 
@@ -167,14 +169,24 @@ def quality() -> str:
         "GQA2MLA decoupled, rebuilt",
     )
 
-    def cell(label: str, model: str) -> str:
-        both = (excess[label, model, ratio] for ratio in (0.5, 0.25))
-        return " / ".join(f"{sum(values) / len(values):.3f}" for values in both)
+    def cell(label: str, model: str, ratios: Sequence[float] = (0.5, 0.25)) -> str:
+        found = (excess[label, model, ratio] for ratio in ratios)
+        return " / ".join(f"{sum(values) / len(values):.3f}" for values in found)
 
     models = found["config"]["models"]
     rows = [(label, *(cell(label, model) for model in models)) for label in labels]
-    shown = table(("excess at 50 / 25 %", "grouped-query", "multi-head", "Qwen3-like"), rows)
-    return "\n\n".join([shown, prose(f"Measured by `make bench-quality` on {found['machine']}.")])
+    kinds = ("grouped-query", "multi-head", "Qwen3-like")
+    shown = table(("excess at 50 / 25 %", *kinds), rows)
+    names = {"GQA2MLA decoupled, rebuilt": "16 bits", "GQA2MLA, codes": "codes (`--cache-budget`)"}
+    small = [(name, *(cell(label, model, SMALL_CACHES) for model in models)) for label, name in names.items()]
+    header = " / ".join(f"{100 * ratio:g}" for ratio in SMALL_CACHES)
+    return "\n\n".join(
+        [
+            shown,
+            table((f"excess at {header} %", *kinds), small),
+            prose(f"Measured by `make bench-quality` on {found['machine']}."),
+        ]
+    )
 
 
 def conversion() -> str:
