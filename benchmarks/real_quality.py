@@ -4,7 +4,8 @@
 
 Excess is ln(perplexity / that of the source with its 16-bit cache). All tokens are coded, apart from the first ones
 where a row says so. Books are a held-out novel, chat is the source's own greedy answers to the instructions of
-`benchmarks/texts`, and the encyclopedia is any text that is named on the command line. None of it is calibrated on.
+`benchmarks/texts`, and the encyclopedia is the beginning of any text that is named on the command line. None of it is
+calibrated on. A conversion with `"calibration-data": "encyclopedia"` uses the second half of that text.
 A run measures what its result lacks: after an interruption, or when conversions were added to the config. Delete the
 result to measure everything again. Conversions are kept in `benchmarks/real_conversions/` for the other experiments;
 delete a folder to convert it again.
@@ -29,6 +30,8 @@ MADE_BY = "made_by.json"
 CONTEXT = 4096
 """Tokens from which bytes per token are computed for caches with a window of unquantized tokens."""
 ANSWER_TOKENS = 64
+OWN_TEXT = "encyclopedia"
+"""Value of `calibration-data` that stands for the second half of the text that is named on the command line."""
 SMALLEST = 2e-3
 """The least excess that the plot shows; what is below stands there."""
 
@@ -45,7 +48,10 @@ def converted(model: str, name: str, options: dict[str, Any]) -> Path:
     made_by = folder / MADE_BY
     if made_by.is_file() and json.loads(made_by.read_text(encoding="utf-8")) == options:
         return folder
-    run_conversion(model, folder, options)
+    given = dict(options)
+    if given.get("calibration-data") == OWN_TEXT:
+        given["calibration-data"] = (CONVERSIONS / f"{OWN_TEXT}.txt").relative_to(ROOT)
+    run_conversion(model, folder, given)
     made_by.write_text(json.dumps(options), encoding="utf-8")
     return folder
 
@@ -198,6 +204,13 @@ def conversion_rows(config: dict[str, Any], line: dict[str, Any], windows: dict[
     return rows
 
 
+def write_second_half(text: Path) -> None:
+    """Write the second half of a text, by lines, where `converted` looks for it."""
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    CONVERSIONS.mkdir(parents=True, exist_ok=True)
+    (CONVERSIONS / f"{OWN_TEXT}.txt").write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
+
+
 def add_excess(rows: list[dict[str, Any]], whole: dict[str, float]) -> None:
     """Add the excess log-perplexity over the source with its 16-bit cache to each row."""
     for row in rows:
@@ -278,7 +291,11 @@ def main() -> None:
     names = {line["name"] for line in measured}
     ours: list[dict[str, Any]] = [row for row in known.get("ours", []) if row["name"] in names]
     texts = {"encyclopedia": arguments.encyclopedia.name} if arguments.encyclopedia else {}
+    if arguments.encyclopedia:
+        write_second_half(arguments.encyclopedia)
     for line in [{}, *config["conversions"]]:
+        if line and not arguments.encyclopedia and line["options"].get("calibration-data") == OWN_TEXT:
+            continue
         if line and not any(row["name"] == line["name"] for row in ours):
             ours += [{"series": line["series"], **row} for row in conversion_rows(config, line, windows)]
         for rows in (source, ours):
