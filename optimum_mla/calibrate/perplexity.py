@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -53,10 +53,18 @@ def _loss(states: Tensor, head: nn.Module, targets: Tensor, logits: Callable[[Te
         wanted = wanted + bias[targets].to(states.dtype)
     wanted = logits(wanted)
     total = torch.full_like(wanted, -math.inf)
+    for part in head_parts(states, head):
+        total = torch.logaddexp(total, logits(part).logsumexp(-1))
+    return float((total - wanted).double().sum())
+
+
+def head_parts(states: Tensor, head: nn.Module) -> Iterator[Tensor]:
+    """Yield what the head gives for states [T, d], [T, `VOCABULARY_ROWS`], a part of the vocabulary at a time.
+
+    Its weight is cast to the dtype of the states in the same parts.
+    """
+    weight, bias = head.get_parameter("weight"), dict(head.named_parameters()).get("bias")
     for start in range(0, len(weight), VOCABULARY_ROWS):
         rows = slice(start, start + VOCABULARY_ROWS)
-        headed = nn.functional.linear(
-            states, weight[rows].to(states.dtype), None if bias is None else bias[rows].to(states.dtype)
-        )
-        total = torch.logaddexp(total, logits(headed).logsumexp(-1))
-    return float((total - wanted).double().sum())
+        added = None if bias is None else bias[rows].to(states.dtype)
+        yield nn.functional.linear(states, weight[rows].to(states.dtype), added)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.calibrate.perplexity import VOCABULARY_ROWS
+from optimum_mla.calibrate.perplexity import head_parts
 from optimum_mla.calibrate.walk import CalibrationWalk
 
 SENSITIVITY_TOKENS = 2048
@@ -60,7 +60,7 @@ class Sensitivity:
         logits = partial(walk.model.family.spec.logits, walk.model.config)
 
         def predicted(states: Tensor) -> Tensor:
-            return logits(_headed(norm(states), head)).log_softmax(-1)
+            return logits(torch.cat([*head_parts(norm(states), head)], dim=-1)).log_softmax(-1)
 
         found = dict.fromkeys(self._streams, 0.0)
         pieces = {layer: stream.flatten(0, 1).split(TOKENS_AT_ONCE) for layer, stream in self._streams.items()}
@@ -74,11 +74,3 @@ class Sensitivity:
                 found[layer] += float((weights * off).sum(-1).double().sum()) / len(source)
         totals = walk.processes.total(*found.values())
         return {layer: max(0.0, total) for layer, total in zip(found, totals, strict=True)}  # Rounding may leave less.
-
-
-def _headed(states: Tensor, head: nn.Module) -> Tensor:
-    """Return what the head gives for states [T, d], [T, V], casting its weight to their dtype a part at a time."""
-    weight, bias = head.get_parameter("weight"), dict(head.named_parameters()).get("bias")
-    parts = [nn.functional.linear(states, rows.to(states.dtype)) for rows in weight.split(VOCABULARY_ROWS)]
-    headed = torch.cat(parts, dim=-1)
-    return headed if bias is None else headed + bias.to(states.dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optimum_mla import GQA2MLA
-from optimum_mla.calibrate import sensitivity
+from optimum_mla.calibrate import perplexity, sensitivity
 from optimum_mla.calibrate.sensitivity import Sensitivity
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.convert import Run
@@ -24,7 +24,7 @@ IDS = token_ids(6, 20)
 def test_divergences_are_those_of_whole_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "SENSITIVITY_TOKENS", 70)  # three windows
     monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 32)
-    monkeypatch.setattr(sensitivity, "VOCABULARY_ROWS", 40)
+    monkeypatch.setattr(perplexity, "VOCABULARY_ROWS", 40)
     source = source_model(family, torch.float64)
     layers = [1, 2] if family == "gemma2" else [0, 2]
     method = GQA2MLA(kv_cache_ratio=0.4, positional="full", calibration=IDS, layers=layers, rank_allocation="uniform")
