@@ -31,12 +31,15 @@ def run_conversion(model: str, output: Path, options: dict[str, Any]) -> Path:
     Args:
         model: Folder of the source model.
         output: Folder to write.
-        options: Long options without their dashes, for example `{"method": "mha2mla", "kv-cache-ratio": 0.5}`.
+        options: Long options without their dashes, for example `{"method": "mha2mla", "kv-cache-ratio": 0.5}`. True
+            is the value of an option without one.
 
     Returns:
         The folder `output`.
     """
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    arguments: list[str] = []
+    for name, value in options.items():
+        arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     command = ["mla-convert", "-m", model, *arguments, "--overwrite", str(output)]
     print("$ optimum-cli", *command, flush=True)
     program = str(Path(sys.executable).with_name("optimum-cli"))
