@@ -31,8 +31,8 @@ def run_conversion(model: str, output: Path, options: dict[str, Any]) -> Path:
     Args:
         model: Folder of the source model.
         output: Folder to write.
-        options: Long options without their dashes, for example `{"method": "mha2mla", "kv-cache-ratio": 0.5}`. True
-            is the value of an option without one.
+        options: Long options without their dashes, for example `{"method": "mha2mla", "kv-cache-ratio": 0.5}`. The
+            value True gives the option alone.
 
     Returns:
         The folder `output`.

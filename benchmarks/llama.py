@@ -15,21 +15,18 @@ CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 """ggml's numbers of the types that a cache may have."""
 FURTHER_TYPES = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
 """llama.cpp's numbers of the types of files that it makes of an f16 file and that are measured here."""
-KEPT: list[Any] = []
-"""What llama.cpp calls, which must not be freed."""
 CACHE_LINE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells")
 
 
 @lru_cache(maxsize=1)
-def _log() -> list[str]:
-    """Return the list that all that llama.cpp says goes to. llama.cpp keeps its way there as long as it runs."""
+def _log() -> tuple[list[str], Any]:
+    """Return the list that llama.cpp's messages go to, and the function that it calls, which must not be freed."""
     import llama_cpp
 
     lines: list[str] = []
     note = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
     llama_cpp.llama_log_set(note, ctypes.c_void_p(0))
-    KEPT.append(note)
-    return lines
+    return lines, note
 
 
 def quantize(path: Path, to: Path, kind: str) -> None:
@@ -55,7 +52,7 @@ class LlamaModel:
     def __init__(self, path: Path, tokens: int = 512, cache: str = "f32") -> None:
         import llama_cpp
 
-        lines = _log()
+        lines, _ = _log()
         lines.clear()
         kind = CACHE_TYPES[cache]
         # verbose=True leaves the log where it was set to go.

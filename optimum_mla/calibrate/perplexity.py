@@ -59,7 +59,7 @@ def _loss(states: Tensor, head: nn.Module, targets: Tensor, logits: Callable[[Te
 
 
 def head_parts(states: Tensor, head: nn.Module) -> Iterator[Tensor]:
-    """Yield what the head gives for states [T, d], [T, `VOCABULARY_ROWS`], a part of the vocabulary at a time.
+    """Yield what the head gives for states [T, d], for at most `VOCABULARY_ROWS` tokens of the vocabulary at a time.
 
     Its weight is cast to the dtype of the states in the same parts.
     """

@@ -72,9 +72,18 @@ def _planes(channels: ChannelBits) -> tuple[Plane, ...]:
     return tuple(planes)
 
 
-def _number(value: int, device: torch.device) -> Tensor:
-    """Return a number as a tensor, because shifts by Python's numbers are several times as slow."""
-    return constant((value,), torch.uint8, device)
+@lru_cache(maxsize=1024)
+def _places(channels: ChannelBits) -> tuple[tuple[int, ...], ...]:
+    """Return of every part its channel, its lowest bit there, its mask, its lowest bit in its byte, and the byte."""
+    found: list[tuple[int, int, int, int, int]] = []
+    for plane in _planes(channels):
+        parts = [(channel, lowest) for of, lowest in plane.segments for channel in range(of.start, of.stop)]
+        size = plane.bytes.stop - plane.bytes.start
+        found += [
+            (channel, lowest, plane.mask, plane.part * (place // size), plane.bytes.start + place % size)
+            for place, (channel, lowest) in enumerate(parts)
+        ]
+    return tuple(zip(*found, strict=True))
 
 
 def _shifts(plane: Plane, device: torch.device) -> Tensor:
@@ -93,18 +102,12 @@ def pack(codes: Tensor, channels: ChannelBits) -> Tensor:
     """
     low, high = code_bounds(channels, codes.new_empty(0, dtype=torch.float32))
     whole = (codes.float().round().clamp(low, high) - low).to(torch.uint8).mT.contiguous()
-    packed = [torch.empty_like(whole[..., :0, :])]
-    for plane in _planes(channels):
-        pieces = []
-        for of, lowest in plane.segments:
-            piece = whole[..., of, :]
-            pieces.append(piece >> _number(lowest, whole.device) if lowest else piece)
-        parts = torch.cat(pieces, dim=-2)
-        if plane.lanes > 1:
-            lanes = (parts & plane.mask).unflatten(-2, (plane.lanes, -1))
-            parts = (lanes << _shifts(plane, whole.device)).sum(-3, dtype=torch.uint8)  # The lanes share no bits.
-        packed.append(parts)
-    return torch.cat(packed, dim=-2)
+    channel, *numbers, byte = _places(channels)
+    lowest, mask, shift = (constant(of, torch.uint8, whole.device)[:, None] for of in numbers)
+    parts = whole.index_select(-2, constant(channel, torch.int64, whole.device))
+    placed = ((parts >> lowest) & mask) << shift
+    packed = whole.new_zeros(*whole.shape[:-2], code_bytes(channels), whole.shape[-1])
+    return packed.index_add_(-2, constant(byte, torch.int64, whole.device), placed)  # Parts of a byte share no bits.
 
 
 def unpack(packed: Tensor, channels: ChannelBits, out: Tensor) -> Tensor:

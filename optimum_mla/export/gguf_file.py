@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ FILE_TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types of the matrices in a file. Vectors are always in float32."""
 ROUNDING = {"f32": 0.0, "f16": 2.0**-10, "bf16": 2.0**-8, "q8_0": 2.0**-6}
 """The largest difference of a matrix that a type makes, relative to its largest number."""
-LATENTS = re.compile(r"(q_a|kv_a)_proj(_with_mqa)?\.weight$")
+DOWN_PROJECTIONS = re.compile(r"(q_a|kv_a)_proj(_with_mqa)?\.weight$")
 """The down-projections, whose first rows make a latent that is normed."""
 LITE_DEPTHS = (26, 27)
 """Numbers of layers of which llama.cpp expects no latent of queries."""
@@ -60,12 +61,17 @@ def check_gguf(config: Any) -> None:
         )
 
 
-def gguf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(model: DeepseekV3ForCausalLM, rounded: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file with their names there, on the CPU.
 
     The up-projection is split into that of the keys, [H, r, n], and that of the values, [H, v, r]. Transformers norms
     latents with an epsilon of their own and llama.cpp with that of all norms, so the down-projections are scaled to
     latents for which the other epsilon is as large.
+
+    Args:
+        model: What `export_deepseek` returned.
+        rounded: Whether to scale by a power of two, which comes close and leaves weights of 16 bits as exact as they
+            are.
     """
     import gguf
 
@@ -75,11 +81,12 @@ def gguf_tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         parts = {name: tensor.detach().cpu()}
-        if (latent := LATENTS.search(name)) is not None:
-            norm = model.get_submodule(f"{name[: latent.start()]}{latent[1]}_layernorm")
-            rows = len(norm.weight)  # type: ignore[arg-type]
-            parts[name] = parts[name].clone()
-            parts[name][:rows] *= math.sqrt(config.rms_norm_eps / norm.variance_epsilon)  # type: ignore[operator]
+        if (down := DOWN_PROJECTIONS.search(name)) is not None:
+            norm: Any = model.get_submodule(f"{name[: down.start()]}{down[1]}_layernorm")
+            scale = math.sqrt(config.rms_norm_eps / norm.variance_epsilon)
+            latent, rotary = parts[name].split([len(norm.weight), tensor.shape[0] - len(norm.weight)])
+            scale = 2.0 ** round(math.log2(scale)) if rounded else scale
+            parts[name] = torch.cat([latent.float() * scale, rotary.float()])
         if name.endswith("kv_b_proj.weight"):
             heads = parts.pop(name).unflatten(0, (config.num_attention_heads, -1))
             key, value = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
@@ -125,7 +132,7 @@ def write_gguf(
     if tokenizer is not None:
         _add_vocabulary(writer, tokenizer, config.vocab_size)
     written = {}
-    for tensor_name, tensor in gguf_tensors(model):
+    for tensor_name, tensor in gguf_tensors(model, rounded=file_type == "bf16"):
         numbers = tensor.float().contiguous().numpy()
         # Rows that blocks of 32 do not fill stay in 16 bits.
         fits = file_type != "q8_0" or numbers.shape[-1] % 32 == 0

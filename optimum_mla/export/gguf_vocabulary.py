@@ -63,7 +63,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         size: Number of rows of the model's embedding.
 
     Raises:
-        UnsupportedModelError: The tokenizer is no BPE, or splits texts by a rule that is not known here.
+        UnsupportedModelError: The tokenizer is no BPE, splits texts by a rule that is not known here, or merges in an
+            order that llama.cpp cannot follow.
     """
     import gguf
 
@@ -72,9 +73,16 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     model = content.get("model", {})
     if model.get("type") != "BPE":
         raise UnsupportedModelError(
-            f"export: a GGUF file is written with BPE tokenizers only, and this model's is another kind. {REMEDY}"
+            f"export: a GGUF file is written with BPE tokenizers only, and this model's is of type "
+            f"{model.get('type')!r}. {REMEDY}"
         )
     pieces = bool(model.get("byte_fallback"))
+    missing = [name for name in ("bos", "eos") if getattr(tokenizer, f"{name}_token_id") is None]
+    if pieces and missing:
+        raise UnsupportedModelError(
+            f"export: the tokenizer has no {' and no '.join(missing)} token, and llama.cpp would take others of a "
+            f"SentencePiece vocabulary for them. Name them in the tokenizer's config."
+        )
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
     for token, index in model["vocab"].items():
@@ -106,9 +114,9 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     )
 
 
-def _pre_tokenizer(described: dict[str, Any]) -> str:
+def _pre_tokenizer(described: dict[str, Any] | None) -> str:
     """Return llama.cpp's name of a pre-tokenizer."""
-    parts = described.get("pretokenizers", [described])
+    parts = described.get("pretokenizers", [described]) if described else []
     kinds = [part["type"] for part in parts]
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
@@ -124,7 +132,8 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
 
 def _unknown_rule(kinds: list[str]) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"export: the tokenizer splits texts by a rule that is not known here ({', '.join(kinds) or 'none'}). {REMEDY}"
+        f"export: the tokenizer splits texts by a rule that is not known here ({', '.join(kinds) or 'none'}); known "
+        f"are those of gpt-2, smollm, {', '.join(SPLITS)}, and SentencePiece's. {REMEDY}"
     )
 
 
@@ -132,7 +141,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     """Return a score for each token, by which SentencePiece merges in the order of the given merges.
 
     SentencePiece scores what is made, not what it is made of. The merges that make a token must therefore follow one
-    upon the other, as those do that Transformers reads from a file of SentencePiece.
+    upon the other, as those do that Transformers reads from a file of SentencePiece. What no merge makes comes last.
     """
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
@@ -143,7 +152,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
                 f"{REMEDY}"
             )
         ranks.setdefault(made, rank)
-    return [-float(ranks.get(token, 0)) for token in tokens]
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
 def _prefixed(content: dict[str, Any]) -> bool:

@@ -30,8 +30,8 @@ class Shape:
         interleaved: Whether the two dims of a rotary pair are neighbours, as inference engines expect them. Otherwise
             they are half of the rotary dims apart.
         pairs: The source's rotary pairs with whose frequencies those of the converted model turn, rising, [R/2].
-        rope_pairs: Number of rotary pairs of the export; those beyond R/2 are zero.
-        places: Which of these each pair of the converted model is, in the order of `pairs`, [R/2].
+        rope_pairs: Number of rotary pairs of the export; those that are not in `places` are zero.
+        places: Which of the export's rotary pairs each of the converted model's is, in the order of `pairs`, [R/2].
     """
 
     rank: int

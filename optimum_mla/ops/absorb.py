@@ -32,15 +32,15 @@ def grouped_logits(query: Tensor, key: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor, tokens: int) -> Tensor:
     """Return the product of the cached vectors of some tokens and another factor, in the narrower of their dtypes.
 
-    It is computed in `working_dtype`, or in float32 on a CPU if one of the factors is in float32 already.
+    It is computed in `working_dtype`, or in the wider of the two dtypes on a CPU if one of them is wider than 16 bits.
 
     Args:
         left, right: The factors, of which one may be in float32 already, as codes are opened.
         tokens: Number of tokens.
     """
     narrow, wide = sorted((left.dtype, right.dtype), key=lambda dtype: dtype.itemsize)
-    opened = left.device.type == "cpu" and narrow.itemsize == 2
-    working = wide if opened and wide is not narrow else working_dtype(narrow, left.device, tokens)
+    opened = left.device.type == "cpu" and narrow.itemsize == 2 and wide.itemsize > 2
+    working = wide if opened else working_dtype(narrow, left.device, tokens)
     # For 16 bits `matmul` copies a factor whose tokens lie side by side, which takes longer than the product.
     multiply = torch.bmm if left.ndim == right.ndim == 3 else torch.matmul
     return multiply(left.to(working), right.to(working)).to(narrow)
@@ -50,15 +50,22 @@ def working_dtype(dtype: torch.dtype, device: torch.device, tokens: int) -> torc
     """Return the dtype in which products over some tokens are fastest, for vectors and queries of a dtype.
 
     Without instructions for 16 bits a CPU takes many times as long for products in 16 bits as for those in float32.
+    Graphs that are compiled hold for any number of tokens, so there the number does not decide.
     """
-    slow = tokens % WHOLE_TOKENS or not multiplies(dtype)
-    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 and slow else dtype
+    if device.type != "cpu" or dtype.itemsize > 2:
+        return dtype
+    slow = torch.compiler.is_compiling() or tokens % WHOLE_TOKENS or not multiplies(dtype)
+    return torch.float32 if slow else dtype
 
 
 def attention_dtype(dtype: torch.dtype, device: torch.device, tokens: int) -> torch.dtype:
-    """Return the dtype in which PyTorch's fused attention over some tokens is fastest, for vectors of a dtype."""
-    working = working_dtype(dtype, device, tokens)
-    return working if device.type != "cpu" or dtype.itemsize > 2 or _has("_is_amx_tile_supported") else torch.float32
+    """Return the dtype in which PyTorch's fused attention over some tokens is fastest, for vectors of a dtype.
+
+    On CPUs it uses only AMX's instructions for 16 bits, and is slower in 16 bits than in float32 without them.
+    """
+    if device.type != "cpu" or dtype.itemsize > 2 or _has("_is_amx_tile_supported"):
+        return working_dtype(dtype, device, tokens)
+    return torch.float32
 
 
 def multiplies(dtype: torch.dtype) -> bool:

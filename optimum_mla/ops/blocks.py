@@ -73,12 +73,14 @@ class Latents:
     def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return a linear map with weight [m, w] and bias [m] of every vector, [B, T, m].
 
-        The numbers of a row of the weight lie side by side in memory for all tokens.
+        The numbers of a row of the weight lie side by side in memory for all tokens. On CPUs the result is in float32
+        if the weight is in 16 bits, because its readers compute in float32 there.
         """
         lifted, dtype, tokens = self.lift(weight), weight.dtype, self.vectors.shape[1]
-        if weight.device.type != "cpu" or dtype.itemsize > 2 or not multiplies(dtype):
+        on_cpu = weight.device.type == "cpu" and dtype.itemsize == 2
+        if not on_cpu or torch.compiler.is_compiling() or not multiplies(dtype):
             return _projected(self.vectors.to(working_dtype(dtype, weight.device, tokens)), lifted, bias)
-        # What follows on a CPU is computed in float32, and only a part of a block is computed in 16 bits if it grows.
+        # 16 bits for whole multiples of tokens, for which there is a kernel already, and float32 for the rest.
         made = self.vectors.new_empty(len(self.vectors), len(weight), tokens, dtype=torch.float32).mT
         whole = tokens - tokens % WHOLE_TOKENS
         for span, working in ((slice(0, whole), dtype), (slice(whole, tokens), torch.float32)):

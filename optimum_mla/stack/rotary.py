@@ -68,14 +68,16 @@ def first_positions_table(
 
     Args:
         rotary: The model's rotary embedding.
-        like: A tensor of the wanted dtype and device.
+        like: A tensor of the wanted dtype and device. On CPUs the numbers of a dtype of 16 bits are returned in
+            float32, in which the keys that they rotate are computed there.
         tokens: Number of positions.
         keywords: What `by_layer_type` returned for the layer.
     """
 
     def table(count: int) -> tuple[Tensor, Tensor]:
         cos, sin = rotary_table(rotary, like, torch.arange(count, device=like.device)[None], keywords)
-        return cos.mT.contiguous().mT, sin.mT.contiguous().mT
+        dtype = torch.float32 if like.device.type == "cpu" and like.dtype.itemsize == 2 else like.dtype
+        return cos.mT.contiguous().mT.to(dtype), sin.mT.contiguous().mT.to(dtype)
 
     frequencies = _of_type(rotary, "inv_freq", keywords.get("layer_type"), None)
     if torch.compiler.is_compiling() or type(frequencies) is not Tensor or frequencies.is_inference():

@@ -99,6 +99,17 @@ def test_latents_are_normed_with_the_one_epsilon_of_the_file(eps: float) -> None
             assert torch.allclose(made[:, rank:], down(states)[:, rank:], rtol=1e-5, atol=1e-7)
 
 
+def test_weights_of_bfloat16_are_not_rounded_again_for_the_epsilon(tmp_path: Path) -> None:
+    exported = regular(source={"rms_norm_eps": 1e-5}).to(torch.bfloat16)
+    write_gguf(exported, tmp_path / "m.gguf", "m", "bf16", None)
+    (stored,) = (of for of in gguf.GGUFReader(tmp_path / "m.gguf").tensors if of.name == "blk.1.attn_kv_a_mqa.weight")
+    read = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+    weight, rank = exported.model.layers[1].self_attn.kv_a_proj_with_mqa.weight.float(), exported.config.kv_lora_rank
+    # The power of two next to the root of 10, by which the other epsilon is larger.
+    assert torch.equal(read[:rank], 4 * weight[:rank])
+    assert torch.equal(read[rank:], weight[rank:])
+
+
 def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
     plain = GQA2MLA(kv_cache_ratio=0.75, rope_cache="cached", shared_rope=True, calibration=CALIBRATION)
     with pytest.raises(UnsupportedModelError, match=r"no biases.*--latent-norm"):

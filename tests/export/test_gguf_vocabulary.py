@@ -74,7 +74,11 @@ def tokenizer(pieces: Path, request: pytest.FixtureRequest) -> PreTrainedTokeniz
 def _fast(content: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a `tokenizer.json` describes."""
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **special)
+    return PreTrainedTokenizerFast(tokenizer_object=_tokenizer(content), **special)
+
+
+def _tokenizer(content: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _processor(tokenizer: PreTrainedTokenizerBase) -> sentencepiece.SentencePieceProcessor:
@@ -143,8 +147,14 @@ def test_rules_that_llama_cpp_does_not_have_are_refused(pieces: Path) -> None:
     late = content["model"] | {"merges": [*merges[:twice], *merges[twice + 1 :], merges[twice]]}
     with pytest.raises(UnsupportedModelError, match=r"merges of different rank.*deepseek_v3"):
         vocabulary_of(_fast(content | {"model": late}), 1000)
+    byte_level = json.loads(AutoTokenizer.from_pretrained(REFERENCE).backend_tokenizer.to_str())
+    with pytest.raises(UnsupportedModelError, match=r"rule that is not known here \(none\); known are those of gpt-2"):
+        vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=_tokenizer(byte_level | {"pre_tokenizer": None})), 4096)
+    nameless = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(content), unk_token="<unk>")
+    with pytest.raises(UnsupportedModelError, match="no bos and no eos token"):
+        vocabulary_of(nameless, 1000)
     unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
-    with pytest.raises(UnsupportedModelError, match=r"BPE tokenizers only.*deepseek_v3"):
+    with pytest.raises(UnsupportedModelError, match=r"BPE tokenizers only.*'Unigram'.*deepseek_v3"):
         vocabulary_of(_fast(content | {"model": unigram, "added_tokens": []}), 1000)
 
 

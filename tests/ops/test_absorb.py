@@ -91,6 +91,15 @@ def test_only_16_bits_on_a_cpu_are_computed_in_another_dtype(
     assert absorb.attention_dtype(torch.bfloat16, cpu, 512) is (torch.bfloat16 if amx else torch.float32)
 
 
+def test_compiled_products_hold_for_any_number_of_tokens() -> None:
+    compiled = torch.compile(absorb.grouped_logits, dynamic=True, fullgraph=True, backend="eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for tokens in (8, 9, 256, 300, 512):
+        query, keys = randn(B, H, S, R).float(), randn(B, U, tokens, R).float()
+        assert torch.equal(compiled(query, keys), absorb.grouped_logits(query, keys))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
 def test_keys_dim_by_dim_give_the_same_logits() -> None:
     query, keys = randn(B, H, S, R), randn(B, U, T, R)
     by_dim = keys.mT.contiguous().mT
