@@ -51,7 +51,7 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
     from optimum_mla.calibrate.text import token_windows
     from optimum_mla.core.errors import InvalidValueError
-    from optimum_mla.measure.memory import measured_cache_bytes_per_token, peak_memory_bytes
+    from optimum_mla.measure.memory import measured_cache_bytes, measured_cache_bytes_per_token, peak_memory_bytes
     from optimum_mla.measure.quality import perplexity
     from optimum_mla.pipeline import build_transformation
 
@@ -84,8 +84,11 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         return row | {"impossible": str(error)}
     seconds = time.perf_counter() - start
     after = perplexity(converted, evaluation)
-    if "size" in spec:  # Codes are the same bytes in any dtype; the first tokens of so short a text are not coded.
-        cache, source_bytes = converted.geometry.cache_bytes(), source_bytes / 2
+    if spec.get("size") == "kv_cache_budget":
+        # Codes take the same bytes in any dtype, where the source's 32 bits stand for 16. Only its first tokens are not
+        # coded, so that a longer text tells the bytes of a coded one.
+        long, short = (measured_cache_bytes(converted, evaluation[:1, :count]) for count in (64, 32))
+        cache, source_bytes = (long - short) / 32, source_bytes / 2
     else:
         cache = measured_cache_bytes_per_token(converted, evaluation[:1, :32])
     return row | {
@@ -188,13 +191,14 @@ def main() -> None:
     specs = [spec for spec in expand(config) if _key(spec) not in found]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["optimum_mla", "optimum_mla.pipeline", "transformers.models.qwen3.modeling_qwen3"])
+    result: dict[str, Any] = known
     with context.Pool(arguments.workers, maxtasksperchild=1) as pool:
         for row in pool.imap(functools.partial(run, config=config), specs):
             found[_key(row)] = row
             shown = f"{row['excess_log_perplexity']:.4f}" if "impossible" not in row else "impossible"
             print(f"{row['model']} {row['label']} {row['ratio']} seed {row['seed']}: {shown}", flush=True)
-    remark = f"{arguments.workers} runs at a time, one thread each"
-    result = save_result(arguments.output, config, remark, runs=[found[_key(spec)] for spec in expand(config)])
+            rows = [found[_key(spec)] for spec in expand(config) if _key(spec) in found]
+            result = save_result(arguments.output, config, "one thread for each run", runs=rows)
     print(summary(result))
     plot(result, arguments.plot)
 

@@ -14,6 +14,7 @@ delete a folder to convert it again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -45,14 +46,17 @@ def converted(model: str, name: str, options: dict[str, Any]) -> Path:
         options: Long options of `mla-convert` without their dashes.
     """
     folder = CONVERSIONS / name
-    made_by = folder / MADE_BY
-    if made_by.is_file() and json.loads(made_by.read_text(encoding="utf-8")) == options:
+    made_by, by, given = folder / MADE_BY, dict(options), dict(options)
+    if options.get("calibration-data") == OWN_TEXT:
+        text = CONVERSIONS / f"{OWN_TEXT}.txt"
+        if not text.is_file():
+            raise SystemExit(f"{name} needs the text that make bench-real-quality ENCYCLOPEDIA=FILE gives.")
+        given["calibration-data"] = text.relative_to(ROOT)
+        by["sha256"] = hashlib.sha256(text.read_bytes()).hexdigest()
+    if made_by.is_file() and json.loads(made_by.read_text(encoding="utf-8")) == by:
         return folder
-    given = dict(options)
-    if given.get("calibration-data") == OWN_TEXT:
-        given["calibration-data"] = (CONVERSIONS / f"{OWN_TEXT}.txt").relative_to(ROOT)
     run_conversion(model, folder, given)
-    made_by.write_text(json.dumps(options), encoding="utf-8")
+    made_by.write_text(json.dumps(by), encoding="utf-8")
     return folder
 
 
@@ -205,10 +209,10 @@ def conversion_rows(config: dict[str, Any], line: dict[str, Any], windows: dict[
 
 
 def write_second_half(text: Path) -> None:
-    """Write the second half of a text, by lines, where `converted` looks for it."""
-    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    """Write the second half of a text where `converted` looks for it."""
+    whole = text.read_text(encoding="utf-8")
     CONVERSIONS.mkdir(parents=True, exist_ok=True)
-    (CONVERSIONS / f"{OWN_TEXT}.txt").write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
+    (CONVERSIONS / f"{OWN_TEXT}.txt").write_text(whole[len(whole) // 2 :], encoding="utf-8")
 
 
 def add_excess(rows: list[dict[str, Any]], whole: dict[str, float]) -> None:
@@ -292,6 +296,9 @@ def main() -> None:
     ours: list[dict[str, Any]] = [row for row in known.get("ours", []) if row["name"] in names]
     texts = {"encyclopedia": arguments.encyclopedia.name} if arguments.encyclopedia else {}
     if arguments.encyclopedia:
+        characters = len(arguments.encyclopedia.read_text(encoding="utf-8"))
+        if len(tokenizer.decode(windows["encyclopedia"].flatten())) > characters // 2:
+            parser.error("--encyclopedia: the text is too short, because its first half does not fill the windows.")
         write_second_half(arguments.encyclopedia)
     for line in [{}, *config["conversions"]]:
         if line and not arguments.encyclopedia and line["options"].get("calibration-data") == OWN_TEXT:
