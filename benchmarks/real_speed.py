@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from benchmarks.real_quality import conversion_of
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
-def run(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the tables of speed, of memory and of the memory budget for each conversion and dtype of the config."""
+def run(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the tables of speed, of memory and of the memory budget for each conversion and dtype of the config."""
     from optimum_mla.pipeline import BenchmarkOptions, benchmark
     from optimum_mla.report.pages import terminal
 
@@ -29,7 +30,6 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in config["benchmark"].items()
     }
-    found = []
     for dtype, name in itertools.product(config["dtypes"], config["conversions"]):
         folder = conversion_of(quality, name)
         with tempfile.TemporaryDirectory() as scratch:
@@ -37,10 +37,7 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
             report = benchmark(str(folder), output, source, BenchmarkOptions(**options), dtype=dtype)
         print(terminal([(name, report)]), flush=True)
         content = asdict(report)
-        found.append(
-            {"name": name, "dtype": dtype, **{table: content[table] for table in ("speed", "memory", "budget")}}
-        )
-    return found
+        yield {"name": name, "dtype": dtype, **{table: content[table] for table in ("speed", "memory", "budget")}}
 
 
 def main() -> None:
@@ -50,7 +47,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "real_speed.json")
     arguments = parser.parse_args()
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
-    save_result(arguments.output, config, runs=run(config))
+    runs: list[dict[str, Any]] = []
+    for found in run(config):
+        runs.append(found)
+        save_result(arguments.output, config, runs=runs)
 
 
 if __name__ == "__main__":

@@ -601,6 +601,7 @@ def real_speed() -> str:
                 name = f"`{run['name']}`, {kinds.get(key[1], key[1])}"
             rows.append(
                 (
+                    run["dtype"],
                     f"{row['context_tokens']:,}",
                     name,
                     f"{held['live_cache_bytes'] / 1e6:.1f}",
@@ -611,6 +612,7 @@ def real_speed() -> str:
                 )
             )
     header = (
+        "computed in",
         "context",
         "model and cache",
         "live cache, MB",
