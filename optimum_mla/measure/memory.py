@@ -127,16 +127,19 @@ class PeakMemory:
 
 
 def _living() -> list[tuple[Tensor, torch.UntypedStorage]]:
-    """Return every living tensor and its memory, without wrappers such as quantized weights, which have none."""
+    """Return every living tensor and its memory.
+
+    Those that have none are left out: wrappers, such as quantized weights, and the stand-ins that a compiler keeps.
+    """
     gc.collect()
-    return [
+    living = [
         (thing, thing.untyped_storage())
         for thing in gc.get_objects()
         if issubclass(type(thing), Tensor)
         and not hasattr(thing, "__tensor_flatten__")
-        and not thing.is_meta
         and thing.layout == torch.strided
     ]
+    return [(thing, storage) for thing, storage in living if storage.device.type != "meta"]
 
 
 def living_storages() -> list[torch.UntypedStorage]:

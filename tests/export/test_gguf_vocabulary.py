@@ -8,10 +8,8 @@ from typing import Any
 
 import gguf
 import pytest
-import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -19,6 +17,10 @@ from benchmarks.llama import LlamaModel
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.export.gguf_vocabulary import vocabulary_of
 from tests.export.test_gguf import REFERENCE, TEXT, needs_llama_cpp, regular, write_gguf
+
+# Environments with other versions of the dependencies do not have it.
+sentencepiece = pytest.importorskip("sentencepiece")
+sentencepiece_model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
 
 
 def test_vocabularies_are_those_of_the_tokenizer() -> None:
@@ -81,7 +83,7 @@ def _tokenizer(content: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content))
 
 
-def _processor(tokenizer: PreTrainedTokenizerBase) -> sentencepiece.SentencePieceProcessor:
+def _processor(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return SentencePiece itself with the vocabulary that a GGUF file gets."""
     found = vocabulary_of(tokenizer, len(tokenizer))
     assert (found.model, found.pre, found.merges) == ("llama", "default", [])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Cache, DynamicCache
 
 from optimum_mla import XEcoMLA
@@ -91,7 +92,10 @@ def test_something_of_full_size_beside_the_cache_is_found() -> None:
     model = XEcoMLA(kv_cache_ratio=0.5)(source_model("llama"))
     cache, ids = model.make_cache(), token_ids(1, 100)
     model.loaded_with_it = torch.zeros(1, 2, 100, 16)
+    # Stand-ins that a compiler keeps have no memory.
+    stand_in = FakeTensorMode().from_tensor(torch.ones(1, 2, 100, 16))
     before = living_storages()
+    assert len(stand_in) == 1
     with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True)
     full = 100 * 2 * 16 * 4

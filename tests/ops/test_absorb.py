@@ -92,6 +92,7 @@ def test_only_16_bits_on_a_cpu_are_computed_in_another_dtype(
 
 
 def test_compiled_products_hold_for_any_number_of_tokens() -> None:
+    torch._dynamo.reset()
     compiled = torch.compile(absorb.grouped_logits, dynamic=True, fullgraph=True, backend="eager")
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for tokens in (8, 9, 256, 300, 512):
