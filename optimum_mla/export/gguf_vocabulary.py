@@ -81,7 +81,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     if pieces and missing:
         raise UnsupportedModelError(
             f"export: the tokenizer has no {' and no '.join(missing)} token, and llama.cpp would take others of a "
-            f"SentencePiece vocabulary for them. Name them in the tokenizer's config."
+            "SentencePiece vocabulary for them. Name them in the tokenizer's config."
         )
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
