@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
-from optimum_mla.calibrate.text import token_windows
+from optimum_mla.calibrate import with_repeats
+from optimum_mla.calibrate.text import text_beginning, token_windows
 from optimum_mla.core.errors import (
     CalibrationDataError,
     CorruptWeightsError,
@@ -26,11 +28,16 @@ from optimum_mla.core.errors import (
 from optimum_mla.measure.memory import measured_cache_bytes_per_token
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import TextOptions, convert
+from optimum_mla.pipeline.calibrating import calibrate
+from optimum_mla.pipeline.inspecting import inspect
+from optimum_mla.report.render import choices, summary_table
 from optimum_mla.report.schema import ConversionReport
+from optimum_mla.report.verdict import verdict
 from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = REFERENCE / "evaluation.txt"
+CALIBRATION = str(REFERENCE / "calibration.txt")
 FEW_WINDOWS = TextOptions(
     calibration_data=str(REFERENCE / "calibration.txt"),
     calibration_samples=2,
@@ -92,15 +99,81 @@ def test_full_rank_keeps_the_trained_model_exactly(tmp_path: Path) -> None:
     assert torch.equal(*generated)
 
 
-def test_default_is_an_eighth_of_the_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_default_is_a_quarter_of_the_bytes_in_16_bits(dtype: str, tmp_path: Path) -> None:
     texts = TextOptions(calibration_samples=8, calibration_length=128)
-    report = convert(str(REFERENCE), tmp_path / "out", texts=texts)
-    assert (report.method, report.cache_percent_of_source, report.dtype) == ("gqa2mla", 12.5, "bfloat16")
-    assert report.predicted_cache_bytes_per_token == report.cache_bytes_per_token == 192
+    report = convert(str(REFERENCE), tmp_path / "out", texts=texts, dtype=dtype)
+    assert (report.method, report.dtype) == ("gqa2mla", dtype)
+    # Codes weigh the same in every dtype, and the share is of the source's 16-bit cache.
+    assert report.cache_percent_of_source == 25.0
+    assert report.predicted_cache_bytes_per_token == report.cache_bytes_per_token == 384
+    assert report.shared_bytes == (1536, 384)
+    assert report.source_cache_bytes_per_token == (1536 if dtype == "bfloat16" else 3072)
+    said = "\n".join([summary_table([report]), choices(report), verdict(report)])
+    assert "The cache is 25 % of the source's in 16 bits." in said
+    assert ("in float32 the result takes 384 a token and the source 3072" in said) == (dtype == "float32")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| cache, bytes per token in 16 bits (measured) | 1536 | 384 (25.0 %) |" in card
+    assert ("| the same in float32, as saved | 3072 | 384 |" in card) == (dtype == "float32")
+    found = inspect(str(tmp_path / "out"))
+    assert (found.source_cache_bytes_per_token, found.cache_bytes_per_token) == (1536, 384)
     data = report.data["calibration-data"]
     assert (data["source"], data["windows"], data["tokens_per_window"]) == ("built-in", 8, 128)
-    assert report.perplexity_text == "held-back calibration"
     assert report.layers[0].state_error is not None
+
+
+def test_the_report_is_made_on_windows_that_nothing_was_fitted_or_chosen_on(tmp_path: Path) -> None:
+    texts = TextOptions(calibration_data=CALIBRATION, calibration_samples=16, calibration_length=64)
+    report = convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_ratio": 0.5}, texts=texts, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    every = token_windows(tokenizer, CALIBRATION, 64, 18)
+    left = every[[8, 17]]  # as they are in the text: none of them repeats itself
+    assert report.perplexity_text == "held-back calibration"
+    for folder, value in ((str(REFERENCE), report.perplexity_before), (tmp_path / "out", report.perplexity_after)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert perplexity(model, left) == pytest.approx(value, rel=1e-5)
+    assert report.data["held-back"]["sha256"] == hashlib.sha256(left.numpy().tobytes()).hexdigest()
+    seen = [number for number in range(18) if number not in (8, 17)]
+    start = len(text_beginning(tokenizer))
+    fitted = with_repeats(every[seen], texts.calibration_repeats, start)
+    assert report.data["calibration-data"]["sha256"] == hashlib.sha256(fitted.numpy().tobytes()).hexdigest()
+
+
+def test_where_no_window_can_be_left_the_report_says_what_it_is_made_on(tmp_path: Path) -> None:
+    texts = TextOptions(calibration_data=CALIBRATION, calibration_samples=3, calibration_length=64)
+    report = convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_ratio": 0.5}, texts=texts)
+    assert report.perplexity_text == "calibration"
+    assert "on the calibration text the perplexity" in verdict(report).lower()
+    assert "held-back" not in report.data
+
+
+def test_statistics_of_the_built_in_text_leave_the_windows_of_the_report(tmp_path: Path) -> None:
+    texts = TextOptions(calibration_samples=16, calibration_length=64)
+    calibrate(str(REFERENCE), tmp_path / "statistics", texts)
+    stored = TextOptions(statistics=str(tmp_path / "statistics"))
+    reports = [
+        convert(str(REFERENCE), tmp_path / name, options={"kv_cache_ratio": 0.5}, texts=given)
+        for name, given in (("stored", stored), ("walked", texts))
+    ]
+    assert [report.perplexity_text for report in reports] == ["built-in", "held-back calibration"]
+    # The same windows, which neither the statistics nor the walk have seen.
+    assert reports[0].data["held-back"] == reports[1].data["held-back"]
+    assert reports[0].perplexity_before == pytest.approx(reports[1].perplexity_before, rel=1e-5)
+
+
+def test_the_report_has_the_sources_own_answers(tmp_path: Path) -> None:
+    same = convert(str(REFERENCE), tmp_path / "same", options={"kv_cache_ratio": 1.0}, dtype="float32")
+    assert same.answers is not None
+    assert same.answers["tokens"] == 8 * 32
+    assert same.answers["divergence_nats"] < 1e-6
+    assert same.sample is not None
+    assert same.sample["source"] == same.sample["result"] != ""
+    moved = convert(str(REFERENCE), tmp_path / "moved", "x-ecomla", {"kv_cache_ratio": 0.25}, UNCALIBRATED)
+    assert moved.answers is not None
+    assert moved.answers["divergence_nats"] > 0.1
+    assert moved.answers["same_guess_percent"] < 90
+    assert f"{100 - moved.answers['same_guess_percent']:.1f} % of the first guesses changed" in verdict(moved)
+    assert moved.quality_warning is not None
 
 
 def test_same_input_gives_the_same_weights(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks of calibration windows, and their division into those that fits see and those that choices are made on."""
+"""Checks of calibration windows, and their division: for fits, for choices, and for the figures of the report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,37 @@ HELD_BACK = 4
 """At most one window of this many is held back from fits and used to compare candidates."""
 DECIDING_WINDOWS = 16
 """Largest number of windows that are held back."""
+REPORTED = 9
+"""At most one window of a text of this many is left to the report, and is no calibration window."""
+REPORTED_WINDOWS = 16
+"""Largest number of windows that are left to the report."""
+
+
+def windows_to_read(samples: int) -> int:
+    """Return how many windows a text must have, so that so many are calibration windows and the report has some too."""
+    return samples + min(REPORTED_WINDOWS, max(1, samples // (REPORTED - 1)) if samples >= HELD_BACK else 0)
+
+
+def split_for_report(windows: Tensor, samples: int) -> tuple[Tensor, Tensor | None]:
+    """Divide the windows of a text, [N, L], into those that calibrate and those that only the report is made on.
+
+    The latter are spread evenly over the text. Nothing is fitted or chosen on them.
+
+    Args:
+        windows: The windows of the text.
+        samples: Largest number of calibration windows.
+
+    Returns:
+        The calibration windows, and those of the report; None in their place where fewer than `HELD_BACK` windows would
+        be left for the calibration.
+    """
+    count = len(windows)
+    if count <= HELD_BACK:
+        return windows[:samples], None
+    step = min(count, max(REPORTED, -(-count // REPORTED_WINDOWS)))
+    left = torch.zeros(count, dtype=torch.bool)
+    left[step - 1 :: step] = True
+    return windows[~left][:samples], windows[left]
 
 
 def deciding(count: int) -> Tensor:

@@ -39,23 +39,33 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
-def live_cache_bytes(cache: Cache) -> int:
+def live_cache_bytes(cache: Cache, in_16_bits: bool = False) -> int:
     """Return the bytes of memory behind a live cache, counting each whole storage once.
 
     Whole storages are counted because a view of a larger tensor keeps all of it alive. Position counters (int64) are
     not counted.
+
+    Args:
+        cache: The cache.
+        in_16_bits: Count numbers of wider dtypes in 16 bits, as they would be in the cache of a model of 16 bits. Codes
+            weigh the same in both.
     """
     storages = {
-        (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
+        (tensor.device, tensor.untyped_storage().data_ptr()): tensor
         for tensor in cache_tensors(cache)
         if tensor.dtype != torch.int64
     }
-    return sum(storages.values())
+    return sum(
+        tensor.untyped_storage().nbytes() * 2 // tensor.itemsize
+        if in_16_bits and tensor.is_floating_point() and tensor.itemsize > 2
+        else tensor.untyped_storage().nbytes()
+        for tensor in storages.values()
+    )
 
 
 @torch.no_grad()
-def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> int:
-    """Fill a cache with tokens and return its bytes.
+def filled_cache(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> Cache:
+    """Fill a cache with tokens and return it.
 
     Args:
         model: A causal language model.
@@ -67,17 +77,27 @@ def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | Non
     model.eval()
     model(ids.to(model.device), **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     model.train(was_training)
-    return live_cache_bytes(cache)
+    return cache
 
 
-def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
+def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> int:
+    """Fill a cache with tokens and return its bytes; the arguments are those of `filled_cache`."""
+    return live_cache_bytes(filled_cache(model, ids, cache))
+
+
+def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor, in_16_bits: bool = False) -> float:
     """Return the bytes that each token of the second half of `ids` [1, T] adds to the model's own cache.
 
     The first half is left out, because the first tokens of a sequence may be stored in more bits than others.
+
+    Args:
+        model: A causal language model.
+        ids: Token ids, [1, T].
+        in_16_bits: As for `live_cache_bytes`.
     """
     half = ids.shape[1] // 2
     make: Any = getattr(model, "make_cache", lambda: None)
-    before, after = (measured_cache_bytes(model, part, make()) for part in (ids[:, :half], ids))
+    before, after = (live_cache_bytes(filled_cache(model, part, make()), in_16_bits) for part in (ids[:, :half], ids))
     return (after - before) / (ids.shape[1] - half)
 
 

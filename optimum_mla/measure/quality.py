@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,8 +70,60 @@ def sliding_windows(tokens: Tensor, length: int, stride: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A mean over tokens with its standard error.
+
+    Tokens of one sequence depend on each other, so that sequences are what the error counts as independent.
+
+    Attributes:
+        value: The mean.
+        stderr: Its standard error, or None for a single sequence.
+    """
+
+    value: float
+    stderr: float | None
+
+    @classmethod
+    def of(cls, sequences: Sequence[Tensor]) -> Mean:
+        """Return the mean over all tokens of sequences of values, [S] each."""
+        sums = torch.stack([values.double().sum() for values in sequences])
+        counts = torch.tensor([len(values) for values in sequences], dtype=torch.float64)
+        mean, number = float(sums.sum() / counts.sum()), len(sums)
+        if number == 1:
+            return cls(mean, None)
+        apart = (sums - mean * counts).square().sum() * number / (number - 1)
+        return cls(mean, float(apart.sqrt() / counts.sum()))
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far the predictions of a model are from those of another one, which is its source or a baseline.
+
+    Attributes:
+        divergence_nats: Mean KL divergence from the source's next-token distribution to the model's.
+        same_guess_percent: Share of the tokens at which the likeliest next token is the source's.
+        tokens: Number of predicted tokens.
+    """
+
+    divergence_nats: float
+    same_guess_percent: float
+    tokens: int
+
+
+def movement(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the divergence in nats and whether the first guess is the same, for each token, [...] each.
+
+    Args:
+        expected: Logarithms of the source's probabilities, [..., vocabulary].
+        found: Those of the model.
+    """
+    divergence = torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+    return divergence, expected.argmax(-1) == found.argmax(-1)
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """The next-token quality of a model beside that of a baseline; without a baseline the last three are None.
+    """The next-token quality of a model beside that of a baseline; without a baseline all but the first two are None.
 
     Attributes:
         perplexity: Perplexity of the model on the scored tokens.
@@ -79,13 +131,17 @@ class Comparison:
         baseline_perplexity: Perplexity of the baseline on the same tokens.
         agreement: Share of the tokens at which both models have the same likeliest next token.
         kl: Mean KL divergence from the baseline's next-token distribution to the model's, in nats.
+        kl_stderr: Standard error of `kl`, or None for a single window.
+        loss_stderr: Standard error of the difference of both mean negative log-likelihoods, in nats, or None likewise.
     """
 
     perplexity: float
-    baseline_perplexity: float | None
-    agreement: float | None
-    kl: float | None
     tokens: int
+    baseline_perplexity: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+    loss_stderr: float | None = None
 
 
 @torch.no_grad()
@@ -112,29 +168,39 @@ def compare_decoding(
     pairs = [(model, make_cache)]
     if baseline is not None and make_baseline_cache is not None:
         pairs.append((baseline, make_baseline_cache))
-    losses, agreed, divergence = [0.0] * len(pairs), 0.0, 0.0
+    losses = torch.zeros(len(pairs), len(windows), stride, dtype=torch.float64)
+    apart, agreed = torch.zeros(2, len(windows), stride, dtype=torch.float64)
     start = windows.shape[1] - stride
-    for ids in windows.split(DECODED_ROWS):
-        caches = [make() for _, make in pairs]
+    for rows in torch.arange(len(windows)).split(DECODED_ROWS):
+        ids, caches = windows[rows], [make() for _, make in pairs]
         for place in progress(range(start, windows.shape[1]), "quality, token by token"):
             fed = ids[:, :start] if place == start else ids[:, place - 1 : place]
-            logits = []
+            predicted = []
             for (one, _), cache in zip(pairs, caches, strict=True):
                 with evaluating(one):
                     out = one(fed.to(one.device), **cache_argument(one, cache), use_cache=True, logits_to_keep=1)
-                logits.append(out.logits[:, -1].float().to(model.device))
-            target = ids[:, place].to(model.device)
-            for index, value in enumerate(logits):
-                losses[index] += _loss(value[:, None], target[:, None])
-            if len(logits) == 2:
-                mine, theirs = (value.log_softmax(-1) for value in logits)
-                agreed += (mine.argmax(-1) == theirs.argmax(-1)).sum().item()
-                divergence += torch.nn.functional.kl_div(mine, theirs, reduction="sum", log_target=True).item()
-    count = windows.shape[0] * stride
-    values = [math.exp(loss / count) if loss / count < LARGEST_MEAN_LOSS else math.inf for loss in losses]
+                predicted.append(out.logits[:, -1].float().log_softmax(-1).to(model.device))
+            target = ids[:, place, None].to(model.device)
+            for index, value in enumerate(predicted):
+                losses[index, rows, place - start] = -value.gather(1, target)[:, 0].double().cpu()
+            if len(predicted) == 2:
+                mine, theirs = predicted
+                divergence, same = movement(theirs, mine)
+                apart[rows, place - start], agreed[rows, place - start] = divergence.double().cpu(), same.double().cpu()
+    means = [float(loss.mean()) for loss in losses]
+    values = [math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf for mean in means]
     if len(pairs) == 1:
-        return Comparison(values[0], None, None, None, count)
-    return Comparison(values[0], values[1], agreed / count, divergence / count, count)
+        return Comparison(values[0], losses[0].numel())
+    kl, excess = Mean.of([*apart]), Mean.of([*(losses[0] - losses[1])])
+    return Comparison(
+        perplexity=values[0],
+        tokens=losses[0].numel(),
+        baseline_perplexity=values[1],
+        agreement=float(agreed.mean()),
+        kl=kl.value,
+        kl_stderr=kl.stderr,
+        loss_stderr=excess.stderr,
+    )
 
 
 @contextmanager

@@ -54,6 +54,8 @@ def announcement(
     else:
         named = "the built-in text" if text["source"] == "built-in" else text["source"]
         lines[-1] += f", calibrated on {text['windows']} windows of {text['tokens_per_window']} tokens of {named}"
+        if "held-back" in data:
+            lines[-1] += f"; {data['held-back']['windows']} more are left to the figures at the end"
         if "statistics" in text:
             lines.append("Statistics need the least time. Calibration on the text itself loses less.")
         elif text["source"] == "built-in":

@@ -246,6 +246,8 @@ class Benchmark:
                 perplexity=found["perplexity"],
                 agreement_percent=None if found["agreement"] is None else 100 * found["agreement"],
                 kl_nats=found["kl"],
+                kl_stderr_nats=found["kl_stderr"],
+                loss_stderr_nats=found["loss_stderr"],
                 scored_tokens=found["tokens"],
             )
         )

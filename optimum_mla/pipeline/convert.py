@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
+from optimum_mla.measure.answers import answers, moved, prompts, text_of
 from optimum_mla.measure.memory import measured_cache_bytes_per_token
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
-from optimum_mla.measure.sample import Sample, continuation, sample_prompt
 from optimum_mla.measure.stages import Stages
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.layer_source import reading_weights
@@ -35,8 +35,8 @@ from optimum_mla.pipeline.unfinished import UnfinishedConversion, write_model
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
-from optimum_mla.report.quality_limit import quality_warning
 from optimum_mla.report.schema import ConversionReport, LayerReport
+from optimum_mla.report.verdict import quality_warning
 
 CACHE_PROBE_TOKENS = 64
 """Tokens that the live cache is filled with to weigh it."""
@@ -68,7 +68,7 @@ def convert(
         model: A hub id or a folder.
         output: Folder to write; it appears only when whole.
         method: One of `available_transforms()`.
-        options: Keyword arguments of the method. Without any size among them, `kv_cache_budget` is 0.125 where latents
+        options: Keyword arguments of the method. Without any size among them, `kv_cache_budget` is 0.25 where latents
             can be coded, and `kv_cache_ratio` is 0.5 otherwise.
         texts: Calibration and evaluation texts. Without calibration data, a text that comes with the package is taken.
         dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; for the work and the result.
@@ -127,10 +127,11 @@ def convert(
             wrapped = wrapper is not None
             announce(announcement(model, source, transformation, prepared.planned, data, *predicted, wrapped=wrapped))
         few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
-        prompt = None if tokenizer is None or not readable_at_once(source) else sample_prompt(tokenizer)
+        asked = prompts(tokenizer) if tokenizer is not None and readable_at_once(source) else []
         with stages.stage("measure the source"), reading_weights():
             source_bytes = measured_cache_bytes_per_token(source, few)
-            said = None if prompt is None else continuation(source, tokenizer, prompt[1])
+            source_in_16_bits = measured_cache_bytes_per_token(source, few, in_16_bits=True)
+            said = answers(source, asked)
             reference = reference_logits(source) if transformation.preserves_computation else None
         with stages.stage("convert"):
             for layer, attention in run.steps():
@@ -149,7 +150,10 @@ def convert(
                 verification = verify(converted, reference)
             with stages.stage("measure the result"):
                 cache_bytes = measured_cache_bytes_per_token(converted, few)
-                says = None if prompt is None else continuation(converted, tokenizer, prompt[1])
+                cache_in_16_bits = measured_cache_bytes_per_token(converted, few, in_16_bits=True)
+                says = answers(converted, asked[:1])
+                with reading_weights():
+                    movement = moved(source, converted, said) if said else None
 
             geometry = model_geometry(converted.spec, converted.config)
             itemsize = converted.dtype.itemsize
@@ -162,7 +166,9 @@ def convert(
                 cache_bytes_per_token=cache_bytes,
                 source_cache_bytes_per_token=source_bytes,
                 predicted_cache_bytes_per_token=geometry.cache_bytes(bits=8 * itemsize),
-                cache_percent_of_source=100 * cache_bytes / source_bytes,
+                cache_bytes_per_token_in_16_bits=cache_in_16_bits,
+                source_cache_bytes_per_token_in_16_bits=source_in_16_bits,
+                cache_percent_of_source=100 * cache_in_16_bits / source_in_16_bits,
                 parameters_added=geometry.parameters_added,
                 perplexity_before=before,
                 perplexity_after=after,
@@ -174,13 +180,21 @@ def convert(
                 seed=seed,
                 layers=[_layer_report(layer, result) for layer, result in run.results.items()],
                 perplexity_text=None if windows is None else text,
-                quality_warning=quality_warning(before, after, text),
+                written_as="wrapper" if wrapper is not None else export_format or "native",
                 verification=asdict(verification),
                 break_even_tokens=break_even_tokens(geometry.parameters_added * itemsize, source_bytes - cache_bytes),
-                sample=None if prompt is None else asdict(Sample(prompt[0], str(said), str(says))),
+                answers=None if movement is None else asdict(movement),
+                sample=None
+                if not said
+                else {
+                    "prompt": said[0].prompt,
+                    "source": text_of(said[0], tokenizer),
+                    "result": text_of(says[0], tokenizer),
+                },
                 stages=stages.done,
                 **prepared.origin,
             )
+            report = replace(report, quality_warning=quality_warning(report))
             card = model_card(report, folder.name, source_metadata(model, hub), wrapped=wrapper is not None)
             if export_format is not None:
                 exported, export_report = exported_model(model, converted, export_format, pad=True)

@@ -52,6 +52,8 @@ All of them are planned with calibration data.
 """
 CALIBRATION_WINDOWS = 128
 """Number of calibration windows of a conversion with default options."""
+SHARED_ITEMSIZE = 2
+"""Bytes of a number in the caches and the weights that are compared, whatever the dtype of the checkpoint."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -87,7 +89,6 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         weight_bytes,
         str(DTYPES.get(dtype, dtype)).removeprefix("torch."),
     )
-    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else 2
     try:
         family = family_of(config)
         check_buildable(model, config, hub)
@@ -107,8 +108,8 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         num_key_value_heads=first.num_key_value_heads,
         head_dim=first.head_dim,
         features=features(config, first, windows, rope),
-        source_cache_bytes_per_token=geometry.source_cache_numbers * itemsize,
-        cache_bytes_per_token=geometry.cache_bytes(bits=8 * itemsize),
+        source_cache_bytes_per_token=geometry.source_cache_numbers * SHARED_ITEMSIZE,
+        cache_bytes_per_token=geometry.cache_bytes(bits=8 * SHARED_ITEMSIZE),
     )
     if is_converted(config):
         apart = frequencies_may_differ(model)
@@ -122,9 +123,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
     if getattr(config, "quantization_config", None) is not None:
         return replace(known, reason="its weights are quantized; convert the unquantized model")
     choices = [
-        choice(config, method, options, size, ratio, geometry, itemsize)
-        for method, options, size in METHODS
-        for ratio in ratios
+        choice(config, method, options, size, ratio, geometry) for method, options, size in METHODS for ratio in ratios
     ]
     return replace(
         known,
@@ -230,7 +229,6 @@ def choice(
     size: str,
     ratio: float,
     source: ModelGeometry,
-    itemsize: int,
 ) -> Choice:
     """Return what a method with a given size of the cache would give, or why it cannot have that size.
 
@@ -241,7 +239,6 @@ def choice(
         size: Name of the option that has the size.
         ratio: Size of the cache relative to the source model's.
         source: Shape of the source model.
-        itemsize: Bytes of a number in the model's dtype.
     """
     name = spelled(method, options) + (", coded" if size == "kv_cache_budget" else "")
     try:
@@ -249,8 +246,8 @@ def choice(
     except MLAError as error:
         return Choice(name, ratio, problem=first_line(error))
     numbers = max(shape.cache_numbers for shape in shapes)
-    cached = max(shape.cache_bytes(bits=8 * itemsize) for shape in shapes)
-    before = source.cache_numbers * itemsize
+    cached = max(shape.cache_bytes(bits=8 * SHARED_ITEMSIZE) for shape in shapes)
+    before = source.cache_numbers * SHARED_ITEMSIZE
     added = [shape.parameters_added for shape in shapes]
     return Choice(
         name,
@@ -260,7 +257,7 @@ def choice(
         100 * cached / before,
         min(added),
         max(added),
-        break_even_tokens(max(added) * itemsize, int(before - cached)),
+        break_even_tokens(max(added) * SHARED_ITEMSIZE, int(before - cached)),
     )
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows, with_repeats
 from optimum_mla.calibrate.recall import DEFAULT_REPEATS
 from optimum_mla.calibrate.text import text_beginning, token_windows, window_length
+from optimum_mla.calibrate.windows import split_for_report, windows_to_read
 from optimum_mla.core.errors import (
     CorruptWeightsError,
     InvalidValueError,
@@ -291,7 +292,9 @@ def has_tokenizer(folder: Path) -> bool:
 def read_texts(
     tokenizer: Any, config: PreTrainedConfig, texts: TextOptions
 ) -> tuple[Tensor | None, Tensor | None, dict[str, dict[str, Any]]]:
-    """Return the calibration windows, the evaluation windows (None where no text was given), and their origins.
+    """Return the calibration windows, the evaluation windows (None where there are none), and their origins.
+
+    Without an evaluation text, some windows of the calibration text are left to the evaluation, if there are enough.
 
     Raises:
         InvalidValueError: The number of windows or their length is not possible.
@@ -299,33 +302,52 @@ def read_texts(
     """
     if texts.calibration_repeats < 0:
         raise InvalidValueError("calibration_repeats", texts.calibration_repeats, "integers from 0")
-    windows: dict[str, Tensor] = {}
-    data: dict[str, dict[str, Any]] = {}
-    for kind, source, samples, length in (
-        ("calibration", texts.calibration_data, texts.calibration_samples, texts.calibration_length),
-        ("eval", texts.eval_data, texts.eval_samples, texts.eval_length),
+    lengths = {}
+    for kind, samples, length in (
+        ("calibration", texts.calibration_samples, texts.calibration_length),
+        ("eval", texts.eval_samples, texts.eval_length),
     ):
         if samples < 1:
             raise InvalidValueError(f"{kind}_samples", samples, "integers from 1")
-        length = window_length(config, length, f"{kind}_length")
-        if source is not None:
-            field = f"{kind}-data"
-            chats = texts.chat_template and kind == "calibration"
-            if source == str(BUILT_IN_TEXT):
-                ids = built_in_windows(tokenizer, length, samples)
-            else:
-                ids = token_windows(tokenizer, source, length, samples, field, chats)
-            if kind == "calibration":
-                start = 0 if tokenizer is None else len(text_beginning(tokenizer))
-                ids = with_repeats(ids, texts.calibration_repeats, start)
-            windows[field] = ids
-            digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-            origin = str(source) if isinstance(source, str | Path) else "token ids"
-            origin = "built-in" if origin == str(BUILT_IN_TEXT) else origin
-            data[field] = {"source": origin, "windows": len(ids), "tokens_per_window": length, "sha256": digest}
-            if kind == "calibration":
-                data[field]["repeats"] = texts.calibration_repeats
-    return windows.get("calibration-data"), windows.get("eval-data"), data
+        lengths[kind] = window_length(config, length, f"{kind}_length")
+    calibration = evaluation = None
+    data: dict[str, dict[str, Any]] = {}
+    if texts.eval_data is not None:
+        evaluation = _windows(tokenizer, texts.eval_data, lengths["eval"], texts.eval_samples, "eval-data")
+        data["eval-data"] = _origin(texts.eval_data, evaluation)
+    source = texts.calibration_data
+    if source is not None:
+        samples = texts.calibration_samples
+        asked = samples if evaluation is not None else windows_to_read(samples)
+        calibration = _windows(
+            tokenizer, source, lengths["calibration"], asked, "calibration-data", texts.chat_template
+        )
+        if evaluation is None:
+            calibration, evaluation = split_for_report(calibration, samples)
+            if evaluation is not None:
+                data["held-back"] = _origin(source, evaluation)
+        start = 0 if tokenizer is None else len(text_beginning(tokenizer))
+        calibration = with_repeats(calibration, texts.calibration_repeats, start)
+        data["calibration-data"] = {**_origin(source, calibration), "repeats": texts.calibration_repeats}
+    return calibration, evaluation, data
+
+
+def _windows(tokenizer: Any, source: Any, length: int, samples: int, field: str, chats: bool = False) -> Tensor:
+    """Return windows of token ids [N, length] of a text that the user named, or of the built-in one."""
+    if source == str(BUILT_IN_TEXT):
+        return built_in_windows(tokenizer, length, samples)
+    return token_windows(tokenizer, source, length, samples, field, chats)
+
+
+def _origin(source: Any, windows: Tensor) -> dict[str, Any]:
+    """Return what a report says of the windows [N, L] of a text."""
+    name = str(source) if isinstance(source, str | Path) else "token ids"
+    return {
+        "source": "built-in" if name == str(BUILT_IN_TEXT) else name,
+        "windows": len(windows),
+        "tokens_per_window": windows.shape[1],
+        "sha256": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+    }
 
 
 def carried_card(model: str, partial: Path, name: str) -> str:

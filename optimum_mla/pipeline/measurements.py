@@ -103,6 +103,7 @@ def memory_cell(name: str, cache: str, context: int, batch: int, **common: Any) 
     return {
         "predicted_cache_bytes": None if predicted is None else batch * predicted[0],
         "live_cache_bytes": live,
+        "live_cache_bytes_in_16_bits": live_cache_bytes(held, in_16_bits=True),
         "live_percent_of_predicted": None if predicted is None else 100 * live / (batch * predicted[0]),
         "prefill_peak_bytes": prefill,
         "decode_step_peak_bytes": step,

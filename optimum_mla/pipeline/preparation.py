@@ -136,20 +136,28 @@ def prepare(
     tokenizer = load_tokenizer(
         model, hub, needed=isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
     )
-    if tokenizer is not None and texts.calibration_data is None and texts.eval_data is None:
+    statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
+    unread = texts.calibration_data is None and texts.eval_data is None
+    if tokenizer is not None and unread and statistics is None:
         texts = replace(texts, eval_data=str(BUILT_IN_TEXT), eval_samples=min(texts.eval_samples, BUILT_IN_WINDOWS))
     calibration, evaluation, data = read_texts(tokenizer, config, texts)
-    statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
     if statistics is not None:
         data["calibration-data"] = {**statistics.data, "statistics": statistics.digest}
+        if tokenizer is not None and unread:
+            evaluation, left = _left_by(statistics, tokenizer, config, texts)
+            data |= left
     transformation = build_transformation(method, options, calibration if statistics is None else statistics)
     check_calibration_is_used(transformation, texts, method)
     planned = transformation.check(config)
     if export_format is not None:
         check_exportable(planned, pad=True)
-    windows, text = evaluation, "evaluation" if texts.eval_data != str(BUILT_IN_TEXT) else "built-in"
-    if windows is None and calibration is not None:
-        windows, text = deciding_windows(calibration), "held-back calibration"
+    windows, text = evaluation, "evaluation"
+    if texts.eval_data == str(BUILT_IN_TEXT) or (statistics is not None and unread):
+        text = "built-in"
+    elif texts.eval_data is None and evaluation is not None:
+        text = "held-back calibration"
+    elif evaluation is None and calibration is not None:
+        windows, text = deciding_windows(calibration), "calibration"
     return Preparation(
         hub=hub,
         config=config,
@@ -164,3 +172,18 @@ def prepare(
         text=text,
         measured_on=evaluation if transformation.needs_calibration else windows,
     )
+
+
+def _left_by(
+    statistics: CalibrationStatistics, tokenizer: Any, config: PreTrainedConfig, texts: TextOptions
+) -> tuple[Tensor | None, dict[str, dict[str, Any]]]:
+    """Return the windows of the built-in text that stored statistics of it left to the report, and their origin."""
+    seen = statistics.data
+    text = replace(
+        texts,
+        calibration_data=str(BUILT_IN_TEXT),
+        calibration_samples=max(seen["windows"], BUILT_IN_WINDOWS),
+        calibration_length=seen["tokens_per_window"] if seen["source"] == "built-in" else None,
+    )
+    _, evaluation, data = read_texts(tokenizer, config, text)
+    return evaluation, {name: origin for name, origin in data.items() if name == "held-back"}

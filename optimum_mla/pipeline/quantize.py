@@ -13,7 +13,7 @@ from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
-from optimum_mla.measure.memory import measured_cache_bytes, peak_memory_bytes
+from optimum_mla.measure.memory import filled_cache, live_cache_bytes, peak_memory_bytes
 from optimum_mla.measure.quality import decoding_perplexity
 from optimum_mla.measure.verify import tolerance_of, verify
 from optimum_mla.methods.quantize_cache import QuantizeLatentCache
@@ -83,9 +83,11 @@ def quantize(
     geometry = model_geometry(loaded.spec, loaded.config)
     kind = loaded.dtype
 
-    def measured() -> tuple[int, int, float | None]:
+    def measured() -> tuple[int, int, float | None, float]:
         quality = None if evaluation is None else decoding_perplexity(loaded, evaluation, loaded.make_cache)
-        return measured_cache_bytes(loaded, probe, loaded.make_cache()), weight_bytes(loaded), quality
+        cache = filled_cache(loaded, probe, loaded.make_cache())
+        share = live_cache_bytes(cache, in_16_bits=True) / (2 * geometry.source_cache_numbers * context)
+        return live_cache_bytes(cache), weight_bytes(loaded), quality, 100 * share
 
     before = measured()
     quantize_cache(loaded)
@@ -101,6 +103,8 @@ def quantize(
         cache_bytes_before=before[0],
         cache_bytes_after=after[0],
         source_cache_bytes=geometry.source_cache_numbers * kind.itemsize * context,
+        cache_percent_before=before[3],
+        cache_percent_after=after[3],
         weight_bytes_before=before[1],
         weight_bytes_after=after[1],
         data=data,

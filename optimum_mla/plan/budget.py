@@ -15,7 +15,7 @@ from optimum_mla.ops.rank_allocation import rank_for_energy
 DEFAULT_CACHE_RATIO = 0.5
 """Share of the source's cache that a conversion keeps where nobody asks for a size."""
 
-DEFAULT_CACHE_BUDGET = 0.125
+DEFAULT_CACHE_BUDGET = 0.25
 """Share of the bytes of the cache that a conversion keeps where nobody asks for a size and latents can be coded."""
 
 

@@ -30,8 +30,8 @@ MODEL_CARD = """\
 
 | | source | this model |
 |---|---|---|
-| cache, bytes per token (measured, {dtype}) | {source_bytes:g} | {bytes:g} ({percent:.1f} %) |
-| perplexity on the {text} text | {before} | {after} |
+| cache, bytes per token in 16 bits (measured) | {source_bytes:g} | {bytes:g} ({percent:.1f} %) |
+{more}| perplexity on the {text} text | {before} | {after} |
 | parameters | | {added:+,} |
 
 `conversion_report.json` holds every option, the rank and error of each layer, data hashes and versions. The licence of
@@ -82,6 +82,13 @@ def model_card(report: ConversionReport, name: str, source: dict[str, Any], wrap
     if on_hub:
         metadata["base_model"] = report.model
     metadata["tags"] = TAGS
+    more, own = [], (report.source_cache_bytes_per_token, report.cache_bytes_per_token)
+    if own != report.shared_bytes:
+        more.append(f"| the same in {report.dtype}, as saved | {own[0]:g} | {own[1]:g} |\n")
+    if report.answers is not None:
+        answers = report.answers
+        said = f"{answers['same_guess_percent']:.1f} % (divergence {answers['divergence_nats']:.2g} nats)"
+        more.append(f"| same first guess on the source's own answers | | {said} |\n")
     return MODEL_CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=name,
@@ -90,9 +97,9 @@ def model_card(report: ConversionReport, name: str, source: dict[str, Any], wrap
         model=f"`{report.model if on_hub else shown(report.model)}`",
         version=report.versions["optimum-mla"],
         method=report.method,
-        dtype=report.dtype,
-        source_bytes=report.source_cache_bytes_per_token,
-        bytes=report.cache_bytes_per_token,
+        source_bytes=report.shared_bytes[0],
+        bytes=report.shared_bytes[1],
+        more="".join(more),
         percent=report.cache_percent_of_source,
         before=number(report.perplexity_before),
         after=number(report.perplexity_after),

@@ -9,6 +9,9 @@ from optimum_mla.report.break_even import tokens_text
 from optimum_mla.report.pages import size
 from optimum_mla.report.render import duration, number, table
 
+WIDE = {"float32": 2, "float64": 4}
+"""Dtypes of more than 16 bits, and how many times as large their numbers are."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -18,8 +21,8 @@ class Choice:
         method: The method with its options, as on the command line.
         kv_cache_ratio: The requested size as a share of the source's cache.
         cache_numbers_per_token: Largest count of numbers that all layers together cache per token.
-        cache_bytes_per_token: Bytes of these numbers in the dtype of the checkpoint.
-        cache_percent_of_source: Resulting size in percent of the source's cache.
+        cache_bytes_per_token: Bytes of the cache per token, with numbers in 16 bits.
+        cache_percent_of_source: Resulting size in percent of the source's 16-bit cache.
         parameters_added: Smallest number of parameters that the conversion adds; negative if it removes some.
         parameters_added_most: Largest such number; calibration chooses how many dims keep their rotation.
         break_even_tokens: Tokens in the cache from which the result takes less memory than the source, its added
@@ -73,8 +76,8 @@ class Inspection:
         num_key_value_heads: Number of key/value heads.
         head_dim: Dims of a head.
         features: Properties that matter for a conversion: biases, norms, windows, rotary scaling.
-        source_cache_bytes_per_token: Bytes that the unconverted model caches per token in its dtype.
-        cache_bytes_per_token: Bytes that the model caches per token as it is.
+        source_cache_bytes_per_token: Bytes that the unconverted model caches per token, with numbers in 16 bits.
+        cache_bytes_per_token: Bytes that the model caches per token as it is, with numbers in 16 bits.
         conversion_seconds: Estimated seconds of a conversion with default options on this machine, or None.
         earlier_predictions: How good such estimates were for earlier conversions on this machine, or None.
         conversion_memory_bytes: Estimated peak memory of a conversion with default options, or None.
@@ -122,9 +125,11 @@ def inspection_text(found: Inspection) -> str:
         f"{found.num_key_value_heads} key/value heads of {found.head_dim} dims"
         + (f"; {', '.join(found.features)}" if found.features else "")
     )
-    lines.append(f"the source caches {found.source_cache_bytes_per_token:,.0f} bytes per token")
+    lines.append(f"the source caches {found.source_cache_bytes_per_token:,.0f} bytes per token in 16 bits")
     if found.state == "converted":
         lines[-1] += f", this model {found.cache_bytes_per_token:,.0f}"
+    if found.dtype in WIDE:
+        lines[-1] += f"; numbers that are kept in {found.dtype} take {WIDE[found.dtype]} times as much"
     if found.choices:
         rows = [
             (

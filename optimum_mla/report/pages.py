@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from optimum_mla.report.comparison import break_even, verdict
 from optimum_mla.report.render import number, table
-from optimum_mla.report.rows import BASELINE, BenchmarkReport, BudgetRow
+from optimum_mla.report.rows import BASELINE, BenchmarkReport
 
 FORMATS = ("json", "md", "html")
 Named = Sequence[tuple[str, BenchmarkReport]]
@@ -74,20 +74,13 @@ def _rows(reports: Named, name: str) -> list[tuple[str, BenchmarkReport, Any]]:
     ]
 
 
-def per_token(report: BenchmarkReport, role: str, cache: str) -> float | None:
-    """Return the measured cache bytes per token of one model with one cache, or None."""
-    found = (row for row in report.budget if (row.role, row.cache) == (role, cache))
-    row: BudgetRow | None = next(found, None)
-    return None if row is None else row.cache_bytes_per_token
-
-
 def summary(reports: Named) -> Section:
     """Return the summary, which has one line for each model and cache."""
     lines: list[tuple[str, ...]] = []
     flagged: set[int] = set()
     for title, report in reports:
         keys = [(row.role, row.cache) for rows in (report.budget, report.quality, report.speed) for row in rows]
-        own = per_token(report, BASELINE, "default")
+        own = next((row for row in report.budget if (row.role, row.cache) == (BASELINE, "default")), None)
         for role, cache in sorted(dict.fromkeys(keys), key=lambda key: key[0] != BASELINE):
             fits = next((row for row in report.budget if (row.role, row.cache) == (role, cache)), None)
             scored = next((row for row in report.quality if (row.role, row.cache) == (role, cache)), None)
@@ -100,7 +93,7 @@ def summary(reports: Named) -> Section:
                 (
                     f"{title}: {label(role, cache)}" if len(reports) > 1 else label(role, cache),
                     size(fits.cache_bytes_per_token) if fits else "-",
-                    number(100 * fits.cache_bytes_per_token / own, 1) if fits and own else "-",
+                    number(100 * fits.shared_bytes / own.shared_bytes, 1) if fits and own else "-",
                     longest_context(fits.longest_context_tokens, report.model_max_context_tokens) if fits else "-",
                     f"{fits.largest_batch:,}" if fits else "-",
                     number(None if scored is None else scored.perplexity, 3),
@@ -110,6 +103,8 @@ def summary(reports: Named) -> Section:
             )
     budgets = ", ".join(dict.fromkeys(size(report.memory_budget_bytes) for _, report in reports))
     note = f"Longest context (batch 1) and largest batch (8192 tokens a row) that fit {budgets} beside the weights."
+    if any(report.dtype == "float32" for _, report in reports):
+        note += " Shares count numbers in 16 bits, also those that a float32 model keeps in 32."
     header = (
         "",
         "cache/token",
@@ -223,7 +218,7 @@ def quality(reports: Named) -> Section:
             prefix + label(row.role, row.cache),
             number(row.perplexity, 3),
             number(row.agreement_percent, 2),
-            number(row.kl_nats, 4),
+            number(row.kl_nats, 4) + ("" if row.kl_stderr_nats is None else f" ± {row.kl_stderr_nats:.4f}"),
             "-" if row.scored_tokens is None else f"{row.scored_tokens:,}",
             row.problem or "",
         )

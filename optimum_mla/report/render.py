@@ -40,7 +40,7 @@ def summary_row(report: ConversionReport) -> tuple[str, ...]:
     return (
         report.method,
         f"{report.cache_numbers_per_token_per_layer:g}",
-        f"{report.cache_bytes_per_token:g}",
+        f"{report.shared_bytes[1]:g}",
         number(report.cache_percent_of_source, 1),
         number(report.perplexity_before),
         number(report.perplexity_after),
@@ -74,13 +74,23 @@ def _span(values: Iterable[float], digits: int | None = None) -> str:
     return show(low) if low == high else f"{show(low)} to {show(high)}"
 
 
+def wider(report: ConversionReport) -> str | None:
+    """Return a line that names the bytes of a cache in a dtype of more than 16 bits, or None for one of 16 bits."""
+    source, result = report.source_cache_bytes_per_token, report.cache_bytes_per_token
+    if (source, result) == report.shared_bytes:
+        return None
+    return (
+        f"bytes are those in 16 bits; in {report.dtype} the result takes {result:g} a token and the source {source:g}."
+    )
+
+
 def choices(report: ConversionReport) -> str:
     """Return a few lines on what was chosen for the layers and why."""
     layers = report.layers
     form = layers[0].rope_cache or layers[0].attention_form
     if layers[0].num_rope_heads > 1 and form == "cached":
         form = "per head"
-    lines = [f"form: {form}; {FORM_RULES[form]}."]
+    lines = [line for line in (wider(report), f"form: {form}; {FORM_RULES[form]}.") if line is not None]
     if any(layer.rope_cache for layer in layers):
         rotary = _span(layer.qk_rope_head_dim for layer in layers)
         searched = not report.options.get("qk_rope_head_dim") and layers[0].state_error is not None
@@ -113,14 +123,17 @@ def sample_lines(report: ConversionReport) -> str:
 
 def quantization_table(report: QuantizationReport) -> str:
     """Return the table that `mla-quantize` prints at its end."""
-    of_source = [100 * b / report.source_cache_bytes for b in (report.cache_bytes_before, report.cache_bytes_after)]
     rows = [
         (
-            f"cache of {report.context_tokens} tokens, MB",
+            f"cache of {report.context_tokens} tokens in {report.dtype}, MB",
             number(report.cache_bytes_before / 1e6, 3),
             number(report.cache_bytes_after / 1e6, 3),
         ),
-        ("  % of the source model's", *(number(percent, 1) for percent in of_source)),
+        (
+            "  % of the source model's, in 16 bits",
+            number(report.cache_percent_before, 1),
+            number(report.cache_percent_after, 1),
+        ),
         ("weights, MB", number(report.weight_bytes_before / 1e6), number(report.weight_bytes_after / 1e6)),
         ("perplexity, token by token", number(report.perplexity_before, 3), number(report.perplexity_after, 3)),
     ]

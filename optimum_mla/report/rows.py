@@ -29,6 +29,8 @@ class MemoryRow:
         flags: Findings that a reader must look at: live bytes that differ from the predicted ones, or a tensor as large
             as full keys and values that is alive after a step.
         problem: Why there are no numbers, such as a lack of memory, or None.
+        live_cache_bytes_in_16_bits: The live bytes with numbers of wider dtypes counted in 16 bits, as in a model of 16
+            bits. None in reports of older versions.
     """
 
     role: str
@@ -43,6 +45,7 @@ class MemoryRow:
     weight_bytes: int | None = None
     flags: list[str] = field(default_factory=list)
     problem: str | None = None
+    live_cache_bytes_in_16_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class BudgetRow:
         role: `model` or `baseline`.
         cache: Name of the cache.
         cache_bytes_per_token: Increase of the cache with each token of one row, over the measured contexts.
+        cache_bytes_per_token_in_16_bits: The same with numbers of wider dtypes counted in 16 bits; shares of the
+            baseline's cache are made of these. None in reports of older versions.
         cache_fixed_bytes: Bytes of the cache that do not depend on the number of tokens.
         weight_bytes: Bytes of the weights, which are subtracted from the budget.
         longest_context_tokens: Longest context of one row that fits, whatever the longest context of the model is.
@@ -68,6 +73,12 @@ class BudgetRow:
     longest_context_tokens: int
     largest_batch: int
     batch_context_tokens: int
+    cache_bytes_per_token_in_16_bits: float | None = None
+
+    @property
+    def shared_bytes(self) -> float:
+        """Return the bytes per token of which shares are made."""
+        return self.cache_bytes_per_token_in_16_bits or self.cache_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,8 @@ class QualityRow:
         kl_nats: Mean KL divergence from the baseline's next-token distribution to this one.
         scored_tokens: Number of scored tokens.
         problem: Why there are no numbers, or None.
+        kl_stderr_nats: Standard error of `kl_nats` over the windows; None for a single one.
+        loss_stderr_nats: Standard error of the difference to the baseline's mean negative log-likelihood, likewise.
     """
 
     role: str
@@ -128,6 +141,8 @@ class QualityRow:
     kl_nats: float | None = None
     scored_tokens: int | None = None
     problem: str | None = None
+    kl_stderr_nats: float | None = None
+    loss_stderr_nats: float | None = None
 
 
 @dataclass(frozen=True)

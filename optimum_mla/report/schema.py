@@ -106,10 +106,10 @@ class ConversionReport(Report):
         cache_bytes_per_token: Bytes per token of all layers in a live `DynamicCache`, in the saved dtype.
         source_cache_bytes_per_token: The same for the source model.
         predicted_cache_bytes_per_token: Bytes per token that `MLAGeometry` computes.
-        cache_percent_of_source: Measured bytes in percent of those of the source model.
+        cache_percent_of_source: Bytes per token in percent of those of the source model's 16-bit cache. Numbers that
+            the saved dtype keeps in 32 bits count in 16, as they would be in a model of 16 bits.
         parameters_added: Parameters of the result minus those of the source model.
-        perplexity_before: The source model's perplexity on the evaluation text, or without one on calibration windows
-            that were held back from fits; None without any text.
+        perplexity_before: The source model's perplexity on the text that `perplexity_text` names; None without any.
         perplexity_after: The converted model's perplexity on the same text.
         conversion_seconds: Wall time of the transformation alone.
         predicted_seconds: What was predicted for it before it started.
@@ -118,13 +118,21 @@ class ConversionReport(Report):
         dtype: Dtype of the saved weights.
         seed: Seed that the user gave.
         layers: One entry per converted layer.
-        perplexity_text: The text of both perplexities: `evaluation`, `held-back calibration`, `built-in`, or None.
-        quality_warning: A line that says that the perplexity rose beyond the limit, or None.
+        perplexity_text: The text of both perplexities: `evaluation`, the user's; `held-back calibration`, windows of
+            the calibration text on which nothing was fitted or chosen; `built-in`, windows of the built-in text on
+            which nothing was; `calibration`, windows that choices were made on, as there are too few for others; or
+            None.
+        written_as: What the folder holds: `native`, a model of this package; `wrapper`, the same inside a model that
+            reads images; or the format of an export, `deepseek_v3` or `gguf`.
+        answers: How far predictions moved on the source's own answers to built-in prompts; the fields of
+            `optimum_mla.measure.quality.Movement`. None without a tokenizer, or where weights do not fit into memory.
+        cache_bytes_per_token_in_16_bits: `cache_bytes_per_token` with all numbers counted in 16 bits.
+        source_cache_bytes_per_token_in_16_bits: The same for the source model.
+        quality_warning: A line that says that the conversion cost more than a small loss, or None.
         verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
         break_even_tokens: Tokens in the cache from which the converted model takes less memory than its source, added
             parameters included; None if it never does.
-        sample: A prompt and its greedy continuations by both models; the fields of `optimum_mla.measure.sample.Sample`,
-            or None without a tokenizer.
+        sample: A `prompt` and its greedy continuations by the `source` model and by the `result`, or None as `answers`.
         stages: Time and memory of loading, measuring, converting and verifying.
         machine: Processor architecture and operating system.
         versions: Versions of Python and of the packages that matter.
@@ -150,6 +158,10 @@ class ConversionReport(Report):
     predicted_seconds: float | None = None
     predicted_memory_bytes: int | None = None
     perplexity_text: str | None = None
+    written_as: str = "native"
+    answers: dict[str, Any] | None = None
+    cache_bytes_per_token_in_16_bits: float | None = None
+    source_cache_bytes_per_token_in_16_bits: float | None = None
     quality_warning: str | None = None
     verification: dict[str, Any] | None = None
     break_even_tokens: int | None = None
@@ -164,6 +176,14 @@ class ConversionReport(Report):
     file_name: ClassVar[str] = "conversion_report.json"
     command: ClassVar[str] = "mla-convert"
 
+    @property
+    def shared_bytes(self) -> tuple[float, float]:
+        """Return the bytes per token of the source and of the result of which the share is made."""
+        source, result = self.source_cache_bytes_per_token_in_16_bits, self.cache_bytes_per_token_in_16_bits
+        if source is None or result is None:  # a report of an older version
+            return self.source_cache_bytes_per_token, self.cache_bytes_per_token
+        return source, result
+
 
 @dataclass(frozen=True)
 class QuantizationReport(Report):
@@ -177,6 +197,9 @@ class QuantizationReport(Report):
         cache_bytes_before: Bytes of a live cache with these tokens before the quantization.
         cache_bytes_after: The same after the quantization, with the newest tokens in full precision.
         source_cache_bytes: Computed bytes that the model before its conversion would cache in the same dtype.
+        cache_percent_before: Bytes before the quantization in percent of those of the source model's 16-bit cache, with
+            numbers of wider dtypes counted in 16 bits. None in reports of older versions.
+        cache_percent_after: The same after the quantization.
         weight_bytes_before: Bytes of parameters and buffers in memory before the quantization.
         weight_bytes_after: The same after the quantization.
         data: Source, number of tokens and SHA-256 of the token ids of the evaluation text; empty without text.
@@ -207,6 +230,8 @@ class QuantizationReport(Report):
     peak_memory_bytes: int
     dtype: str
     verification: dict[str, Any] | None = None
+    cache_percent_before: float | None = None
+    cache_percent_after: float | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 

@@ -2,49 +2,104 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from dataclasses import dataclass
 
-from optimum_mla.report.quality_limit import LARGEST_RISE
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 
-NOTHING_LOST = 0.01
-"""Largest relative rise of the perplexity that is called nothing."""
-BROKEN = 1.0
-"""Relative rise of the perplexity from which a model is called broken."""
+NOTHING, SMALL, LARGE, BROKEN = range(4)
+"""How much a conversion cost, from nothing that matters to a model that is of no use."""
+RISES = (0.01, 0.05, 1.0)
+"""Relative rise of the perplexity up to which the cost is nothing, small and large."""
+OTHER_GUESSES = (2.0, 5.0, 50.0)
+"""The same for the percent of the tokens at which another next token is the likeliest, on the source's own answers."""
+DIVERGENCES = (0.01, 0.05, 1.0)
+"""The same for the mean divergence of the predictions there, in nats."""
+JUDGEMENTS = {
+    NOTHING: "The model is as good as before.",
+    SMALL: "That is a small loss, which training can win back.",
+    LARGE: "That is a large loss: train the model with mla-finetune before you use it, or keep more of the cache.",
+    BROKEN: "The model is broken: train it with mla-finetune, or keep more of the cache.",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How much a conversion cost by one measure.
+
+    Attributes:
+        level: `NOTHING`, `SMALL`, `LARGE` or `BROKEN`.
+        words: The measure and its value, as a clause.
+    """
+
+    level: int
+    words: str
+
+
+def costs(report: ConversionReport) -> list[Cost]:
+    """Return what a conversion cost by each measure that was taken: the perplexity, and the source's own answers."""
+    found = []
+    before, after = report.perplexity_before, report.perplexity_after
+    if before is not None and after is not None:
+        words = f"on the {report.perplexity_text} text the perplexity went from {before:.4g} to {after:.4g}"
+        rise = after / before - 1
+        found.append(Cost(_level(rise, RISES), f"{words} ({100 * rise:+.1f} %)" if math.isfinite(rise) else words))
+    if report.answers is not None:
+        other, divergence = 100 - report.answers["same_guess_percent"], report.answers["divergence_nats"]
+        level = max(_level(other, OTHER_GUESSES), _level(divergence, DIVERGENCES))
+        words = f"on the source's own answers {other:.1f} % of the first guesses changed"
+        found.append(Cost(level, f"{words} (divergence {divergence:.2g} nats)"))
+    return found
+
+
+def _level(value: float, limits: tuple[float, float, float]) -> int:
+    """Return the cost of a value, which is `BROKEN` where it is no number."""
+    return next((level for level, limit in enumerate(limits) if value <= limit), BROKEN)
 
 
 def verdict(report: ConversionReport) -> str:
-    """Return one sentence that says what the conversion saved and what it cost."""
-    saved = f"The cache is {report.cache_percent_of_source:.3g} % of the source's"
-    before, after = report.perplexity_before, report.perplexity_after
-    if before is None or after is None:
-        return f"{saved}. What that costs in quality was not measured, as there was no text."
-    rise = after / before - 1
-    text = f"the {report.perplexity_text} text"
-    if rise <= NOTHING_LOST:
-        return f"{saved}, and on {text} the model is as good as before ({100 * rise:+.1f} % perplexity)."
-    if rise <= LARGEST_RISE:
-        return f"{saved}, for {100 * rise:.1f} % more perplexity on {text}: a small loss, which training can win back."
-    if rise < BROKEN:
-        return f"{saved}, for {100 * rise:.0f} % more perplexity on {text}: train it before you use it."
-    return f"{saved}, but the model is broken: its perplexity on {text} rose from {before:.4g} to {after:.4g}."
+    """Return a few sentences that say what the conversion saved and what it cost, by the worst of its measures."""
+    saved = f"The cache is {report.cache_percent_of_source:.3g} % of the source's in 16 bits."
+    found = costs(report)
+    if not found:
+        return f"{saved} What that costs in quality was not measured, as there was no text."
+    said = "; ".join(cost.words for cost in found)
+    return f"{saved} {said[0].upper()}{said[1:]}. {JUDGEMENTS[max(cost.level for cost in found)]}"
 
 
-def next_command(report: ConversionReport, output: str) -> str:
-    """Return the command that a user would run next on the result.
+def quality_warning(report: ConversionReport) -> str | None:
+    """Return one line about a conversion that cost more than a small loss by some measure, or None."""
+    found = costs(report)
+    worst = max((cost.level for cost in found), default=NOTHING)
+    if worst < LARGE:
+        return None
+    said = "; ".join(cost.words for cost in found if cost.level == worst)
+    return f"warning: {said}. {JUDGEMENTS[worst]}"
+
+
+def next_command(report: ConversionReport, output: str) -> str | None:
+    """Return the command that a user would run next on the result, or None where no command takes it.
 
     Args:
         report: The report of the conversion.
         output: The folder of the result.
     """
     folder = shlex.quote(output.rstrip("/"))
-    before, after = report.perplexity_before, report.perplexity_after
-    if before is None or after is None:
-        return f"optimum-cli mla-benchmark -m {folder} --eval-data TEXT {folder}-report"
-    if after / before - 1 > NOTHING_LOST:
+    if report.written_as == "gguf":
+        return f"llama-cli -m {folder}/*.gguf"
+    if report.written_as == "wrapper":
+        return None
+    measure = (
+        f"optimum-cli mla-benchmark -m {folder} --baseline {shlex.quote(report.model)} --eval-data TEXT {folder}-report"
+    )
+    found = costs(report)
+    if not found or report.written_as != "native":
+        return measure
+    if max(cost.level for cost in found) > NOTHING:
         return f"optimum-cli mla-finetune -m {folder} --train-data TEXT --merge {folder}-recovered"
     if report.options.get("kv_cache_budget") is not None:  # the latents are codes of few bits already
-        return f"optimum-cli mla-benchmark -m {folder} -b {shlex.quote(report.model)} --eval-data TEXT {folder}-report"
+        return measure
     return f"optimum-cli mla-quantize -m {folder} --cache-bits 4 {folder}-int4"
 
 

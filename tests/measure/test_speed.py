@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 
 from optimum_mla import XEcoMLA
 from optimum_mla.measure.memory import PeakMemory, large_tensors, living_storages
-from optimum_mla.measure.quality import compare_decoding, evaluating, sliding_windows
+from optimum_mla.measure.quality import Mean, compare_decoding, evaluating, sliding_windows
 from optimum_mla.measure.speed import Contender, spread, time_in_turn
 from tests.cases import source_model, token_ids
 
@@ -63,6 +63,22 @@ def test_quality_through_the_cache_is_that_of_whole_logits(stride: int) -> None:
     assert found.baseline_perplexity == pytest.approx(math.exp(-wanted.gather(-1, targets).mean().item()), rel=1e-5)
     assert found.kl == pytest.approx((wanted.exp() * (wanted - given)).sum(-1).mean().item(), rel=1e-4)
     assert found.agreement == (given.argmax(-1) == wanted.argmax(-1)).double().mean().item()
+    # Windows are what is independent: the standard error is that of their means.
+    apart = (wanted.exp() * (wanted - given)).sum(-1)
+    off = (wanted - given).gather(-1, targets)[..., 0]
+    for values, error in ((apart, found.kl_stderr), (off, found.loss_stderr)):
+        assert error == pytest.approx(values.mean(1).std().item() / len(windows) ** 0.5, rel=1e-3)
+
+
+def test_the_standard_error_of_a_mean_counts_sequences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    several = [torch.randn(count, generator=generator) + shift for count, shift in ((3, 0.0), (9, 1.0), (6, 2.0))]
+    mean = Mean.of(several)
+    assert mean.value == pytest.approx(float(torch.cat(several).double().mean()))
+    apart = [float((values.double() - mean.value).sum()) for values in several]
+    assert mean.stderr == pytest.approx((sum(one**2 for one in apart) * 3 / 2) ** 0.5 / 18)
+    assert Mean.of(several[:1]).stderr is None
+    assert Mean.of([torch.ones(4), torch.ones(2)]) == Mean(1.0, 0.0)
 
 
 def test_a_model_agrees_with_itself() -> None:

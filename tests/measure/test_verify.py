@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimum_mla.report.quality_limit import quality_warning
 from transformers import AutoModelForCausalLM
 
 from optimum_mla import GQA2MLA, MHA2MLA, QuantizeLatentCache
@@ -18,7 +19,6 @@ from optimum_mla.core.errors import VerificationError
 from optimum_mla.measure import reference_logits, verify
 from optimum_mla.nn import LatentAttention
 from optimum_mla.pipeline import TextOptions, convert, export, quantize
-from optimum_mla.report.quality_limit import quality_warning
 from optimum_mla.report.schema import ConversionReport, ExportReport, QuantizationReport
 from tests.cases import FAMILIES, METHODS, UNCALIBRATED, source_model, token_ids
 from tests.nn.test_attention import FORMS, build

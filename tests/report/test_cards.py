@@ -58,16 +58,16 @@ def test_paths_lose_their_folders() -> None:
 
 
 def test_the_card_of_a_conversion_carries_the_licence_and_no_path(tmp_path: Path) -> None:
-    convert(str(REFERENCE), tmp_path / "first", "x-ecomla", {"kv_cache_ratio": 0.5}, UNCALIBRATED)
-    metadata = metadata_load(tmp_path / "first" / "README.md")
+    convert(str(REFERENCE), tmp_path / "alpha", "x-ecomla", {"kv_cache_ratio": 0.5}, UNCALIBRATED)
+    metadata = metadata_load(tmp_path / "alpha" / "README.md")
     assert metadata["license"] == "apache-2.0"
     assert metadata["pipeline_tag"] == "text-generation"
     assert "base_model" not in metadata  # A folder is none that the hub knows.
-    quantize(str(tmp_path / "first"), tmp_path / "second")
+    quantize(str(tmp_path / "alpha"), tmp_path / "second")
     quantize(str(tmp_path / "second"), tmp_path / "third")
     text = (tmp_path / "third" / "README.md").read_text()
     assert "# third\n" in text
-    assert "first" not in text
+    assert "alpha" not in text
     assert "second" not in text
     assert str(tmp_path) not in text
     assert str(REFERENCE.parent) not in text

@@ -9,51 +9,125 @@ import pytest
 from optimum_mla.report.comparison import break_even, places, verdict
 from optimum_mla.report.rows import BenchmarkReport, BudgetRow, QualityRow, SpeedRow
 
+Row = tuple[float, float] | tuple[float, float, float, float] | tuple[float, float, float, float, float]
 
-def report(rows: dict[tuple[str, str], tuple[float, float]]) -> BenchmarkReport:
-    """A report with bytes per token and a perplexity for each role and cache."""
-    budget = [BudgetRow(role, cache, size, 0.0, 1, 1, 1, 1) for (role, cache), (size, _) in rows.items()]
-    quality = [QualityRow(role, cache, value) for (role, cache), (_, value) in rows.items()]
+
+def report(rows: dict[tuple[str, str], Row]) -> BenchmarkReport:
+    """A report with bytes, perplexity, divergence with its error, and speed, as far as they are given."""
+    budget, quality, speed = [], [], []
+    for (role, cache), (size, perplexity, *more) in rows.items():
+        budget.append(BudgetRow(role, cache, size, 0.0, 1, 1, 1, 1))
+        kl, error = more[:2] or (None, None)
+        quality.append(QualityRow(role, cache, perplexity, kl_nats=kl, kl_stderr_nats=error))
+        if more[2:]:
+            speed.append(SpeedRow(role, cache, 1024, 1, decode_ratio_to_baseline=more[2], decode_spread_percent=1.0))
     return BenchmarkReport(
-        "m", "s", {}, {}, "bfloat16", "cpu", None, None, None, 1, budget=budget, quality=quality, threads=1
+        "m", "s", {}, {}, "bfloat16", "cpu", None, None, None, 1, budget=budget, quality=quality, speed=speed, threads=1
     )
 
 
-WHOLE = {("baseline", "default"): (1000.0, 20.0)}
+WHOLE: dict[tuple[str, str], Row] = {("baseline", "default"): (1000.0, 20.0)}
 HQQ = ("baseline", "hqq-int4")
+KIVI = ("baseline", "kivi-int4-first4")
 MODEL = ("model", "default")
 
 
 def test_places_are_shares_of_the_unquantized_baseline() -> None:
-    found = places(report({**WHOLE, HQQ: (281.25, 21.0), MODEL: (250.0, 22.0)}))
+    found = places(report({**WHOLE, HQQ: (281.25, 21.0), MODEL: (250.0, 22.0, 0.1, 0.02, 0.8)}))
     assert [(one.role, one.cache, one.percent, one.perplexity) for one in found] == [
         ("baseline", "default", 100.0, 20.0),
         ("baseline", "hqq-int4", 28.125, 21.0),
         ("model", "default", 25.0, 22.0),
     ]
+    assert (found[2].divergence, found[2].stderr, found[2].speed, found[2].spread) == (0.1, 0.02, 0.8, 0.01)
+    assert (found[1].divergence, found[1].speed) == (None, None)
+
+
+def test_shares_count_numbers_in_16_bits() -> None:
+    made = report({**WHOLE, MODEL: (250.0, 22.0)})
+    budget = [replace(row, cache_bytes_per_token_in_16_bits=row.cache_bytes_per_token / 2) for row in made.budget]
+    budget[1] = replace(budget[1], cache_bytes_per_token_in_16_bits=250.0)  # codes weigh the same in every dtype
+    assert [one.percent for one in places(replace(made, budget=budget))] == [100.0, 50.0]
 
 
 @pytest.mark.parametrize(
-    ("model", "theirs", "ending"),
+    ("model", "theirs", "said"),
     [
-        ((250.0, 20.4), (281.0, 21.0), "it is worth it."),
-        ((500.0, 21.5), (281.0, 21.0), "converting is not worth it."),
-        ((250.0, 22.0), (281.0, 21.0), "Neither is better in both size and quality."),
+        # Smaller, closer beyond the error, faster.
+        (
+            (250.0, 20.4, 0.01, 0.001, 0.9),
+            (281.0, 21.0, 0.05, 0.004, 0.4),
+            "the model is smaller, closer to the source, faster: converting is worth it.",
+        ),
+        # Further beyond the error in quality, whatever the perplexity.
+        (
+            (250.0, 19.9, 0.09, 0.004, 0.9),
+            (281.0, 21.0, 0.05, 0.004, 0.4),
+            "smaller, faster but further from it: neither is better in everything that was measured.",
+        ),
+        # A difference within two standard errors is none.
+        (
+            (250.0, 20.4, 0.052, 0.004, 0.9),
+            (281.0, 21.0, 0.05, 0.004, 0.9),
+            "smaller, as close to it within the error, as fast within the spread: converting is worth it.",
+        ),
+        # What was praised: the source's cache is as large, closer and faster.
+        (
+            (250.0, 20.4, 0.09, 0.004, 0.4),
+            (250.0, 20.1, 0.05, 0.004, 0.9),
+            "the model is as large but further from it, slower: converting is not worth it.",
+        ),
+        # Speed counts where it was measured for both.
+        (
+            (250.0, 20.4, 0.01, 0.001, 0.4),
+            (281.0, 20.1, 0.05, 0.004, 0.9),
+            "smaller, closer to the source but slower: neither is better in everything that was measured.",
+        ),
+        (
+            (250.0, 20.4, 0.01, 0.001),
+            (281.0, 20.1, 0.05, 0.004, 0.9),
+            "the model is smaller, closer to the source: converting is worth it.",
+        ),
+        # Without a standard error nothing is said of the quality.
+        ((250.0, 20.4), (281.0, 21.0, 0.05, 0.004), "the model is smaller. Quality is not compared"),
     ],
 )
-def test_the_verdict_follows_from_size_and_perplexity(
-    model: tuple[float, float], theirs: tuple[float, float], ending: str
-) -> None:
+def test_the_verdict_follows_from_size_divergence_and_speed(model: Row, theirs: Row, said: str) -> None:
     text = verdict(report({**WHOLE, HQQ: theirs, MODEL: model}))
-    assert text.endswith(ending)
-    assert f"{model[0] / 10:.1f} % of the source's bytes per token for {100 * (model[1] / 20 - 1):+.1f} %" in text
-    assert f"{theirs[0] / 10:.1f} % of the source's bytes" in text
+    assert said in text
+    for who, row in (("The model", model), ("The source with the cache hqq-int4", theirs)):
+        size = f"{row[0] / 10:.1f} % of the source's bytes per token for {100 * (row[1] / 20 - 1):+.1f} % perplexity"
+        assert f"{who} keeps {size}" in text
+        if len(row) > 2:
+            assert f"a divergence of {row[2]:.2g} ± {row[3]:.2g} nats" in text
+        if len(row) > 4:
+            assert f"{row[4]:.2f} × the source's decoding speed" in text
+
+
+def test_the_cache_that_is_named_is_the_one_that_decides() -> None:
+    """A better cache of the source is not passed over for one that happens to be nearer in size."""
+    rows = {
+        **WHOLE,
+        HQQ: (255.0, 30.0, 0.4, 0.01, 0.3),
+        KIVI: (240.0, 20.1, 0.005, 0.001, 0.9),
+        MODEL: (250.0, 20.5, 0.05, 0.002, 0.5),
+    }
+    text = verdict(report(rows))
+    assert "The source with the cache kivi-int4-first4 keeps 24.0 %" in text
+    assert "hqq" not in text
+    assert text.endswith("converting is not worth it.")
 
 
 def test_the_smallest_cache_that_is_not_beaten_is_the_one_to_judge() -> None:
-    rows = {**WHOLE, HQQ: (281.0, 21.0), MODEL: (250.0, 20.4), ("model", "hqq-int4"): (80.0, 20.9)}
+    small = ("model", "hqq-int4")
+    rows = {
+        **WHOLE,
+        HQQ: (281.0, 21.0, 0.05, 0.001),
+        MODEL: (250.0, 20.4, 0.02, 0.001),
+        small: (80.0, 20.9, 0.04, 0.001),
+    }
     assert verdict(report(rows)).startswith("The model with the cache hqq-int4 keeps 8.0 %")
-    rows["model", "hqq-int4"] = (290.0, 25.0)
+    rows[small] = (290.0, 25.0, 0.2, 0.001)
     assert verdict(report(rows)).startswith("The model keeps 25.0 %")
 
 

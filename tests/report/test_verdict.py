@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from optimum_mla.report.break_even import break_even_tokens, tokens_text
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
-from optimum_mla.report.verdict import next_command, recovery_verdict, verdict
+from optimum_mla.report.verdict import JUDGEMENTS, costs, next_command, quality_warning, recovery_verdict, verdict
 
 CONVERSION = ConversionReport(
     model="m", method="gqa2mla", options={}, data={}, cache_numbers_per_token_per_layer=1.0, cache_bytes_per_token=1.0,
@@ -18,30 +19,79 @@ CONVERSION = ConversionReport(
 )  # fmt: skip
 
 
+def answered(changed: float, divergence: float) -> dict[str, float]:
+    """The report's entry about answers of which so many percent of the first guesses changed."""
+    return {"same_guess_percent": 100 - changed, "divergence_nats": divergence, "tokens": 200}
+
+
 @pytest.mark.parametrize(
-    ("after", "words", "command"),
+    ("after", "answers", "level", "words"),
     [
-        (20.1, "as good as before (+0.5 % perplexity)", "mla-quantize -m out --cache-bits 4 out-int4"),
-        (21.0, "for 5.0 % more perplexity on the evaluation text: a small loss", "mla-finetune -m out "),
-        (25.0, "25 % more perplexity on the evaluation text: train it before you use it", "mla-finetune -m out "),
-        (
-            30179.0,
-            "the model is broken: its perplexity on the evaluation text rose from 20 to 3.018e+04",
-            "mla-finetune",
-        ),
-        (float("inf"), "the model is broken", "mla-finetune"),
-        (None, "was not measured", "mla-benchmark -m out"),
+        (20.1, None, 0, "n the evaluation text the perplexity went from 20 to 20.1 (+0.5 %)"),
+        (20.1, answered(1.0, 0.002), 0, "1.0 % of the first guesses changed (divergence 0.002 nats)"),
+        (20.6, None, 1, "(+3.0 %)"),
+        (19.0, answered(4.0, 0.02), 1, "4.0 % of the first guesses changed"),
+        (21.3, None, 2, "(+6.5 %)"),
+        # What was praised as a small loss: the perplexity hardly rises, and the answers are other ones.
+        (20.5, answered(14.0, 0.08), 2, "14.0 % of the first guesses changed (divergence 0.08 nats)"),
+        (20.1, answered(1.0, 0.2), 2, "divergence 0.2 nats"),
+        (30179.0, None, 3, "from 20 to 3.018e+04"),
+        (float("inf"), None, 3, "from 20 to inf."),
+        (float("nan"), None, 3, "from 20 to nan."),
+        (20.0, answered(80.0, 3.0), 3, "80.0 % of the first guesses changed"),
     ],
 )
-def test_a_conversion_is_judged_by_the_rise_of_its_perplexity(after: float | None, words: str, command: str) -> None:
-    report = replace(CONVERSION, perplexity_after=after)
-    assert words in verdict(report)
-    assert verdict(report).startswith("The cache is 25 % of the source's")
-    assert f"optimum-cli {command}" in next_command(report, "out/")
+def test_a_conversion_is_judged_by_the_worst_of_what_was_measured(
+    after: float, answers: dict[str, float] | None, level: int, words: str
+) -> None:
+    report = replace(CONVERSION, perplexity_after=after, answers=answers)
+    text, warning = verdict(report), quality_warning(report)
+    assert text.startswith("The cache is 25 % of the source's in 16 bits. On the ")
+    assert words in text
+    assert text.endswith(JUDGEMENTS[level])
+    assert max(cost.level for cost in costs(report)) == level
+    assert (warning is None) == (level < 2)
+    if warning is not None:
+        assert words.rstrip(".") in warning
+        assert warning.endswith(JUDGEMENTS[level])
+        worst = [cost.words for cost in costs(report) if cost.level == level]
+        assert all(cost in warning for cost in worst)
+        assert all(cost.words not in warning for cost in costs(report) if cost.level < level)
+
+
+def test_what_was_not_measured_is_not_judged() -> None:
+    report = replace(CONVERSION, perplexity_before=None, perplexity_after=None)
+    assert "was not measured, as there was no text" in verdict(report)
+    assert quality_warning(report) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "optimum-cli mla-quantize -m out --cache-bits 4 out-int4"),
+        ({"perplexity_after": 21.0}, "optimum-cli mla-finetune -m out --train-data TEXT --merge out-recovered"),
+        ({"answers": answered(14.0, 0.1)}, "optimum-cli mla-finetune -m out --train-data TEXT --merge out-recovered"),
+        (
+            {"options": {"kv_cache_budget": 0.25}},
+            "optimum-cli mla-benchmark -m out --baseline m --eval-data TEXT out-report",
+        ),
+        ({"perplexity_before": None}, "optimum-cli mla-benchmark -m out --baseline m --eval-data TEXT out-report"),
+        (
+            {"written_as": "deepseek_v3", "perplexity_after": 30.0},
+            "optimum-cli mla-benchmark -m out --baseline m --eval-data TEXT out-report",
+        ),
+        ({"written_as": "gguf"}, "llama-cli -m out/*.gguf"),
+        ({"written_as": "wrapper"}, None),
+    ],
+)
+def test_the_next_command_is_one_that_takes_the_result(changes: dict[str, Any], command: str | None) -> None:
+    assert next_command(replace(CONVERSION, **changes), "out/") == command
 
 
 def test_folders_with_spaces_can_be_pasted() -> None:
-    assert next_command(CONVERSION, "my model").startswith("optimum-cli mla-quantize -m 'my model' ")
+    assert (
+        next_command(CONVERSION, "my model") == "optimum-cli mla-quantize -m 'my model' --cache-bits 4 'my model'-int4"
+    )
 
 
 def test_a_training_that_made_it_worse_is_said() -> None:

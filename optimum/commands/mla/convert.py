@@ -52,11 +52,11 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "Convert the attention of a pretrained decoder LLM to Multi-head Latent\n"
             "Attention (MLA), so that generation caches one small latent per token instead\n"
             "of all keys and values.\n\n"
-            "By default the method is gqa2mla, an eighth of the bytes of the cache is kept,\n"
+            "By default the method is gqa2mla, a quarter of the bytes of the cache is kept,\n"
             "and a text that comes with the package calibrates the conversion. Text like\n"
             "what the model will read is better: give it with --calibration-data.",
             "optimum-cli mla-convert -m Qwen/Qwen3-0.6B OUTPUT",
-            "optimum-cli mla-convert -m Qwen/Qwen3-0.6B --cache-budget 0.25 \\\n"
+            "optimum-cli mla-convert -m Qwen/Qwen3-0.6B --cache-budget 0.125 \\\n"
             "      --calibration-data train.txt --eval-data test.txt OUTPUT",
             "optimum-cli mla-convert -m MODEL --export-format deepseek_v3 \\\n"
             "      --calibration-data train.txt OUTPUT",
@@ -98,7 +98,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             metavar="SHARE",
             help="gqa2mla: bytes of the new cache, everything included, as a share of the bytes of the source model's "
             "cache in 16 bits, above 0 and up to 0.5. Each channel of the latent gets as many bits as it is worth. "
-            "Default: 0.125, for gqa2mla with calibration, without --rope-cache cached and without an export.",
+            "Default: 0.25, for gqa2mla with calibration, without --rope-cache cached and without an export.",
         )
         size.add_argument(
             "--kv-lora-rank",
@@ -215,8 +215,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--eval-data",
             metavar="TEXT",
             help="Text to measure the perplexity on before and after the conversion, in the same formats as "
-            "--calibration-data. Default: calibration windows that were held back, or with --uncalibrated the text "
-            "that comes with the package.",
+            "--calibration-data. Default: some windows of the calibration text, which then calibrate nothing, or with "
+            "--uncalibrated or --statistics the text that comes with the package.",
         )
         evaluation.add_argument(
             "--eval-samples",
@@ -290,4 +290,5 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             print(sample_lines(report))
             print(f"\n{verdict(report)}")
             print(f"Saved to {args.output}")
-            print(f"Next: {next_command(report, args.output)}")
+            command = next_command(report, args.output)
+            print(f"Next: {command}" if command else "Next: load it as its README.md shows.")
