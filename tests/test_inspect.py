@@ -22,7 +22,7 @@ from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.measure.memory import resident_peak_bytes
 from optimum_mla.methods.registry import transform_class
-from optimum_mla.pipeline import TextOptions, convert, inspect
+from optimum_mla.pipeline import TextOptions, convert, export, inspect
 from optimum_mla.pipeline.inspecting import METHODS, spelled
 from optimum_mla.report.inspection import inspection_text
 from tests.cases import FAMILIES, source_model, token_ids
@@ -109,24 +109,35 @@ def test_a_converted_model_says_who_runs_it(method: Any, blocked: list[str], tmp
     model.save_pretrained(tmp_path)
     found = inspect(str(tmp_path))
     assert (found.state, found.choices, found.conversion_memory_bytes) == ("converted", [], None)
-    assert found.cache_bytes_per_token == 4 * model.geometry.cache_numbers
+    assert found.cache_bytes_per_token == 2 * model.geometry.cache_numbers  # in 16 bits, though the model is in float32
     engines = {engine.engine: engine.blockers for engine in found.engines}
     assert engines["plain Transformers (deepseek_v3)"] == blocked
     sizes = ["rank 24 (it supports 512)", "8 rotary dims (it supports 64), which mla-export --pad-to 512+64 gives"]
     assert engines["FlashMLA kernels"] == (blocked or sizes)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_frequencies_chosen_by_layer_block_engines(shared: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [True, "regular", False])
+def test_frequencies_chosen_by_layer_block_engines(shared: Any, tmp_path: Path) -> None:
+    """What is said of an engine agrees with what the export that it loads takes."""
     options = {"kv_cache_ratio": 0.5, "rope_cache": "cached", "qk_rope_head_dim": 16, "shared_rope": shared}
+    options["latent_norm"] = shared == "regular"
     texts = TextOptions(
         calibration_data=str(REFERENCE / "calibration.txt"), calibration_samples=4, calibration_length=32
     )
     convert(str(REFERENCE), tmp_path / "out", "gqa2mla", options, texts)
-    engines = {engine.engine: engine.blockers for engine in inspect(str(tmp_path / "out")).engines}
-    assert engines["Transformers with optimum-mla"] == []
-    assert bool(engines["plain Transformers (deepseek_v3)"]) == (not shared)
-    assert shared or "--shared-rope" in engines["llama.cpp (deepseek2)"][0]
+    engines = {engine.engine: engine for engine in inspect(str(tmp_path / "out")).engines}
+    assert engines["Transformers with optimum-mla"].blockers == []
+    plain, llama_cpp = engines["plain Transformers (deepseek_v3)"], engines["llama.cpp (deepseek2)"]
+    assert plain.options == "mla-export --format deepseek_v3"
+    assert llama_cpp.options == "mla-export --format gguf"
+    assert bool(plain.blockers) == (not shared)
+    assert bool(llama_cpp.blockers) == (shared != "regular")
+    for engine, form in ((plain, "deepseek_v3"), (llama_cpp, "gguf")):
+        if engine.blockers:
+            with pytest.raises(UnsupportedModelError):
+                export(str(tmp_path / "out"), tmp_path / form, form)
+        else:
+            export(str(tmp_path / "out"), tmp_path / form, form)
 
 
 def test_a_checkpoint_larger_than_memory_is_no_matter(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate.sensitivity import SENSITIVITY_TOKENS
 from optimum_mla.calibrate.text import window_length
+from optimum_mla.calibrate.windows import windows_to_read
 from optimum_mla.convert.first_pass import ALLOCATION_WINDOWS
 from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
@@ -112,13 +113,12 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         cache_bytes_per_token=geometry.cache_bytes(bits=8 * SHARED_ITEMSIZE),
     )
     if is_converted(config):
-        apart = frequencies_may_differ(model)
         engines = []
         for engine in ENGINES:
             why = [*other_layers(engine, family.spec), *blockers(engine, geometry.layers, rope, windows)]
-            if apart and not why and engine is not OWN:
-                why = ["rotary frequencies chosen layer by layer; convert with --shared-rope"]
-            engines.append(EngineChoice(engine.name, "as it is" if engine is OWN else "mla-export", None, why))
+            why = why or frequency_blockers(engine, model)
+            options = "as it is" if engine is OWN else f"mla-export --format {engine.format}"
+            engines.append(EngineChoice(engine.name, options, None, why))
         return replace(known, state="converted", engines=engines)
     if getattr(config, "quantization_config", None) is not None:
         return replace(known, reason="its weights are quantized; convert the unquantized model")
@@ -134,20 +134,24 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
     )
 
 
-def frequencies_may_differ(model: str) -> bool:
-    """Return whether the layers of a converted model may rotate at different frequencies.
+def frequency_blockers(engine: Engine, model: str) -> list[str]:
+    """Return why an engine cannot run a converted model for its rotary frequencies; empty if it can.
 
-    This is read from the report of the conversion. Without a report the result is False.
+    They are read from the report of the conversion. Without a report nothing is said of them.
 
     Args:
+        engine: The engine.
         model: The model's folder.
     """
     path = Path(model) / ConversionReport.file_name
-    if not path.is_file():
-        return False
+    if engine is OWN or not path.is_file():
+        return []
     report = ConversionReport.read(path.parent)
+    shared = report.options.get("shared_rope")
+    if engine.format == "gguf" and shared != "regular":
+        return ["rotary frequencies that do not follow from one base; convert with --shared-rope regular"]
     chosen = report.method == "gqa2mla" or report.options.get("rope_selection") in SCORED_SELECTIONS
-    return chosen and not report.options.get("shared_rope")
+    return ["rotary frequencies chosen layer by layer; convert with --shared-rope"] if chosen and not shared else []
 
 
 def other_layers(engine: Engine, spec: AttentionSpec) -> list[str]:
@@ -274,9 +278,7 @@ def engine_choices(spec: AttentionSpec, source: ModelGeometry, rope: str, window
     for engine in ENGINES:
         why = [*other_layers(engine, spec), *source_blockers(engine, first, rope, windows)]
         if engine.kv_lora_ranks is None or engine.qk_rope_head_dim is None:
-            options = "any" if engine is OWN else "gqa2mla or x-ecomla --export-format deepseek_v3"
-            if engine.plain_keys:
-                options += " --latent-norm"
+            options = "any" if engine is OWN else f"gqa2mla or x-ecomla --export-format {engine.format}"
             found.append(EngineChoice(engine.name, options, None, why))
             continue
         wide, rotary = 2 * first.num_key_value_heads * first.head_dim, engine.qk_rope_head_dim
@@ -284,7 +286,7 @@ def engine_choices(spec: AttentionSpec, source: ModelGeometry, rope: str, window
         if not fitting and not why:
             why = [f"its latent of {min(engine.kv_lora_ranks)} + {rotary} is larger than the source's {wide} numbers"]
         rank = max(fitting, default=min(engine.kv_lora_ranks))
-        options = "gqa2mla --export-format deepseek_v3 --latent-norm"
+        options = f"gqa2mla --export-format {engine.format} --latent-norm"
         options += f" --kv-lora-rank {rank} --qk-rope-head-dim {rotary}"
         found.append(EngineChoice(engine.name, options, 100 * (rank + rotary) / wide, why))
     return found
@@ -301,7 +303,14 @@ def prediction(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: 
     length = window_length(config, None, "calibration_length")
     tokens = CALIBRATION_WINDOWS * length
     first = min(ALLOCATION_WINDOWS, CALIBRATION_WINDOWS) * length
-    work = Work(len(geometry.layers), tokens, first, True, compared_tokens=min(SENSITIVITY_TOKENS, first))
+    work = Work(
+        len(geometry.layers),
+        tokens,
+        first,
+        True,
+        evaluated_tokens=(windows_to_read(CALIBRATION_WINDOWS) - CALIBRATION_WINDOWS) * length,
+        compared_tokens=min(SENSITIVITY_TOKENS, first),
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     offloaded = weight_bytes > RESIDENT_BYTES
     return {

@@ -18,20 +18,22 @@ class Engine:
         kv_lora_ranks: Supported ranks of the latent; None stands for all.
         qk_rope_head_dim: Supported number of rotary dims; None stands for all.
         plain_keys: Whether biases on queries, keys and values are not supported.
+        format: The format of `mla-export` that it loads; None for native models of this package.
     """
 
     name: str
     kv_lora_ranks: tuple[int, ...] | None = None
     qk_rope_head_dim: int | None = None
     plain_keys: bool = True
+    format: str | None = "deepseek_v3"
 
 
 ENGINES = (
-    Engine("Transformers with optimum-mla", plain_keys=False),
+    Engine("Transformers with optimum-mla", plain_keys=False, format=None),
     Engine("plain Transformers (deepseek_v3)", plain_keys=False),
     Engine("FlashMLA kernels", (512,), 64),
     Engine("FlashInfer kernels", (512, 256), 64),
-    Engine("llama.cpp (deepseek2)"),
+    Engine("llama.cpp (deepseek2)", format="gguf"),
 )
 OWN = ENGINES[0]
 
@@ -54,6 +56,10 @@ def blockers(engine: Engine, layers: Sequence[MLAGeometry], rope_type: str, wind
         found.append("a rotary key per head")
     if any(layer.attention_form == "decoupled" and layer.rope_cache == "rebuilt" for layer in layers):
         found.append("a rotary key that is rebuilt from the latent")
+    if engine.format == "gguf" and any(
+        layer.attention_form == "decoupled" and not layer.latent_norm for layer in layers
+    ):
+        found.append("latents without a norm")
     shapes = {(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in layers}
     if len(shapes) > 1:
         found.append("layers of different ranks")
