@@ -18,7 +18,7 @@ DIVERGENCES = (0.01, 0.05, 1.0)
 """The same for the mean divergence of the predictions there, in nats."""
 JUDGEMENTS = {
     NOTHING: "The model is as good as before.",
-    SMALL: "That is a small loss, which training can win back.",
+    SMALL: "That is a small loss: a few answers will differ, and training can win it back.",
     LARGE: "That is a large loss: train the model with mla-finetune before you use it, or keep more of the cache.",
     BROKEN: "The model is broken: train it with mla-finetune, or keep more of the cache.",
 }
