@@ -2,7 +2,7 @@
 
     python -m benchmarks.conversion [--config benchmarks/configs/conversion.json] [--output ...results/conversion.json]
 
-Each run is `optimum-cli mla-convert` in a process of its own, as a user runs it, so that its peak memory is its own.
+Each run is `optimum-mla convert` in a process of its own, as a user runs it, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ folder has another path on every machine."""
 
 
 def run_conversion(model: str, output: Path, options: dict[str, Any]) -> Path:
-    """Run `mla-convert` in a subprocess in the root of the project.
+    """Run a conversion in a subprocess in the root of the project.
 
     Args:
         model: Folder of the source model.
@@ -40,9 +40,11 @@ def run_conversion(model: str, output: Path, options: dict[str, Any]) -> Path:
     arguments: list[str] = []
     for name, value in options.items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    command = ["mla-convert", "-m", model, *arguments, "--overwrite", str(output)]
-    print("$ optimum-cli", *command, flush=True)
-    program = str(Path(sys.executable).with_name("optimum-cli"))
+    command = ["convert", "-m", model, *arguments, "--overwrite", str(output)]
+    print("$ optimum-mla", *command, flush=True)
+    program = str(
+        Path(sys.executable).with_name("optimum-mla")
+    )  # `optimum-cli` loads other plugins, which may complain
     subprocess.run([program, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return output
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.core.progress import progress
 
 VOCABULARY_ROWS = 16384
 """Number of tokens of the vocabulary whose logits are computed at once, which bounds the memory of the head."""
@@ -17,7 +18,9 @@ LARGEST_MEAN_LOSS = 700.0
 """Largest mean loss whose exponential is taken; that of more would overflow a float."""
 
 
-def stream_perplexities(walk: CalibrationWalk, windows: Tensor | None = None) -> tuple[float, float]:
+def stream_perplexities(
+    walk: CalibrationWalk, windows: Tensor | None = None, title: str = "perplexity"
+) -> tuple[float, float]:
     """Return the perplexities of the source and of the converted model on the tokens of a walk that is at its end.
 
     Every window starts from an empty context, and all its tokens but the first are predicted.
@@ -25,21 +28,21 @@ def stream_perplexities(walk: CalibrationWalk, windows: Tensor | None = None) ->
     Args:
         walk: The walk, behind the last layer.
         windows: Indices of the windows that count; None takes all.
+        title: What the progress of this is called.
     """
     ids = walk.windows if windows is None else walk.windows[windows]
     norm, head = walk.model.final_norm().to(walk.dtype), walk.model.head()
     logits = partial(walk.model.family.spec.logits, walk.model.config)
-    found = []
-    for states in (walk.source, walk.converted):
-        chosen = states if windows is None else states[windows]
-        total: float = sum(
-            _loss(norm(part[:, :-1]).flatten(0, 1), head, of.to(walk.device)[:, 1:].flatten(), logits)
-            for part, of in zip(walk.batches(chosen), walk.batches(ids), strict=True)
-        )
-        (total,) = walk.processes.total(total)
-        mean = total / ids[:, 1:].numel()
-        found.append(math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf)
-    return found[0], found[1]
+    streams = (states if windows is None else states[windows] for states in (walk.source, walk.converted))
+    batches = [*zip(*(walk.batches(states) for states in streams), walk.batches(ids), strict=True)]
+    totals = [0.0, 0.0]
+    for *parts, of in progress(batches, title, main=True):
+        targets = of.to(walk.device)[:, 1:].flatten()
+        for stream, part in enumerate(parts):
+            totals[stream] += _loss(norm(part[:, :-1]).flatten(0, 1), head, targets, logits)
+    means = (total / ids[:, 1:].numel() for total in walk.processes.total(*totals))
+    before, after = (math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf for mean in means)
+    return before, after
 
 
 def _loss(states: Tensor, head: nn.Module, targets: Tensor, logits: Callable[[Tensor], Tensor]) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optimum_mla.calibrate.perplexity import head_parts
 from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.core.progress import progress
 
 SENSITIVITY_TOKENS = 2048
 """Number of tokens whose predictions are compared, rounded down to whole windows, of which there is one at least. All
@@ -48,10 +49,13 @@ class Sensitivity:
                 self._streams[layer] = walk.through(walk.decoder_layer, states)
         walk.advance()
 
-    def divergences(self) -> dict[int, float]:
+    def divergences(self, title: str) -> dict[int, float]:
         """Return the mean divergence of the predictions from the source's in nats, by the replaced layer.
 
         It is KL(source, replaced). The walk is carried to the end for it.
+
+        Args:
+            title: What the progress of this is called.
         """
         walk = self._walk
         while walk.layer < walk.model.num_layers:
@@ -66,7 +70,7 @@ class Sensitivity:
         pieces = {layer: stream.flatten(0, 1).split(TOKENS_AT_ONCE) for layer, stream in self._streams.items()}
         source = walk.source[: self._windows].flatten(0, 1)
         parts = source.split(TOKENS_AT_ONCE)
-        for number in walk.processes.share(torch.arange(len(parts))).tolist():
+        for number in progress(walk.processes.share(torch.arange(len(parts))).tolist(), title, main=True):
             expected = predicted(parts[number])
             weights = expected.exp()
             for layer in found:

@@ -59,6 +59,6 @@ class FirstPass:
             raise RuntimeError("a first pass without tokens")
         self._sensitivity.replace(attention)
 
-    def divergences(self) -> dict[int, float]:
+    def divergences(self, title: str) -> dict[int, float]:
         """Return the divergence of the predictions for each replaced attention, by layer; see `Sensitivity`."""
-        return {} if self._sensitivity is None else self._sensitivity.divergences()
+        return {} if self._sensitivity is None else self._sensitivity.divergences(title)

@@ -144,7 +144,7 @@ class Run:
                 one.advance(attention)
         if evaluated is not None:
             windows = None if evaluated is not walk else deciding(len(evaluated.source))
-            self.perplexities = stream_perplexities(evaluated, windows)
+            self.perplexities = stream_perplexities(evaluated, windows, f"{self.method.name}: perplexity")
 
     def _evaluated(self, walk: CalibrationWalk | None) -> CalibrationWalk | None:
         """Return the walk whose states give the perplexity, or None."""
@@ -212,7 +212,7 @@ class Run:
             if search is not None and compares:
                 first.replace(search.attention(*search.convert(plans[layer], bits)))
         if divergences is None:
-            divergences = list(first.divergences().items())
+            divergences = list(first.divergences(f"{self.method.name}: effect on the predictions").items())
             self.record.keep("divergences", divergences)
         for layer, divergence in divergences:
             curves[layer] = scaled(curves[layer], uniform[layer], divergence)

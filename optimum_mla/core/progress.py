@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -17,13 +18,30 @@ DELAY_SECONDS = 2.0
 LINE_SECONDS = 30.0
 """Seconds between two lines where there is no terminal."""
 
+_ends: list[float] = []
+"""When the work should be done that `expected_to_take` was told of, on the clock of `time.monotonic`."""
+
+
+@contextmanager
+def expected_to_take(seconds: float) -> Iterator[None]:
+    """Let the lines of progress inside the context also say how much is left of the whole work.
+
+    Args:
+        seconds: How long all stages together should take.
+    """
+    _ends.append(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _ends.pop()
+
 
 def progress(items: Iterable[T], description: str, main: bool = False) -> Iterable[T]:
     """Iterate over items and show how far the work is, and how long the rest should take.
 
     On a terminal there is a progress bar once the work has taken over two seconds. Elsewhere, as in a log file, lines
-    on standard error say what has been done: every half minute, or after each item of the main work of a command. Of
-    several processes, only the first one shows anything.
+    on standard error say what has been done: every half minute, or after each item of the main work of a command, and
+    at its end if there was a line before. Of several processes, only the first one shows anything.
 
     Args:
         items: What to iterate over.
@@ -39,18 +57,30 @@ def progress(items: Iterable[T], description: str, main: bool = False) -> Iterab
 
 
 def _with_lines(items: Iterable[T], description: str, total: int | None, seconds: float) -> Iterator[T]:
-    """Yield the items; write a line before an item if the last line is more than `seconds` ago."""
+    """Yield the items; write a line before an item, and at the end, if the last line is more than `seconds` ago."""
     start = last = time.monotonic()
-    for done, item in enumerate(items):
+    done, said = 0, False
+    for item in items:
         now = time.monotonic()
         if done and now - last >= seconds:
-            last = now
-            print(f"{description}: {_state(done, total, now - start)}", file=sys.stderr, flush=True)
+            last, said = now, True
+            print(f"{description}: {_state(done, total, now - start, now)}", file=sys.stderr, flush=True)
         yield item
+        done += 1
+    if said:
+        print(f"{description}: {_count(done, total)}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def _state(done: int, total: int | None, seconds: float) -> str:
+def _count(done: int, total: int | None) -> str:
+    return f"{done:,}" if total is None else f"{done:,} of {total:,}"
+
+
+def _state(done: int, total: int | None, seconds: float, now: float) -> str:
     """Return what is done, for how long it took, and how long the rest takes at this pace."""
+    text = f"{_count(done, total)}, {seconds:.0f} s"
     if total is None:
-        return f"{done:,}, {seconds:.0f} s"
-    return f"{done:,} of {total:,}, {seconds:.0f} s, about {seconds / done * (total - done):.0f} s left"
+        return text
+    left = seconds / done * (total - done)
+    if not _ends:
+        return f"{text}, about {left:.0f} s left"
+    return f"{text}, about {left:.0f} s left here, {max(left, _ends[-1] - now):.0f} s in all"

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_mla.core.processes import ALONE, Processes
+from optimum_mla.core.progress import expected_to_take
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
 from optimum_mla.measure.answers import answers, moved, prompts, text_of
@@ -133,7 +134,7 @@ def convert(
             source_in_16_bits = measured_cache_bytes_per_token(source, few, in_16_bits=True)
             said = answers(source, asked)
             reference = reference_logits(source) if transformation.preserves_computation else None
-        with stages.stage("convert"):
+        with stages.stage("convert"), expected_to_take(predicted_seconds):
             for layer, attention in run.steps():
                 unfinished.write_layer(run, layer, attention)
         before, after = run.perplexities or (None, None)

@@ -18,6 +18,9 @@ def test_demo_converts_by_every_method_and_generates() -> None:
         [sys.executable, "-m", "benchmarks.demo"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("$ optimum-mla convert ")
+    # No other plugin of Optimum is loaded, so none complains.
+    assert "BaseOptimumCLICommand" not in done.stdout + done.stderr
     rows = re.findall(r"^(gqa2mla|mha2mla|x-ecomla) +64 +768 +50\.0 +([\d.]+) +([\d.]+)", done.stdout, re.M)
     assert [method for method, _, _ in rows] == ["gqa2mla", "mha2mla", "x-ecomla"]
     assert all(float(before) < float(after) for _, before, after in rows)

@@ -36,7 +36,7 @@ def test_divergences_are_those_of_whole_models(family: str, monkeypatch: pytest.
             compared.replace(attentions[layer])
         if layer < 2:  # `divergences` goes on to the end.
             compared.advance()
-    found = compared.divergences()
+    found = compared.divergences("compared")
     assert list(found) == layers
     expected = source(IDS[:3]).logits.log_softmax(-1)
     for layer in layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from optimum_mla.core import progress as module
-from optimum_mla.core.progress import progress
+from optimum_mla.core.progress import expected_to_take, progress
 
 
 @pytest.fixture
@@ -32,10 +32,27 @@ def test_the_main_work_gives_a_line_an_item(clock: list[float], capsys: pytest.C
         "layers: 1 of 4, 5 s, about 15 s left",
         "layers: 2 of 4, 10 s, about 10 s left",
         "layers: 3 of 4, 15 s, about 5 s left",
+        "layers: 4 of 4, 20 s",
     ]
     assert said(clock, capsys, 0.5, main=True, sized=True) == []
 
 
 def test_other_work_gives_a_line_each_half_minute(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(clock, capsys, 16, main=False, sized=True) == ["layers: 2 of 4, 32 s, about 32 s left"]
-    assert said(clock, capsys, 31, main=False, sized=False) == ["layers: 1, 31 s", "layers: 2, 62 s", "layers: 3, 93 s"]
+    lines = ["layers: 2 of 4, 32 s, about 32 s left", "layers: 4 of 4, 64 s"]
+    assert said(clock, capsys, 16, main=False, sized=True) == lines
+    lines = ["layers: 1, 31 s", "layers: 2, 62 s", "layers: 3, 93 s", "layers: 4, 124 s"]
+    assert said(clock, capsys, 31, main=False, sized=False) == lines
+
+
+def test_stages_say_what_is_left_of_all_of_them(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with expected_to_take(60):
+        first = said(clock, capsys, 5, main=True, sized=True)
+        second = said(clock, capsys, 20, main=True, sized=True)  # longer than was expected
+    assert first == [
+        "layers: 1 of 4, 5 s, about 15 s left here, 55 s in all",
+        "layers: 2 of 4, 10 s, about 10 s left here, 50 s in all",
+        "layers: 3 of 4, 15 s, about 5 s left here, 45 s in all",
+        "layers: 4 of 4, 20 s",
+    ]
+    assert second[0] == "layers: 1 of 4, 20 s, about 60 s left here, 60 s in all"
+    assert said(clock, capsys, 5, main=True, sized=True)[0] == "layers: 1 of 4, 5 s, about 15 s left"

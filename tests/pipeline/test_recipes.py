@@ -122,7 +122,7 @@ def test_the_command_runs_a_recipe_and_goes_on_where_it_changed(tmp_path: Path) 
     done = run(written(tmp_path, content))
     assert done.returncode == 0, done.stderr
     # No other plugin is loaded, so none complains; a slow machine is told how far the conversion is.
-    assert all(line.startswith("x-ecomla: layers: ") for line in done.stderr.splitlines())
+    assert all(line.startswith("x-ecomla: ") for line in done.stderr.splitlines())
     assert f"step 1 of 2: mla-convert -> {output / '1-convert'}" in done.stdout
     assert QuantizationReport.read(output / "2-quantize").cache["bits"] == 4
     first = ConversionReport.read(output / "1-convert")
