@@ -7,6 +7,7 @@ import re
 import pytest
 
 from optimum_mla import GQA2MLA
+from optimum_mla.calibrate import sensitivity, walk
 from optimum_mla.convert import Run
 from optimum_mla.core import progress
 from tests.cases import source_model, token_ids
@@ -17,6 +18,8 @@ def test_every_stage_reaches_its_total(
     shared: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(walk, "TOKENS_PER_BATCH", 24)
     form = {"rope_cache": "cached", "shared_rope": True} if shared else {"kv_cache_budget": 0.25}
     size = {"kv_cache_ratio": 0.5} if shared else {}
     run = Run(GQA2MLA(calibration=token_ids(6, 24), **form, **size), source_model("llama"), evaluation=token_ids(2, 24))
