@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from optimum_mla.measure.quality import evaluating
+from optimum_mla.measure.greedy import greedy
 
 NEW_TOKENS = 24
 QUESTION = "What is the capital of France?"
@@ -42,7 +41,6 @@ def sample_prompt(tokenizer: Any) -> tuple[str, Tensor]:
     return QUESTION, tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
 
-@torch.no_grad()
 def continuation(model: PreTrainedModel, tokenizer: Any, ids: Tensor) -> str:
     """Return the greedy continuation of a prompt as text.
 
@@ -53,10 +51,5 @@ def continuation(model: PreTrainedModel, tokenizer: Any, ids: Tensor) -> str:
     """
     ids = ids.to(model.device)
     end = None if model.generation_config is None else model.generation_config.eos_token_id
-    last = end[0] if isinstance(end, list) else end
-    config = GenerationConfig(
-        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=0 if last is None else last
-    )
-    with evaluating(model):
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[operator]
+    new = greedy(model, ids, NEW_TOKENS, end).sequences
     return tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
