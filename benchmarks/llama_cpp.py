@@ -28,6 +28,7 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_mla.calibrate.text import token_windows
+    from optimum_mla.measure.greedy import greedy
     from optimum_mla.measure.quality import perplexity
     from optimum_mla.measure.sizes import layer_numbers
     from optimum_mla.pipeline import export
@@ -46,7 +47,7 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
         rounded = model(torch.tensor([prompt])).logits[0].numpy()
         logits = model.double()(torch.tensor([prompt])).logits[0].numpy()
         model.float()
-        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=config["new_tokens"], do_sample=False)
+        tokens = greedy(model, torch.tensor([prompt]), config["new_tokens"]).sequences
     expected = tokens[0, len(prompt) :].tolist()
     ((_, answer),) = answers(model, tokenizer, [config["message"]])
     found: dict[str, Any] = {

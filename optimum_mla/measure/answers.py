@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from optimum_mla.measure.greedy import greedy
 from optimum_mla.measure.quality import Mean, Movement, evaluating, movement
 
 NEW_TOKENS = 32
@@ -71,7 +72,6 @@ def _ids(tokenizer: Any, text: str, special: bool) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=special)["input_ids"], dtype=torch.long)
 
 
-@torch.no_grad()
 def answers(model: PreTrainedModel, asked: Sequence[tuple[str, Tensor]]) -> list[Answer]:
     """Return the greedy continuations of prompts, all generated in one batch.
 
@@ -88,11 +88,7 @@ def answers(model: PreTrainedModel, asked: Sequence[tuple[str, Tensor]]) -> list
     for row, (_, prompt) in enumerate(asked):
         ids[row, longest - len(prompt) :] = prompt.to(model.device)
         mask[row, longest - len(prompt) :] = 1
-    config = GenerationConfig(
-        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
-    )
-    with evaluating(model):
-        new = model.generate(ids, attention_mask=mask, generation_config=config)[:, longest:].cpu()  # type: ignore[operator]
+    new = greedy(model, ids, NEW_TOKENS, ends or None, mask=mask).sequences[:, longest:].cpu()
     return [Answer(text, prompt, _until(row, ends)) for (text, prompt), row in zip(asked, new, strict=True)]
 
 

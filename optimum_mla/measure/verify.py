@@ -2,7 +2,7 @@
 
 - The live cache weighs what the shapes predict, byte by byte.
 - Logits that come through the cache, a prompt and then single tokens, are those of one pass without a cache.
-- `generate` chooses the same tokens with the cache as without it, and leaves a filled cache behind.
+- `generate` chooses the same tokens with the cache as without it, and leaves a filled cache.
 - Where the computation must have stayed the same, the logits are those of the model that this one was made from.
 
 A model that fails any of these would be silently wrong: a cache that is swallowed under a name that nobody knows, for
@@ -19,18 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from optimum_mla.cache import LatentLayer
 from optimum_mla.cache.settings import CacheSettings
 from optimum_mla.cache.sizes import exempt_token_bytes
 from optimum_mla.core.errors import VerificationError
 from optimum_mla.families.spec import sliding_window
+from optimum_mla.measure.greedy import greedy
 from optimum_mla.measure.memory import live_cache_bytes
 from optimum_mla.measure.quality import evaluating
 from optimum_mla.measure.sizes import predicted_cache_bytes
 from optimum_mla.models.registry import is_converted
-from optimum_mla.stack import CACHE_ARGUMENT, cache_argument, cache_of
+from optimum_mla.stack import cache_argument, cache_of
 
 PROBE_ROWS = 2
 PROBE_TOKENS = 24
@@ -95,9 +96,7 @@ def verify(model: PreTrainedModel, reference: Tensor | None = None, tolerance: f
     Raises:
         VerificationError: With what differs, and by how much.
     """
-    allowed = tolerance_of(model.dtype) if tolerance is None else tolerance
-    if has_codes(model):
-        allowed = max(allowed, CODED_TOLERANCE)
+    allowed = _allowed(model, tolerance)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         ids = _probe(model)
@@ -120,14 +119,36 @@ def verify(model: PreTrainedModel, reference: Tensor | None = None, tolerance: f
     return Verification(predicted, live, max(errors), tokens, reference_error, allowed)
 
 
+@torch.no_grad()
+def check_reference(model: PreTrainedModel, reference: Tensor, what: str) -> None:
+    """Check the logits of a model alone, which may be a wrapper around a converted language model.
+
+    Args:
+        model: The model.
+        reference: Logits that it must have, from `reference_logits`.
+        what: What is wrong where it has others, in words.
+
+    Raises:
+        VerificationError: It has others.
+    """
+    with evaluating(model):
+        _check(_difference(_logits(model, _probe(model)), reference), _allowed(model, None), what)
+
+
+def _allowed(model: PreTrainedModel, tolerance: float | None) -> float:
+    """Return the largest relative difference of a model's logits, or `tolerance` if it is given and codes allow it."""
+    allowed = tolerance_of(model.dtype) if tolerance is None else tolerance
+    return max(allowed, CODED_TOLERANCE) if has_codes(model) else allowed
+
+
 def has_codes(model: Any) -> bool:
-    """Return whether latents of a model are codes."""
-    return is_converted(model.config) and any(layer.channel_bits for layer in model.geometry.layers)
+    """Return whether latents of a model, or of the language model in a wrapper, are codes."""
+    return is_converted(model.config.get_text_config()) and any(layer.channel_bits for layer in model.geometry.layers)
 
 
 def _probe(model: PreTrainedModel) -> Tensor:
     """Return seeded random token ids [B, S] within the model's vocabulary and context."""
-    config: Any = model.config
+    config: Any = model.config.get_text_config()
     length = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or PROBE_TOKENS)
     generator = torch.Generator().manual_seed(PROBE_SEED)
     return torch.randint(config.vocab_size, (PROBE_ROWS, length), generator=generator).to(model.device)
@@ -231,29 +252,13 @@ def _check_generation(model: Any, ids: Tensor, allowed: float) -> int:
     """Compare greedy tokens with and without a cache; return how many were the same."""
     new = max(1, min(NEW_TOKENS, ids.shape[1] - 1))
     prompt = ids[:, : ids.shape[1] - new]
-    given = {CACHE_ARGUMENT: model.make_cache(**UNQUANTIZED)} if _is_quantized(model) else {}
-    with_cache, without = (
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=GenerationConfig(
-                max_new_tokens=new,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=0,
-                use_cache=use_cache,
-                return_dict_in_generate=True,
-                output_logits=True,
-            ),
-            **(given if use_cache else {}),
-        )
-        for use_cache in (True, False)
-    )
+    exact = model.make_cache(**UNQUANTIZED) if _is_quantized(model) else None
+    with_cache, without = greedy(model, prompt, new, cache=exact), greedy(model, prompt, new, use_cache=False)
     held = cache_of(with_cache)
     filled = None if held is None else int(held.get_seq_length())
     if filled != ids.shape[1] - 1:
         raise VerificationError(
-            f"verify: after {ids.shape[1]} tokens, generate left a cache of {filled} tokens behind instead of "
+            f"verify: after {ids.shape[1]} tokens, generate left a cache of {filled} tokens instead of "
             f"{ids.shape[1] - 1}."
         )
     for step, second in enumerate(without.logits):

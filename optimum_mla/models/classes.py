@@ -32,7 +32,26 @@ from optimum_mla.stack import (
 )
 
 
-class LatentInitialization(PreTrainedModel):
+class LatentCheckpoint(PreTrainedModel):
+    """Saves a model so that it is loaded as it was."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model as Transformers does, with each weight under the name that it has in the model.
+
+        `save_original_format=True` writes the names and shapes of the source's checkpoint instead, where weights allow
+        that; quantized ones do not. Both are read.
+
+        Whether the head is tied is read from the weights, because merged adapters may have given it weights of its own
+        (`modules_to_save`), which a config that says otherwise would leave out of the checkpoint.
+        """
+        if self.get_output_embeddings() is not None:
+            for config in (self.config, self.config.get_text_config()):
+                config.tie_word_embeddings = is_tied(self)
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class LatentInitialization(LatentCheckpoint):
     """Initializes what the source family does not know."""
 
     spec: ClassVar[AttentionSpec]
@@ -52,16 +71,7 @@ class LatentInitialization(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the model as Transformers does, with the few lines that `auto_map` points at.
-
-        Whether the head is tied is read from the weights, because merged adapters may have given it weights of its own
-        (`modules_to_save`), which a config that says otherwise would leave out of the checkpoint.
-        """
-        if self.get_output_embeddings() is not None:
-            self.config.tie_word_embeddings = is_tied(self)
-        if getattr(self, "hf_quantizer", None) is not None:
-            # Undoing what loading did to the names is not written for bitsandbytes, and these models need none of it.
-            kwargs.setdefault("save_original_format", False)
+        """Save the model as `LatentCheckpoint` does, with the few lines that `auto_map` points at."""
         super().save_pretrained(save_directory, *args, **kwargs)
         prefix = self.spec.class_prefix
         names = [f"{prefix}MLA{kind}" for kind in ("Config", "Model", "ForCausalLM")]

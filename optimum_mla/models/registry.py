@@ -26,7 +26,7 @@ from optimum_mla.models.classes import MLAForCausalLMMixin, MLAModelMixin, base_
 from optimum_mla.models.config import MLA_CONFIG_FIELDS, MLAConfigMixin
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.parallel import TensorParallelPlan
-from optimum_mla.stack import enter_class_names
+from optimum_mla.stack import enter_class_names, share_checkpoint_names
 
 BUILT_IN_FAMILIES = (
     "arcee",
@@ -146,6 +146,9 @@ def register_family(spec: AttentionSpec) -> Family:
     AutoModel.register(config, base, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     enter_class_names(spec.mla_model_type, base, model)
+    share_checkpoint_names(spec.model_type, spec.mla_model_type)
+    for source, made in ((source_base, base), (source_model, model)):
+        share_checkpoint_names(source.__name__, made.__name__)
     return family
 
 

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.spec import AttentionSpec
-from optimum_mla.models.classes import LatentGeneration, is_tied
+from optimum_mla.models.classes import LatentCheckpoint, LatentGeneration, is_tied
 from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.stack import share_checkpoint_names
 
 NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "text_config")
 """Keys of a wrapper's config that the converted one does not take over."""
@@ -70,7 +71,7 @@ class WrapperMLAConfigMixin(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class WrapperMLAMixin(LatentGeneration):
+class WrapperMLAMixin(LatentGeneration, LatentCheckpoint):
     """A wrapper around a converted language model."""
 
     @property
@@ -103,6 +104,8 @@ def _registered(wrapper: Wrapper) -> type[PreTrainedModel]:
     )
     AutoConfig.register(config.model_type, config)
     AutoModelForImageTextToText.register(config, model)
+    share_checkpoint_names(wrapper.model_type, config.model_type)
+    share_checkpoint_names(source_model.__name__, model.__name__)
     globals().update({config.__name__: config, model.__name__: model})
     return model
 

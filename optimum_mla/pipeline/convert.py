@@ -29,10 +29,10 @@ from optimum_mla.pipeline.announcement import announcement
 from optimum_mla.pipeline.estimate import PROBE_TOKENS, conversion_memory, conversion_seconds, probe, work_of
 from optimum_mla.pipeline.exporting import exported_model, write_export
 from optimum_mla.pipeline.history import Outcome, remember
-from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, load_config, load_model
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, load_written
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
 from optimum_mla.pipeline.preparation import prepare
-from optimum_mla.pipeline.unfinished import UnfinishedConversion, write_model
+from optimum_mla.pipeline.unfinished import VERSIONED, UnfinishedConversion, write_model
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
@@ -145,9 +145,8 @@ def convert(
             with stages.stage("write"):
                 write_model(run, unfinished, converted_folder)
             with stages.stage("verify"):
-                written = str(converted_folder)
                 offload = unfinished.folder if final else None
-                converted: Any = load_model(written, load_config(written, {}), "auto", device, {}, offload)
+                converted: Any = load_written(converted_folder, folder, device, offload)
                 verification = verify(converted, reference)
             with stages.stage("measure the result"):
                 cache_bytes = measured_cache_bytes_per_token(converted, few)
@@ -205,7 +204,7 @@ def convert(
             elif tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if wrapper is not None:
-                write_wrapped(model, wrapper, converted, partial, hub)
+                write_wrapped(model, wrapper, converted, partial, folder, hub)
             report.write(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
     if not resume and processes.size == 1:
@@ -250,7 +249,7 @@ def conversion_identity(model: str, hub: dict[str, Any]) -> dict[str, Any]:
         model: Its hub id or folder.
         hub: Keyword arguments for loading from the hub.
     """
-    versions = {name: version(name) for name in ("optimum-mla", "torch", "transformers")}
+    versions = {name: version(name) for name in VERSIONED}
     files = {}
     if Path(model).is_dir():
         kept = (path for path in sorted(Path(model).iterdir()) if path.suffix in WEIGHT_SUFFIXES)

@@ -30,6 +30,7 @@ from optimum_mla.core.errors import (
     InvalidValueError,
     UnreadableModelError,
     UnsupportedModelError,
+    VerificationError,
     first_line,
 )
 from optimum_mla.families.guess import spec_source
@@ -216,6 +217,26 @@ def load_model(
             " and others" if len(left_out) > 8 else "",
         )
     return loaded
+
+
+def load_written(
+    folder: Path, output: Path, device: str | None, offload: Path | None = None, kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """Return the model that a command has just written, as a user would load it.
+
+    Args:
+        folder: The temporary folder that holds it.
+        output: The folder that it is to become, which errors name.
+        device, offload, kind: As for `load_model`.
+
+    Raises:
+        VerificationError: It does not load, or weights are missing.
+    """
+    written = str(folder)
+    try:
+        return load_model(written, load_config(written, {}), "auto", device, {}, offload, kind)
+    except (UnreadableModelError, CorruptWeightsError) as error:
+        raise VerificationError(f"verify: {str(error).replace(written, str(output))}") from error
 
 
 def expected_bytes(model: str, config: PreTrainedConfig, dtype: str, hub: dict[str, Any]) -> int:

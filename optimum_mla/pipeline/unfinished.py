@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optimum_mla.convert.record import LayerResult, Record
 from optimum_mla.convert.run import Run
-from optimum_mla.core.errors import MLAError, OptionError, OutputError, UnreadableModelError
+from optimum_mla.core.errors import MLAError, OptionError, OutputError, UnreadableModelError, VerificationError
 from optimum_mla.io.folder import parents, told
 from optimum_mla.io.journal import Journal
 from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, write_shard
@@ -23,12 +23,19 @@ from optimum_mla.pipeline.loading import RESIDENT_BYTES
 
 logger = logging.getLogger(__name__)
 
+VERSIONED = ("optimum-mla", "torch", "transformers")
+"""Packages whose versions are among the options of a conversion."""
+FAILED_CHECK = "failed check"
+"""Key of the journal under which it says which check of the result failed."""
+
 
 class UnfinishedConversion(Record):
     """Keeps the layers of a conversion in a hidden folder beside its output, with a journal.
 
     It is a context. When it ends well, the folder is deleted. When it is interrupted, or a file cannot be read or
-    written, the folder stays, and a conversion with the same options goes on where it was.
+    written, the folder stays, and a conversion with the same options goes on where it was. When the result fails a
+    check, the folder stays as well, and another version of the software may go on, since the fault may be the
+    software's.
 
     Args:
         output: The folder that the conversion will write.
@@ -50,7 +57,7 @@ class UnfinishedConversion(Record):
         self._above = parents(output)
         path = self.folder / "journal.jsonl"
         if path.is_file() and resume:
-            self._check_options(Journal(path).entries.get("options", {}), options)
+            self._check_options(Journal(path).entries, options)
         elif path.is_file() and not overwrite and len(Journal(path).entries) > 1:
             raise OutputError(
                 f"output: an unfinished conversion to {output} lies in {self.folder}. Go on with it by --resume, or "
@@ -76,18 +83,32 @@ class UnfinishedConversion(Record):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        entries = Journal(self._path).entries  # Read again, because an interruption may come behind the write.
+        journal = Journal(self._path)  # Read again, because an interruption may come after the write.
+        kept = sum(key.startswith("layer ") for key in journal.entries)
         # Any other error of ours would come again.
-        passing = not isinstance(error, MLAError) or isinstance(error, OutputError | UnreadableModelError)
-        if error is None or not passing or len(entries) < 2:
+        mendable = OutputError | UnreadableModelError | VerificationError
+        passing = not isinstance(error, MLAError) or isinstance(error, mendable)
+        if error is None or not passing or len(journal.entries) < 2:
             shutil.rmtree(self.folder, ignore_errors=True)
-        else:
-            layers = sum(key.startswith("layer ") for key in entries)
-            logger.warning("kept: %d converted layers and all choices. The same command with --resume goes on.", layers)
+            self._above.__exit__(kind, error, trace)
+            return
         self._above.__exit__(kind, error, trace)
+        if isinstance(error, VerificationError):
+            journal.add(FAILED_CHECK, str(error))
+            raise VerificationError(
+                f"{error} Nothing was written to {self.output}. {kept} converted layers and all choices are kept in "
+                f"{self.folder}: the same command with --resume goes on with them, also under other versions of "
+                f"{', '.join(VERSIONED)}; --overwrite starts anew."
+            ) from error
+        logger.warning("kept: %d converted layers and all choices. The same command with --resume goes on.", kept)
 
-    def _check_options(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+    def _check_options(self, entries: dict[str, Any], here: dict[str, Any]) -> None:
+        there = entries.get("options", {})
         differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        if FAILED_CHECK in entries:
+            for name in [name for name in differing if name in VERSIONED]:
+                differing.remove(name)
+                logger.warning("warning: what was kept was made with %s %s; this is %s.", name, there[name], here[name])
         if differing:
             said = "; ".join(f"{name} is {here.get(name)!r} and was {there.get(name)!r}" for name in differing)
             raise OptionError(

@@ -6,14 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import cached_file
 
-from optimum_mla.core.errors import VerificationError
 from optimum_mla.io.reading import reading
+from optimum_mla.measure.verify import check_reference, reference_logits
 from optimum_mla.models.wrappers import rewrapped
-from optimum_mla.pipeline.loading import load_config, load_model
+from optimum_mla.pipeline.loading import load_written
 
 PROCESSOR_FILES = (
     "processor_config.json",
@@ -22,12 +21,10 @@ PROCESSOR_FILES = (
     "chat_template.json",
 )
 """Files with which a processor makes inputs of images; they do not depend on the language model."""
-CHECKED_TOKENS = 16
 
 
-@torch.no_grad()
 def write_wrapped(
-    model: str, wrapper: PreTrainedModel, language: PreTrainedModel, folder: Path, hub: dict[str, Any]
+    model: str, wrapper: PreTrainedModel, language: PreTrainedModel, folder: Path, output: Path, hub: dict[str, Any]
 ) -> None:
     """Write a wrapper around a converted language model, and check that it computes the same once it is loaded.
 
@@ -36,13 +33,13 @@ def write_wrapped(
         wrapper: The wrapper, which is changed.
         language: Its converted language model.
         folder: The folder to write.
+        output: The folder that it is to become.
         hub: Keyword arguments for loading the source.
 
     Raises:
-        VerificationError: What was written computes something else.
+        VerificationError: What was written does not load, or computes something else.
     """
-    ids = torch.randint(language.config.vocab_size, (1, CHECKED_TOKENS), device=language.device)
-    expected = language(ids).logits
+    expected = reference_logits(language)
     rewrapped(wrapper, language).save_pretrained(folder)
     where = {name: value for name, value in hub.items() if name != "trust_remote_code"}
     with reading("config", model, hub):
@@ -50,8 +47,5 @@ def write_wrapped(
             found = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **where)
             if found is not None:
                 shutil.copy(found, folder)
-    written = str(folder)
-    device = str(language.device)
-    loaded = load_model(written, load_config(written, {}), "auto", device, {}, kind=AutoModelForImageTextToText)
-    if not torch.equal(loaded(ids).logits, expected):
-        raise VerificationError("the written model computes other logits than its converted language model.")
+    loaded = load_written(folder, output, str(language.device), kind=AutoModelForImageTextToText)
+    check_reference(loaded, expected, "the wrapper's logits differ from those of its converted language model")

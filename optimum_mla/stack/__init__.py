@@ -32,7 +32,7 @@ from optimum_mla.stack.rotary import (
     rotary_dims,
     rotary_table,
 )
-from optimum_mla.stack.tables import enter_class_names
+from optimum_mla.stack.tables import enter_class_names, share_checkpoint_names
 
 __all__ = [
     "CACHE_ARGUMENT",
@@ -59,6 +59,7 @@ __all__ = [
     "rope_type",
     "rotary_dims",
     "rotary_table",
+    "share_checkpoint_names",
     "spread",
     "takes_cache",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import transformers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
 SERVER = "transformers.cli.serving.model_manager"
@@ -30,6 +31,22 @@ def enter_class_names(model_type: str, base: type, causal_lm: type) -> None:
     for package in _packages():
         for made in (base, causal_lm):
             setattr(package, made.__name__, made)
+
+
+def share_checkpoint_names(source: str, converted: str) -> None:
+    """Let converted models be read from checkpoints that name their weights as those of the source's kind do.
+
+    Such checkpoints may name a head `language_model.lm_head` that the model has as `lm_head`, or hold each expert's
+    matrices alone where the model has them in one tensor. Transformers looks up what it does to them on loading, and
+    undoes on saving, by the names of model types and of classes.
+
+    Args:
+        source: A `model_type` of Transformers, or the name of one of its classes.
+        converted: The `model_type`, or the class name, of its converted models.
+    """
+    known = get_checkpoint_conversion_mapping(source)
+    if known is not None:
+        register_checkpoint_conversion_mapping(converted, known, overwrite=True)
 
 
 def _packages() -> Iterator[ModuleType]:

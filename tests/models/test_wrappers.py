@@ -67,6 +67,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smolvlm": ("SmolVLM", {"text_config": {"model_type": "llama"}, "scale_factor": 2}),
 }
 """Model type -> class prefix and what its config changes."""
+TIED = ("gemma3", "idefics3")
+"""Those that the command is tested on with a tied head; the others have one of their own."""
 TEXT_ONLY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Qwen2": (
         "Qwen2_5_VL",
@@ -83,11 +85,15 @@ TEXT_ONLY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 IDS = token_ids(8, 24).clamp(max=IMAGE - 1)
 
 
-def wrapper(name: str) -> PreTrainedModel:
+def wrapper(name: str, **text: Any) -> PreTrainedModel:
+    """A wrapper with random weights; `text` changes its language model's config, and whether the head is tied."""
     prefix, changes = MODELS[name]
     image = {"image_token_id": IMAGE} if name in ("idefics3", "internvl", "smolvlm") else {"image_token_index": IMAGE}
     parts = {"text_config": SIZES, "vision_config": VISION}
     fields = {**image, **changes, **{part: {**own, **changes.get(part, {})} for part, own in parts.items()}}
+    fields["text_config"] |= text
+    if "tie_word_embeddings" in text:
+        fields["tie_word_embeddings"] = text["tie_word_embeddings"]
     config = getattr(transformers, f"{prefix}Config")(**fields)
     return getattr(transformers, f"{prefix}ForConditionalGeneration")(config).eval()
 
@@ -184,14 +190,11 @@ def test_a_model_that_is_no_wrapper_has_no_language_model_inside() -> None:
         language_model(language_model(wrapper("llava")))
 
 
-@pytest.fixture(params=["gemma3", "smolvlm"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    wrapper(request.param).save_pretrained(tmp_path / request.param)
-    (tmp_path / request.param / "preprocessor_config.json").write_text('{"size": 28}', encoding="utf-8")
-    return tmp_path / request.param
-
-
-def test_the_command_converts_inside_and_keeps_the_rest(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_the_command_converts_inside_and_keeps_the_rest(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    wrapper(name, tie_word_embeddings=name in TIED).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 28}', encoding="utf-8")
     windows = {"calibration_samples": len(IDS), "calibration_length": IDS.shape[1], "calibration_repeats": 0}
     texts = TextOptions(calibration_data=IDS.flatten().tolist(), **windows)
     said: list[str] = []
@@ -203,11 +206,11 @@ def test_the_command_converts_inside_and_keeps_the_rest(folder: Path, tmp_path: 
     assert ConversionReport.read(tmp_path / "out").cache_bytes_per_token == report.cache_bytes_per_token
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     source = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    for name, parameter in source.named_parameters():
-        if "self_attn" not in name or "vision" in name:
-            assert torch.equal(loaded.get_parameter(name), parameter), name
+    for path, parameter in source.named_parameters():
+        if "self_attn" not in path or "vision" in path:
+            assert torch.equal(loaded.get_parameter(path), parameter), path
     same = GQA2MLA(kv_cache_budget=0.25, calibration=IDS)(source)
-    inputs = with_image(folder.name)
+    inputs = with_image(name)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, same(**inputs).logits, rtol=1e-3, atol=1e-3)
 

@@ -11,18 +11,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optimum_mla.core.errors import MLAError, OptionError, OutputError, UnreadableModelError, VerificationError
+from optimum_mla.convert import Run
+from optimum_mla.core.errors import (
+    CorruptWeightsError,
+    MLAError,
+    OptionError,
+    OutputError,
+    UnreadableModelError,
+    VerificationError,
+)
+from optimum_mla.families.project import SourceAttention
 from optimum_mla.pipeline import TextOptions, convert
 from optimum_mla.pipeline.unfinished import UnfinishedConversion
 from tests.cases import source_model, token_ids
+from tests.measure.test_verify import swallowing_the_cache
 
 TEXTS = TextOptions(calibration_data=token_ids(1, 400)[0].tolist(), calibration_samples=8, calibration_length=32)
 OPTIONS = {"kv_cache_ratio": 0.5}
@@ -78,8 +91,6 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, layer: int, error: BaseExceptio
 
 def built_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The indices of the layers that are converted, and not taken from the journal, from now on."""
-    from optimum_mla.convert import Run
-
     built, build = [], Run._build
 
     def noting(self: Run, layer: int, *rest: Any) -> Any:
@@ -88,6 +99,12 @@ def built_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Run, "_build", noting)
     return built
+
+
+def installed_as_if(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    """Let this package have another version."""
+    versions = lambda name: number if name == "optimum-mla" else version(name)  # noqa: E731
+    monkeypatch.setattr(import_module("optimum_mla.pipeline.convert"), "version", versions)
 
 
 @pytest.mark.parametrize("stop", range(LAYERS))
@@ -149,6 +166,10 @@ def test_other_options_are_refused(model: Path, tmp_path: Path, monkeypatch: pyt
         run(model, tmp_path / "out", dtype="bfloat16", resume=True)
     with pytest.raises(OutputError, match=r"an unfinished conversion to .* Go on with it by --resume"):
         run(model, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        installed_as_if(patched, "9.0")
+        with pytest.raises(OptionError, match=r"optimum-mla is '9\.0' and was "):
+            run(model, tmp_path / "out", resume=True)
     assert hashes(tmp_path / ".out.unfinished") == kept
     built = built_layers(monkeypatch)
     run(model, tmp_path / "out", options={"kv_cache_ratio": 0.25}, overwrite=True)
@@ -180,10 +201,72 @@ def test_resume_without_an_unfinished_conversion_begins(model: Path, whole: Path
 
 
 def test_what_would_come_again_is_not_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopping_at(monkeypatch, 2, VerificationError("verify: layer 2"))
-    with pytest.raises(VerificationError):
+    stopping_at(monkeypatch, 2, CorruptWeightsError("model: layer 2"))
+    with pytest.raises(CorruptWeightsError):
         run(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def leaving_out_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is written without one of its weights."""
+    from optimum_mla.pipeline import unfinished
+
+    whole = unfinished.weights_outside_layers
+    written = lambda run: {name: tensor for name, tensor in whole(run).items() if name != "model.norm.weight"}  # noqa: E731
+    monkeypatch.setattr(unfinished, "weights_outside_layers", written)
+
+
+def scaling_what_was_factorized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention of layer 2 gets other weights than its factorization says."""
+    cast = Run._cast
+
+    def wrong(self: Run, source: SourceAttention, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = cast(self, source, tensors)
+        if source.module.layer_idx == 2:
+            found = {name: 1.3 * tensor if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+        return found
+
+    monkeypatch.setattr(Run, "_cast", wrong)
+
+
+CHECKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, int]] = {
+    "of the live cache": (swallowing_the_cache, "verify: the live DynamicCache of 2 x 24 tokens weighs 0 bytes", 3),
+    "of what was written": (leaving_out_a_norm, "lacks 1 weights of its config, such as model.norm.weight", 3),
+    "of a layer": (scaling_what_was_factorized, "verify: the attention of layer 2 has an output error", 2),
+}
+"""What goes wrong, the words of the check that finds it, and the layers that have been made by then."""
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_failed_check_keeps_what_was_made(
+    model: Path,
+    whole: Path,
+    tmp_path: Path,
+    check: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    break_it, words, layers = CHECKS[check]
+    kept = tmp_path / ".out.unfinished"
+    with monkeypatch.context() as patched:
+        break_it(patched)
+        for resume in (False, True):  # it comes again with the same software
+            with pytest.raises(VerificationError, match=words) as raised:
+                run(model, tmp_path / "out", resume=resume)
+            assert f"Nothing was written to {tmp_path / 'out'}. {layers} converted layers" in str(raised.value)
+            assert f"are kept in {kept}: the same command with --resume goes on" in str(raised.value)
+            assert ".partial" not in str(raised.value)
+            assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+            assert len(list(kept.glob("layer-*.safetensors"))) == layers
+    installed_as_if(monkeypatch, "9.0")
+    with pytest.raises(OptionError, match=r"kv_cache_ratio is 0\.25 and was 0\.5"):
+        run(model, tmp_path / "out", options={"kv_cache_ratio": 0.25}, resume=True)
+    built = built_layers(monkeypatch)
+    run(model, tmp_path / "out", resume=True)
+    assert built == list(range(layers, LAYERS))
+    assert f"what was kept was made with optimum-mla {version('optimum-mla')}; this is 9.0" in caplog.text
+    assert hashes(tmp_path / "out") == hashes(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_too_little_space_is_said_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +366,6 @@ def test_a_killed_process_leaves_no_wrong_output(model: Path, whole: Path, tmp_p
 def test_a_failing_write_leaves_no_output(
     model: Path, whole: Path, tmp_path: Path, function: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from importlib import import_module
-
     home, _, name = function.rpartition(".")
     real, calls = getattr(import_module(home), name), []
 
