@@ -65,5 +65,7 @@ def save_result(path: Path, config: dict[str, Any], remark: str = "", **content:
     machine = machine_class() + (f"; {remark}" if remark else "")
     result = {"config": config, "commit": commit(), "machine": machine, "versions": installed_versions(), **content}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial = path.with_name(f".{path.name}")  # An interrupted run must not cut off what `earlier` reads.
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
     return result

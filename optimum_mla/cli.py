@@ -12,6 +12,8 @@ from optimum_mla.core.errors import MLAError
 
 BAD_INPUT = 2
 """Exit code of a command that was given bad input."""
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, as shells have it."""
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def exit_on_bad_input(interrupted: str = "nothing was written") -> Iterator[None
         raise SystemExit(BAD_INPUT) from None
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 def quiet_libraries() -> None:

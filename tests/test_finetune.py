@@ -517,6 +517,53 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
 
+def test_a_run_goes_on_only_with_the_same_text_and_model(
+    models: Path, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+) -> None:
+    text, model = tmp_path / "text.txt", tmp_path / "model"
+    words = (models / "train.txt").read_text(encoding="utf-8")
+    text.write_text(words, encoding="utf-8")
+    shutil.copytree(models / "converted", model)
+    # What a user of Python may give: JSON has no tuples.
+    run = {"model": model, "data": text, "layers": (0, 2), "training": {"label_names": ("labels",)}}
+    with_callback(Interrupt(5))
+    with pytest.raises(KeyboardInterrupt):
+        train(**run)
+    with_callback(None)
+    for path, option in ((text, "train_data"), (model / "model.safetensors", "model")):
+        about = path.stat()
+        os.utime(path, ns=(1, 1))
+        was = re.escape(f"[{about.st_size}, {about.st_mtime_ns}]")
+        with pytest.raises(
+            InvalidValueError, match=rf"{option} \({path}: bytes, time\): got .*, allowed: {was}, as in"
+        ):
+            train(**run, resume=True)
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    (model / "README.md").write_text("A note.", encoding="utf-8")
+    assert train(**run, resume=True).resumed_at_step == 4
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\0" * 100, b'{"key": "run", "value": {"model"'], ids=["empty", "zeros", "torn"]
+)
+def test_checkpoints_without_a_record_are_neither_taken_nor_deleted(
+    damage: bytes, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+) -> None:
+    with_callback(Interrupt(3))
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    with_callback(None)
+    work = tmp_path / ".out.training"
+    (work / "run.jsonl").write_bytes(damage)
+    for overwrite in (False, True):
+        with pytest.raises(
+            OutputError, match=r"holds checkpoints .*, but no run\.jsonl that tells its settings\. Start"
+        ):
+            train(resume=True, overwrite=overwrite)
+    assert (work / "distill" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert train(overwrite=True).resumed_at_step is None
+
+
 @pytest.mark.slow
 def test_dpo_goes_on_with_its_first_reference(
     train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
@@ -548,8 +595,11 @@ def test_overwrite_starts_an_interrupted_run_over(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.parametrize(
+    "written", [b"", b'{"best_global_step": null, "epo', b"\0" * 50], ids=["none", "torn", "zeros"]
+)
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
-    train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+    written: bytes, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
 ) -> None:
     whole = train("whole")
     with_callback(Interrupt(5))
@@ -558,8 +608,11 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     with_callback(None)
     newest = tmp_path / ".out.training" / "distill" / "checkpoint-4"
     # The trainer writes these last.
-    for name in ("trainer_state.json", "rng_state.pth", "optimizer.pt"):
-        (newest / name).unlink()
+    if written:
+        (newest / "trainer_state.json").write_bytes(written)
+    else:
+        for name in ("trainer_state.json", "rng_state.pth", "optimizer.pt"):
+            (newest / name).unlink()
     report = train(resume=True)
     assert report.resumed_at_step == 2
     assert loss_values(report) == pytest.approx(loss_values(whole), abs=1e-6)

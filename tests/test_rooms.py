@@ -56,3 +56,15 @@ def test_every_folder_is_a_room() -> None:
 def test_imports_go_down() -> None:
     # `transform` and `reverse` are what Optimum calls, so the base of the methods hands over to what drives it.
     assert set(upward_imports()) == {"methods/base.py imports convert"}
+
+
+def test_nothing_that_only_one_system_has_is_imported_with_a_file() -> None:
+    found = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in sorted(PACKAGE.glob("**/*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+        if name in ("fcntl", "grp", "msvcrt", "pwd", "resource", "termios", "winreg")
+    ]
+    assert found == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import getpass
 import hashlib
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from optimum_mla.core.errors import OutputError
 from optimum_mla.io.folder import located
@@ -33,14 +34,17 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: Another process of this machine holds the claim.
     """
-    with lock_file(folder).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"output: another process is writing {folder}. Wait until it is done, or choose another folder."
-            ) from error
+    lock = FileLock(lock_file(folder))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"output: another process is writing {folder}. Wait until it is done, or choose another folder."
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def lock_file(folder: Path) -> Path:

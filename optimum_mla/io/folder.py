@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILES = ("config.json", "adapter_config.json", "export_report.json")
 """A folder that holds one of them is a model, an adapter or an export."""
+KEPT = {"mla-convert": "unfinished", "mla-finetune": "training"}
+"""The commands that can be resumed, each with the word for what it keeps until its output is whole."""
 
 
 def check_output(
@@ -221,6 +223,11 @@ def located(output: str | Path) -> Path:
         return Path(output).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"output: {output!s} is no path here: {error}. Choose another folder.") from error
+
+
+def kept_folder(command: str, output: Path) -> Path:
+    """Return the hidden folder beside an output in which a command of `KEPT` keeps what it can be resumed from."""
+    return output.with_name(f".{output.name}.{KEPT[command]}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from optimum_mla.core.errors import OutputError
@@ -65,6 +66,32 @@ def local_path(value: object) -> Path | None:
         if text and os.path.exists(text):
             return Path(text)
     return None
+
+
+def fingerprint(value: object) -> dict[str, list[int]]:
+    """Return the size and the time of the last change of the files that an option names, in bytes and nanoseconds.
+
+    They tell other content under the same name, and take no time however large the files are, where a hash of a large
+    model takes minutes. So a copy that did not keep the times counts as other content. Hidden files, compiled Python
+    code and pages (`.md`) are no part of a folder, and the base model of a folder of adapters is.
+
+    Args:
+        value: A file or a folder. Anything else, such as a hub id, names no files.
+    """
+    path = local_path(value)
+    if path is None:
+        return {}
+    files = [] if path.is_dir() else [path]
+    for root in (path, local_path(adapter_base(path)) or path):
+        for place, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
+            files += [Path(place, name) for name in names if name[0] != "." and not name.endswith(".md")]
+    found = {}
+    for file in sorted(files):
+        with suppress(OSError):  # a link to nothing
+            about = file.stat()
+            found[str(file)] = [about.st_size, about.st_mtime_ns]
+    return found
 
 
 def adapter_base(folder: Path) -> object:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
     """A file with one line of JSON for each thing that a run has done.
 
-    A line is on the disk once `add` returns. A last line that was cut off, because the process or the machine died
-    while it was written, is dropped.
+    A line is on the disk once `add` returns. A line may still be damaged: the last one is cut off if the process or the
+    machine died while it was written, and file systems leave NUL bytes after a loss of power. Lines are read up to the
+    first one that is damaged. That one and what comes after it are cut off the file, which a warning says.
 
     Args:
         path: The file, which need not exist.
@@ -24,23 +28,63 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, Any] = {}
-        written = path.read_bytes() if path.exists() else b""
-        whole = written[: written.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            entry = json.loads(line)
+        if not path.exists():
+            return
+        whole = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not self._read(line):
+                    logger.warning(
+                        "warning: %s is damaged from line %d on. What it said from there on is done again.",
+                        path,
+                        number,
+                    )
+                    break
+                whole += len(line)
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
+
+    def _read(self, line: bytes) -> bool:
+        """Take up what a line says, and return whether it is whole."""
+        try:
+            entry: Any = json.loads(line) if line.endswith(b"\n") else None
             self.entries[entry["key"]] = entry["value"]
-        if len(whole) < len(written):
-            os.truncate(path, len(whole))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+        return True
 
     def add(self, key: str, value: Any) -> None:
         """Write a line, and return when it is on the disk.
 
         Args:
             key: What the line is about, in a few words.
-            value: What JSON can hold; numbers come back as they are.
+            value: What `as_kept` takes; numbers come back as they are.
         """
+        kept = as_kept(value)
         with self.path.open("ab") as file:
-            file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
+            file.write(json.dumps({"key": key, "value": kept}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.entries[key] = json.loads(json.dumps(value))
+        self.entries[key] = kept
+
+
+def as_kept(value: Any) -> Any:
+    """Return a value as it comes back from a file of JSON.
+
+    Tuples become lists there, keys become text, and so does everything that JSON has no form for, such as a path or a
+    dtype.
+    """
+    return json.loads(json.dumps(value, default=str))
+
+
+def differing(kept: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Return the names, in order, whose values differ between what was kept of a run and what is given now.
+
+    What JSON makes of the values is compared, so that a tuple equals the list that was kept of it, and NaN equals NaN.
+
+    Args:
+        kept: What came back from a file of JSON.
+        given: Values of any types.
+    """
+    there, here = (json.loads(json.dumps(values, default=str), parse_constant=str) for values in (kept, given))
+    return [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]

@@ -28,9 +28,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """
     partial = path.with_name(f".{path.name}")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-    with partial.open("rb") as file:
+    with partial.open("r+b") as file:
         os.fsync(file.fileno())
-    partial.rename(path)
+    partial.replace(path)
     return sha256(path)
 
 

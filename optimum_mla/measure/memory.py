@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -112,6 +113,8 @@ def resident_peak_bytes() -> int:
         lines = (PROCESS / "status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     except (OSError, StopIteration):
+        if sys.platform == "win32":
+            return psutil.Process().memory_info().peak_wset
         import resource  # its mark starts from that of the parent process
 
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ OUT_OF_MEMORY = "out of memory"
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
 """Words by which torch, its libraries and the system say that there is no memory left."""
 MODULE = "optimum_mla.pipeline.cells"
+KILLED = 9
+"""The signal by which the system ends a process where memory runs out. Windows has no name for it."""
 
 
 class CellError(Exception):
@@ -54,7 +55,7 @@ def run_cell(kind: str, request: dict[str, Any]) -> dict[str, Any]:
             text=True,
             env=os.environ,
         )
-        if done.returncode == -signal.SIGKILL:
+        if done.returncode == -KILLED:
             raise CellError(f"{OUT_OF_MEMORY}: the system ended the process")
         if done.returncode or not result.is_file():
             lines = done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"]

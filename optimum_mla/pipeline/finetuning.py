@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -17,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, s
 from optimum_mla.calibrate.text import window_length
 from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, first_line
 from optimum_mla.io.claim import claims_output
-from optimum_mla.io.folder import atomic_folder, check_output
-from optimum_mla.io.inputs import check_inputs_stay
+from optimum_mla.io.folder import atomic_folder, check_output, kept_folder
+from optimum_mla.io.inputs import check_inputs_stay, fingerprint
+from optimum_mla.io.journal import Journal, as_kept, differing
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 
 TRAINED_DTYPE = "float32"
 """The dtype of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
-RUN_FILE = "run.json"
-"""The settings of a run, beside its checkpoints."""
+RUN_FILE = "run.jsonl"
+"""The journal of a run beside its checkpoints, which holds its settings."""
 
 
 @claims_output(distributed=True)
@@ -114,6 +114,9 @@ def finetune(
     run = {"model": model, "train_data": origin, **recipe.to_dict(), **training}
     if teacher_revision is not None:
         run["teacher_revision"] = teacher_revision
+    teaching = None if taught_by is None else taught_by.location
+    for option, value in (("model", model), ("train_data", train_data), ("teacher", teaching)):
+        run |= {f"{option} ({file}: bytes, time)": about for file, about in fingerprint(value).items()}
     work = working_folder(folder, run, resume, overwrite, inputs)
 
     tokenizer = load_tokenizer(model, hub, needed=isinstance(train_data, str) or texts.eval_data is not None)
@@ -158,7 +161,7 @@ def finetune(
     counts = parameter_counts(trainee)
     if leading:
         work.mkdir(parents=True, exist_ok=True)
-        (work / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
+        Journal(work / RUN_FILE).add("run", run)
     peak = PeakMemory(student.device)
     peak.reset()
     try:
@@ -247,31 +250,34 @@ def working_folder(
     """Return the folder of the checkpoints of a run, beside its output.
 
     Raises:
-        OutputError: It holds one of the run's inputs, or it holds the checkpoints of an interrupted run and neither
-            `resume` nor `overwrite` is asked for.
-        InvalidValueError: The run to go on with had other settings.
+        OutputError: It holds one of the run's inputs; it holds the checkpoints of an interrupted run, and neither
+            `resume` nor `overwrite` is asked for; or `resume` is, and no record tells what run they are of.
+        InvalidValueError: The run to go on with had other settings, or its model or text has changed since.
     """
-    work = folder.with_name(f".{folder.name}.training")
+    work, leading = kept_folder("mla-finetune", folder), int(os.environ.get("RANK", 0)) == 0
     check_inputs_stay(work, inputs)
-    note = work / RUN_FILE
-    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
-    if resume and before is not None:
-        run = json.loads(json.dumps(run))
-        for name in [*run, *before]:
-            if before.get(name) != run.get(name):
-                raise InvalidValueError(
-                    name,
-                    run.get(name),
-                    f"{before.get(name)}, as in the interrupted run",
-                    "Start over with --overwrite.",
-                )
+    before = Journal(work / RUN_FILE).entries.get("run") if resume else None
+    if before is not None:
+        for name in differing(before, run):
+            raise InvalidValueError(
+                name,
+                as_kept(run).get(name),
+                f"{before.get(name)}, as in the interrupted run",
+                "Start over with --overwrite.",
+            )
         return work
-    if any(work.glob(CHECKPOINTS)) and not overwrite and int(os.environ.get("RANK", 0)) == 0:
-        raise OutputError(
-            f"output: {work} holds checkpoints of an interrupted run. "
-            "Go on with it by --resume, or start over with --overwrite."
-        )
-    if int(os.environ.get("RANK", 0)) == 0:
+    if leading and any(work.glob(CHECKPOINTS)):
+        if resume:
+            raise OutputError(
+                f"output: {work} holds checkpoints of an interrupted run, but no {RUN_FILE} that tells its settings. "
+                "Start over with --overwrite instead of --resume."
+            )
+        if not overwrite:
+            raise OutputError(
+                f"output: {work} holds checkpoints of an interrupted run. "
+                "Go on with it by --resume, or start over with --overwrite."
+            )
+    if leading:
         shutil.rmtree(work, ignore_errors=True)
     return work
 

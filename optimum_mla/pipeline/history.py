@@ -45,16 +45,16 @@ def remember(outcome: Outcome) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
+            file.write(json.dumps(asdict(outcome), default=str) + "\n")
     except OSError as error:
         logger.info("the outcome of the conversion was not kept: %s", error)
 
 
 def outcomes() -> list[Outcome]:
-    """Return the latest outcomes, oldest first; lines that another version wrote differently are left out."""
+    """Return the latest outcomes, oldest first, without lines that are damaged or that another version wrote."""
     try:
-        lines = history_file().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = history_file().read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
         return []
     found = []
     for line in lines[-SHOWN:]:

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from optimum_mla.core.errors import InvalidValueError, OptionError, OutputError, first_line
+from optimum_mla.core.errors import InvalidValueError, OptionError, OutputError
+from optimum_mla.io.folder import KEPT, kept_folder, located, told
+from optimum_mla.io.inputs import fingerprint
+from optimum_mla.io.journal import Journal
 
 COMMANDS = ("mla-convert", "mla-finetune", "mla-quantize", "mla-export", "mla-benchmark")
 """The commands that a recipe may have as steps."""
 WITHOUT_MODEL = ("mla-benchmark",)
 """Commands whose output is no model, so that the next step takes the model of the step before."""
-JOURNAL = "run.json"
-"""File in the output folder of a run that says which steps are done."""
+INPUTS = (
+    "baseline",
+    "calibration-data",
+    "compare",
+    "config",
+    "eval-data",
+    "recover-data",
+    "statistics",
+    "tasks-path",
+    "teacher",
+    "train-data",
+)
+"""The options, beside the model, that name a file or a folder which a step reads."""
+JOURNAL = "run.jsonl"
+"""File in the output folder of a run that says which steps were begun and which are done."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +46,44 @@ class Step:
         options: Its options by name, with dashes and without `model` and `output`.
         model: The model that it works on, as a hub id or a folder.
         output: The folder that it writes.
-        digest: SHA-256 of this step and all steps before it, which changes if any of their options does.
     """
 
     command: str
     options: dict[str, Any]
     model: str
     output: Path
-    digest: str
 
-    def words(self) -> list[str]:
-        """Return the arguments of the command, as they would be typed."""
-        words = ["-m", self.model, str(self.output), "--overwrite"]
-        for name, value in self.options.items():
-            if value is True:
-                words.append(f"--{name}")
-            elif value is False:
-                words.append(f"--no-{name}")
-            else:
-                values = value if isinstance(value, list) else [value]
-                words += [f"--{name}", *map(str, values)]
-        return words
+    def digest(self, before: str) -> str:
+        """Return a SHA-256 that changes with the options of the step, with the files that they name, and with `before`.
+
+        Args:
+            before: That of the step before, whose output must be there. It is empty for the first step.
+        """
+        files = [fingerprint(place) for place in self._inputs()]
+        content = json.dumps([before, self.command, self.model, sorted(self.options.items()), files], default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _inputs(self) -> Iterator[object]:
+        """Yield what the step reads, by the names that its options give, and that a YAML file of options gives."""
+        yield self.model
+        for options in (_settings(self.options.get("config")), self.options):
+            for name in INPUTS:
+                value = options.get(name)
+                yield from value if isinstance(value, list) else [value]
+
+
+def _settings(path: Any) -> dict[str, Any]:
+    """Return the options in a YAML file for `mla-finetune --config`; none where it cannot be read, which it says."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return _named(content) if isinstance(content, dict) else {}
+
+
+def _named(options: dict[Any, Any]) -> dict[str, Any]:
+    """Return options by their names as the command line has them, with dashes."""
+    return {str(option).lstrip("-").replace("_", "-"): value for option, value in options.items()}
 
 
 def read_recipe(path: Path, output: str | None = None) -> tuple[Path, list[Step]]:
@@ -81,15 +114,13 @@ def read_recipe(path: Path, output: str | None = None) -> tuple[Path, list[Step]
     place = output or content.get("output")
     if not isinstance(place, str):
         raise OptionError(f"recipe: {path} names no output folder. Add output: FOLDER, or name it on the command line.")
-    folder, steps, model, digest = Path(place), [], None, ""
+    folder, steps, model = Path(place), [], None
     for number, item in enumerate(content["steps"], 1):
         command, options = _step(number, item)
         given = options.pop("model", model)
         if given is None:
             raise OptionError(f"recipe: step {number} ({command}) names no model. Add model: MODEL to it.")
-        told = json.dumps([digest, command, given, sorted(options.items())], default=str)
-        digest = hashlib.sha256(told.encode()).hexdigest()
-        step = Step(command, options, str(given), folder / f"{number}-{command.removeprefix('mla-')}", digest)
+        step = Step(command, options, str(given), folder / f"{number}-{command.removeprefix('mla-')}")
         steps.append(step)
         if command not in WITHOUT_MODEL:
             model = str(step.output)
@@ -108,52 +139,81 @@ def _step(number: int, item: Any) -> tuple[str, dict[str, Any]]:
         raise InvalidValueError(f"step {number}", name, ", ".join(COMMANDS))
     if not isinstance(options or {}, dict):
         raise OptionError(f"recipe: step {number} ({command}) has options that are no mapping of names to values.")
-    named = {str(option).lstrip("-").replace("_", "-"): value for option, value in (options or {}).items()}
+    named = _named(options or {})
     if "output" in named:
         raise OptionError(f"recipe: step {number} ({command}) names an output. A run puts all results into its own.")
     return command, {option: value for option, value in named.items() if value is not None}
 
 
-class Journal:
-    """The record of the steps of a run that are done, kept in its output folder.
+@dataclass(frozen=True)
+class Start:
+    """How a step begins.
+
+    Attributes:
+        resume: Whether it goes on with what an interrupted run of the same step kept.
+        remark: What to tell the user about that, as the end of a line; may be empty.
+    """
+
+    resume: bool
+    remark: str = ""
+
+
+class RunRecord:
+    """The record of the steps of a run, kept in its output folder.
 
     Args:
         folder: The output folder of the run; it is made if there is none.
+        overwrite: Whether to begin interrupted steps anew, and to replace results that the record does not know.
 
     Raises:
         OutputError: The folder holds something else, or cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / JOURNAL
-        try:
-            if folder.is_dir() and any(folder.iterdir()) and not self.path.is_file():
+    def __init__(self, folder: Path, overwrite: bool = False) -> None:
+        path = folder / JOURNAL
+        with told(folder):
+            if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
                 raise OutputError(f"output: {folder} exists and holds no run. Name another folder.")
             folder.mkdir(parents=True, exist_ok=True)
-            self.done: dict[str, str] = {}
-            if self.path.is_file():
-                self.done = json.loads(self.path.read_text(encoding="utf-8"))["done"]
-            self.write()
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(f"output: {folder} cannot be used for a run: {first_line(error)}") from error
+            self._journal = Journal(path)
+        self._overwrite = overwrite
+        self._digest, self._pending = "", False
 
-    def is_done(self, step: Step) -> bool:
-        """Return whether a step ran with the same options, and so did all before it, and its result is there."""
-        return self.done.get(step.output.name) == step.digest and step.output.is_dir()
+    def begin(self, step: Step) -> Start | None:
+        """Return how a step begins; None if it is done: all before it are, and nothing that it depends on has changed.
 
-    def note(self, step: Step) -> None:
-        """Record that a step is done."""
-        self.done[step.output.name] = step.digest
-        self.write()
+        The steps of a run are asked for in their order, each after the one before it is done.
 
-    def write(self) -> None:
-        """Save the record."""
-        self.path.write_text(json.dumps({"done": self.done}, indent=2) + "\n", encoding="utf-8")
+        Raises:
+            OutputError: Its output is there, but the record does not say what made it, as after damage to its file.
+        """
+        self._digest = step.digest(self._digest)
+        begun, done = (self._journal.entries.get(f"{word} {step.output.name}") for word in ("begun", "done"))
+        self._pending = self._pending or done != self._digest or not step.output.is_dir()
+        if not self._pending:
+            return None
+        if begun is None and step.output.exists() and not self._overwrite:
+            raise OutputError(
+                f"output: {step.output} is there, but {self._journal.path} does not say what made it. "
+                "Move it away, or replace it by mla-run with --overwrite."
+            )
+        start = Start(resume=False)
+        if step.command in KEPT and kept_folder(step.command, located(step.output)).is_dir():
+            # Where the record does not know of what options it is, the command itself finds out.
+            if begun in (None, self._digest) and not self._overwrite:
+                start = Start(True, ", going on with what was kept of it")
+            else:
+                asked = "as --overwrite asks" if self._overwrite else "its options, model or text have changed"
+                start = Start(False, f", begun anew, without what was kept of it: {asked}")
+        elif done not in (None, self._digest):
+            start = Start(False, ", done again: its options, model or text have changed")
+        self._note("begun", step)
+        return start
 
+    def end(self, step: Step) -> None:
+        """Record that the step that was begun last is done."""
+        self._note("done", step)
 
-def pending(journal: Journal, steps: Sequence[Step]) -> list[Step]:
-    """Return the steps that are still to run, which are all from the first that is not done."""
-    first = next((number for number, step in enumerate(steps) if not journal.is_done(step)), len(steps))
-    return list(steps[first:])
+    def _note(self, word: str, step: Step) -> None:
+        with told(self._journal.path):
+            self._journal.add(f"{word} {step.output.name}", self._digest)

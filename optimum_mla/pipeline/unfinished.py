@@ -14,8 +14,8 @@ from torch import Tensor
 from optimum_mla.convert.record import LayerResult, Record
 from optimum_mla.convert.run import Run
 from optimum_mla.core.errors import MLAError, OptionError, OutputError, UnreadableModelError, VerificationError
-from optimum_mla.io.folder import parents, told
-from optimum_mla.io.journal import Journal
+from optimum_mla.io.folder import kept_folder, parents, told
+from optimum_mla.io.journal import Journal, as_kept, differing
 from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, write_shard
 from optimum_mla.models.classes import is_tied
 from optimum_mla.nn import LatentAttention
@@ -39,7 +39,7 @@ class UnfinishedConversion(Record):
 
     Args:
         output: The folder that the conversion will write.
-        options: All that the result depends on, by name, as values that JSON can hold.
+        options: All that the result depends on, by name.
         resume: Whether to go on with the unfinished conversion, if there is one.
         overwrite: Whether to start anew if there is one.
 
@@ -52,20 +52,21 @@ class UnfinishedConversion(Record):
     """
 
     def __init__(self, output: Path, options: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        self.output, self.folder = output, output.with_name(f".{output.name}.unfinished")
+        self.output, self.folder = output, kept_folder("mla-convert", output)
         self._start = time.monotonic()
         self._above = parents(output)
-        path = self.folder / "journal.jsonl"
-        if path.is_file() and resume:
-            self._check_options(Journal(path).entries, options)
-        elif path.is_file() and not overwrite and len(Journal(path).entries) > 1:
+        self._path, self._options = self.folder / "journal.jsonl", options
+        with told(output):
+            entries = Journal(self._path).entries
+        if resume and entries:
+            self._check_options(entries)
+        elif not overwrite and len(entries) > 1:
             raise OutputError(
                 f"output: an unfinished conversion to {output} lies in {self.folder}. Go on with it by --resume, or "
                 "start anew by --overwrite."
             )
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._path, self._options = path, options
 
     def __enter__(self) -> UnfinishedConversion:
         self._above.__enter__()
@@ -102,15 +103,15 @@ class UnfinishedConversion(Record):
             ) from error
         logger.warning("kept: %d converted layers and all choices. The same command with --resume goes on.", kept)
 
-    def _check_options(self, entries: dict[str, Any], here: dict[str, Any]) -> None:
-        there = entries.get("options", {})
-        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    def _check_options(self, entries: dict[str, Any]) -> None:
+        there, here = entries.get("options", {}), as_kept(self._options)
+        names = differing(there, self._options)
         if FAILED_CHECK in entries:
-            for name in [name for name in differing if name in VERSIONED]:
-                differing.remove(name)
+            for name in [name for name in names if name in VERSIONED]:
+                names.remove(name)
                 logger.warning("warning: what was kept was made with %s %s; this is %s.", name, there[name], here[name])
-        if differing:
-            said = "; ".join(f"{name} is {here.get(name)!r} and was {there.get(name)!r}" for name in differing)
+        if names:
+            said = "; ".join(f"{name} is {here.get(name)!r} and was {there.get(name)!r}" for name in names)
             raise OptionError(
                 f"--resume: the unfinished conversion to {self.output} was another one: {said}. Give the options and "
                 "the files that it had, or start anew with --overwrite instead of --resume."

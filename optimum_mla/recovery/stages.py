@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from optimum_mla.calibrate.text import DEFAULT_WINDOW
 from optimum_mla.core.errors import InvalidValueError, MLAError, TrainingError, first_line
+from optimum_mla.io.faults import check_json
 from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
 from optimum_mla.recovery.dpo import dpo_trainer
 from optimum_mla.recovery.guard import DivergenceGuard
@@ -96,6 +97,7 @@ def newest_checkpoint(place: Path, before: float = math.inf) -> str | None:
     found = {
         int(path.parent.name.rpartition("-")[2]): path.parent
         for path in place.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
+        if check_json(path) is None
     }
     steps = [step for step in found if step < before]
     return str(found[max(steps)]) if steps else None

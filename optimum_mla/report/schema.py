@@ -86,7 +86,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Save the report as `file_name` in a folder."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)  # type: ignore[call-overload]
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False, default=str)  # type: ignore[call-overload]
         (folder / self.file_name).write_text(text + "\n", encoding="utf-8")
 
 

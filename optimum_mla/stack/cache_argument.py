@@ -31,7 +31,7 @@ def takes_a_cache(annotation: Any) -> bool:
     return any(takes_a_cache(part) for part in get_args(annotation))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def cache_parameter(function: Callable[..., Any]) -> tuple[str, int] | None:
     """Return the name and the place of the argument by which a function takes a cache.
 

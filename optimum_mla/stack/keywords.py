@@ -23,7 +23,7 @@ GIVEN_BY_THE_ATTENTION = ("module", "query", "key", "value", "dropout", "scaling
 """Arguments of an attention function that the attention module sets itself, so that nobody else may."""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def parameter_names(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names of a function's arguments, without `*args` and `**kwargs`."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.codec import GRANULE, WIDTHS, ChannelBits, check_channel_bits, code_bounds, code_bytes, pack, unpack
+from optimum_mla.codec import (
+    GRANULE,
+    WIDTHS,
+    ChannelBits,
+    check_channel_bits,
+    code_bounds,
+    code_bytes,
+    constants,
+    pack,
+    unpack,
+)
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.segments import segments, total_bits, total_channels
 
@@ -55,3 +65,15 @@ def test_segments_are_those_of_the_channels(channels: ChannelBits) -> None:
 def test_other_bits_are_refused(wrong: object) -> None:
     with pytest.raises(InvalidValueError, match="channel_bits: got"):
         check_channel_bits(wrong)
+
+
+def test_constants_are_kept_in_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "MOST_KEPT", 8)
+    monkeypatch.setattr(constants, "_KEPT", {})
+    cpu = torch.device("cpu")
+    for _ in range(2):
+        for number in range(20):
+            made = constants.constant((number, 1), torch.uint8, cpu)
+            assert made.tolist() == [number, 1]
+            assert constants.constant((number, 1), torch.uint8, cpu) is made
+            assert len(constants._KEPT) <= 8

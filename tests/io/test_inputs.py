@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from optimum_mla.core.errors import OutputError
-from optimum_mla.io.inputs import check_inputs_stay
+from optimum_mla.io.inputs import check_inputs_stay, fingerprint
 
 # Input, output (both relative to a folder that is made below), and what is said.
 REFUSED: dict[str, tuple[str, str, str]] = {
@@ -91,3 +92,31 @@ def test_adapters_of_each_other_end(tmp_path: Path) -> None:
         text = json.dumps({"base_model_name_or_path": str(tmp_path / other)})
         (tmp_path / one / "adapter_config.json").write_text(text)
     check_inputs_stay(tmp_path / "out", {"model": str(tmp_path / "a")})
+
+
+def test_a_fingerprint_tells_other_content_under_the_same_name(place: Path) -> None:
+    def changed(value: str, change: Callable[[], object]) -> bool:
+        before = fingerprint(value)
+        change()
+        return fingerprint(value) != before
+
+    (place / "base" / "model.safetensors").write_bytes(b"0123")
+    (place / "out" / "data" / "train.jsonl").write_text("{}")
+    about = (place / "base" / "model.safetensors").stat()
+    assert fingerprint("base") == {"base/model.safetensors": [4, about.st_mtime_ns]}
+    assert changed("out/text.txt", lambda: (place / "out" / "text.txt").write_text("word"))
+    assert changed("text_link", lambda: (place / "out" / "text.txt").write_text("words"))
+    assert changed("out/data:plain:train", lambda: (place / "out" / "data" / "train.jsonl").write_text("{ }"))
+    assert changed("model", lambda: (place / "model" / "sub" / "more").touch())
+    assert changed("model", lambda: (place / "model" / "config.json").unlink())
+    assert changed("adapters", lambda: (place / "base" / "model.safetensors").write_bytes(b"012"))
+    assert changed("snapshot", lambda: os.utime(place / "out" / "weights", ns=(1, 1)))  # of the same size
+
+    (place / "model" / ".git").mkdir()
+    (place / "model" / "sub" / "__pycache__").mkdir()
+    for unread in (".git/index", ".DS_Store", "README.md", "sub/__pycache__/task.pyc"):
+        assert not changed("model", (place / "model" / unread).touch), unread
+    for nothing in ("owner/model", "", None, 3, ["model"]):
+        assert fingerprint(nothing) == {}
+    (place / "model" / "nowhere").symlink_to("missing")
+    assert not changed("model", lambda: None)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.io.journal import Journal
+from optimum_mla.io.journal import Journal, differing
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -40,3 +44,55 @@ def test_a_later_line_replaces_an_earlier_one_and_numbers_stay_as_they_are(tmp_p
         journal.add("error", value)
     assert Journal(tmp_path / "journal.jsonl").entries == {"error": math.inf}
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0" * 40,
+        b"\0\0\0{",
+        b"\xff\xfe\x00",
+        b'{"key": "layer 1", "val',
+        b"[1, 2]",
+        b"7",
+        b'{"key": "layer 1"}',
+        b'{"key": ["layer 1"], "value": 1}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_journal_is_read_up_to_its_first_damaged_line_which_is_said(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    lines = [json.dumps({"key": f"layer {number}", "value": number}).encode() for number in range(3)]
+    path.write_bytes(b"\n".join([lines[0], damage, lines[2]]) + b"\n")
+    journal = Journal(path)
+    assert journal.entries == {"layer 0": 0}
+    (said,) = caplog.messages
+    assert said == f"warning: {path} is damaged from line 2 on. What it said from there on is done again."
+    journal.add("layer 1", "anew")
+    assert Journal(path).entries == {"layer 0": 0, "layer 1": "anew"}
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        ((0, 1), (0, 2)),
+        ([(0, 1), {"a": (2,)}], [(0, 1), {"a": (3,)}]),
+        (Path("a") / "b", Path("a")),
+        (torch.bfloat16, torch.float16),
+        (torch.device("cuda", 1), torch.device("cuda", 0)),
+        (math.nan, 0.0),
+        (-math.inf, math.inf),
+        ({1: "a"}, {2: "a"}),
+        (0.1 + 0.2, 0.3),
+    ],
+)
+def test_a_value_equals_what_a_journal_kept_of_it(given: Any, other: Any, tmp_path: Path) -> None:
+    Journal(tmp_path / "journal.jsonl").add("options", {"one": given, "same": 1})
+    kept = Journal(tmp_path / "journal.jsonl").entries["options"]
+    assert differing(kept, {"one": given, "same": 1}) == []
+    assert differing(kept, {"one": kept["one"], "same": 1.0}) == []
+    assert differing(kept, {"one": other, "same": 1}) == ["one"]
+    assert differing(kept, {"more": 0, "one": given}) == ["more", "same"]

@@ -94,7 +94,8 @@ def test_what_conversions_took_is_kept_and_compared(tmp_path: Path, monkeypatch:
     assert accuracy(outcomes()) == (
         "The last conversion here took 1.2 times the predicted time and 0.9 times the predicted memory."
     )
-    history_file().open("a").write('{"model": "of another version"}\nno JSON\n')
+    with history_file().open("ab") as file:
+        file.write(b'{"model": "of another version"}\nno JSON\n' + b"\0" * 20 + b"\xff\n")
     remember(replace(OUTCOME, seconds=5.0))
     assert outcomes() == [OUTCOME, replace(OUTCOME, seconds=5.0)]
     assert accuracy(outcomes()) == (

@@ -34,6 +34,7 @@ from optimum_mla.core.errors import (
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.pipeline import TextOptions, convert
 from optimum_mla.pipeline.unfinished import UnfinishedConversion
+from optimum_mla.report.schema import ConversionReport
 from tests.cases import source_model, token_ids
 from tests.measure.test_verify import swallowing_the_cache
 
@@ -174,6 +175,56 @@ def test_other_options_are_refused(model: Path, tmp_path: Path, monkeypatch: pyt
     built = built_layers(monkeypatch)
     run(model, tmp_path / "out", options={"kv_cache_ratio": 0.25}, overwrite=True)
     assert built == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "again"), [([0, 1], []), ((2, 1), [2]), (range(1, 3), [2]), (1, []), ({2}, [2])], ids=str
+)
+def test_options_from_python_are_those_that_the_journal_kept(
+    model: Path, tmp_path: Path, layers: Any, again: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "layers": layers}
+    with monkeypatch.context() as patched:
+        stopping_at(patched, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert(model, tmp_path / "out", options=options, texts=TEXTS)
+    with pytest.raises(OptionError, match=r"another one: layers is \[0\] and was \[\d"):
+        run(model, tmp_path / "out", options={**OPTIONS, "layers": [0]}, resume=True)
+    built = built_layers(monkeypatch)
+    report = convert(model, tmp_path / "out", options=options, texts=TEXTS, resume=True)
+    assert built == again
+    assert ConversionReport.read(tmp_path / "out").model == str(report.model) == str(model)
+
+
+@pytest.mark.parametrize(("line", "again"), [("options", [0, 1, 2]), ("layer 0", [0, 1, 2]), ("layer 1", [1, 2])])
+@pytest.mark.parametrize("damage", [b"\0" * 30, b'{"key": "lay'], ids=["zeros", "torn"])
+def test_a_damaged_journal_is_read_up_to_the_damage(
+    model: Path,
+    whole: Path,
+    tmp_path: Path,
+    line: str,
+    again: list[int],
+    damage: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patched:
+        stopping_at(patched, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out")
+    journal = tmp_path / ".out.unfinished" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines()
+    (place,) = (number for number, text in enumerate(lines) if f'"key": "{line}"'.encode() in text)
+    journal.write_bytes(b"\n".join([*lines[:place], damage, *lines[place + 1 :]]) + b"\n")
+    built = built_layers(monkeypatch)
+    run(model, tmp_path / "out", resume=True)
+    assert built == again
+    said = [message for message in caplog.messages if "damaged" in message]
+    assert said == [
+        f"warning: {journal} is damaged from line {place + 1} on. What it said from there on is done again."
+    ]
+    assert hashes(tmp_path / "out") == hashes(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -362,7 +413,7 @@ def test_a_killed_process_leaves_no_wrong_output(model: Path, whole: Path, tmp_p
 
 
 @pytest.mark.parametrize("call", [1, 3, 4, 8])
-@pytest.mark.parametrize("function", ["os.fsync", "safetensors.torch.serialize_file", "os.rename"])
+@pytest.mark.parametrize("function", ["os.fsync", "safetensors.torch.serialize_file", "os.rename", "os.replace"])
 def test_a_failing_write_leaves_no_output(
     model: Path, whole: Path, tmp_path: Path, function: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

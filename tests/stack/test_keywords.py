@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_mla import XEcoMLA
 from optimum_mla.stack import cache_argument
+from optimum_mla.stack.cache_argument import cache_parameter
+from optimum_mla.stack.keywords import parameter_names
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 
@@ -25,3 +32,19 @@ def test_stop_strings_need_the_tokenizer_and_end_an_answer() -> None:
     stopped = model.generate(**inputs, **options)
     assert stopped.tolist() == whole[:, : end - len(written) + 1 or None].tolist()
     assert model.generate(**inputs, **options, **cache_argument(model, model.make_cache())).tolist() == stopped.tolist()
+
+
+@pytest.mark.parametrize("memo", [parameter_names, cache_parameter])
+def test_functions_that_are_made_again_and_again_are_not_kept_for_ever(memo: Any) -> None:
+    def made() -> Callable[[int], int]:
+        return lambda number: number
+
+    first = weakref.ref(function := made())
+    memo(function)
+    del function
+    assert first() is not None
+    for _ in range(memo.cache_info().maxsize):
+        memo(made())
+    gc.collect()
+    assert first() is None
+    assert memo.cache_info().currsize == memo.cache_info().maxsize
