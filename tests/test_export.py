@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,24 @@ BAD_INPUT: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         InvalidValueError,
         "gguf_type: got 'f16'.* nothing with the format",
         {"gguf_type": "f16"},
+    ),
+    **{
+        f"a size beyond memory, {size}": (
+            InvalidValueError,
+            rf"pad_to: got '{re.escape(size)}', allowed: what fits into memory: .* would take \d+ GB, \d+ GB are free",
+            {"pad_to": size},
+        )
+        for size in ("1000000000+64", "512+1000000000", f"{10**25}+64", f"{10**12}+{10**12}")
+    },
+    "a size below the model's": (
+        InvalidValueError,
+        r"pad_to: got '8\+64', allowed: a latent from 49 and an even number of rotary dims from 16",
+        {"pad_to": "8+64"},
+    ),
+    "more windows than can be counted": (
+        InvalidValueError,
+        "recover_samples: got 1000.*, allowed: integers from 1 to 9223372036854775807",
+        {"latent_norm": True, "recover_data": str(REFERENCE / "calibration.txt"), "recover_samples": 10**26},
     ),
     "a size that is none": (InvalidValueError, r"pad_to: got '512'.* RANK\+DIMS, such as 512\+64", {"pad_to": "512"}),
     "a source model": (

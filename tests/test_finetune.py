@@ -839,7 +839,31 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
     "no batch": (r"per_device_train_batch_size: got 0", {"per_device_train_batch_size": 0, "max_steps": -1}),
     "negative rate": (r"learning_rate: got -1", {"learning_rate": -1}),
     "negative seed": (r"seed: got -1", {"seed": -1}),
+    "a seed that numpy does not take": (r"seed: got 4294967296, allowed: .* to 4294967295", {"seed": 2**32}),
     "too much dropout": (r"lora_dropout: got 2", {"lora_dropout": 2}),
+    **{
+        f"{name} of {value}": (
+            rf"{name}: got {re.escape(value)}, allowed: (finite )?numbers (from|above) 0",
+            {name: value},
+        )
+        for name, value in (
+            *((name, "nan") for name in ("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm")),
+            *((name, "nan") for name in ("lora_alpha", "lora_dropout", "kl_weight", "ce_weight", "temperature")),
+            ("learning_rate", "inf"),
+            ("num_train_epochs", "inf"),
+            ("stage1_share", "nan"),
+            ("temperature", "1e+308"),
+        )
+    },
+    "a field of nan": (r"adam_epsilon: got nan, allowed: finite numbers from 0", {"training": "adam_epsilon=.nan"}),
+    "no steps": (r"max_steps: got 0, allowed: integers from 1", {"max_steps": 0}),
+    "negative steps": (r"warmup_steps: got -5, allowed: finite numbers from 0", {"warmup_steps": -5}),
+    "more workers than a machine has": (
+        r"dataloader_num_workers: got 1000000000000, allowed: integers from 0 to 1024",
+        {"dataloader_num_workers": 10**12},
+    ),
+    "a rank beyond the model": (r"lora_rank: got 1000000, allowed: integers from 1 to \d+\.", {"lora_rank": 10**6}),
+    "more tokens than can be counted": (r"train_tokens: got 1000.*integers from 1 to 922", {"train_tokens": 10**26}),
     "unknown logger": (r"training: .*bogus is not supported", {"report_to": "bogus"}),
     "evaluation, which is ours": (r"training: .*eval_strategy", {"training": "eval_strategy=steps"}),
     "no rank": (r"lora_rank: got 0", {"lora_rank": 0}),

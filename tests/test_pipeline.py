@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
+from optimum_mla import GQA2MLA
 from optimum_mla.calibrate import with_repeats
 from optimum_mla.calibrate.text import text_beginning, token_windows
 from optimum_mla.core.errors import (
@@ -33,7 +34,7 @@ from optimum_mla.pipeline.inspecting import inspect
 from optimum_mla.report.render import choices, summary_table
 from optimum_mla.report.schema import ConversionReport
 from optimum_mla.report.verdict import verdict
-from tests.cases import UNCALIBRATED
+from tests.cases import UNCALIBRATED, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = REFERENCE / "evaluation.txt"
@@ -181,6 +182,39 @@ def test_the_report_has_the_sources_own_answers(tmp_path: Path) -> None:
     assert moved.answers["same_guess_percent"] < 90
     assert f"{100 - moved.answers['same_guess_percent']:.1f} % of the first guesses changed" in verdict(moved)
     assert moved.quality_warning is not None
+
+
+DEGENERATE = {
+    "one word": ("rain " * 400, r"calibration-data: the 4 windows of 64 tokens hold only [1-7] different tokens"),
+    "one token": ([7] * 400, "calibration-data: the 4 windows of 64 tokens hold only one token over and over"),
+    "padding": ([0] * 400, "calibration-data: the 4 windows of 64 tokens hold only one token over and over"),
+    "one window": (list(range(100, 164)) * 8, "calibration-data: all 4 windows of 64 tokens are the same"),
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize("write", [convert, calibrate])
+def test_a_text_that_says_nothing_is_named_before_the_model_is_loaded(
+    case: str, write: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, words = DEGENERATE[case]
+    if isinstance(text, str):
+        (tmp_path / "text.txt").write_text(text)
+        text = str(tmp_path / "text.txt")
+    for module in ("loading", "preparation", "calibrating"):
+        monkeypatch.setattr(f"optimum_mla.pipeline.{module}.load_model", None)
+    texts = TextOptions(calibration_data=text, calibration_samples=4, calibration_length=64)
+    with pytest.raises(CalibrationDataError, match=rf"^{words}.*\. Give ordinary text"):
+        write(str(REFERENCE), tmp_path / "out", texts=texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_say_nothing_are_named_in_python_too() -> None:
+    model = source_model("llama")
+    with pytest.raises(CalibrationDataError, match="hold only one token over and over"):
+        GQA2MLA(kv_cache_ratio=0.5, calibration=torch.full((8, 16), 5))(model)
+    with pytest.raises(CalibrationDataError, match="all 8 windows of 16 tokens are the same"):
+        GQA2MLA(kv_cache_ratio=0.5, calibration=token_ids(1, 16).repeat(8, 1))(model)
 
 
 def test_same_input_gives_the_same_weights(tmp_path: Path) -> None:

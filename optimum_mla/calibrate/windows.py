@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
 
 HELD_BACK = 4
 """At most one window of this many is held back from fits and used to compare candidates."""
@@ -15,6 +15,8 @@ REPORTED = 9
 """At most one window of a text of this many is left to the report, and is no calibration window."""
 REPORTED_WINDOWS = 16
 """Largest number of windows that are left to the report."""
+LEAST_TOKENS = 8
+"""Smallest number of different tokens in windows to calibrate on, or their length if they are shorter."""
 
 
 def windows_to_read(samples: int) -> int:
@@ -69,13 +71,31 @@ def deciding_windows(windows: Tensor) -> Tensor:
     return windows[deciding(len(windows))]
 
 
-def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Raise `InvalidValueError` unless `tokens` are token ids [N, L] of a vocabulary."""
+def check_tokens(tokens: Tensor, vocabulary: int, field: str = "calibration") -> None:
+    """Refuse calibration windows that nothing can be measured on.
+
+    Args:
+        tokens: The windows, [N, L].
+        vocabulary: Number of tokens of the model's vocabulary.
+        field: Name of the option that gave them, for the error message.
+
+    Raises:
+        InvalidValueError: They are not token ids of the vocabulary.
+        CalibrationDataError: Nearly all tokens, or all windows, are the same.
+    """
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
         received = f"a {tokens.dtype} tensor of shape {list(tokens.shape)}"
-        raise InvalidValueError("calibration", received, "token ids of shape [windows, tokens]")
+        raise InvalidValueError(field, received, "token ids of shape [windows, tokens]")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise InvalidValueError(
-            "calibration", f"ids {low} to {high}", f"0 to {vocabulary - 1}", "Use the model's own tokenizer."
+            field, f"ids {low} to {high}", f"0 to {vocabulary - 1}", "Use the model's own tokenizer."
         )
+    count, length = tokens.shape
+    different = len(tokens.unique())
+    ordinary = "Give ordinary text like what the model will read."
+    if different < min(LEAST_TOKENS, length):
+        told = "one token over and over" if different == 1 else f"{different} different tokens"
+        raise CalibrationDataError(f"{field}: the {count} windows of {length} tokens hold only {told}. {ordinary}")
+    if count > 1 and bool((tokens == tokens[0]).all()):
+        raise CalibrationDataError(f"{field}: all {count} windows of {length} tokens are the same. {ordinary}")

@@ -78,6 +78,27 @@ class UncalibratedWarning(UserWarning):
     """A conversion below full rank has no calibration data, so its result must be trained before it is of any use."""
 
 
+NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "storage size calculation overflowed",
+)
+"""Words by which torch, its libraries and the system say that there is not as much memory."""
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or an error that caused it, means that there was not enough memory."""
+    while error is not None:
+        text = str(error).lower()
+        named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # The latter is torch's.
+        if named or any(words in text for words in NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where it has no message."""
     text = str(error).strip()

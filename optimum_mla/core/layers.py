@@ -39,7 +39,8 @@ def parse_layers(layers: LayerChoice, count: int) -> tuple[int, ...]:
             if match is None:
                 raise InvalidValueError("layers", layers, allowed, _REMEDY)
             first = int(match[1])
-            chosen |= set(range(first, int(match[2] or first) + 1))
+            # One beyond the last layer is refused below, so that no more need to be listed.
+            chosen |= set(range(first, min(int(match[2] or first), max(first, count)) + 1))
     if not chosen or not all(type(layer) is int and 0 <= layer < count for layer in chosen):
         raise InvalidValueError("layers", layers, allowed, _REMEDY)
     return tuple(sorted(chosen))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from optimum_mla.core.errors import UnsupportedModelError
+import psutil
+
+from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.stack import FIXED_ROPE_TYPES, rope_type
+
+DOUBLE_BYTES = 8
+"""Bytes of a number of the one layer that is in float64 while it is made."""
 
 
 def refuse(reason: str, remedy: str) -> UnsupportedModelError:
@@ -76,3 +83,29 @@ def check_exportable(config: Any, pad: bool = False) -> None:
         raise refuse(f"{rope} rotary scaling depends on the length at hand", "Such models run in this package.")
     if getattr(config, "mlp_bias", False):
         raise refuse("the feed-forward layers have biases, DeepSeek's do not", "Such models run in this package.")
+
+
+def check_padding(pad_to: tuple[int, int], layers: Sequence[MLAGeometry], normed: bool) -> None:
+    """Check the sizes to which an export shall be padded, before anything of these sizes is made.
+
+    Args:
+        pad_to: Rank of the latent, and dims of the rotary key.
+        layers: The shapes of a model that has passed `check_exportable`.
+        normed: Whether the model norms its latents; otherwise they get a constant channel.
+
+    Raises:
+        InvalidValueError: The model is larger than that, or the padded attention is larger than the free memory.
+    """
+    rank, rope = pad_to
+    g, received = layers[0], f"{rank}+{rope}"
+    least = max(layer.kv_lora_rank for layer in layers) + (0 if normed else 1)
+    if rank < least or rope < g.qk_rope_head_dim or rope % 2:
+        allowed = f"a latent from {least} and an even number of rotary dims from {g.qk_rope_head_dim}"
+        raise InvalidValueError("pad_to", received, f"{allowed} for this model")
+    heads, queries = g.num_attention_heads, g.q_lora_rank or g.hidden_size
+    numbers = rank * (g.hidden_size + heads * (g.qk_nope_head_dim + g.v_head_dim))
+    numbers += rope * (g.hidden_size + heads * queries)
+    needed, free = numbers * (2 * len(layers) + DOUBLE_BYTES), psutil.virtual_memory().available  # 16 bits at least
+    if needed > free:
+        allowed = f"what fits into memory: the attention would take {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+        raise InvalidValueError("pad_to", received, allowed, "Take those that the engine asks for, such as 512+64.")

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.export.checks import refuse
+from optimum_mla.export.checks import check_padding, refuse
 from optimum_mla.export.constant_channel import constant_norm
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.registry import family_of
@@ -65,7 +64,7 @@ def export_shape(model: PreTrainedModel, pad_to: tuple[int, int] | None = None) 
 
     Raises:
         UnsupportedModelError: The layers rotate at different frequencies.
-        InvalidValueError: The model is larger than it shall be after padding.
+        InvalidValueError: The model is larger than it shall be after padding, or the padded one than the memory.
     """
     attentions = latent_attentions(model)
     layers = [attention.geometry for attention in attentions]
@@ -82,9 +81,7 @@ def export_shape(model: PreTrainedModel, pad_to: tuple[int, int] | None = None) 
     rank = max(layer.kv_lora_rank for layer in layers) + constant
     pairs, count = orders[0].cpu(), len(orders[0])
     if pad_to is not None:
-        if pad_to[0] < rank or pad_to[1] < g.qk_rope_head_dim or pad_to[1] % 2:
-            allowed = f"a latent from {rank} and an even number of rotary dims from {g.qk_rope_head_dim}"
-            raise InvalidValueError("pad_to", f"{pad_to[0]}+{pad_to[1]}", f"{allowed} for this model")
+        check_padding(pad_to, layers, normed)
         rank, count = pad_to[0], pad_to[1] // 2
     return Shape(
         rank=rank,

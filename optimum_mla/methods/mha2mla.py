@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.core.number_checks import check_integer
+from optimum_mla.core.number_checks import check_count
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.decoupled import (
     calibrated_factors,
@@ -64,9 +64,7 @@ class MHA2MLA(MLATransformation):
         if d_kv is not None and any(options.get(name) is not None for name in vars(RankBudget())):
             raise InvalidValueError("d_kv", d_kv, "nothing beside another rank option", "Give one of them.")
         if d_kv is not None:
-            check_integer("d_kv", d_kv, "integers from 1")
-            if d_kv < 1:
-                raise InvalidValueError("d_kv", d_kv, "integers from 1")
+            check_count("d_kv", d_kv)
             self.budget = RankBudget()  # `d_kv` sets the rank, so the default budget does not apply.
         self.d_kv, self.qk_rope_head_dim = d_kv, qk_rope_head_dim
         self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")

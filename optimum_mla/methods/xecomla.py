@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.core.number_checks import check_integer, check_number
+from optimum_mla.core.number_checks import check_count, check_number
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.decoupled import (
     LatentFactors,
@@ -71,7 +71,7 @@ class XEcoMLA(MLATransformation):
         if q_lora_rank is not None and q_energy is not None:
             raise InvalidValueError("q_lora_rank and q_energy", (q_lora_rank, q_energy), "one of them")
         if q_lora_rank is not None:
-            check_integer("q_lora_rank", q_lora_rank, "integers from 1")
+            check_count("q_lora_rank", q_lora_rank)
         if q_energy is not None:
             check_number("q_energy", q_energy, "above 0, up to 1")
             if not 0 < q_energy <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
 from typing import Any, ClassVar
 
 from torch import nn
@@ -30,6 +31,24 @@ from optimum_mla.stack import (
     renamed_cache,
     require_cache,
 )
+
+SHIM = '''\
+"""Imports the classes of this model from optimum-mla, and does nothing else.
+
+Where `import optimum_mla` stands before `from_pretrained`, this file is not run, and nothing has to be trusted. With
+`trust_remote_code=True` it is run instead.
+"""
+
+# Transformers checks the imports outside of such blocks by itself, and would say less.
+try:
+{imports}
+except ImportError as error:
+    raise ImportError(
+        f"The attention of this model was converted by optimum-mla, which is missing or too old here ({{error}}). "
+        "Run `pip install --upgrade optimum-mla`, and write `import optimum_mla` before `from_pretrained`."
+    ) from error
+'''
+"""The module that `auto_map` points at, without its imports."""
 
 
 class LatentCheckpoint(PreTrainedModel):
@@ -64,6 +83,10 @@ class LatentInitialization(LatentCheckpoint):
             init.copy_(module.rope_pairs, default_rope_pairs(module.geometry))
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: Transformers would save this package's module with the model, in the place of the few lines."""
+
+    @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a converted model; arguments and results are those of Transformers' `from_pretrained`."""
         loaded = super().from_pretrained(*args, **kwargs)
@@ -75,10 +98,11 @@ class LatentInitialization(LatentCheckpoint):
         super().save_pretrained(save_directory, *args, **kwargs)
         prefix = self.spec.class_prefix
         names = [f"{prefix}MLA{kind}" for kind in ("Config", "Model", "ForCausalLM")]
-        shim = "".join(f"from optimum_mla.models import {name} as {name}\n" for name in names)
+        lines = [f"from optimum_mla.models import {name} as {name}" for name in names]
         if not self.built_in:
             known = "from optimum_mla import AttentionSpec, register_family"
-            shim = f"{known}\n\nregister_family({spec_source(self.spec)})\n\n{shim}"
+            lines = [known, "", f"register_family({spec_source(self.spec)})", "", *lines]
+        shim = SHIM.format(imports=indent("\n".join(lines), "    "))
         (Path(save_directory) / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
 
 

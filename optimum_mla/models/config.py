@@ -52,6 +52,10 @@ class MLAConfigMixin(PreTrainedConfig):
             "AutoModelForCausalLM": f"{SHIM_NAME}.{prefix}MLAForCausalLM",
         }
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: Transformers would save this package's module with the config, in the place of the few lines."""
+
     @property
     def qk_head_dim(self) -> int:
         """Return n + R; Transformers takes it as the sign of latent attention when it sizes static caches."""

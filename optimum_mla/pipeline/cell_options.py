@@ -9,6 +9,7 @@ from optimum_mla.cache.backends import check_settings
 from optimum_mla.cache.settings import CACHE_NAMES, named_cache
 from optimum_mla.cache.source import SOURCE, default_baselines, source_cache_name
 from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.number_checks import check_count
 
 PARTS = ("memory", "speed", "quality")
 CONTEXTS = (1024, 4096, 8192, 32768)
@@ -62,13 +63,14 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         for field in ("context_lengths", "batch_sizes"):
             values = getattr(self, field)
-            if not values or any(value < 1 for value in values):
-                raise InvalidValueError(field, list(values), "integers from 1")
+            if not values:
+                raise InvalidValueError(field, [], "integers from 1")
+            for value in values:
+                check_count(field, value)
         for field in ("new_tokens", "repeats", "eval_samples"):
-            if getattr(self, field) < 1:
-                raise InvalidValueError(field, getattr(self, field), "integers from 1")
-        if self.tasks_limit is not None and self.tasks_limit < 1:
-            raise InvalidValueError("tasks_limit", self.tasks_limit, "integers from 1")
+            check_count(field, getattr(self, field))
+        if self.tasks_limit is not None:
+            check_count("tasks_limit", self.tasks_limit)
         for part in self.parts:
             if part not in PARTS:
                 raise InvalidValueError("parts", part, ", ".join(PARTS))

@@ -16,14 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from optimum_mla.core.errors import MLAError, first_line
+from optimum_mla.core.errors import MLAError, first_line, ran_out_of_memory
 from optimum_mla.pipeline.measurements import memory_cell, quality_cell, speed_cell, tasks_cell
 
 OUT_OF_MEMORY = "out of memory"
-NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
-"""Words by which torch, its libraries and the system say that there is no memory left."""
 MODULE = "optimum_mla.pipeline.cells"
 KILLED = 9
 """The signal by which the system ends a process where memory runs out. Windows has no name for it."""
@@ -72,16 +68,6 @@ CELLS: dict[str, Callable[..., dict[str, Any]]] = {
     "quality": quality_cell,
     "tasks": tasks_cell,
 }
-
-
-def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or an error that caused it, means that there was no memory left."""
-    while error is not None:
-        text = str(error).lower()
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in NO_MEMORY):
-            return True
-        error = error.__cause__
-    return False
 
 
 def answer(kind: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_mla.calibrate.text import token_windows, window_length
+from optimum_mla.calibrate.windows import check_tokens
 from optimum_mla.convert.latent_norm import check_layers, with_latent_norms
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
-from optimum_mla.export.checks import check_exportable
+from optimum_mla.core.number_checks import check_count
+from optimum_mla.export.checks import check_exportable, check_padding
 from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.export.gguf_file import check_file_type, check_gguf, write_gguf
 from optimum_mla.export.uncoded import uncoded
@@ -123,15 +125,18 @@ def export(
     if not is_converted(config):
         raise UnsupportedModelError(f"model: {model} is not converted. Run optimum-cli mla-convert on it first.")
     check_exportable(config, pad or sizes is not None)
+    layers = model_geometry(family_of(config).spec, config).layers
+    if sizes is not None:
+        check_padding(sizes, layers, latent_norm or layers[0].latent_norm)
     if latent_norm:
-        check_layers(model_geometry(family_of(config).spec, config).layers)
+        check_layers(layers)
     tokenizer = load_tokenizer(model, hub, needed=latent_norm)
     windows = None
     if recover_data is not None:
-        if recover_samples < 1:
-            raise InvalidValueError("recover_samples", recover_samples, "integers from 1")
+        check_count("recover_samples", recover_samples)
         length = window_length(config, recover_length, "recover_length")
         windows = token_windows(tokenizer, recover_data, length, recover_samples, "recover-data")
+        check_tokens(windows, config.vocab_size, "recover-data")
     native = load_model(model, config, dtype, device, hub)
     before, after = None, None
     if windows is not None:

@@ -18,6 +18,7 @@ from optimum_mla.calibrate.windows import windows_to_read
 from optimum_mla.convert.first_pass import ALLOCATION_WINDOWS
 from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
+from optimum_mla.core.number_checks import check_finite
 from optimum_mla.core.segments import WIDTHS
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.families.spec import AttentionSpec, sliding_window
@@ -71,10 +72,13 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         hub: Keyword arguments for loading: `revision`, `cache_dir`, `token` and `trust_remote_code`.
 
     Raises:
+        InvalidValueError: A size is not a number above 0.
         UnsupportedModelError: There is no such model, or it has no safetensors files.
         UnreadableModelError: A file of the model is broken.
     """
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    for ratio in ratios:
+        check_finite("kv_cache_ratios", ratio, above=True)
     config = load_config(model, hub)
     tensors = headers(model, hub)
     kinds = [kind for kind, _ in tensors.values()]

@@ -24,7 +24,7 @@ from transformers import (
 from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows, with_repeats
 from optimum_mla.calibrate.recall import DEFAULT_REPEATS
 from optimum_mla.calibrate.text import text_beginning, token_windows, window_length
-from optimum_mla.calibrate.windows import split_for_report, windows_to_read
+from optimum_mla.calibrate.windows import check_tokens, split_for_report, windows_to_read
 from optimum_mla.core.errors import (
     CorruptWeightsError,
     InvalidValueError,
@@ -33,6 +33,7 @@ from optimum_mla.core.errors import (
     VerificationError,
     first_line,
 )
+from optimum_mla.core.number_checks import check_count
 from optimum_mla.families.guess import spec_source
 from optimum_mla.io.faults import TOKENIZER_FILES
 from optimum_mla.io.reading import local_folder, reading
@@ -45,6 +46,12 @@ from optimum_mla.report.schema import ConversionReport, RecoveryReport
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SIZES = {
+    "num_hidden_layers": 2**16,
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), 2**31 - 1),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), 2**63 - 1),
+}
+"""Fields of configs that are sizes, which Transformers does not check, and the largest value of each."""
 RESIDENT_BYTES = 10**9
 """Models with more weights are read one layer at a time where a command can do that."""
 
@@ -86,10 +93,20 @@ def load_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
     """Return the config of any model.
 
     Raises:
-        UnreadableModelError: It is not found, does not load, or is not of a model that Transformers knows.
+        UnreadableModelError: It is not found, does not load, is not of a model that Transformers knows, or has a size
+            that no model has.
     """
     with reading("config", model, hub):
-        return AutoConfig.from_pretrained(model, **hub)
+        config = AutoConfig.from_pretrained(model, **hub)
+    inner = vars(config.get_text_config())
+    for name, most in SIZES.items():
+        size = inner.get(name)
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise UnreadableModelError(
+                f"model: the config.json of {model} says {name}: {size}, allowed: integers from 1 to {most}. Take the "
+                "config that belongs to the weights."
+            )
+    return config
 
 
 def load_source_config(
@@ -321,15 +338,13 @@ def read_texts(
         InvalidValueError: The number of windows or their length is not possible.
         CalibrationDataError: A text is missing, malformed or shorter than one window.
     """
-    if texts.calibration_repeats < 0:
-        raise InvalidValueError("calibration_repeats", texts.calibration_repeats, "integers from 0")
+    check_count("calibration_repeats", texts.calibration_repeats, 0)
     lengths = {}
     for kind, samples, length in (
         ("calibration", texts.calibration_samples, texts.calibration_length),
         ("eval", texts.eval_samples, texts.eval_length),
     ):
-        if samples < 1:
-            raise InvalidValueError(f"{kind}_samples", samples, "integers from 1")
+        check_count(f"{kind}_samples", samples)
         lengths[kind] = window_length(config, length, f"{kind}_length")
     calibration = evaluation = None
     data: dict[str, dict[str, Any]] = {}
@@ -343,6 +358,7 @@ def read_texts(
         calibration = _windows(
             tokenizer, source, lengths["calibration"], asked, "calibration-data", texts.chat_template
         )
+        check_tokens(calibration, config.get_text_config().vocab_size, "calibration-data")
         if evaluation is None:
             calibration, evaluation = split_for_report(calibration, samples)
             if evaluation is not None:

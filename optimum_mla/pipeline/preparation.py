@@ -16,6 +16,7 @@ from optimum_mla.calibrate.windows import deciding_windows
 from optimum_mla.convert import Run
 from optimum_mla.convert.record import Record, SharedRecord
 from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.number_checks import LARGEST_SEED, check_count
 from optimum_mla.core.processes import Processes
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.methods.base import MLATransformation
@@ -113,6 +114,7 @@ def prepare(
     Raises:
         MLAError: Bad input of any kind.
     """
+    check_count("seed", seed, 0, LARGEST_SEED)
     torch.manual_seed(seed)
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     check_dtype(dtype)

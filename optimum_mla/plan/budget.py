@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.core.number_checks import check_integer, check_number
+from optimum_mla.core.number_checks import check_count, check_number
 from optimum_mla.core.segments import GRANULE
 from optimum_mla.ops.rank_allocation import rank_for_energy
 
@@ -47,9 +47,7 @@ class RankBudget:
             names = " and ".join(given)
             raise InvalidValueError(names, tuple(given.values()), "one of them", "Give either of them, not both.")
         if self.kv_lora_rank is not None:
-            check_integer("kv_lora_rank", self.kv_lora_rank, "integers from 1")
-            if self.kv_lora_rank < 1:
-                raise InvalidValueError("kv_lora_rank", self.kv_lora_rank, "integers from 1")
+            check_count("kv_lora_rank", self.kv_lora_rank)
         for name, most in (("kv_cache_ratio", 1), ("energy", 1), ("kv_cache_budget", 0.5)):
             value = getattr(self, name)
             if value is None:

@@ -9,7 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.number_checks import check_finite
 from optimum_mla.recovery.losses import distillation_loss, hidden_state_loss
+
+HOTTEST = 1000.0
+"""Temperatures are below this, because the loss is multiplied by their square."""
 
 
 class TeacherTrainer(Trainer):
@@ -48,13 +52,11 @@ class TeacherTrainer(Trainer):
 
 def check_loss(kl_weight: float, ce_weight: float, temperature: float) -> None:
     """Refuse weights of the loss that are negative or all zero, and a temperature that is not above zero."""
-    for field, value in (("kl_weight", kl_weight), ("ce_weight", ce_weight)):
-        if value < 0:
-            raise InvalidValueError(field, value, "numbers from 0")
+    check_finite("kl_weight", kl_weight)
+    check_finite("ce_weight", ce_weight)
     if kl_weight == ce_weight == 0:
         raise InvalidValueError("kl_weight", kl_weight, "numbers above 0 where ce_weight is 0")
-    if temperature <= 0:
-        raise InvalidValueError("temperature", temperature, "numbers above 0")
+    check_finite("temperature", temperature, above=True, below=HOTTEST)
 
 
 class DistillationTrainer(TeacherTrainer):

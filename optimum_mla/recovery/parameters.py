@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.core.layers import LayerChoice, parse_layers
+from optimum_mla.core.number_checks import check_count
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.nn import LatentAttention
 from optimum_mla.weights.choices import quantized_by
@@ -89,15 +90,14 @@ def mla_lora_config(
         options: Further fields of `LoraConfig`, such as `use_dora` or `lora_dropout`.
 
     Raises:
-        MLAError: The model or a layer is not converted, PEFT is not installed, or the rank is not positive.
+        MLAError: The model or a layer is not converted, PEFT is not installed, or the rank is out of range.
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise MissingDependencyError("peft", "train", "train adapters") from error
-    if rank < 1:
-        raise InvalidValueError("lora_rank", rank, "integers from 1")
     targets = list(latent_projections(model, layers))
+    check_count("lora_rank", rank, 1, model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,

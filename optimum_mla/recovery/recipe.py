@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
+from optimum_mla.core.number_checks import LARGEST_COUNT, LARGEST_SEED, check_count, check_finite
 from optimum_mla.recovery.distill import check_loss
 from optimum_mla.recovery.optimizers import OPTIMIZERS
 from optimum_mla.recovery.parameters import ADAPTERS, TRAIN_CHOICES
@@ -28,6 +29,19 @@ BATCH_SIZE = 8
 WARMUP_SHARE = 0.05
 LOGS, CHECKPOINTS = 50, 5
 """Default numbers of logged losses and of checkpoints over a training."""
+COUNTS = {
+    "per_device_train_batch_size": (1, LARGEST_COUNT),
+    "per_device_eval_batch_size": (1, LARGEST_COUNT),
+    "gradient_accumulation_steps": (1, LARGEST_COUNT),
+    "dataloader_num_workers": (0, 1024),
+    "seed": (0, LARGEST_SEED),
+    "data_seed": (0, LARGEST_SEED),
+}
+"""Fields of `TrainingArguments` that are integers, with the smallest and the largest value of each."""
+MOST_EPOCHS = 1e9
+"""Numbers of epochs are below this, so that the steps can be counted."""
+UNSET_BY_MINUS_ONE = ("max_steps", "local_rank")
+"""Numbers among these fields for which -1 stands for no value."""
 OURS = ("output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns", "resume_from_checkpoint")
 """Fields of `TrainingArguments` that users cannot set."""
 
@@ -96,12 +110,13 @@ class Recipe:
                 raise InvalidValueError(field, value, ", ".join(allowed), remedy)
         if self.teacher_bits not in (16, 8, 4):
             raise InvalidValueError("teacher_bits", self.teacher_bits, "16, 8, 4")
-        if not 0 <= self.lora_dropout < 1:
-            raise InvalidValueError("lora_dropout", self.lora_dropout, "numbers from 0, below 1")
-        if not 0 < self.stage1_share < 1:
-            raise InvalidValueError("stage1_share", self.stage1_share, "numbers between 0 and 1")
-        if self.train_tokens is not None and self.train_tokens < 1:
-            raise InvalidValueError("train_tokens", self.train_tokens, "integers from 1")
+        check_count("lora_rank", self.lora_rank)
+        if self.lora_alpha is not None:
+            check_finite("lora_alpha", self.lora_alpha)
+        check_finite("lora_dropout", self.lora_dropout, below=1)
+        check_finite("stage1_share", self.stage1_share, above=True, below=1)
+        if self.train_tokens is not None:
+            check_count("train_tokens", self.train_tokens)
         if self.stage1 != "none" and self.objective == "dpo":
             raise InvalidValueError("stage1", self.stage1, "none with objective dpo")
         if self.optimizer != "adamw" and self.objective == "dpo":
@@ -143,10 +158,11 @@ def check_installed(recipe: Recipe) -> None:
 
 
 def check_training(training: dict[str, Any]) -> None:
-    """Check before anything is loaded that `TrainingArguments` has the given fields, and that numbers are numbers.
+    """Check before anything is loaded that `TrainingArguments` has the given fields, and that numbers are possible.
 
     Raises:
-        InvalidValueError: A name is unknown or cannot be set by users, or a value has the wrong type.
+        InvalidValueError: A name is unknown or cannot be set by users, or a value has the wrong type or is negative,
+            nan or infinite.
     """
     from transformers import TrainingArguments
 
@@ -159,6 +175,12 @@ def check_training(training: dict[str, Any]) -> None:
         kind = known[name]
         if kind in (int, float, bool) and not isinstance(value, int | float):
             raise InvalidValueError(name, value, f"a {kind.__name__}")  # type: ignore[union-attr]
+        if name == "max_steps" and value != -1:  # -1 stands for a number of epochs
+            check_count(name, value)
+        elif name in COUNTS:
+            check_count(name, value, *COUNTS[name])
+        elif name not in UNSET_BY_MINUS_ONE and isinstance(value, int | float) and not isinstance(value, bool):
+            check_finite(name, value, below=MOST_EPOCHS if name == "num_train_epochs" else math.inf)
 
 
 def training_arguments(
@@ -175,15 +197,9 @@ def training_arguments(
         world: Number of processes that train together.
 
     Raises:
-        InvalidValueError: A stream has no end, or a value is out of range.
+        InvalidValueError: A stream has no end.
     """
     batch = training.get("per_device_train_batch_size", BATCH_SIZE)
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if training.get(name, 1) < 1:
-            raise InvalidValueError(name, training[name], "integers from 1")
-    for name in ("learning_rate", "num_train_epochs", "seed"):
-        if training.get(name, 0) < 0:
-            raise InvalidValueError(name, training[name], "numbers from 0")
     per_step = batch * training.get("gradient_accumulation_steps", 1) * world
     steps = training.get("max_steps", -1)
     if steps <= 0:

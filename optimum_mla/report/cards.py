@@ -49,7 +49,8 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-With `trust_remote_code=True` the import is not needed where optimum-mla is installed.
+Without the import Transformers says that the repository contains custom code. That code (`modeling_mla.py`) imports the
+same classes, so that `trust_remote_code=True` does in the place of the import where optimum-mla is installed.
 """
 WRAPPER_USE = """\
 ## Use
@@ -63,6 +64,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}")
 ```
+
+Without the import Transformers says that it does not recognize this architecture.
 """
 
 

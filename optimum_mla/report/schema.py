@@ -316,7 +316,7 @@ class ExportReport(Report):
         codes_left_out: Whether the converted model's latents are codes, which no format has, so that the export caches
             them in full and without rounding. The logits are compared with those of the unrounded model.
         perplexity_without_norm: Perplexity of the converted model on held-back windows of the text that latent norms
-            were fitted to, or None if the export did not add them.
+            were fitted to (on all of it if it has fewer than four), or None if the export did not add them.
         perplexity_with_norm: The same with these norms.
         verification: Results of the checks before writing; the fields of `optimum_mla.measure.Verification`.
         machine: Processor architecture and operating system.

@@ -28,7 +28,10 @@ def test_layer_lists(text: str, layers: list[int]) -> None:
     assert parse_layers(text, 8) == tuple(layers)
 
 
-@pytest.mark.parametrize("text", ["", "8", "0-8", "3-1", "-1", "a", "1,,2", [], [8], [-1]])
+@pytest.mark.parametrize(
+    "text",
+    ["", "8", "0-8", "3-1", "0-99999999999999", "99999999999999-99999999999999", "-1", "a", "1,,2", [], [8], [-1]],
+)
 def test_bad_layer_lists(text: str) -> None:
     with pytest.raises(InvalidValueError, match="0 to 7"):
         parse_layers(text, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -92,6 +93,52 @@ def test_a_fresh_process_loads_it(script: str, rc: int, tmp_path: Path) -> None:
     )
     assert done.returncode == rc, done.stderr
     assert ("Qwen3MLAForCausalLM" in done.stdout) == (rc == 0)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "optimum_mla":
+            raise ModuleNotFoundError("No module named 'optimum_mla'", name="optimum_mla")
+sys.meta_path.insert(0, Missing())
+"""
+LOADED = "import transformers as t; m = t.AutoModelForCausalLM.from_pretrained({0!r}, trust_remote_code=True)"
+
+
+def fresh_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+
+
+def test_without_the_package_the_error_says_to_install_and_import_it(tmp_path: Path) -> None:
+    saved_hybrid(tmp_path / "model")
+    done = fresh_process(WITHOUT_THE_PACKAGE + LOADED.format(str(tmp_path / "model")), tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: The attention of this model was converted by optimum-mla, which is missing or too old here "
+        "(No module named 'optimum_mla'). Run `pip install --upgrade optimum-mla`, and write `import optimum_mla` "
+        "before `from_pretrained`."
+    )
+    # Without trust the words are those of Transformers, which tell the user to look into the folder.
+    done = fresh_process(LOADED.format(str(tmp_path / "model")).replace(", trust_remote_code=True", ""), tmp_path)
+    assert done.returncode == 1
+    assert f"inspect the repository content at {tmp_path / 'model'}" in done.stderr
+    assert "`import optimum_mla` stands before `from_pretrained`" in (tmp_path / "model/modeling_mla.py").read_text()
+
+
+def test_a_model_that_was_loaded_by_its_own_code_is_saved_as_it_was(tmp_path: Path) -> None:
+    saved_hybrid(tmp_path / "model")
+    again = LOADED.format(str(tmp_path / "model")) + f"\nm.save_pretrained({str(tmp_path / 'again')!r})"
+    assert fresh_process(again, tmp_path).returncode == 0
+    first, second = ({path.name for path in (tmp_path / name).iterdir()} for name in ("model", "again"))
+    assert first == second
+    maps = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("model", "again")]
+    assert maps[0] == maps[1]
+    done = fresh_process(LOADED.format(str(tmp_path / "again")) + "\nprint(type(m).__name__)", tmp_path)
+    assert done.stdout.splitlines()[-1] == "Qwen3MLAForCausalLM", done.stderr
 
 
 @pytest.mark.compat

@@ -96,8 +96,24 @@ CONFIGS: dict[str, tuple[str, Break]] = {
         r"multiple of the number of attention heads.*config\.json",
         changed("config.json", num_attention_heads=5, head_dim=None),
     ),
-    "no key heads": (r"ZeroDivisionError.*config\.json", changed("config.json", num_key_value_heads=0)),
-    "a negative size": (r"negative dimension.*config\.json", changed("config.json", hidden_size=-4)),
+    **{
+        f"{name} {size}": (
+            rf"the config\.json of \S+broken says {name}: {size}, allowed: integers from 1 to \d+\. Take the config",
+            changed("config.json", **{name: size}),
+        )
+        for name, size in (
+            ("num_hidden_layers", 0),
+            ("num_hidden_layers", -1),
+            ("num_hidden_layers", 10**12),
+            ("num_key_value_heads", 0),
+            ("num_key_value_heads", 10**12),
+            ("hidden_size", 0),
+            ("hidden_size", -4),
+            ("head_dim", -1),
+            ("vocab_size", 0),
+            ("max_position_embeddings", 0),
+        )
+    },
     "an unknown rope": (r"spiral.*config\.json", changed("config.json", rope_parameters=SPIRAL)),
     "half a rope": (
         r"factor.*config\.json",
