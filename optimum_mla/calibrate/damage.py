@@ -32,12 +32,13 @@ def rotary_damage(layer: LayerStates, mix: RopeMix) -> Tensor:
     length = walk.converted.shape[1]
     rows = torch.linspace(length / DAMAGE_ROWS, length - 1, min(DAMAGE_ROWS, length), device=walk.device).long()
     pairs = g.head_dim // 2
-    total = torch.zeros(g.num_key_value_heads * pairs, dtype=torch.float64, device=walk.device)
     first, second = torch.triu_indices(4, 4, device=walk.device)
     twice = torch.where(first == second, 1.0, 2.0).double()
     scaling = layer.source.attention_scaling
     turns = torch.complex(*(part[0].double() for part in layer.turns))  # [L, D/2]
-    for window in walk.processes.share(windows):
+
+    def sums(window: Tensor) -> tuple[Tensor]:
+        total = torch.zeros(g.num_key_value_heads * pairs, dtype=torch.float64, device=walk.device)
         heads = layer.heads(walk.converted[window, None])
         weights = layer.weights(heads.query, heads.key)
         effect = layer.value_spread(weights, heads.value)[0] * layer.relative_weights[window]  # [H, L]
@@ -63,5 +64,7 @@ def rotary_damage(layer: LayerStates, mix: RopeMix) -> Tensor:
             reader = torch.stack([a.real, a.imag, -b.real, -b.imag])
             change = (reader[first] * reader[second] * covariance * twice[:, None, None]).sum(0)
             total += (change * effect[head, rows, None].double()).sum(0).clamp_min(0)
-    (total,) = walk.processes.total(total)
-    return total * g.head_dim**-1.0 / (len(windows) * len(rows))
+        return (total,)
+
+    (total,) = walk.processes.summed(list(windows), sums)
+    return total * g.head_dim**-1.0 / (len(windows) * len(rows))  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +30,24 @@ def refit_output(walk: CalibrationWalk, attention: nn.Module) -> Healing:
 
 
 def _regression(
-    walk: CalibrationWalk, attention: nn.Module, bias: Tensor | None, batches: Iterable[Tensor]
+    walk: CalibrationWalk, attention: nn.Module, bias: Tensor | None, batches: Sequence[Tensor]
 ) -> Regression:
     """Return the sums of the regression over some windows, whose indices come in batches."""
     output: nn.Linear = attention.o_proj  # type: ignore[assignment]
     contexts: list[Tensor] = []
     hook = output.register_forward_pre_hook(lambda _, args: contexts.append(args[0]))
-    gram, cross = (
-        torch.zeros(output.in_features, width, dtype=torch.float64, device=walk.device)
-        for width in (output.in_features, output.out_features)
-    )
-    square, rows, weights = 0.0, 0, walk.row_weights
+    weights = walk.row_weights
+
+    def sums(windows: Tensor) -> tuple[Tensor | float, ...]:
+        walk.output(attention, walk.converted[windows])
+        wanted = walk.wanted(windows) if bias is None else walk.wanted(windows) - bias
+        root = weights[windows].sqrt().flatten()[:, None].double()
+        context = torch.cat(contexts).flatten(0, 1).double() * root
+        contexts.clear()
+        wanted = wanted.flatten(0, 1).double() * root
+        return context.T @ context, context.T @ wanted, float(wanted.square().sum()), len(root)
+
     try:
-        for windows in batches:
-            walk.output(attention, walk.converted[windows])
-            wanted = walk.wanted(windows) if bias is None else walk.wanted(windows) - bias
-            root = weights[windows].sqrt().flatten()[:, None].double()
-            context = torch.cat(contexts).flatten(0, 1).double() * root
-            contexts.clear()
-            wanted = wanted.flatten(0, 1).double() * root
-            gram += context.T @ context
-            cross += context.T @ wanted
-            square, rows = square + float(wanted.square().sum()), rows + len(root)
+        return Regression(*walk.processes.summed(batches, sums))
     finally:
         hook.remove()
-    return Regression(*walk.processes.total(gram, cross, square, rows))

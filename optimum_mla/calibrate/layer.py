@@ -66,12 +66,14 @@ class LayerCalibration(Calibration):
         It is the root mean square over tokens of the error's size relative to that of the source's state; infinite if
         it is not finite.
         """
-        walk, total, tokens = self._walk, 0.0, 0
-        for windows in walk.deciding_batches():
+        walk = self._walk
+
+        def sums(windows: Tensor) -> tuple[float, int]:
             states, weights = walk.converted[windows], self._states.row_weights[windows]
             squares = (walk.output(attention, states) - walk.wanted(windows)).double().square().mean(-1) * weights
-            total, tokens = total + float(squares.sum()), tokens + squares.numel()
-        total, tokens = walk.processes.total(total, tokens)
+            return float(squares.sum()), squares.numel()
+
+        total, tokens = walk.processes.summed(walk.deciding_batches(), sums)
         return math.sqrt(total / tokens) if math.isfinite(total) else math.inf
 
     def heal(self, attention: nn.Module) -> Healing:

@@ -44,38 +44,34 @@ class LayerMoments:
 
 def gather_moments(layer: LayerStates) -> LayerMoments:
     """Return the second moments of a layer, gathered in one pass over the fitted windows of the converted stream."""
-    walk, g = layer.walk, layer.geometry
-    d, device = g.hidden_size, walk.device
-    inputs, mean = (torch.zeros(*size, dtype=torch.float64, device=device) for size in ((d, d), (d,)))
-    queries = torch.zeros(g.num_attention_heads, g.head_dim, g.head_dim, dtype=torch.float64, device=device)
-    key_scale = torch.zeros(g.num_key_value_heads, dtype=torch.float64, device=device)
-    apart = torch.zeros(g.num_attention_heads, walk.windows.shape[1], dtype=torch.float64, device=device)
-    reached = torch.zeros(g.num_attention_heads, dtype=torch.float64, device=device)
-    rows, total, count = layer.relative_weights, 0.0, 0
-    for windows in walk.fitted_batches():
+    walk, g, rows = layer.walk, layer.geometry, layer.relative_weights
+
+    def sums(windows: Tensor) -> tuple[Tensor | float, ...]:
         heads, row = layer.heads(walk.converted[windows]), rows[windows]
         weights = layer.weights(heads.query, heads.key)
         received = (weights * row[:, None, :, None]).sum((1, 2)) / g.num_attention_heads  # [B, L]
         share = (0.5 + 0.5 * received).flatten().double()[:, None]
         flat = heads.normed.flatten(0, 1).double()
-        inputs += (flat * share).T @ flat
-        mean += (flat * share).sum(0)
-        total += float(share.sum())
         effect = (layer.value_spread(weights, heads.value) * row[:, None]).double()[..., None]  # [B, H, L, 1]
         query = heads.query.double()
-        queries += ((query * effect).mT @ query).sum(0)
-        found = distances(layer, heads, weights, row, FIRST_TOKENS)
-        apart, reached = apart + found[0], reached + found[1]
-        key_scale += heads.key_factor.double().square().sum((0, 2))
-        count += row.numel()
-    inputs, mean, queries, apart, reached, key_scale, total, count = walk.processes.total(
-        inputs, mean, queries, apart, reached, key_scale, total, count
-    )
+        return (
+            (flat * share).T @ flat,
+            (flat * share).sum(0),
+            ((query * effect).mT @ query).sum(0),
+            *distances(layer, heads, weights, row, FIRST_TOKENS),
+            heads.key_factor.double().square().sum((0, 2)),
+            float(share.sum()),
+            row.numel(),
+        )
+
+    found = walk.processes.summed(walk.fitted_batches(), sums)
+    inputs, mean, queries, apart, reached, key_scale, total, count = found
     mean = mean / total
     queries = queries / count
     cos, sin = (part[0].double() / layer.source.attention_scaling for part in layer.turns)
     kept = apart.sum(1, keepdim=True)
-    nearest = torch.nn.functional.one_hot(torch.zeros(1, dtype=torch.long, device=device), apart.shape[1]).double()
+    first = torch.zeros(1, dtype=torch.long, device=walk.device)
+    nearest = torch.nn.functional.one_hot(first, apart.shape[1]).double()
     share = torch.where(kept > 0, apart / kept, nearest)  # what reads first tokens only reads no other distance
     part = (kept[:, 0] / reached.clamp_min(torch.finfo(torch.float64).tiny))[:, None, None]
     relative = turned(queries, share, cos, sin) * part
@@ -90,13 +86,12 @@ def contribution(layer: LayerStates) -> Tensor:
     left out because it does not change the norm of a pair.
     """
     g, walk = layer.geometry, layer.walk
-    total = torch.zeros(g.num_key_value_heads, g.head_dim // 2, dtype=torch.float64, device=walk.device)
-    tokens = 0
-    for windows in walk.fitted_batches():
+
+    def sums(windows: Tensor) -> tuple[Tensor, int]:
         heads = layer.heads(walk.source[windows])
-        tokens += heads.normed.shape[:2].numel()
         sizes = [x.double().unflatten(-1, (2, -1)).norm(dim=-2) for x in (heads.query, heads.key)]  # [B, X, L, D/2]
         grouped = sizes[0].unflatten(1, (g.num_key_value_heads, -1)).mean(2)
-        total += (grouped * sizes[1]).sum((0, 2))
-    total, tokens = walk.processes.total(total, tokens)
-    return total / tokens
+        return (grouped * sizes[1]).sum((0, 2)), heads.normed.shape[:2].numel()
+
+    total, tokens = walk.processes.summed(walk.fitted_batches(), sums)
+    return total / tokens  # type: ignore[no-any-return]

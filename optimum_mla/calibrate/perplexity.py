@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from optimum_mla.calibrate.walk import CalibrationWalk
-from optimum_mla.core.progress import progress
 
 VOCABULARY_ROWS = 16384
 """Number of tokens of the vocabulary whose logits are computed at once, which bounds the memory of the head."""
@@ -33,14 +32,15 @@ def stream_perplexities(
     ids = walk.windows if windows is None else walk.windows[windows]
     norm, head = walk.model.final_norm().to(walk.dtype), walk.model.head()
     logits = partial(walk.model.family.spec.logits, walk.model.config)
-    streams = (states if windows is None else states[windows] for states in (walk.source, walk.converted))
-    batches = [*zip(*(walk.batches(states) for states in streams), walk.batches(ids), strict=True)]
-    totals = [0.0, 0.0]
-    for *parts, of in progress(batches, title, main=True):
+    streams = [states if windows is None else states[windows] for states in (walk.source, walk.converted)]
+
+    def losses(batch: tuple[Tensor, ...]) -> tuple[float, ...]:
+        *parts, of = batch
         targets = of.to(walk.device)[:, 1:].flatten()
-        for stream, part in enumerate(parts):
-            totals[stream] += _loss(norm(part[:, :-1]).flatten(0, 1), head, targets, logits)
-    means = (total / ids[:, 1:].numel() for total in walk.processes.total(*totals))
+        return tuple(_loss(norm(part[:, :-1]).flatten(0, 1), head, targets, logits) for part in parts)
+
+    batches = list(zip(*map(walk.batches, (*streams, ids)), strict=True))
+    means = (total / ids[:, 1:].numel() for total in walk.processes.summed(batches, losses, title))
     before, after = (math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf for mean in means)
     return before, after
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from optimum_mla.calibrate.perplexity import head_parts
 from optimum_mla.calibrate.walk import CalibrationWalk
-from optimum_mla.core.progress import progress
 
 SENSITIVITY_TOKENS = 2048
 """Number of tokens whose predictions are compared, rounded down to whole windows, of which there is one at least. All
@@ -66,15 +65,13 @@ class Sensitivity:
         def predicted(states: Tensor) -> Tensor:
             return logits(torch.cat([*head_parts(norm(states), head)], dim=-1)).log_softmax(-1)
 
-        found = dict.fromkeys(self._streams, 0.0)
-        pieces = {layer: stream.flatten(0, 1).split(TOKENS_AT_ONCE) for layer, stream in self._streams.items()}
-        source = walk.source[: self._windows].flatten(0, 1)
-        parts = source.split(TOKENS_AT_ONCE)
-        for number in progress(walk.processes.share(torch.arange(len(parts))).tolist(), title, main=True):
-            expected = predicted(parts[number])
-            weights = expected.exp()
-            for layer in found:
-                off = expected - predicted(pieces[layer][number])
-                found[layer] += float((weights * off).sum(-1).double().sum()) / len(source)
-        totals = walk.processes.total(*found.values())
-        return {layer: max(0.0, total) for layer, total in zip(found, totals, strict=True)}  # Rounding may leave less.
+        def sums(part: tuple[Tensor, ...]) -> tuple[float, ...]:
+            expected = predicted(part[0])
+            offs = (expected - predicted(states) for states in part[1:])
+            return tuple(float((expected.exp() * off).sum(-1).double().sum()) for off in offs)
+
+        streams = [states[: self._windows].flatten(0, 1) for states in (walk.source, *self._streams.values())]
+        parts = list(zip(*(stream.split(TOKENS_AT_ONCE) for stream in streams), strict=True))
+        totals = walk.processes.summed(parts, sums, title)
+        # Rounding may leave less than nothing.
+        return {layer: max(0.0, total / len(streams[0])) for layer, total in zip(self._streams, totals, strict=True)}

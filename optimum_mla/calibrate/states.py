@@ -50,8 +50,8 @@ class LayerStates:
 
     @cached_property
     def relative_weights(self) -> Tensor:
-        """Return the row weights divided by their mean, [N, L]."""
-        return self.row_weights / self.row_weights.mean()
+        """Return the row weights divided by their mean, [N, L]; zeros where all of them are zero."""
+        return self.row_weights / (self.row_weights.mean() or 1.0)
 
     def heads(self, states: Tensor) -> HeadStates:
         """Return the heads on hidden states before the layer, [B, L, d]."""

@@ -6,7 +6,7 @@ in the source, and those before the layer in the converted model. Where the stat
 before it plus a multiple of the attention's output, it also keeps this output. So its memory does not grow with the
 number of layers.
 One layer at a time is copied to float32, or to float64 if the model is in float64. N is the number of windows and L the
-number of tokens in each. Several processes share the windows of each step, and each keeps the states of all windows.
+number of tokens in each. Several processes share the batches of each step, and each keeps the states of all windows.
 """
 
 from __future__ import annotations
@@ -61,24 +61,30 @@ class CalibrationWalk:
         self.layer = layer
         if layer == self.model.num_layers:
             return
-        window, spec = sliding_window(self.model.config, layer), self.model.family.spec
+        window, spec, own = sliding_window(self.model.config, layer), self.model.family.spec, self.decoder_layer
         self.windowed, self.mask = window is not None, self._mask(window)
         self.position_embeddings = self.model.table(layer, self.source[:1], self.position_ids)
-        none = self.source[:0]
-        middles, outputs = [none], [none]
+        outputs: list[Tensor] = []
+        middles: list[Tensor] = []
+
+        def stages(batch: Tensor) -> tuple[Tensor, ...]:
+            """Return the states behind the layer, the attention's output, and what the norm behind it gets, if any."""
+            outputs.clear()
+            middles.clear()
+            return self._behind(own, batch), *outputs, *middles
+
         with ExitStack() as stack:
             output = self.attention.register_forward_hook(lambda _, args, given: outputs.append(given[0]))
             stack.callback(output.remove)
-            behind = None if spec.behind_attention is None else getattr(self.decoder_layer, spec.behind_attention, None)
+            behind = None if spec.behind_attention is None else getattr(own, spec.behind_attention, None)
             if behind is not None:
                 hook = behind.register_forward_pre_hook(lambda _, args: middles.append(args[0]))
                 stack.callback(hook.remove)
-            self._leaving = self.through(self.decoder_layer, self.source)
-        attended = self.processes.gathered(torch.cat(outputs), len(self.source))
+            found = self.processes.each(self.batches(self.source), stages)
+            self._leaving, attended, *normed = (torch.cat(parts) for parts in zip(*found, strict=True))
         # Where the feed-forward part runs beside the attention, its norm gets the state before both, or there is none.
-        middle = None if behind is None else self.processes.gathered(torch.cat(middles), len(self.source))
-        beside = middle is None or torch.equal(middle, self.source)
-        self.middle = self.source + attended if middle is None or beside else middle
+        beside = not normed or torch.equal(normed[0], self.source)
+        self.middle = self.source + attended if beside else normed[0]
         branch = _branch(self.middle[:1] - self.source[:1], attended[:1])
         self._branch, self._attended = branch or 1.0, attended if branch is None else None
 
@@ -132,15 +138,11 @@ class CalibrationWalk:
         return (self.middle[windows] - self.converted[windows]) / self._branch
 
     def batches(self, states: Tensor) -> tuple[Tensor, ...]:
-        """Return this process's share of states [N, L, ...], split along N into batches.
-
-        They have at most `TOKENS_PER_BATCH` tokens, or one window.
-        """
-        share = self.processes.share(states)
-        return share.split(self._windows_per_batch) if len(share) else ()
+        """Return states [N, L, ...], split along N into batches of at most `TOKENS_PER_BATCH` tokens or one window."""
+        return states.split(self._windows_per_batch)
 
     def fitted_batches(self) -> tuple[Tensor, ...]:
-        """Return the indices of the windows that fits may see, of which this process has its share, in batches."""
+        """Return the indices of the windows that fits may see, in such batches."""
         return self.batches(fitted(len(self.windows)))
 
     def deciding_batches(self) -> tuple[Tensor, ...]:
@@ -158,14 +160,14 @@ class CalibrationWalk:
         It is one over the mean square of the source's state after the attention, which makes it that of an error in
         this state. The norms of later layers divide by the same size, and otherwise a few tokens with huge hidden
         states would dominate every measurement. Where the output is multiplied or normed before it is added, the error
-        grows with it.
+        grows with it. Nothing can be relative to a state of zeros, so such a token has no weight.
         """
-        tiny = torch.finfo(torch.float32).tiny
-        weights = self.middle.square().mean(-1).clamp_min(tiny).reciprocal()
+        size = self.middle.square().mean(-1)
+        weights = torch.where(size > 0, 1 / size, 0.0)
         if self._attended is None:
             return weights * self._branch**2
         added = (self.middle - self.source).square().mean(-1)
-        return weights * added / self._attended.square().mean(-1).clamp_min(tiny)
+        return weights * added / self._attended.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
 
     @property
     def _given_mask(self) -> Tensor | None:
@@ -211,11 +213,13 @@ class CalibrationWalk:
 
     def through(self, layer: nn.Module, states: Tensor) -> Tensor:
         """Return the states [B, L, d] behind a decoder layer at the walk's place, for states before it."""
-        left = [states[:0]]
-        for batch in self.batches(states):
-            output = layer(batch, **self._keywords)
-            left.append(output[0] if isinstance(output, tuple) else output)
-        return self.processes.gathered(torch.cat(left), len(states))
+        found = self.processes.each(self.batches(states), lambda batch: (self._behind(layer, batch),))
+        return torch.cat([left for (left,) in found])
+
+    def _behind(self, layer: nn.Module, batch: Tensor) -> Tensor:
+        """Return the states behind a decoder layer for one batch of states before it."""
+        output = layer(batch, **self._keywords)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def _branch(added: Tensor, attended: Tensor) -> float | None:

@@ -26,7 +26,7 @@ class CodeTable:
     Attributes:
         errors: Weighted squared error of each channel by bits, from 0 to 8, [r, 9]; infinite where no code has so many
             bits. With 0 bits a channel is replaced by its mean.
-        steps: The steps, [r, 9].
+        steps: The steps, [r, 9]; 0 for a constant channel, whose codes all stand for its mean.
         mean: The mean of each channel, [r].
     """
 
@@ -48,10 +48,11 @@ class CodeTable:
         """
         mean = samples.double().mean(0) if about_mean else torch.zeros_like(samples[0], dtype=torch.float64)
         centred = samples.float() - mean.float()
-        deviation = centred.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        deviation = centred.square().mean(0).sqrt()
+        varies = deviation > torch.finfo(torch.float32).tiny ** 0.5  # Squares of smaller numbers leave float32.
         errors = torch.full((len(weights), max(WIDTHS) + 1), torch.inf, dtype=torch.float64, device=samples.device)
-        steps = torch.ones_like(errors)
-        errors[:, 0] = weights * deviation.double().square()
+        steps = torch.zeros_like(errors)
+        errors[:, 0] = weights * torch.where(varies, deviation.double().square(), 0.0)
         for bits in WIDTHS:
             best = torch.full_like(deviation, torch.inf)
             for factor in STEP_FACTORS:
@@ -59,7 +60,9 @@ class CodeTable:
                 error = _squared_error(centred, step, bits)
                 steps[:, bits] = torch.where(error < best, MARGIN * step.double(), steps[:, bits])
                 best = torch.minimum(best, error)
-            errors[:, bits] = weights * _squared_error(centred, steps[:, bits].float(), bits).double()
+            steps[:, bits] = torch.where(varies, steps[:, bits], 0.0)
+            left = _squared_error(centred, steps[:, bits].float(), bits).double()
+            errors[:, bits] = torch.where(varies, weights * left, 0.0)
         return cls(errors, steps, mean)
 
     def error(self, widths: Tensor) -> float:
@@ -97,8 +100,8 @@ def allocate_bits(errors: Tensor, budget: int, together: int = 0) -> Tensor:
     steps = [step for group, curve in enumerate(curves) for step in _hull_steps(group, curve)]
     sizes = [GRANULE] * len(curves)
     if together:
-        one = errors[-together:].sum(0).tolist()
-        steps += [(step[0] if step[2] else math.inf, *step[1:]) for step in _hull_steps(len(sizes), one)]
+        one = _hull_steps(len(sizes), errors[-together:].sum(0).tolist()) or [(math.inf, len(sizes), 0, min(WIDTHS))]
+        steps += [(step[0] if step[2] else math.inf, *step[1:]) for step in one]
         sizes.append(together)
     widths, left, blocked = [0] * len(sizes), budget, set()
     for _, group, low, high in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):

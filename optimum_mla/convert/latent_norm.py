@@ -132,20 +132,14 @@ def _refitted_up(walk: CalibrationWalk, attention: Any) -> Healing:
     """
     old: Any = walk.attention
 
-    def sums(batches: Sequence[Tensor]) -> Regression:
-        rank, width = attention.kv_b_proj.in_features, attention.kv_b_proj.out_features
-        gram, cross = (torch.zeros(rank, n, dtype=torch.float64, device=walk.device) for n in (rank, width))
-        square, rows = 0.0, 0
-        for windows in batches:
-            latents = _latents(walk, old, walk.source[windows])
-            normed = attention.kv_a_layernorm(_latents(walk, attention, walk.converted[windows]))
-            root = latents.double().square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-            context = (normed.double() * root).flatten(0, 1)
-            wanted = (old.kv_b_proj(latents).double() * root).flatten(0, 1)
-            gram += context.T @ context
-            cross += context.T @ wanted
-            square, rows = square + float(wanted.square().sum()), rows + len(context)
-        return Regression(*walk.processes.total(gram, cross, square, rows))
+    def sums(windows: Tensor) -> tuple[Tensor | float, ...]:
+        latents = _latents(walk, old, walk.source[windows])
+        normed = attention.kv_a_layernorm(_latents(walk, attention, walk.converted[windows]))
+        root = latents.double().square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+        context = (normed.double() * root).flatten(0, 1)
+        wanted = (old.kv_b_proj(latents).double() * root).flatten(0, 1)
+        return context.T @ context, context.T @ wanted, float(wanted.square().sum()), len(context)
 
-    weight = attention.kv_b_proj.weight.double()
-    return heal(weight, sums(walk.fitted_batches()), sums(walk.deciding_batches()))
+    batches = walk.fitted_batches(), walk.deciding_batches()
+    fit, check = (Regression(*walk.processes.summed(windows, sums)) for windows in batches)
+    return heal(attention.kv_b_proj.weight.double(), fit, check)

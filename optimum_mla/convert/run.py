@@ -293,9 +293,10 @@ class Run:
         cast = {name: tensor.to(like.device, dtype[name]).contiguous() for name, tensor in tensors.items()}
         broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
         if broken:
+            narrow = torch.finfo(like.dtype).max < torch.finfo(torch.bfloat16).max
+            remedy = "Convert in bfloat16 or float32." if narrow else "Check the weights of the model."
             raise CorruptWeightsError(
-                f"{self.method.name}: {', '.join(broken)} left the range of {like.dtype}. "
-                "Convert in bfloat16 or float32."
+                f"{self.method.name}: {', '.join(broken)} left the range of {like.dtype}. {remedy}"
             )
         return cast
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optimum_mla.core.progress import progress
+
 T = TypeVar("T")
+Terms = tuple[Any, ...]
+"""Tensors and numbers that one piece of work gives."""
 
 LONGEST_WAIT = timedelta(days=1)
 """Longest time that a process waits for the others. The first one also loads, measures and writes alone."""
@@ -23,8 +27,8 @@ LONGEST_WAIT = timedelta(days=1)
 class Processes:
     """Processes that take the same steps on the same data, and share what takes long in each step.
 
-    Each computes its share of the windows of a text, and all of them know the sums and the states of all windows. What
-    is computed once for all windows, such as a factorization, is computed by every process.
+    Each computes some batches of the windows of a text, and all of them know what all batches give. What is computed
+    once for all windows, such as a factorization, is computed by every process.
 
     Attributes:
         rank: The number of this process, from 0 on.
@@ -39,38 +43,49 @@ class Processes:
         """Return whether this is the process that speaks and writes."""
         return self.rank == 0
 
-    def share(self, items: Tensor) -> Tensor:
-        """Return this process's share of the rows of a tensor [N, ...], which are consecutive and may be none."""
-        return items[slice(*self._bounds(len(items), self.rank))]
+    def each(self, items: Sequence[T], work: Callable[[T], Terms]) -> Iterator[Terms]:
+        """Yield what `work` gives for each item, in the order of the items, in every process.
 
-    def gathered(self, rows: Tensor, count: int) -> Tensor:
-        """Return the rows of all processes, [count, ...].
+        The processes take turns with the items. So what is made of the results does not depend on their number, to the
+        last bit: codes and the order of channels follow from differences that are as small as that.
 
         Args:
-            rows: What was made of this process's share, [n, ...].
-            count: Number of rows of all shares together.
+            items: The items, the same in every process.
+            work: Returns tensors and numbers for an item.
         """
-        if self.size == 1:
-            return rows
-        found = rows.new_empty(count, *rows.shape[1:])
-        for rank in range(self.size):
-            part = found[slice(*self._bounds(count, rank))]
-            if rank == self.rank:
-                part.copy_(rows)
-            if len(part):
-                dist.broadcast(part, rank)
-        return found
+        for start in range(0, len(items), self.size):
+            turn = items[start : start + self.size]
+            own = work(turn[self.rank]) if self.rank < len(turn) else ()
+            for rank in range(len(turn)):
+                yield own if self.size == 1 else self._sent(own, rank)
 
-    def total(self, *sums: Tensor | float) -> tuple[Any, ...]:
-        """Return the sums of tensors and of numbers over all processes, each as what was given."""
-        if self.size == 1:
-            return sums
-        found: list[Tensor | float] = []
-        for own in sums:
-            # Numbers travel in the float64 of Python, through the memory of the CPU.
-            tensor = own.clone() if isinstance(own, Tensor) else torch.tensor(own, dtype=torch.float64)
-            dist.all_reduce(tensor)
-            found.append(tensor if isinstance(own, Tensor) else type(own)(tensor.item()))
+    def summed(self, items: Sequence[T], work: Callable[[T], Terms], title: str | None = None) -> Terms:
+        """Return the sums, over all items in their order, of the tensors and numbers that `work` gives for each.
+
+        Args:
+            items, work: See `each`. There is one item at least.
+            title: What the progress of this is called; None shows none.
+        """
+        parts = self.each(items, work)
+        numbers: Iterable[int] = range(len(items))
+        total: list[Any] = []
+        for number, part in zip(numbers if title is None else progress(numbers, title, main=True), parts, strict=True):
+            total = list(part) if not number else [have + term for have, term in zip(total, part, strict=True)]
+        return tuple(total)
+
+    def _sent(self, terms: Terms, sender: int) -> Terms:
+        """Return the tensors and numbers of one process, each on the device that they have there."""
+        sends = self.rank == sender
+        told: list[Any] = [[_form(term) for term in terms] if sends else None]
+        dist.broadcast_object_list(told, sender)
+        found = [
+            torch.empty(form.shape, dtype=form.dtype, device=form.device) if isinstance(form, _Form) else form
+            for form in told[0]
+        ]
+        for place, term in enumerate(found):
+            if isinstance(term, Tensor):
+                found[place] = terms[place].contiguous() if sends else term
+                dist.broadcast(found[place], sender)
         return tuple(found)
 
     def told(self, value: T) -> T:
@@ -81,8 +96,18 @@ class Processes:
         dist.broadcast_object_list(box, 0)
         return box[0]  # type: ignore[return-value]
 
-    def _bounds(self, count: int, rank: int) -> tuple[int, int]:
-        return count * rank // self.size, count * (rank + 1) // self.size
+
+class _Form(NamedTuple):
+    """The form of a tensor that another process sends, and the type of the device on which each has it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: str
+
+
+def _form(term: Any) -> Any:
+    """Return the form of a tensor, and a number as it is."""
+    return _Form(term.shape, term.dtype, term.device.type) if isinstance(term, Tensor) else term
 
 
 ALONE = Processes()

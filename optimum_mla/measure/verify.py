@@ -211,7 +211,7 @@ def _check_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, int]:
         if sizes is None:
             raise VerificationError("verify: the size of this model's cache cannot be predicted.")
         least, spare = (round(size * len(ids)) for size in sizes)
-        least += _found_exempt_bytes(model, cache, len(ids), tokens)
+        least += _found_exempt_bytes(cache, len(ids), tokens, model.dtype.itemsize)
         live = live_cache_bytes(cache)
         if not least <= live <= least + (spare if steps else 0):
             raise VerificationError(
@@ -222,14 +222,16 @@ def _check_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, int]:
     return found
 
 
-def _found_exempt_bytes(model: Any, cache: Cache, rows: int, tokens: int) -> int:
-    """Return the bytes of latents that were found to be exempt, beside the predicted ones of the first tokens."""
+def _found_exempt_bytes(cache: Cache, rows: int, tokens: int, itemsize: int) -> int:
+    """Return the bytes of latents that were found to be exempt, beside the predicted ones of the first tokens.
+
+    They are negative where latents of first tokens are codes by chance, as those of a layer that is worth no bits are.
+    """
     found = 0
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, LatentLayer) and layer.exempt_bytes:
-            g = model.geometry.layers[index]
-            first = rows * min(tokens, g.sink_tokens)
-            found += layer.exempt_bytes - first * exempt_token_bytes(g, model.dtype.itemsize)
+    for layer in cache.layers:
+        if isinstance(layer, LatentLayer) and layer.geometry.channel_bits and layer.settings.codes:
+            first = rows * min(tokens, layer.geometry.sink_tokens)
+            found += layer.exempt_bytes - first * exempt_token_bytes(layer.geometry, itemsize)
     return found
 
 

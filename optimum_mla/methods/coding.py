@@ -48,28 +48,37 @@ class LayerCodes:
         if geometry.scale_numbers:
             self._tensors |= _coded_factors(source, geometry, self._tensors, inputs)
         weight, bias = self._tensors[f"{self._down}.weight"], self._tensors.get(f"{self._down}.bias")
-        cached = inputs @ weight.to(inputs.dtype).T
-        if bias is not None:
-            cached = cached + bias.to(inputs.dtype)
-        self._table = CodeTable.fit(cached[:, : self._rank], costs)
+        # Without the mean of the inputs, what is constant is so to the last bit, and the rest loses no digits to it.
+        mean = inputs.double().mean(0)
+        cached = (inputs.double() - mean).to(inputs.dtype) @ weight.to(inputs.dtype).T
+        offset = weight @ mean if bias is None else weight @ mean + bias
+        table = CodeTable.fit(cached[:, : self._rank], costs)
+        self._table = replace(table, mean=table.mean + offset[: self._rank])
         self._pairs: CodeTable | None = None
-        self._order = torch.arange(geometry.qk_rope_head_dim // 2, device=costs.device)
+        self._order = torch.arange(0 if rope_costs is None else len(rope_costs), device=costs.device)
         self._together = geometry.qk_rope_head_dim if together and rope_costs is not None else 0
         if rope_costs is not None:
-            self._pairs = _pair_table(cached[:, self._rank :] * source.attention_scaling, rope_costs)
+            keys = (cached + offset.to(cached.dtype))[:, self._rank :]
+            self._pairs = _pair_table(keys * source.attention_scaling, rope_costs)
             if not together:
                 self._order = self._pairs.errors[:, 0].argsort(descending=True)
 
     def _widths(self, bits: int) -> tuple[Tensor, Tensor]:
-        """Return the bits of the channels of the latent, [r], and of the rotary pairs in their own order, [R/2]."""
-        if self._pairs is None:
-            return allocate_bits(self._table.errors, bits), self._order[:0]
+        """Return the bits of the channels of the latent, [r], and of the rotary pairs in their own order, [R/2].
+
+        A latent has one group of channels with one bit at least, also where none is worth any.
+        """
         whole = self._rank // GRANULE * GRANULE  # What is left over gets no bits in any case.
-        dims = self._pairs.errors[self._order].repeat_interleave(2, dim=0)
-        widths = allocate_bits(torch.cat([self._table.errors[:whole], dims]), bits, self._together)
-        latent = torch.zeros_like(self._table.mean, dtype=torch.long)
+        channels, dims = self._table.errors[:whole], self._table.errors[:0]
+        if self._pairs is not None:
+            dims = self._pairs.errors[self._order].repeat_interleave(2, dim=0)
+        widths = allocate_bits(torch.cat([channels, dims]), bits, self._together)
+        latent, pairs = torch.zeros_like(self._table.mean, dtype=torch.long), widths[whole::2]
         latent[:whole] = widths[:whole]
-        return latent, torch.empty_like(self._order).scatter_(0, self._order, widths[whole::2])
+        if not latent.any():
+            latent[:GRANULE] = min(WIDTHS)
+            pairs = allocate_bits(dims, bits - GRANULE * min(WIDTHS), self._together)[::2]
+        return latent, torch.empty_like(self._order).scatter_(0, self._order, pairs)
 
     def error(self, bits: int) -> float:
         """Return the weighted squared error that codes of so many bits per token leave."""
@@ -94,8 +103,8 @@ class LayerCodes:
         weight, bias = tensors[f"{self._down}.weight"], tensors.get(f"{self._down}.bias")
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         rest = slice(self._rank, None)  # a rotary key that is cached beside the latent
-        tensors[f"{self._down}.weight"] = torch.cat([weight[order] / steps[:, None], weight[rest]])
-        tensors[f"{self._down}.bias"] = torch.cat([(bias[order] - centres) / steps, bias[rest]])
+        tensors[f"{self._down}.weight"] = torch.cat([_in_steps(weight[order], steps), weight[rest]])
+        tensors[f"{self._down}.bias"] = torch.cat([_in_steps(bias[order] - centres, steps), bias[rest]])
         for name in READERS:
             if f"{name}.weight" in tensors:
                 up = tensors[f"{name}.weight"]
@@ -123,8 +132,7 @@ class LayerCodes:
         dims = torch.cat([order, order + len(widths)])
         for part in ("weight", "bias"):
             if (down := tensors.get(f"{self._down}.{part}")) is not None:
-                key = down[self._rank :][dims]
-                key = key / (steps[:, None] if key.ndim == 2 else steps)
+                key = _in_steps(down[self._rank :][dims], steps)
                 tensors[f"{self._down}.{part}"] = torch.cat([down[: self._rank], key])
             if (query := tensors.get(f"q_proj.{part}")) is not None:
                 heads = query.unflatten(0, (g.num_attention_heads, -1))  # [H, n + R, ...]
@@ -139,6 +147,12 @@ class LayerCodes:
         tensors["rope_pairs"] = tensors["rope_pairs"][:, order]
         bits = segments(widths[order].repeat_interleave(2).tolist())
         return replace(g, qk_rope_head_dim=len(dims), rope_channel_bits=bits)
+
+
+def _in_steps(rows: Tensor, steps: Tensor) -> Tensor:
+    """Return the rows of a projection [m, ...] in units of steps [m], and zeros where the step of a row is 0."""
+    units = torch.where(steps > 0, 1 / steps, 0.0)
+    return rows * (units[:, None] if rows.ndim == 2 else units)
 
 
 def _pair_table(dims: Tensor, costs: Tensor) -> CodeTable:

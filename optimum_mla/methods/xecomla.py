@@ -130,7 +130,7 @@ class XEcoMLA(MLATransformation):
         if scores is None:  # The rule takes the same pairs in all layers, whatever their weights.
             return torch.ones(1, source.geometry.head_dim // 2, dtype=torch.float64)
         total = scores.sum(dim=0, keepdim=True)
-        return total if self.rope_selection == "damage" else total / total.sum()
+        return total if self.rope_selection == "damage" or not total.any() else total / total.sum()
 
     def problem(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration

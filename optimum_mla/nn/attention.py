@@ -22,7 +22,7 @@ from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.nn.norm import NORM_EPS
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
-from optimum_mla.ops.blockwise import Sums, attend, capped, masked_softmax, softmax_sums
+from optimum_mla.ops.blockwise import Sums, attend, capped, masked_softmax, scaled_queries, softmax_sums
 from optimum_mla.ops.positions import cached_positions, check_positions, first_tokens
 from optimum_mla.ops.rotary import AbsoluteFrames, PairTable, RelativeFrames, RotaryFrames, Rotation
 from optimum_mla.stack import (
@@ -303,7 +303,7 @@ class LatentAttention(nn.Module, ABC):
         self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what `_absorbed` computes, with the cache expanded one block at a time."""
-        scaled = queries * self.scaling
+        scaled = scaled_queries(queries, self.scaling)
 
         def partial(block: Block, span: slice, mask: Tensor | None) -> Sums:
             keys, values = self._expand(block, None if frames is None else frames.key(span))
@@ -340,4 +340,4 @@ def eager_attention(
     """
     logits = capped(grouped_logits(query, key) * scaling, softcap)
     weights = masked_softmax(logits, attention_mask, dropout)
-    return grouped_context(weights, value).transpose(1, 2), weights
+    return grouped_context(weights, value).transpose(1, 2).to(query.dtype), weights.to(query.dtype)

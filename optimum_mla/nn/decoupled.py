@@ -106,10 +106,17 @@ class DecoupledLatentAttention(LatentAttention):
 
     def _up_project(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Return position-free keys [B, U, T, n] and values [B, U, T, v] of latents [B, T, r]."""
-        g = self.geometry
+        g, up = self.geometry, self.kv_b_proj
         width = g.qk_nope_head_dim + g.v_head_dim
+        if up.bias is None or self._sees_shifts or not is_plain(up):
+            flat = up(latent)
+        else:
+            bias = up.bias.unflatten(0, (-1, width))
+            flat = nn.functional.linear(
+                latent, up.weight, nn.functional.pad(bias[:, g.qk_nope_head_dim :], (g.qk_nope_head_dim, 0)).flatten()
+            )
         # Under tensor parallelism the heads of this process only.
-        heads = self.kv_b_proj(latent).unflatten(-1, (-1, width)).transpose(1, 2)
+        heads = flat.unflatten(-1, (-1, width)).transpose(1, 2)
         nope, value = heads.split([g.qk_nope_head_dim, g.v_head_dim], dim=-1)
         return nope, value
 
@@ -118,7 +125,8 @@ class DecoupledLatentAttention(LatentAttention):
         latent = block.first.dense()
         nope, values = self._up_project(latent)
         if rotation is None:
-            rope = self._rope_heads(block.second.dense()) + self._rope_centre
+            rope = self._rope_heads(block.second.dense())
+            rope = rope + self._rope_centre if self._sees_shifts else rope
         else:
             rope = rotate(self._rope_heads(self.k_rope_proj(latent)), rotation)
         rope = rope.repeat_interleave(nope.shape[1] // g.num_rope_heads, dim=1)
@@ -137,10 +145,12 @@ class DecoupledLatentAttention(LatentAttention):
         bias = None if self.kv_b_proj.bias is None else self.kv_b_proj.bias.view(g.num_up_heads, -1)  # [U, n + v]
         n = g.qk_nope_head_dim
         nope, rope = queries.split([n, g.qk_rope_head_dim], dim=-1)
-        logit_bias = None if bias is None else absorb.query_bias_logits(nope, bias[:, :n])
-        if self._rope_centre:
-            centre = rope.sum(-1, keepdim=True) * self._rope_centre
-            logit_bias = centre if logit_bias is None else logit_bias + centre
+        logit_bias = None
+        if self._sees_shifts:
+            wide = torch.promote_types(rope.dtype, torch.float32)
+            logit_bias = rope.sum(-1, keepdim=True, dtype=wide) * self._rope_centre
+            if bias is not None:
+                logit_bias = logit_bias + absorb.query_bias_logits(nope.to(wide), bias[:, :n].to(wide))
         rebuild = None
         if frames is not None:
             rebuild = RotaryRebuild(self.k_rope_proj.weight, self.k_rope_proj.bias, frames)
@@ -164,6 +174,15 @@ class DecoupledLatentAttention(LatentAttention):
             attended.context.to(queries.dtype), attended.mass.to(queries.dtype), up, bias, skip=n
         )
         return context, attended.weights
+
+    @property
+    def _sees_shifts(self) -> bool:
+        """Return whether adding the same number to all logits of a query changes its attention.
+
+        It does not under a softmax alone, and in 16 bits it would cost digits of what the softmax does see. Factors of
+        key norms and a soft-cap come between.
+        """
+        return self.geometry.key_norm or self.geometry.logit_cap is not None
 
     @property
     def _rope_centre(self) -> float:

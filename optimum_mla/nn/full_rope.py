@@ -10,7 +10,7 @@ from optimum_mla.nn.norm import HeadRMSNorm
 from optimum_mla.nn.plain import is_plain
 from optimum_mla.ops import absorb
 from optimum_mla.ops.blocks import Block, CacheView, Latents
-from optimum_mla.ops.blockwise import Sums, attend, capped, softmax_sums
+from optimum_mla.ops.blockwise import Sums, attend, capped, scaled_queries, softmax_sums
 from optimum_mla.ops.rotary import RotaryFrames, Rotation, rotate
 
 
@@ -81,7 +81,7 @@ class FullRopeLatentAttention(LatentAttention):
         self, queries: Tensor, view: CacheView, frames: RotaryFrames | None, mask: Tensor | None, keep_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         g = self.geometry
-        scaled, (heads, length) = queries * self.scaling, queries.shape[1:3]
+        scaled, (heads, length) = scaled_queries(queries, self.scaling), queries.shape[1:3]
 
         def partial(block: Block, span: slice, mask: Tensor | None) -> Sums:
             rotated, key_rotation = scaled, None

@@ -20,30 +20,40 @@ one token at a time."""
 
 
 def grouped_logits(query: Tensor, key: Tensor) -> Tensor:
-    """Return the products [B, H, S, T] of queries [B, H, S, R] and keys [B, K, T, R]; H/K heads share a key head."""
+    """Return the products [B, H, S, T] of queries [B, H, S, R] and keys [B, K, T, R]; H/K heads share a key head.
+
+    They are logits, so they are in float32 or wider.
+    """
     batch, heads, length, dim = query.shape
     folded = query.reshape(batch, key.shape[1], -1, dim)  # [B, K, H/K·S, R]
     if is_transposed(key):
-        return product(folded, key.mT, key.shape[2]).reshape(batch, heads, length, -1)
-    logits = product(key, folded.transpose(2, 3), key.shape[2]).transpose(2, 3)
+        return logit_product(folded, key.mT).reshape(batch, heads, length, -1)
+    logits = logit_product(key, folded.transpose(2, 3)).transpose(2, 3)
     return logits.reshape(batch, heads, length, -1)
 
 
-def product(left: Tensor, right: Tensor, tokens: int) -> Tensor:
-    """Return the product of the cached vectors of some tokens and another factor, in the narrower of their dtypes.
+def logit_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of queries and keys in float32 or wider.
 
-    It is computed in `working_dtype`, or in the wider of the two dtypes on a CPU if one of them is wider than 16 bits.
-
-    Args:
-        left, right: The factors, of which one may be in float32 already, as codes are opened.
-        tokens: Number of tokens.
+    A softmax turns the absolute error of a logit into a relative error of its weight, and logits reach some tens, where
+    16 bits round to a sixteenth.
     """
-    narrow, wide = sorted((left.dtype, right.dtype), key=lambda dtype: dtype.itemsize)
-    opened = left.device.type == "cpu" and narrow.itemsize == 2 and wide.itemsize > 2
-    working = wide if opened else working_dtype(narrow, left.device, tokens)
+    dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return _multiplied(left.to(dtype), right.to(dtype)).to(dtype)  # Autocast gives 16 bits all the same.
+
+
+def weighted_sum(weights: Tensor, vectors: Tensor) -> Tensor:
+    """Return sums of cached vectors [..., T, w] with weights [..., M, T], in the dtype in which they are computed.
+
+    That is `working_dtype` of the vectors, which are in float32 where codes were opened.
+    """
+    dtype = working_dtype(vectors.dtype, vectors.device, vectors.shape[-2])
+    return _multiplied(weights.to(dtype), vectors.to(dtype))
+
+
+def _multiplied(left: Tensor, right: Tensor) -> Tensor:
     # For 16 bits `matmul` copies a factor whose tokens lie side by side, which takes longer than the product.
-    multiply = torch.bmm if left.ndim == right.ndim == 3 else torch.matmul
-    return multiply(left.to(working), right.to(working)).to(narrow)
+    return (torch.bmm if left.ndim == right.ndim == 3 else torch.matmul)(left, right)
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device, tokens: int) -> torch.dtype:
@@ -82,7 +92,7 @@ def _has(question: str) -> bool:
 def grouped_context(weights: Tensor, value: Tensor) -> Tensor:
     """Return the sums [B, H, S, v] of values [B, U, T, v] with weights [B, H, S, T]; H/U heads share a value head."""
     batch, heads, length, tokens = weights.shape
-    folded = product(weights.reshape(batch, value.shape[1], -1, tokens), value, tokens)  # [B, U, H/U·S, v]
+    folded = weighted_sum(weights.reshape(batch, value.shape[1], -1, tokens), value)  # [B, U, H/U·S, v]
     return folded.reshape(batch, heads, length, -1)
 
 

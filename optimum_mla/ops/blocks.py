@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.ops.absorb import WHOLE_TOKENS, multiplies, product, working_dtype
+from optimum_mla.ops.absorb import WHOLE_TOKENS, logit_product, multiplies, weighted_sum, working_dtype
 from optimum_mla.ops.rotary import is_transposed
 
 BLOCK_NUMBERS = 2**20
@@ -60,15 +60,14 @@ class Latents:
         return sums
 
     def logits(self, queries: Tensor) -> Tensor:
-        """Return the inner products of queries [B, M, w] with the vector of every token, [B, M, T]."""
-        tokens = self.vectors.shape[1]
+        """Return the inner products of queries [B, M, w] with the vector of every token, [B, M, T], in float32."""
         if self.by_channel:
-            return product(self.lift(queries), self.vectors.mT, tokens)
-        return product(self.vectors, self.lift(queries).transpose(1, 2), tokens).transpose(1, 2)
+            return logit_product(self.lift(queries), self.vectors.mT)
+        return logit_product(self.vectors, self.lift(queries).transpose(1, 2)).transpose(1, 2)
 
     def context(self, weights: Tensor) -> Tensor:
         """Return the sums of the vectors with weights [B, M, T], [B, M, w]."""
-        return self.lower(product(weights, self.vectors, self.vectors.shape[1]))
+        return self.lower(weighted_sum(weights, self.vectors))
 
     def project(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return a linear map with weight [m, w] and bias [m] of every vector, [B, T, m].

@@ -110,13 +110,12 @@ def softmax_sums(
     """Return the softmax sums over one block.
 
     Args:
-        logits: Scaled logits, [B, H, S, t].
+        logits: Scaled logits, [B, H, S, t], in float32 or wider.
         combine: Returns the weighted sum [B, H, S, w] for weights [B, H, S, t] in the dtype of the logits.
         mask: The part of the mask for this block.
         dropout: Probability with which a weight is dropped.
     """
-    dtype = logits.dtype
-    logits = masked(logits.to(torch.promote_types(dtype, torch.float32)), mask)
+    logits = masked(logits, mask)
     # Masked logits are the lowest number or -inf; the latter must not be subtracted from itself.
     peak = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = (logits - peak).exp()
@@ -124,7 +123,15 @@ def softmax_sums(
     if dropout:
         weights = nn.functional.dropout(weights, p=dropout)
         mass = weights.sum(dim=-1, keepdim=True)
-    return Sums(peak, total, mass, combine(weights.to(dtype)).to(weights.dtype), logits)
+    return Sums(peak, total, mass, combine(weights).to(weights.dtype), logits)
+
+
+def scaled_queries(queries: Tensor, scaling: float) -> Tensor:
+    """Return queries times a factor of the logits, in float32 or wider, so that their own dtype rounds them once.
+
+    The queries are scaled, and not the logits, because there are more of those.
+    """
+    return queries.to(torch.promote_types(queries.dtype, torch.float32)) * scaling
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -143,9 +150,7 @@ def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 def masked_softmax(logits: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Return the attention weights of all scaled logits [B, H, S, T] at once, with mask and dropout applied."""
-    dtype = logits.dtype
-    logits = masked(logits.to(torch.promote_types(dtype, torch.float32)), mask)
-    weights = logits.softmax(dim=-1).to(dtype)
+    weights = masked(logits, mask).softmax(dim=-1)
     return nn.functional.dropout(weights, p=dropout) if dropout else weights
 
 
@@ -178,7 +183,8 @@ class LatentDecode:
         latent_queries: Queries with the key up-projection folded in, [B, H, S, r].
         rope_queries: Rotary part of the queries, [B, H, S, R], already rotated if the rotary key is cached and not yet
             rotated if it is rebuilt; R may be 0.
-        logit_bias: What the bias of the up-projection adds to every logit of a query, [B, H, S, 1], or None.
+        logit_bias: What the bias of the up-projection adds to every logit of a query, [B, H, S, 1], where key norms or
+            a soft-cap make a difference of it; None elsewhere, as a softmax does not see it.
         scaling: Factor that multiplies the logits.
         rope_heads: Number of heads of the rotary key, K.
         view: The cached tokens, first those that are quantized, then those in full precision.
@@ -204,10 +210,10 @@ class LatentDecode:
     keep_weights: bool = False
 
     def rope_logits(self, block: Block, span: slice) -> Tensor | None:
-        """Return the scaled rotary part of the logits, [B, H, S, t], or None without rotary dims."""
+        """Return the scaled rotary part of the logits, [B, H, S, t], in float32, or None without rotary dims."""
         if not self.rope_queries.shape[-1]:
             return None
-        queries = self.rope_queries * self.scaling
+        queries = scaled_queries(self.rope_queries, self.scaling)
         if self.rebuild is None:
             key = block.second.dense().unflatten(-1, (self.rope_heads, -1)).transpose(1, 2)  # [B, K, t, R]
             return grouped_logits(queries, key)
@@ -216,8 +222,7 @@ class LatentDecode:
     def partial(self, block: Block, span: slice, mask: Tensor | None) -> Sums:
         """Attend to one block with plain torch operations."""
         batch, heads, length, _ = self.latent_queries.shape
-        # The queries are scaled, which is done once per step and not once per cached token.
-        latent, rotary = (queries * self.scaling for queries in (self.latent_queries, self.rope_queries))
+        latent, rotary = (scaled_queries(queries, self.scaling) for queries in (self.latent_queries, self.rope_queries))
         if self.rebuild is None and self.rope_heads == 1 and rotary.shape[-1] and block.adjacent is not None:
             # Latent and rotary key are one key of one head.
             joined = torch.cat([block.first.lift(latent), block.second.lift(rotary)], dim=-1)
@@ -231,9 +236,9 @@ class LatentDecode:
         if self.logit_bias is not None:
             logits = logits + self.logit_bias * self.scaling
         if key_heads := block.key_factors.shape[-1]:
-            factors = block.key_factors.to(torch.promote_types(logits.dtype, torch.float32)) + self.factor_centre
+            factors = block.key_factors.to(logits.dtype) + self.factor_centre
             factors = factors.transpose(1, 2).repeat_interleave(heads // key_heads, dim=1)  # [B, H, t]
-            logits = (logits * factors.unsqueeze(2)).to(logits.dtype)
+            logits = logits * factors.unsqueeze(2)
 
         def combine(weights: Tensor) -> Tensor:
             return block.first.context(weights.flatten(1, 2)).unflatten(1, (heads, length))

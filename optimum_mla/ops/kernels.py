@@ -7,7 +7,6 @@ A kernel is a function that takes a `LatentDecode` and returns an `Attended`, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -31,14 +30,14 @@ def cpu_decode(step: LatentDecode) -> Attended:
 
     All query heads share the latents, so they become the rows of one head, and the pieces of the block become its
     heads, because PyTorch's kernel runs heads in parallel, but not the tokens of one head. If a shared rotary key lies
-    beside the latent, both are one key; otherwise the rotary logits are passed as an additive mask. `logit_bias` is the
-    same for all tokens and changes no softmax. Weights, dropout, soft-caps, key norms and gradients are left to the
-    reference.
+    beside the latent, both are one key; otherwise the rotary logits are passed as an additive mask. Weights, dropout,
+    soft-caps, key norms, biases and gradients are left to the reference.
     """
     if (
         step.keep_weights
         or step.dropout
         or step.logit_cap is not None
+        or step.logit_bias is not None
         or step.view.num_key_factors
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -51,9 +50,7 @@ def cpu_decode(step: LatentDecode) -> Attended:
     others: list[Sums] = []
     for block, span, mask in masked_blocks(step.view, step.mask):
         if block.first.by_channel:  # PyTorch's kernel takes tokens side by side only.
-            # Without the bias, which is the same for all tokens and which PyTorch's kernel leaves out for other blocks.
-            sums_of_block = replace(step, logit_bias=None).partial(block, span, mask)
-            others.append(Sums(*(part.flatten(1, 2) for part in sums_of_block[:4])))
+            others.append(Sums(*(part.flatten(1, 2) for part in step.partial(block, span, mask)[:4])))
             continue
         joining = shared_rope and block.adjacent is not None
         layout: Hashable = (joining, block.first.layout, block.second.layout)
@@ -72,14 +69,15 @@ def cpu_decode(step: LatentDecode) -> Attended:
 
 
 def _additive(added: Tensor | None, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-    """Return added logits [B, H, S, t] (or None) and a mask as one additive mask [B, H·S, t] in the queries' dtype."""
+    """Return added logits [B, H, S, t] (or None) and a mask as one additive mask [B, H·S, t], in float32 or wider."""
+    dtype = torch.promote_types(queries.dtype, torch.float32)
     if mask is not None:
         lowest = torch.finfo(queries.dtype).min
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=queries.dtype).masked_fill_(~mask, lowest)
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
         added = mask.expand(*queries.shape[:3], -1) if added is None else added + mask
         added = added.clamp(min=lowest)  # a row of -inf has no softmax
-    return None if added is None else added.flatten(1, 2).to(queries.dtype)
+    return None if added is None else added.flatten(1, 2).to(dtype)
 
 
 def _flash(queries: Tensor, keys: Tensor, scaling: float, added: Tensor | None) -> list[tuple[Tensor, Tensor]]:
@@ -91,7 +89,6 @@ def _flash(queries: Tensor, keys: Tensor, scaling: float, added: Tensor | None) 
     tokens = keys.shape[1]
     dtype = attention_dtype(queries.dtype, queries.device, tokens)
     queries, keys = queries.to(dtype), keys.to(dtype)
-    added = None if added is None else added.to(dtype)
     rows = queries.flatten(1, 2).unsqueeze(1)  # [B, 1, H·S, w]
     pieces = 1 << (torch.get_num_threads() - 1).bit_length()
     while pieces > max(1, keys[0].numel() // PIECE_NUMBERS):

@@ -52,7 +52,7 @@ def low_rank_factors(matrix: Tensor, rank: int) -> LowRankFactors:
     _, directions = _eigenbasis(matrix)
     basis = directions[:rank]  # [r, m] or [r, d]
     if matrix.shape[0] <= matrix.shape[1]:
-        down, up = basis @ matrix, basis.T
+        down, up = basis @ matrix, basis.T * matrix.any(1, keepdim=True)  # Rows of zeros stay exactly zero.
         scale = down.norm(dim=1).sqrt()
     else:
         down, up = basis, matrix @ basis.T

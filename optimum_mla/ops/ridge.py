@@ -48,7 +48,7 @@ class Regression:
 
     def change(self, residual: Tensor, ridge: float) -> Tensor:
         """Return the change of a weight, [d, c], that fits its `residual` [c, d] best, kept small by `ridge`."""
-        damping = ridge * self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        damping = (ridge * self.gram.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
         damped = self.gram + damping * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         return torch.cholesky_solve(residual, torch.linalg.cholesky(damped)).T
 
@@ -62,12 +62,16 @@ class Regression:
 def heal(weight: Tensor, fitted: Regression, held: Regression) -> Healing:
     """Refit `weight` [d, c] with the ridge that is best on held-back rows, if one is better than no change.
 
+    A weight of zeros switches its layer off and stays as it is.
+
     Args:
         weight: The old weight, in float64.
         fitted: Sums over the rows that the weight is fitted to.
         held: Sums over the held-back rows that decide between the ridges.
     """
     before = held.error(weight, None)
+    if not weight.any():
+        return Healing(None, before, before)
     residual = fitted.residual(weight)
     changes = [fitted.change(residual, ridge) for ridge in RIDGES]
     errors = [held.error(weight, change) for change in changes]

@@ -18,7 +18,7 @@ from optimum_mla.core.errors import CalibrationDataError
 
 DAMPING = 1e-6
 """Share of the largest row norm that is added to the diagonal of a second moment, so that it can be inverted even if
-channels are dead."""
+channels are dead. A moment of zeros gets that of the largest moment beside it."""
 
 
 class WeightedRows(NamedTuple):
@@ -49,27 +49,37 @@ class WeightedFactors(NamedTuple):
     costs: Tensor
 
 
-def damped_cholesky(moment: Tensor, name: str) -> Tensor:
+def largest_norm(moments: Sequence[Tensor]) -> Tensor:
+    """Return the largest row norm of some second moments [..., n, n], a scalar, or 1 if all of them are zero."""
+    largest = torch.stack([_norms(moment).max() for moment in moments]).max()
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _norms(moment: Tensor) -> Tensor:
+    """Return the largest row norm of each second moment [..., n, n]."""
+    return torch.linalg.matrix_norm(moment, ord=float("inf"))
+
+
+def damped_cholesky(moment: Tensor, name: str, largest: Tensor | None = None) -> Tensor:
     """Return lower factors L with L Lᵀ = `moment` [..., n, n] after adding `DAMPING` to its diagonal.
 
-    A moment of zeros, whose rows nothing reads, gives a multiple of the identity as small as the damping.
+    A moment of zeros gives a multiple of the identity, because its root has to be invertible too.
 
     Args:
         moment: Second moments, positive semidefinite up to rounding.
         name: What the moment belongs to, for the error message.
+        largest: What a moment of zeros is damped relative to; None takes the largest norm of these moments.
 
     Raises:
         CalibrationDataError: The moment holds NaN or infinite values.
     """
     if not moment.isfinite().all():
         raise CalibrationDataError(
-            f"calibration: the second moment of the {name} is not finite. The model overflows on this text: "
-            "convert in float32 or bfloat16, or give another text."
+            f"calibration: the second moment of the {name} is not finite. The model overflows on this text, although "
+            "calibration computes in float32: check its weights, or give another text."
         )
-    size = torch.linalg.matrix_norm(moment, ord=float("inf"))
-    largest = size.max().clamp_min(torch.finfo(moment.dtype).tiny)
-    # A block that nothing reads still needs an invertible root, so it is damped relative to the largest block.
-    damping = DAMPING * torch.where(size > 0, size, largest)
+    size = _norms(moment)
+    damping = DAMPING * torch.where(size > 0, size, largest_norm([moment]) if largest is None else largest)
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     factor, info = torch.linalg.cholesky_ex(moment + damping[..., None, None] * eye)
     while (info != 0).any():  # rounding can leave eigenvalues a little below zero
@@ -81,14 +91,19 @@ def damped_cholesky(moment: Tensor, name: str) -> Tensor:
 class WeightedFactorization:
     """The best approximations of stacked rows by one shared latent, for every rank.
 
+    Errors of rows that nothing reads do not count, nor does any error where all inputs are zero.
+
     Args:
         rows: Blocks of rows, which share the latent.
         inputs: Second moment of the inputs, [d, d].
     """
 
     def __init__(self, rows: Sequence[WeightedRows], inputs: Tensor) -> None:
-        self._roots = [damped_cholesky(block.moment, "readers of a weight") for block in rows]
+        largest = largest_norm([block.moment for block in rows])
+        self._roots = [damped_cholesky(block.moment, "readers of a weight", largest) for block in rows]
         self._input_root = damped_cholesky(inputs, "layer's inputs")
+        read = torch.cat([(_norms(block.moment) > 0).repeat_interleave(block.moment.shape[-1]) for block in rows])
+        self._read = (read & inputs.any())[:, None]  # [m, 1]; the damping alone makes errors elsewhere too
         weighted = torch.cat([_times(root.mT, block.weight) for root, block in zip(self._roots, rows, strict=True)])
         self._matrix = weighted @ self._input_root  # [m, d]
         self._wide = self._matrix.shape[0] <= self._matrix.shape[1]
@@ -98,6 +113,15 @@ class WeightedFactorization:
         directions = vectors.flip(-1).T
         # The sign of an eigenvector is arbitrary. It is fixed here, so that every machine makes the same factors.
         self._directions = directions * directions.gather(-1, directions.abs().argmax(-1, keepdim=True)).sign()
+        if not self._read.all():
+            up = self._up(len(self.energies)) * self._read
+            self.energies = up.square().sum(0) * (self.energies if self._wide else 1.0)
+
+    def _up(self, rank: int) -> Tensor:
+        """Return the weighted factor that reads the latent, [m, r], before its scale."""
+        basis = self._directions[:rank]
+        up = basis.T if self._wide else self._matrix @ basis.T
+        return up * self._matrix.any(1, keepdim=True)  # Rows of zeros stay zero, whatever rounding would make of them.
 
     def error(self, rank: int) -> float:
         """Return the weighted squared error that the best factors of a rank leave."""
@@ -107,13 +131,13 @@ class WeightedFactorization:
         """Return the best factors of a rank; both sides carry the root of the scale of each latent channel."""
         basis = self._directions[:rank]
         down = basis @ self._matrix if self._wide else basis  # [r, d], of the weighted matrix
-        up = basis.T if self._wide else self._matrix @ basis.T  # [m, r]
+        up = self._up(rank)
         down = torch.linalg.solve_triangular(self._input_root, down, upper=False, left=False)
         sizes = [root.shape[0] * root.shape[-1] for root in self._roots]
         ups = [_solve(root.mT, part) for root, part in zip(self._roots, up.split(sizes), strict=True)]
         scale = (down.norm(dim=1) / torch.cat(ups).norm(dim=0)).sqrt()
         scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
-        costs = up.square().sum(0) * scale.square()
+        costs = (up * self._read).square().sum(0) * scale.square()
         return WeightedFactors(down / scale[:, None], [part * scale for part in ups], costs)
 
 

@@ -75,8 +75,8 @@ def distillation_loss(
         vocabulary = student_head(student[:1]).shape[-1]
     pieces = zip(*(x.split(max(1, CHUNK_NUMBERS // vocabulary)) for x in (student, teacher, targets)), strict=True)
     totals = [checkpoint(sums, *piece, use_reentrant=False) for piece in pieces]
-    # A batch without any counted token gets a zero with a gradient, because distributed training needs one.
-    kl, ce = (torch.stack(totals).sum(0) if totals else student_hidden.sum() * torch.zeros(2)) / max(1, len(targets))
+    # A batch without any counted token is one empty piece, whose zero has a gradient: distributed training needs one.
+    kl, ce = torch.stack(totals).sum(0) / max(1, len(targets))
     return Distilled(kl_weight * kl + ce_weight * ce, kl.detach(), ce.detach())
 
 

@@ -80,7 +80,7 @@ def test_blocks_give_what_one_piece_gives(
     step = LatentDecode(
         latent_queries=randn(B, H, length, RANK, seed=7),
         rope_queries=randn(B, H, length, R, seed=8),
-        logit_bias=randn(B, H, length, 1, seed=9) if biased else None,
+        logit_bias=randn(B, H, length, 1, seed=9) if biased and key_factors else None,
         scaling=SCALING,
         rope_heads=rope_heads,
         view=TensorView(first, torch.cat([second, factors], dim=-1), key_factors),

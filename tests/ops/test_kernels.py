@@ -66,7 +66,7 @@ def step_over(
     return LatentDecode(
         latent_queries=randn(batch, HEADS, length, RANK, seed=5, dtype=dtype),
         rope_queries=randn(batch, HEADS, length, ROPE, seed=6, dtype=dtype),
-        logit_bias=randn(batch, HEADS, length, 1, seed=7, dtype=dtype),
+        logit_bias=None,
         scaling=0.2,
         rope_heads=rope_heads,
         view=view,
