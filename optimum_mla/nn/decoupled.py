@@ -111,10 +111,8 @@ class DecoupledLatentAttention(LatentAttention):
         if up.bias is None or self._sees_shifts or not is_plain(up):
             flat = up(latent)
         else:
-            bias = up.bias.unflatten(0, (-1, width))
-            flat = nn.functional.linear(
-                latent, up.weight, nn.functional.pad(bias[:, g.qk_nope_head_dim :], (g.qk_nope_head_dim, 0)).flatten()
-            )
+            kept = up.bias.unflatten(0, (-1, width))[:, g.qk_nope_head_dim :]  # that of the values
+            flat = nn.functional.linear(latent, up.weight, nn.functional.pad(kept, (g.qk_nope_head_dim, 0)).flatten())
         # Under tensor parallelism the heads of this process only.
         heads = flat.unflatten(-1, (-1, width)).transpose(1, 2)
         nope, value = heads.split([g.qk_nope_head_dim, g.v_head_dim], dim=-1)

@@ -10,42 +10,51 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.core.processes import ALONE, Processes
+from optimum_mla.core.processes import ALONE
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 COLLECTIVES = """
 import torch
 from optimum_mla.core.processes import joined_processes
+torch.manual_seed(0)
+items = [torch.randn(3) * 10.0**place for place in range(5)]
+def work(item):
+    return item.double() * 0.1, float(item.sum()), len(item)
 with joined_processes() as processes:
-    rows = torch.arange(10.0).view(5, 2)
-    own = processes.share(rows)
-    assert torch.equal(processes.gathered(own + 1, 5), rows + 1)
-    assert torch.equal(processes.gathered(processes.share(rows[:1]), 1), rows[:1])
-    found = processes.total(own.sum(0).double(), float(len(own)), len(own))
-    assert found[0].tolist() == [20.0, 25.0] and found[1:] == (5.0, 5) and type(found[2]) is int
+    done = []
+    def counted(item):
+        done.append(item)
+        return work(item)
+    found = list(processes.each(items, counted))
+    assert [part[1:] for part in found] == [work(item)[1:] for item in items]
+    assert all(torch.equal(part[0], work(item)[0]) for part, item in zip(found, items))
+    assert len(done) == (3, 2)[processes.rank]  # in turn
+    expected = [0.0, 0.0, 0]
+    for item in items:
+        expected = [have + term for have, term in zip(expected, work(item))]
+    total = processes.summed(items, work)
+    assert torch.equal(total[0], expected[0]) and total[1:] == tuple(expected[1:]) and type(total[2]) is int
+    assert list(processes.each([], work)) == []
     assert processes.told({"rank": processes.rank}) == {"rank": 0}
     assert processes.leads == (processes.rank == 0) and processes.size == 2
     print("passed", flush=True)
 """
 
 
-@given(st.integers(0, 40), st.integers(1, 9))
-def test_shares_are_all_rows_once(rows: int, size: int) -> None:
-    shares = [Processes(rank, size).share(torch.arange(rows)) for rank in range(size)]
-    assert torch.cat(shares).tolist() == list(range(rows))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_one_process_keeps_what_it_has() -> None:
-    rows = torch.randn(3, 2)
-    assert torch.equal(ALONE.share(rows), rows)
-    assert ALONE.gathered(rows, 3) is rows
-    assert ALONE.total(rows, 2)[1] == 2
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12))
+def test_one_process_does_all_in_order(items: list[float]) -> None:
+    found = list(ALONE.each(items, lambda item: (torch.tensor([item]), item)))
+    assert [number for _, number in found] == items
+    expected = items[0]
+    for item in items[1:]:
+        expected += item
+    tensor, number, count = ALONE.summed(items, lambda item: (torch.tensor([item], dtype=torch.float64), item, 1))
+    assert (float(tensor), number, count) == (expected, expected, len(items))
     assert ALONE.told("word") == "word"
 
 
-def test_two_processes_gather_and_add_up(tmp_path: Path) -> None:
+def test_two_processes_give_what_one_does_to_the_last_bit(tmp_path: Path) -> None:
     script = tmp_path / "collectives.py"
     script.write_text(COLLECTIVES, encoding="utf-8")
     done = subprocess.run([*TORCHRUN, "2", str(script)], capture_output=True, text=True)
