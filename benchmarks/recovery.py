@@ -167,7 +167,8 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
     recipe = Recipe(sequence_length=length, train_tokens=case["tokens"], **case["recipe"])
     evaluation = None if "random_model" in config else str(texts_of(config) / "evaluation.txt")
     texts = TextOptions(eval_data=evaluation, eval_length=length, eval_samples=config.get("evaluation_windows", 10**6))
-    training = {**config["training"], **case.get("training", {})}
+    # The last step is measured, because the text that chose the best one would flatter it.
+    training = {**config["training"], **case.get("training", {}), "load_best_model_at_end": False}
     report = finetune(str(model), output, ids, recipe, training, texts, overwrite=True)
     if report is None:
         raise RuntimeError("a process of its own measures nothing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -34,6 +35,7 @@ from optimum_mla.recovery.data import pack, stream
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.report.cards import renamed
 from optimum_mla.report.schema import RecoveryReport
+from optimum_mla.report.verdict import recovery_verdict
 from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
@@ -499,8 +501,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
         train("parts", **recipe, **steps, temperature=2.0, resume=True)
     with pytest.raises(InvalidValueError, match="train_data"):
         train("parts", **recipe, **steps, data="pairs.jsonl", resume=True)
+    rest = {k: v for k, v in SHORT.items() if k != "max_steps"}
     with pytest.raises(InvalidValueError, match="max_steps: got None, allowed: 12"):
-        finetune(*call, Recipe(**SMALL, **recipe), {k: v for k, v in SHORT.items() if k != "max_steps"}, resume=True)
+        finetune(*call, Recipe(**SMALL, **recipe), rest, TEXTS, resume=True)
+    with pytest.raises(InvalidValueError, match="eval_samples: got 3, allowed: 2"):
+        train("parts", **recipe, **steps, texts=replace(TEXTS, eval_samples=3), resume=True)
     with pytest.raises(InvalidValueError, match=r"half.*converted, as in the interrupted run"):
         train("parts", **recipe, **steps, model="half", resume=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".parts.training", "whole"]
@@ -801,6 +806,172 @@ def test_the_command_says_that_the_loss_diverged(
     assert list(tmp_path.iterdir()) == []
 
 
+# Held-out text
+
+
+class Ruin(TrainerCallback):
+    """Keeps what trains at every checkpoint, and adds noise to it at the beginning of a step."""
+
+    def __init__(self, step: int, size: float) -> None:
+        self.step, self.size = step, size
+        self.saved: dict[int, dict[str, Tensor]] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trained = {n: p.detach().clone() for n, p in kwargs["model"].named_parameters() if p.requires_grad}
+        self.saved[state.global_step] = {name.replace(".default", ""): value for name, value in trained.items()}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            draw = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in kwargs["model"].parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(self.size * torch.randn(parameter.shape, generator=draw))
+
+
+LEARNS: dict[str, Any] = {"model": "reference", "training": {"max_steps": 8, "lr_scheduler_type": "constant"}}
+"""A training that brings the perplexity down, until something ruins the weights."""
+
+
+@pytest.fixture(scope="module")
+def reference(models: Path) -> Path:
+    """`reference` beside the other models: the trained model, converted so that it is bad and learns quickly."""
+    convert(str(REFERENCE), models / "reference", "x-ecomla", {"kv_cache_ratio": 0.25}, UNCALIBRATED, dtype="float32")
+    return models / "reference"
+
+
+@pytest.mark.parametrize("trained", ["lora", "kv"])
+def test_the_step_that_is_best_on_held_out_text_is_kept(
+    trained: str, reference: Path, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+) -> None:
+    ruin = Ruin(5, 0.13)
+    with_callback(ruin)
+    report = train(train=trained, **LEARNS)
+    measured = {entry["step"]: entry["perplexity"] for entry in report.perplexities}
+    assert list(measured) == [2, 4, 6, 8]
+    assert measured[4] < measured[2] < report.perplexity_converted
+    assert measured[6] > measured[4]
+    assert measured[8] > measured[4]
+    assert (report.kept_step, report.steps, report.tokens_seen) == (4, 8, 8 * 2 * 32)
+    assert report.perplexity_text == "evaluation"
+    assert report.perplexity_recovered == pytest.approx(measured[4], rel=1e-5)
+    saved = weights_of(tmp_path / "out")
+    for name, value in ruin.saved[4].items():
+        assert torch.equal(saved[name], value)
+    words = f"to {measured[4]:.2f} after 4 steps, whose weights are saved. After 8 steps it was {measured[8]:.2f}."
+    assert words in recovery_verdict(report)
+    assert words in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trained", ["lora", "kv"])
+def test_a_training_that_makes_held_out_text_worse_says_so_and_saves_the_model_as_it_was(
+    trained: str, reference: Path, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+) -> None:
+    said = []
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append((record.getMessage(), (tmp_path / "out").exists()))
+
+    with_callback(Ruin(0, 0.13))
+    watch = Watch()
+    logging.getLogger("optimum_mla").addHandler(watch)
+    report = train(model="reference", train=trained, merge=trained == "lora")
+    logging.getLogger("optimum_mla").removeHandler(watch)
+    best = min(report.perplexities, key=lambda entry: entry["perplexity"])
+    before = report.perplexity_converted
+    assert best["perplexity"] > before
+    assert (report.kept_step, report.steps) == (0, 6)
+    assert report.perplexity_recovered == pytest.approx(before, rel=1e-6)
+    ((line, there),) = [entry for entry in said if "warning" in entry[0]]
+    assert not there  # It was said before anything was written.
+    assert line == recovery_verdict(report)
+    assert line.startswith(
+        f"warning: the training made the model worse: its perplexity on the evaluation text was {before:.2f} before, "
+        f"and at best {best['perplexity']:.2f} after {best['step']} of 6 steps. The model is saved as it was given."
+    )
+    saved, given = weights_of(tmp_path / "out"), weights_of(reference)
+    assert saved.keys() == given.keys()
+    assert all(torch.equal(saved[name], value) for name, value in given.items())
+
+
+def test_without_checkpoints_the_end_is_compared_with_the_beginning(
+    reference: Path, train: Callable[..., RecoveryReport], with_callback: Any
+) -> None:
+    with_callback(Ruin(1, 0.13))
+    report = train(model="reference", train="kv", training={"save_strategy": "no"})
+    assert (report.kept_step, [entry["step"] for entry in report.perplexities]) == (0, [6])
+    with_callback(None)
+    learns = {**LEARNS, "training": {**LEARNS["training"], "save_strategy": "no"}}
+    report = train(train="kv", overwrite=True, **learns)
+    assert report.kept_step == 8
+    assert report.perplexity_recovered < report.perplexity_converted
+
+
+def test_the_last_step_is_saved_where_that_is_asked_for(
+    reference: Path, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+) -> None:
+    ruin = Ruin(5, 0.13)
+    with_callback(ruin)
+    report = train(model="reference", train="kv", training={"load_best_model_at_end": False})
+    assert (report.kept_step, report.perplexities) == (None, [])
+    assert report.perplexity_recovered > report.perplexity_converted
+    assert recovery_verdict(report).startswith("warning: the training made the model worse: it raised the perplexity")
+    saved = weights_of(tmp_path / "out")
+    assert all(torch.equal(saved[name], value) for name, value in ruin.saved[6].items())
+
+
+def test_the_best_step_outlives_an_interruption_and_a_divergence(
+    reference: Path, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+) -> None:
+    class Both(Ruin):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    ruin = Both(3, 0.13)
+    with_callback(ruin)
+    with pytest.raises(KeyboardInterrupt):
+        train(train="kv", **LEARNS)
+    with_callback(None)
+    report = train(train="kv", resume=True, **LEARNS)
+    assert (report.resumed_at_step, report.kept_step) == (6, 2)
+    saved = weights_of(tmp_path / "out")
+    assert all(torch.equal(saved[name], value) for name, value in ruin.saved[2].items())
+
+    ruin = Ruin(5, 30.0)
+    with_callback(ruin)
+    report = train(train="kv", overwrite=True, **LEARNS)
+    assert (report.diverged_at_step, report.kept_step) == (6, 4)
+    saved = weights_of(tmp_path / "out")
+    assert all(torch.equal(saved[name], value) for name, value in ruin.saved[4].items())
+
+
+def test_rows_are_held_back_where_there_is_no_evaluation_text(
+    reference: Path, models: Path, train: Callable[..., RecoveryReport]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    rows = pack(tokenizer, models / "train.txt", 32).ids
+    report = train(texts=TextOptions(), train="kv", objective="sft", **LEARNS)
+    assert report.perplexity_text == "held-back training"
+    count = report.data["held-back"]["windows"]
+    assert count == len(rows) // 20
+    assert report.data["train-data"]["rows"] == len(rows) - count
+    assert "perplexity on text held back from the training data from" in recovery_verdict(report)
+    assert report.perplexity_source is None  # Nobody asked for it, and it is not in memory.
+    streamed = train(
+        texts=TextOptions(),
+        train="kv",
+        overwrite=True,
+        streaming=True,
+        **{**LEARNS, "sequence_length": 8},
+    )
+    assert streamed.data["held-back"]["windows"] == 32
+    few = train(texts=TextOptions(), train="kv", overwrite=True, train_tokens=8 * 32, training={"max_steps": 2})
+    assert (few.perplexity_text, few.kept_step, few.perplexity_converted) == (None, None, None)
+    assert "--eval-data" in recovery_verdict(few)
+
+
 # Bad input
 
 BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -834,7 +1005,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
     "argument of ours": (r"output_dir: ", {"training": "output_dir=elsewhere"}),
     "argument without a value": (r"training: got 'adam_beta1', allowed: NAME=VALUE", {"training": "adam_beta1"}),
     "argument that is no YAML": (r"training: got 'adam_beta1=\[0", {"training": "adam_beta1=[0"}),
-    "refused argument": (r"training: .*bogus", {"training": "eval_strategy=bogus"}),
+    "refused argument": (r"training: .*bogus", {"training": "save_strategy=bogus"}),
     "unknown schedule": (r"training: .*bogus", {"lr_scheduler_type": "bogus"}),
     "no batch": (r"per_device_train_batch_size: got 0", {"per_device_train_batch_size": 0, "max_steps": -1}),
     "negative rate": (r"learning_rate: got -1", {"learning_rate": -1}),
@@ -865,7 +1036,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
     "a rank beyond the model": (r"lora_rank: got 1000000, allowed: integers from 1 to \d+\.", {"lora_rank": 10**6}),
     "more tokens than can be counted": (r"train_tokens: got 1000.*integers from 1 to 922", {"train_tokens": 10**26}),
     "unknown logger": (r"training: .*bogus is not supported", {"report_to": "bogus"}),
-    "evaluation, which is ours": (r"training: .*eval_strategy", {"training": "eval_strategy=steps"}),
+    "evaluation, which is ours": (r"eval_strategy: got 'steps'", {"training": "eval_strategy=steps"}),
     "no rank": (r"lora_rank: got 0", {"lora_rank": 0}),
     "layers beyond the model": (r"layers: .*0 to 2", {"layers": "1-3"}),
     "merge without adapters": (r"merge: .*lora or dora", {"train": "kv", "merge": None}),

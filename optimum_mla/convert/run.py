@@ -258,7 +258,7 @@ class Run:
                 state_error, healed_error = healing.error_before, healing.error_after
                 if healing.weight is not None:
                     tensors["o_proj.weight"] = healing.weight
-        cast = balanced(self._cast(source, tensors), geometry)
+        cast = balanced(self._cast(source, tensors), geometry, source.input_gain)
         attention = load_attention(self.family, self.config, layer, cast, self.source.rotary, geometry).eval()
         measured, predicted = probe_errors(source, attention, tensors, self.source.implementation)
         check_errors(layer, measured, predicted, attention.o_proj.weight.dtype)

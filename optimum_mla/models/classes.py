@@ -17,6 +17,7 @@ from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.core.geometry import ModelGeometry
 from optimum_mla.families.guess import spec_source
 from optimum_mla.families.spec import AttentionSpec
+from optimum_mla.models.adapters import warn_of_unmatched
 from optimum_mla.models.config import SHIM_NAME
 from optimum_mla.models.layers import build_attention, latent_cache, model_geometry, quantized_settings
 from optimum_mla.nn import DecoupledLatentAttention, LatentAttention
@@ -166,6 +167,12 @@ class LatentGeneration(PreTrainedModel):
 
     spec: Any
     """The `AttentionSpec` of the language model."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. PEFT sets `peft_config` on a model that it has adapted; targets are checked then."""
+        super().__setattr__(name, value)
+        if name == "peft_config":
+            warn_of_unmatched(self, value, self.spec.attention)
 
     @property
     def geometry(self) -> ModelGeometry:

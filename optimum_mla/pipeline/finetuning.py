@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from optimum_mla.calibrate.text import window_length
@@ -22,6 +24,8 @@ from optimum_mla.io.journal import Journal, as_kept, differing
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
+from optimum_mla.models.layers import model_geometry
+from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
@@ -34,14 +38,16 @@ from optimum_mla.pipeline.loading import (
 )
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
-from optimum_mla.recovery.data import pack, preferences, stream
+from optimum_mla.recovery.data import hold_back, pack, preferences, stream
 from optimum_mla.recovery.distributed import full_state
+from optimum_mla.recovery.held_out import HeldOut
 from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
 from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
 from optimum_mla.report.cards import recovery_card
 from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.schema import RecoveryReport
+from optimum_mla.report.verdict import recovery_verdict
 from optimum_mla.weights.choices import quantized_by
 
 logger = logging.getLogger(__name__)
@@ -69,6 +75,10 @@ def finetune(
 ) -> RecoveryReport | None:
     """Train a converted checkpoint and write the result with its model card, loss curve and `recovery_report.json`.
 
+    The result is that of the step which is best on held-out text: the evaluation text, or rows that are held back from
+    the training text. The model as it was given is step 0, and is written unchanged if no step is better. With
+    `load_best_model_at_end` false in `training`, and with DPO, the result is that of the last step.
+
     Runs as it is under `torchrun` and `accelerate launch`; the first process then measures and writes. Checkpoints lie
     beside the output until it is written.
 
@@ -78,7 +88,7 @@ def finetune(
         train_data: Text as for `TextOptions`, or preference pairs for DPO.
         recipe: What trains, and against what; None takes the defaults.
         training: Fields of `transformers.TrainingArguments`; `lr_scheduler_type` may also be `mha2mla`.
-        texts: Its evaluation text, if any.
+        texts: Its evaluation text, if any; the largest number and the length of its windows.
         dtype: Of the result: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
         overwrite: Replace `output` if it is a model folder, and drop the checkpoints of an interrupted run.
@@ -112,6 +122,7 @@ def finetune(
     taught_by = find_teacher(model, recipe, teacher_revision)
     origin = train_data if isinstance(train_data, str) else "token ids"
     run = {"model": model, "train_data": origin, **recipe.to_dict(), **training}
+    run |= {name: getattr(texts, name) for name in ("eval_data", "eval_samples", "eval_length")}
     if teacher_revision is not None:
         run["teacher_revision"] = teacher_revision
     teaching = None if taught_by is None else taught_by.location
@@ -122,12 +133,21 @@ def finetune(
     tokenizer = load_tokenizer(model, hub, needed=isinstance(train_data, str) or texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
     length = window_length(config, recipe.sequence_length, "sequence_length")
-    rows, description = training_data(tokenizer, train_data, recipe, length)
+    rows, description, held_back = training_data(tokenizer, train_data, recipe, length, evaluation is None)
     data["train-data"] = {"source": origin, **description}
+    windows, text = (evaluation, "evaluation") if held_back is None else (held_back, "held-back training")
+    if held_back is not None:
+        data["held-back"] = {"windows": len(held_back), "tokens_per_window": length}
+    # DPO is not after the likelihood of text.
+    keeps_best = (
+        windows is not None and recipe.objective != "dpo" and bool(training.get("load_best_model_at_end", True))
+    )
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     size = None if recipe.streaming else len(rows)
-    chosen = training_arguments(recipe, training, work, size, length, world)
+    shapes = model_geometry(family_of(config).spec, config).layers
+    coded = any(shape.channel_bits for shape in shapes)
+    chosen = training_arguments(recipe, training, work, size, length, world, keeps_best, coded)
     if device is not None and device.partition(":")[0] == "cpu":
         chosen["use_cpu"] = True
     arguments = make_arguments(chosen)
@@ -143,13 +163,14 @@ def finetune(
     teacher = None if taught_by is None else load_teacher(taught_by, recipe, config, tokenizer, place, hub)
     leading = arguments.process_index == 0
     source_perplexity = before = None
-    if leading and evaluation is not None:
-        before = perplexity(student, evaluation)
+    if leading and windows is not None:
+        before = perplexity(student, windows)
         if source is not None:
             # A quantized teacher's perplexity is not that of the source.
             exact = taught_by is not None and recipe.teacher_bits == 16 and taught_by.same_files(source)
             loaded = teacher if exact else None
-            source_perplexity = perplexity_of_source(source, loaded, evaluation, place, hub)
+            if exact or evaluation is not None:  # It is not loaded for text that nobody asked to measure.
+                source_perplexity = perplexity_of_source(source, loaded, windows, place, hub)
 
     set_seed(arguments.seed)  # adapters begin with random numbers
 
@@ -164,8 +185,12 @@ def finetune(
         Journal(work / RUN_FILE).add("run", run)
     peak = PeakMemory(student.device)
     peak.reset()
+    held_out = None
+    if keeps_best and windows is not None:
+        start = None if before is None else math.log(before)
+        held_out = HeldOut(windows, lambda model: math.log(perplexity(model, windows)), start)
     try:
-        done = run_stages(trainee, teacher, rows, tokenizer, recipe, chosen, work)
+        done = run_stages(trainee, teacher, rows, tokenizer, recipe, chosen, work, held_out)
     except MLAError:
         if leading and not any(work.glob(CHECKPOINTS)):
             shutil.rmtree(work, ignore_errors=True)
@@ -175,16 +200,20 @@ def finetune(
     whole = full_state(trainee)
     if not leading:
         return None
-    if whole is not None:
-        trainee = prepared(load_model(model, config, precision, "cpu", hub))
-        trainee.load_state_dict(whole)
+    if keeps_best and before is not None and windows is not None and done.kept is None:  # There were no checkpoints.
+        done.held_out[done.steps] = math.log(perplexity(trainee, windows))
+        done.kept = done.steps if done.held_out[done.steps] < math.log(before) else 0
+    if whole is not None or done.kept == 0:
+        trainee = prepared(load_model(model, config, precision, place if whole is None else "cpu", hub))
+        if whole is not None and done.kept != 0:
+            trainee.load_state_dict(whole)
     # Merging and casting must not change what was trained.
     trained_dtype = torch.bfloat16 if quantized_by(config) else trainee.dtype
     reference = reference_logits(trainee) if recipe.train in ADAPTERS else None
     final = finished(trainee, recipe, saved_dtype)
     whole_model = final.get_base_model() if recipe.train in ADAPTERS and not recipe.merge else final
     verification = verify(whole_model, reference, tolerance_of(trained_dtype, saved_dtype))
-    after = perplexity(final, evaluation) if evaluation is not None else None
+    after = perplexity(final, windows) if windows is not None else None
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
     report = RecoveryReport(
         model=model,
@@ -208,7 +237,13 @@ def finetune(
         dtype=str(saved_dtype).removeprefix("torch."),
         seed=arguments.seed,
         verification=asdict(verification),
+        perplexity_text=None if windows is None else text,
+        perplexities=[{"step": step, "perplexity": math.exp(loss)} for step, loss in done.held_out.items()],
+        kept_step=done.kept,
     )
+    verdict = recovery_verdict(report)
+    if verdict.startswith("warning"):
+        logger.warning(verdict)
     weights = sum(p.numel() * p.element_size() for p in final.parameters())
     with atomic_folder(folder, weights, overwrite) as partial:
         final.save_pretrained(partial)
@@ -282,16 +317,29 @@ def working_folder(
     return work
 
 
-def training_data(tokenizer: Any, source: Any, recipe: Recipe, length: int) -> tuple[Any, dict[str, Any]]:
-    """Return the rows to train on, and what the report says about them."""
+def training_data(
+    tokenizer: Any, source: Any, recipe: Recipe, length: int, holds_back: bool
+) -> tuple[Any, dict[str, Any], Tensor | None]:
+    """Return the rows to train on, what the report says about them, and rows that are held back, if any.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        source: The training data.
+        recipe: The recipe.
+        length: Tokens per row.
+        holds_back: Whether rows of a text are to be held back, as far as there are enough.
+    """
     if recipe.objective == "dpo":
         pairs = preferences(source)
-        return pairs, {"rows": len(pairs), "tokens_per_row": None, "sha256": pairs._fingerprint}
+        return pairs, {"rows": len(pairs), "tokens_per_row": None, "sha256": pairs._fingerprint}, None
     if recipe.streaming:
         rows: Any = stream(tokenizer, source, length, recipe.chat_template)
     else:
         rows = pack(tokenizer, source, length, recipe.train_tokens, recipe.chat_template)
-    return rows, rows.describe()
+    held: Tensor | None = None
+    if holds_back:
+        rows, held = hold_back(rows)
+    return rows, rows.describe(), held
 
 
 def make_arguments(chosen: dict[str, Any]) -> TrainingArguments:

@@ -19,6 +19,10 @@ from optimum_mla.io.rows import read_rows
 
 FIELD = "train-data"
 Source = str | Path | Iterable[int]
+ROWS_PER_HELD_BACK = 20
+"""Rows of training data, of which one is held back."""
+MOST_HELD_BACK = 32
+"""Largest number of rows that are held back; of a stream it is the number, because its length is not known."""
 
 
 class PackedRows(Dataset):
@@ -54,20 +58,23 @@ class StreamedRows(IterableDataset):
         source: Text as for `pack`, or token ids that can be read more than once.
         length: Tokens per row.
         chats: Read `source` as for `pack`.
+        skipped: Number of rows at the beginning that are left out.
     """
 
-    def __init__(self, tokenizer: Any, source: Source, length: int, chats: bool = False) -> None:
+    def __init__(self, tokenizer: Any, source: Source, length: int, chats: bool = False, skipped: int = 0) -> None:
         if not isinstance(source, str | Path) and iter(source) is source:
             raise CalibrationDataError(
                 f"{FIELD}: token ids to be streamed were given as an iterator, which can be read only once. "
                 "Give a list or another object that can be read again."
             )
         self.tokenizer, self.source, self.length, self.chats = tokenizer, source, length, chats
+        self.skipped = skipped
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for row in islice(packed_rows(self.tokenizer, self.source, self.length, self.chats), first, None, step):
+        rows = packed_rows(self.tokenizer, self.source, self.length, self.chats)
+        for row in islice(rows, self.skipped + first, None, step):
             ids = torch.tensor(row)
             yield {"input_ids": ids, "labels": ids}
 
@@ -136,6 +143,24 @@ def stream(tokenizer: Any, source: Source, length: int, chats: bool = False) -> 
             f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."
         )
     return rows
+
+
+def hold_back(rows: PackedRows | StreamedRows) -> tuple[PackedRows | StreamedRows, Tensor | None]:
+    """Return the rows to train on, and token ids [N, L] of rows that are held back to measure the training on.
+
+    They are evenly spaced, and the first ones of a stream. Where there is too little text nothing is held back.
+    """
+    if isinstance(rows, StreamedRows):
+        rest = StreamedRows(rows.tokenizer, rows.source, rows.length, rows.chats, MOST_HELD_BACK)
+        if next(iter(rest), None) is None:
+            return rows, None
+        return rest, torch.stack([row["input_ids"] for row in islice(rows, MOST_HELD_BACK)])
+    count = min(MOST_HELD_BACK, len(rows) // ROWS_PER_HELD_BACK)
+    if not count:
+        return rows, None
+    held = torch.zeros(len(rows), dtype=torch.bool)
+    held[torch.linspace(0, len(rows), count + 2)[1:-1].long()] = True
+    return PackedRows(rows.ids[~held]), rows.ids[held]
 
 
 def preferences(source: str | Path) -> Any:

@@ -6,23 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import check_finite
+from optimum_mla.recovery.held_out import HeldOutTrainer
 from optimum_mla.recovery.losses import distillation_loss, hidden_state_loss
 
 HOTTEST = 1000.0
 """Temperatures are below this, because the loss is multiplied by their square."""
 
 
-class TeacherTrainer(Trainer):
-    """A `Trainer` with a frozen teacher beside the model.
+class TeacherTrainer(HeldOutTrainer):
+    """A trainer with a frozen teacher beside the model.
 
     Args:
         model: The student.
         teacher: A causal language model on the same vocabulary.
-        options: Further keyword arguments of `Trainer`.
+        options: Further keyword arguments of `HeldOutTrainer`.
     """
 
     def __init__(self, model: Any, teacher: PreTrainedModel, **options: Any) -> None:
@@ -68,7 +69,7 @@ class DistillationTrainer(TeacherTrainer):
         kl_weight: Weight of the KL divergence.
         ce_weight: Weight of the cross-entropy.
         temperature: Softens both distributions in the KL divergence.
-        options: Further keyword arguments of `Trainer`.
+        options: Further keyword arguments of `HeldOutTrainer`.
     """
 
     def __init__(

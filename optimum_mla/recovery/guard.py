@@ -43,5 +43,6 @@ class DivergenceGuard(TrainerCallback):
             self.first = next((entry["loss"] for entry in state.log_history if "loss" in entry), loss)
         if self.first is None or not math.isfinite(loss) or loss > self.first + DIVERGED_NATS:
             self.diverged_at, self.value = state.global_step, loss
-            control.should_training_stop, control.should_save = True, False
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = False
         return control

@@ -14,22 +14,12 @@ from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.core.number_checks import check_count
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.nn import LatentAttention
+from optimum_mla.nn.projections import LATENT_PROJECTIONS
 from optimum_mla.weights.choices import quantized_by
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-LATENT_PROJECTIONS = (
-    "kv_a_proj_with_mqa",
-    "kv_a_proj",
-    "k_a_proj",
-    "v_a_proj",
-    "kv_b_proj",
-    "k_b_proj",
-    "v_b_proj",
-    "k_rope_proj",
-)
-"""Names of the linear layers that write or read a latent, in all forms of the attention."""
 TRAIN_CHOICES = ("lora", "dora", "kv", "attention", "full")
 ADAPTERS = ("lora", "dora")
 PACKED = "W_q"

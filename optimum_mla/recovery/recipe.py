@@ -21,9 +21,13 @@ from optimum_mla.recovery.schedules import scheduler_arguments
 
 OBJECTIVES = ("distill", "sft", "dpo")
 STAGES = ("none", "layerwise")
-LEARNING_RATES = {"lora": 1.5e-3, "dora": 1.5e-3, "kv": 5e-4, "attention": 5e-4, "full": 3e-4}
-"""Default learning rates by what trains; DPO multiplies them by `DPO_SHARE`."""
+LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "kv": 5e-4, "attention": 5e-4, "full": 3e-4}
+"""Default learning rates by what trains, with which the benchmarks of `benchmarks/configs` are made too."""
 DPO_SHARE = 0.01
+"""What DPO multiplies them by."""
+CODED_SHARE = 0.2
+"""What they are multiplied by where latents are codes. Those are integers, larger than the inputs of a layer, so a step
+in the projections around them does more."""
 SCHEDULE = "cosine"
 BATCH_SIZE = 8
 WARMUP_SHARE = 0.05
@@ -42,7 +46,10 @@ MOST_EPOCHS = 1e9
 """Numbers of epochs are below this, so that the steps can be counted."""
 UNSET_BY_MINUS_ONE = ("max_steps", "local_rank")
 """Numbers among these fields for which -1 stands for no value."""
-OURS = ("output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns", "resume_from_checkpoint")
+OURS = (
+    *("output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns", "resume_from_checkpoint"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model", "greater_is_better"),
+)
 """Fields of `TrainingArguments` that users cannot set."""
 
 
@@ -184,7 +191,14 @@ def check_training(training: dict[str, Any]) -> None:
 
 
 def training_arguments(
-    recipe: Recipe, training: dict[str, Any], folder: Path, rows: int | None, row_tokens: int, world: int
+    recipe: Recipe,
+    training: dict[str, Any],
+    folder: Path,
+    rows: int | None,
+    row_tokens: int,
+    world: int,
+    held_out: bool = False,
+    coded: bool = False,
 ) -> dict[str, Any]:
     """Return the fields of `TrainingArguments`: those of the user, and defaults for the others.
 
@@ -195,6 +209,8 @@ def training_arguments(
         rows: Number of rows of training data, or None for a stream.
         row_tokens: Tokens in a row.
         world: Number of processes that train together.
+        held_out: Whether there is held-out text, which is measured at each checkpoint so that the best one is kept.
+        coded: Whether the latents of the model are codes.
 
     Raises:
         InvalidValueError: A stream has no end.
@@ -210,6 +226,7 @@ def training_arguments(
         else:
             steps = max(1, math.ceil(math.ceil(rows / per_step) * training.get("num_train_epochs", 1)))
     rate = LEARNING_RATES[recipe.train] * (DPO_SHARE if recipe.objective == "dpo" else 1)
+    rate *= CODED_SHARE if coded else 1
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": batch,
         "learning_rate": rate,
@@ -227,6 +244,10 @@ def training_arguments(
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     chosen = {**defaults, **training, "max_steps": steps, "output_dir": str(folder)}
+    saves = chosen["save_strategy"]
+    if held_out and saves != "no":
+        chosen |= {"eval_strategy": "steps" if saves == "best" else saves, "eval_steps": chosen["save_steps"]}
+        chosen["load_best_model_at_end"] = True
     chosen.update(scheduler_arguments(training.get("lr_scheduler_type", SCHEDULE), steps))
     if "lr_scheduler_kwargs" in training:
         chosen["lr_scheduler_kwargs"] = training["lr_scheduler_kwargs"]

@@ -18,6 +18,7 @@ from optimum_mla.io.faults import check_json
 from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
 from optimum_mla.recovery.dpo import dpo_trainer
 from optimum_mla.recovery.guard import DivergenceGuard
+from optimum_mla.recovery.held_out import HeldOut, HeldOutTrainer
 from optimum_mla.recovery.optimizers import trainer_options
 from optimum_mla.recovery.recipe import Recipe
 
@@ -31,7 +32,10 @@ class Training:
 
     Attributes:
         losses: Log entries with a loss, each with the name of its stage as `stage`.
+        held_out: The loss of the held-out text by optimizer step, from the first evaluation on.
         steps: Number of optimizer steps so far.
+        kept: Optimizer steps of the weights that are kept because they are best on the held-out text, 0 for those that
+            the training began with, or None without such a choice.
         resumed_at: Step of the checkpoint that the run continued from, or None.
         diverged_at: Step at which the loss diverged, or None.
         seconds: Wall time of the trainers alone.
@@ -39,7 +43,9 @@ class Training:
     """
 
     losses: list[dict[str, Any]] = field(default_factory=list)
+    held_out: dict[int, float] = field(default_factory=dict)
     steps: int = 0
+    kept: int | None = None
     resumed_at: int | None = None
     diverged_at: int | None = None
     seconds: float = 0.0
@@ -54,8 +60,12 @@ def run_stages(
     recipe: Recipe,
     chosen: dict[str, Any],
     work: Path,
+    held_out: HeldOut | None = None,
 ) -> Training:
     """Run the one or two stages of a recipe; each continues from its newest checkpoint if there is one.
+
+    The last stage is evaluated on the held-out text, if there is some, and ends with the best weights on it. If no step
+    was better than the start, it ends with those of its last step, and `kept` is 0.
 
     Raises:
         TrainingError: The loss diverged before the first checkpoint.
@@ -75,8 +85,12 @@ def run_stages(
         options = {**chosen, "max_steps": steps, "output_dir": str(place)}
         if len(stages) > 1:
             options["warmup_steps"] = min(chosen["warmup_steps"], steps)
+        last = name == stages[-1][0]
+        if not last:
+            options |= {"eval_strategy": "no", "load_best_model_at_end": False}
         try:
-            trainer = make_trainer(name, model, teacher, rows, tokenizer, recipe, options)
+            measured = held_out if last else None
+            trainer = make_trainer(name, model, teacher, rows, tokenizer, recipe, options, measured)
         except (MLAError, torch.OutOfMemoryError):
             raise
         except (ValueError, RuntimeError, ImportError) as error:
@@ -116,14 +130,16 @@ def make_trainer(
     tokenizer: Any,
     recipe: Recipe,
     options: dict[str, Any],
+    held_out: HeldOut | None = None,
 ) -> Trainer:
-    """Return the trainer of one stage."""
+    """Return the trainer of one stage; DPO has no use for held-out text."""
     if name == "dpo":
         return dpo_trainer(model, rows, tokenizer, {"max_length": recipe.sequence_length or DEFAULT_WINDOW, **options})
     arguments = TrainingArguments(**{**options, "remove_unused_columns": False})
-    common = {"args": arguments, "train_dataset": rows, **trainer_options(recipe.optimizer, arguments)}
+    common = {"args": arguments, "train_dataset": rows, "held_out": held_out}
+    common |= trainer_options(recipe.optimizer, arguments)
     if name == "sft":
-        return Trainer(model=model, **common)
+        return HeldOutTrainer(model=model, **common)
     if teacher is None:
         raise InvalidValueError("teacher", None, "a hub id or folder")
     if name == "layerwise":
@@ -133,7 +149,9 @@ def make_trainer(
 
 
 def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> None:
-    """Run one trainer; if its loss diverges, load the newest checkpoint from before that.
+    """Run one trainer, which ends with its best weights on held-out text, if it has some, or else with its last ones.
+
+    If the loss diverges, weights from before that are loaded.
 
     Raises:
         TrainingError: The loss diverged before the first checkpoint.
@@ -141,14 +159,17 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
     guard = DivergenceGuard()
     trainer.add_callback(guard)
     checkpoint = newest_checkpoint(place)
+    before = done.steps
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        done.resumed_at = done.steps + state.global_step
+        done.resumed_at = before + state.global_step
         if state.global_step >= trainer.args.max_steps:
             # The run was stopped after the last step of this stage, and the trainer would take one more step.
-            trainer._load_from_checkpoint(checkpoint)
+            best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            trainer._load_from_checkpoint(best or checkpoint)
             done.losses += logged(name, state)
             done.steps += state.global_step
+            note_held_out(trainer, state, before, done)
             return
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -156,6 +177,7 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
     losses = logged(name, trainer.state)
     done.losses += losses
     done.pair_tokens += max((int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history), default=0)
+    note_held_out(trainer, trainer.state, before, done)
     if guard.diverged_at is None:
         done.steps += trainer.state.global_step
         return
@@ -167,6 +189,21 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
             f"learning_rate: the loss was {guard.value:.3g} at step {guard.diverged_at}, before the first checkpoint. "
             f"Try a learning rate below {trainer.args.learning_rate:g}."
         )
-    trainer._load_from_checkpoint(good)
+    if not done.kept:  # Otherwise the best weights are loaded.
+        trainer._load_from_checkpoint(good)
     done.steps += int(good.rpartition("-")[2])
     done.diverged_at = guard.diverged_at
+
+
+def note_held_out(trainer: Trainer, state: TrainerState, before: int, done: Training) -> None:
+    """Note the losses of the held-out text in a stage, and which weights are kept for them.
+
+    Args:
+        trainer: The trainer of the stage.
+        state: Its state after the last step.
+        before: Number of optimizer steps in the stages before it.
+        done: The results, in which they are noted.
+    """
+    done.held_out |= {before + entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    if trainer.args.load_best_model_at_end:
+        done.kept = before + state.best_global_step if state.best_global_step else 0

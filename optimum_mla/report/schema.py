@@ -257,9 +257,13 @@ class RecoveryReport(Report):
         losses: Entries that the trainer logged, with `stage`, `step`, `loss`, `learning_rate` and more.
         resumed_at_step: Step from which an interrupted run was continued, or None.
         diverged_at_step: Step at which the loss diverged, or None; the result is then an older checkpoint.
-        perplexity_source: Perplexity of the model before its conversion on the evaluation text; None if not measured.
+        perplexity_source: Perplexity of the model before its conversion on the held-out text; None if not measured.
         perplexity_converted: Perplexity of the model before this training; None if not measured.
         perplexity_recovered: Perplexity of the saved result; None if not measured.
+        perplexity_text: The held-out text of these perplexities: `evaluation`, `held-back training`, or None.
+        perplexities: Entries with `step` (optimizer steps in all stages) and `perplexity`, measured on the way.
+        kept_step: Optimizer steps of the saved weights, which were best on that text; 0 is the model as it was given.
+            None if the last weights were saved without such a choice.
         seconds: Wall time of the training alone.
         peak_memory_bytes: Highest memory of the process (on CUDA: of the allocator) during the training, with models.
         dtype: Dtype of the result.
@@ -290,6 +294,9 @@ class RecoveryReport(Report):
     dtype: str
     seed: int
     verification: dict[str, Any] | None = None
+    perplexity_text: str | None = None
+    perplexities: list[dict[str, Any]] = field(default_factory=list)
+    kept_step: int | None = None
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 

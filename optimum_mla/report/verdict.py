@@ -104,13 +104,31 @@ def next_command(report: ConversionReport, output: str) -> str | None:
 
 
 def recovery_verdict(report: RecoveryReport) -> str:
-    """Return one sentence that says what a training brought, or how to find out."""
+    """Return what a training brought in one or two sentences, or how to find out.
+
+    They begin with `warning` where the training made the model worse on held-out text, whether or not the result was
+    kept.
+    """
     before, after = report.perplexity_converted, report.perplexity_recovered
     if before is None or after is None:
         return "What the training brought was not measured. Give held-out text with --eval-data."
-    if after > before:
+    held_back = report.perplexity_text == "held-back training"
+    text = "text held back from the training data" if held_back else "the evaluation text"
+    remedy = "Take a lower --learning-rate, more text, or text more like what the model is for."
+    measured = {entry["step"]: entry["perplexity"] for entry in report.perplexities}
+    last = max(measured, default=0)
+    if report.kept_step == 0:
+        best = min(measured, key=lambda step: measured[step])
+        found = "worse" if measured[best] > before else "no better"
         return (
-            f"warning: the training made the model worse: its perplexity on the evaluation text rose from {before:.2f} "
-            f"to {after:.2f}. Take a lower --learning-rate, more text, or text more like the evaluation's."
+            f"warning: the training made the model {found}: its perplexity on {text} was {before:.2f} before, and at "
+            f"best {measured[best]:.2f} after {best} of {last} steps. The model is saved as it was given. {remedy}"
         )
-    return f"The training brought the perplexity on the evaluation text from {before:.2f} to {after:.2f}."
+    change = f"the perplexity on {text} from {before:.2f} to {after:.2f}"
+    if after > before:
+        return f"warning: the training made the model worse: it raised {change}. {remedy}"
+    brought = f"The training brought {change}"
+    if report.kept_step is not None and report.kept_step < last:
+        kept = report.kept_step
+        return f"{brought} after {kept} steps, whose weights are saved. After {last} steps it was {measured[last]:.2f}."
+    return f"{brought}."

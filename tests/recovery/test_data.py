@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
-from optimum_mla.recovery.data import pack, packed_rows, preferences, stream
+from optimum_mla.recovery.data import MOST_HELD_BACK, hold_back, pack, packed_rows, preferences, stream
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 TOKENIZER = AutoTokenizer.from_pretrained(REFERENCE)
@@ -106,6 +106,34 @@ def test_every_streamed_row_comes_once_over_processes_with_workers() -> None:
 def test_ids_that_can_be_read_only_once_are_not_streamed() -> None:
     with pytest.raises(CalibrationDataError, match="read only once"):
         stream(None, iter(range(8)), 4)
+
+
+@pytest.mark.parametrize(("rows", "held"), [(19, 0), (20, 1), (60, 3), (2000, MOST_HELD_BACK)])
+def test_one_row_in_twenty_is_held_back_and_does_not_train(rows: int, held: int) -> None:
+    packed = pack(None, range(4 * rows), 4)
+    rest, back = hold_back(packed)
+    if not held:
+        assert rest is packed
+        assert back is None
+        return
+    assert back is not None
+    assert back.shape == (held, 4)
+    assert len(rest) == rows - held
+    assert torch.equal(torch.cat([rest.ids, back]).sort(0).values, packed.ids)
+    # Evenly spaced, neither the first row nor the last one.
+    spaces = torch.diff(torch.cat([torch.zeros(1), back[:, 0] / 4, torch.tensor([rows])]))
+    assert spaces.max() - spaces.min() <= 1
+
+
+def test_the_first_rows_of_a_stream_are_held_back() -> None:
+    rest, back = hold_back(stream(None, list(range(4 * (MOST_HELD_BACK + 3))), 4))
+    assert torch.equal(back, torch.arange(4 * MOST_HELD_BACK).view(-1, 4))
+    loaded = [DataLoader(rest, batch_size=None, num_workers=workers) for workers in (0, 2)]
+    for loader in loaded:
+        found = sorted(row["input_ids"][0].item() // 4 for row in loader)
+        assert found == [MOST_HELD_BACK, MOST_HELD_BACK + 1, MOST_HELD_BACK + 2]
+    short = stream(None, list(range(4 * MOST_HELD_BACK)), 4)
+    assert hold_back(short) == (short, None)
 
 
 def test_the_hash_is_that_of_the_tokens() -> None:

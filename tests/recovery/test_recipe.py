@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from optimum_mla.recovery.recipe import Recipe, check_training, training_argumen
 from tests.nn.test_attention import build
 
 PLACE = Path("nowhere")
+CONFIGS = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,44 @@ def test_steps_are_those_of_the_data(training: dict[str, Any], rows: int | None,
     assert chosen["warmup_steps"] == max(1, round(steps / 20))
     assert 1 <= chosen["save_steps"] <= steps
     TrainingArguments(**chosen)
+
+
+@pytest.mark.parametrize("name", ["recovery", "recovery_2m", "recovery_memory", "real_recovery"])
+def test_benchmarks_are_made_with_the_defaults(name: str) -> None:
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    # Sizes, precision and what is compared; no rate, schedule, warm-up or rank.
+    sizes = {"bf16", "per_device_train_batch_size", "max_steps", "save_strategy"}
+    for case in config["runs"]:
+        assert {**config["training"], **case.get("training", {})}.keys() <= sizes
+        assert case.get("recipe", {}).keys() <= {"objective", "train", "stage1", "stage1_share"}
+
+
+def test_codes_get_a_lower_rate() -> None:
+    for train, rate in (("lora", 1e-3), ("kv", 5e-4), ("attention", 5e-4), ("full", 3e-4)):
+        for coded, share in ((False, 1.0), (True, 0.2)):
+            chosen = training_arguments(Recipe(train=train), {}, PLACE, 64, 32, 1, coded=coded)
+            assert chosen["learning_rate"] == pytest.approx(share * rate)
+    assert training_arguments(Recipe(), {"learning_rate": 0.1}, PLACE, 64, 32, 1, coded=True)["learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("training", "wanted"),
+    [
+        ({}, ("steps", 2, True)),
+        ({"save_steps": 3}, ("steps", 3, True)),
+        ({"save_strategy": "epoch"}, ("epoch", 2, True)),
+        ({"save_strategy": "best"}, ("steps", 2, True)),
+        ({"save_strategy": "no"}, ("no", None, False)),
+    ],
+)
+def test_held_out_text_is_measured_at_every_checkpoint(training: dict[str, Any], wanted: tuple[Any, ...]) -> None:
+    chosen = training_arguments(Recipe(), training, PLACE, 80, 32, 1, held_out=True)
+    made = TrainingArguments(**chosen)
+    assert (made.eval_strategy.value, made.eval_steps, made.load_best_model_at_end) == wanted
+    if wanted[2]:
+        assert (made.metric_for_best_model, made.greater_is_better) == ("loss", False)
+    plain = TrainingArguments(**training_arguments(Recipe(), training, PLACE, 80, 32, 1))
+    assert not plain.load_best_model_at_end
 
 
 def test_a_stream_ends_somewhere() -> None:

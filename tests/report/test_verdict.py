@@ -96,11 +96,13 @@ def test_folders_with_spaces_can_be_pasted() -> None:
 
 def test_a_training_that_made_it_worse_is_said() -> None:
     report = RecoveryReport.__new__(RecoveryReport)
+    for name, value in {"perplexities": [], "kept_step": None, "perplexity_text": "evaluation"}.items():
+        object.__setattr__(report, name, value)
     for before, after, words in (
         (
             36.5,
             40.4,
-            "warning: the training made the model worse: its perplexity on the evaluation text rose from 36.50",
+            "warning: the training made the model worse: it raised the perplexity on the evaluation text from 36.50",
         ),
         (36.5, 30.0, "brought the perplexity on the evaluation text from 36.50 to 30.00"),
         (None, None, "not measured"),
@@ -108,6 +110,46 @@ def test_a_training_that_made_it_worse_is_said() -> None:
         object.__setattr__(report, "perplexity_converted", before)
         object.__setattr__(report, "perplexity_recovered", after)
         assert words in recovery_verdict(report)
+
+
+@pytest.mark.parametrize(
+    ("kept", "after", "perplexities", "words"),
+    [
+        (0, 36.5, (40.0, 37.25, 39.0), "warning: the training made the model worse: its perplexity on the evaluation "),
+        (
+            0,
+            36.5,
+            (40.0, 37.25, 39.0),
+            "was 36.50 before, and at best 37.25 after 20 of 30 steps. The model is saved as",
+        ),
+        (0, 36.5, (36.5, 36.5, 36.5), "warning: the training made the model no better: its perplexity on the evaluat"),
+        (
+            20,
+            30.0,
+            (33.0, 30.0, 31.5),
+            "from 36.50 to 30.00 after 20 steps, whose weights are saved. After 30 steps it",
+        ),
+        (20, 30.0, (33.0, 30.0, 31.5), "whose weights are saved. After 30 steps it was 31.50."),
+        (
+            30,
+            29.0,
+            (33.0, 30.0, 29.0),
+            "The training brought the perplexity on the evaluation text from 36.50 to 29.00.",
+        ),
+        (None, 29.0, (), "The training brought the perplexity on the evaluation text from 36.50 to 29.00."),
+    ],
+)
+def test_the_step_that_was_kept_is_said(
+    kept: int | None, after: float, perplexities: tuple[float, ...], words: str
+) -> None:
+    report = RecoveryReport.__new__(RecoveryReport)
+    measured = [{"step": 10 * (n + 1), "perplexity": value} for n, value in enumerate(perplexities)]
+    fields = {"perplexity_converted": 36.5, "perplexity_recovered": after, "perplexities": measured, "kept_step": kept}
+    for name, value in {**fields, "perplexity_text": "evaluation"}.items():
+        object.__setattr__(report, name, value)
+    assert words in recovery_verdict(report)
+    object.__setattr__(report, "perplexity_text", "held-back training")
+    assert "text held back from the training data" in recovery_verdict(report)
 
 
 def test_the_break_even_context() -> None:

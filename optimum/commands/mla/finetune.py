@@ -19,8 +19,8 @@ from optimum.commands.mla.common import (
 TRAINING_FLAGS: dict[str, tuple[type, str]] = {
     "learning_rate": (
         float,
-        "Learning rate. Default: 1.5e-3 for adapters, 3e-4 for full, 5e-4 for kv and attention; a hundredth of that "
-        "for dpo.",
+        "Learning rate. Default: 1e-3 for adapters, 3e-4 for full, 5e-4 for kv and attention; a fifth of that where "
+        "latents are codes, and a hundredth for dpo.",
     ),
     "lr_scheduler_type": (
         str,
@@ -106,7 +106,7 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
             parser,
             "Recover the quality of a converted model with little training. By default\n"
             "adapters on its latent projections learn from the model that the conversion\n"
-            "started from.",
+            "started from, and the step that is best on held-out text is kept.",
             "optimum-cli mla-finetune -m CONVERTED --train-data text.txt \\\n"
             "      --eval-data held_out.txt --merge OUTPUT",
             "optimum-cli mla-finetune -m CONVERTED --train-data pairs.jsonl \\\n      --objective dpo OUTPUT",
@@ -132,7 +132,8 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
         texts.add_argument(
             "--eval-data",
             metavar="TEXT",
-            help="Text to measure the perplexity on before and after, in the same formats. Default: none.",
+            help="Held-out text, in the same formats, on which the perplexity is measured before, during and after the "
+            "training; the best step is kept. Default: rows that are held back from the training text.",
         )
         texts.add_argument(
             "--eval-samples", type=int, metavar="N", help="Largest number of windows of it to use. Default: 128."
@@ -203,7 +204,8 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
                 print(recovery_table(report))
                 print(f"\n{recovery_verdict(report)}")
                 if report.diverged_at_step is not None:
-                    print(f"\nThe loss diverged at step {report.diverged_at_step}: this is the checkpoint before it.")
+                    kept = "model as it was given" if report.kept_step == 0 else "checkpoint before it"
+                    print(f"\nThe loss diverged at step {report.diverged_at_step}: this is the {kept}.")
                 print(f"Saved to {args.output}")
 
 

@@ -1,0 +1,66 @@
+"""A check of the layers that adapters of PEFT were meant for, because a converted model has other ones than its source.
+
+PEFT takes a list of names, adapts the layers that have one of them, and raises only if there is none at all. Of
+`["q_proj", "k_proj", "v_proj"]`, which suits most source models, a converted model has `q_proj` alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from optimum_mla.nn import LatentAttention
+from optimum_mla.nn.projections import LATENT_PROJECTIONS
+
+
+def unmatched_targets(model: nn.Module, config: Any, attention: str) -> list[str]:
+    """Return the names among the `target_modules` of a PEFT config that name nothing in converted layers, sorted.
+
+    A bare name such as `k_proj` is one of them too if only attentions that are not converted have it, unless other
+    names are those of layers of the latent. Patterns, and configs without target modules, have none.
+
+    Args:
+        model: A converted model.
+        config: A `peft.PeftConfig`.
+        attention: Attribute name of the attention in a decoder layer.
+    """
+    targets = getattr(config, "target_modules", None)
+    if targets is None or isinstance(targets, str):
+        return []
+    modules = dict(model.named_modules())
+    knows = any(target.rpartition(".")[2] in LATENT_PROJECTIONS for target in targets)
+    unconverted = tuple(
+        f"{name}."
+        for name, module in modules.items()
+        if name.rpartition(".")[2] == attention and not isinstance(module, LatentAttention)
+    )
+
+    def names_something(target: str) -> bool:
+        named = [name for name in modules if name == target or name.endswith(f".{target}")]
+        return any(knows or "." in target or not name.startswith(unconverted) for name in named)
+
+    return sorted(target for target in targets if not names_something(target))
+
+
+def warn_of_unmatched(model: nn.Module, configs: dict[str, Any], attention: str) -> None:
+    """Warn of target names that name nothing in converted layers, and name the layers of the latent.
+
+    Args:
+        model: A converted model, adapted already.
+        configs: The PEFT configs by the names of the adapters.
+        attention: Attribute name of the attention in a decoder layer.
+    """
+    for config in configs.values():
+        unmatched = unmatched_targets(model, config, attention)
+        if not unmatched:
+            continue
+        found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        latent = [name for name in LATENT_PROJECTIONS if name in found]
+        warnings.warn(
+            f"target_modules: {', '.join(unmatched)} of {', '.join(sorted(config.target_modules))} name nothing in the "
+            f"converted layers, so no adapters train there. The layers of the latent are {', '.join(latent)}; "
+            "optimum_mla.recovery.mla_lora_config(model) targets them.",
+            stacklevel=2,
+        )
