@@ -9,12 +9,11 @@ from torch import Tensor
 
 from optimum_mla.calibrate.statistics import StoredCalibration
 from optimum_mla.convert.first_pass import FirstPass
-from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import progress
 from optimum_mla.methods.base import MLATransformation
-from optimum_mla.methods.shared_rope import SharedRope
+from optimum_mla.methods.shared_rope import SharedRope, irregular, regular_pairs
 
 TINY = 1e-12
 """Added to errors and divergences, which are zero where nothing is lost."""
@@ -59,13 +58,9 @@ def choose_shared_rope(
     if method.shared_rope == "regular":
         everywhere = [dims for dims in everywhere if not 2 * pairs % dims]
         if not everywhere:
-            divisors = ", ".join(str(2 * n) for n in range(1, pairs + 1) if not pairs % n)
-            tried_dims = max(dims for found in errors.values() for dims in found)
-            raise InvalidValueError("qk_rope_head_dim", tried_dims, f"{divisors} with a regular shared_rope")
+            raise irregular(pairs, max(dims for found in errors.values() for dims in found))
     dims = min(everywhere, key=lambda dims: sum(weights[layer] * found[dims] for layer, found in errors.items()))
     if method.shared_rope == "regular":
-        regular = torch.zeros(pairs, dtype=torch.long)
-        regular[:: 2 * pairs // dims] = 1
-        return SharedRope(dims, regular)
+        return SharedRope(dims, torch.bincount(regular_pairs(pairs, dims), minlength=pairs))
     chosen = total.flatten().topk(dims // 2).indices % pairs
     return SharedRope(dims, torch.bincount(chosen, minlength=pairs))

@@ -28,6 +28,12 @@ def refuse(reason: str, remedy: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"export: {reason}. {remedy}")
 
 
+def different_frequencies() -> UnsupportedModelError:
+    """Return the error for a model whose layers do not all rotate alike."""
+    remedy = "Convert with --shared-rope, which gives all layers the same."
+    return refuse("the layers rotate at different frequencies, DeepSeek's all at the same", remedy)
+
+
 def check_exportable(config: Any, pad: bool = False) -> None:
     """Check by its config alone whether `deepseek_v3` can express a model.
 

@@ -14,15 +14,18 @@ DeepSeek's attention differs from `DecoupledLatentAttention` in four ways. The e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 from optimum_mla.export.checks import check_exportable
-from optimum_mla.export.tensors import Shape, attention_tensors, export_shape, latent_attentions
+from optimum_mla.export.tensors import Shape, attention_tensors, export_shape, latent_attentions, rotated_pairs
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.classes import is_tied
+from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of
 
 UNUSED: dict[str, Any] = {
@@ -57,19 +60,18 @@ CARRIED = (
 """Fields that have the same meaning in the source config and in `DeepseekV3Config`."""
 
 
-def rope_parameters(model: PreTrainedModel, shape: Shape) -> dict[str, Any]:
+def rope_parameters(config: Any, frequencies: Tensor, shape: Shape) -> dict[str, Any]:
     """Return the config's `rope_parameters`, which give the frequencies of the rotary pairs that are not zero.
 
     They are of type `default` where the formula theta^(-2i/R) gives these frequencies, and of type `longrope` with a
     factor for each frequency otherwise.
 
     Args:
-        model: A converted model.
+        config: The config of the converted model.
+        frequencies: The frequencies of all rotary pairs of the source, [D/2].
         shape: The shape of the export.
     """
-    config: Any = model.config
-    rotary = model.get_submodule(family_of(config).spec.rotary_path)
-    frequencies = rotary.inv_freq.detach().double().cpu()[shape.pairs]  # type: ignore[operator, union-attr]
+    frequencies = frequencies.detach().double().cpu()[shape.pairs]
     theta = float(config.rope_parameters["rope_theta"])
     plain = theta ** -(torch.arange(shape.rope_pairs, dtype=torch.float64) / shape.rope_pairs)
     factors = torch.ones_like(plain)
@@ -87,9 +89,15 @@ def rope_parameters(model: PreTrainedModel, shape: Shape) -> dict[str, Any]:
     }
 
 
-def deepseek_config(model: PreTrainedModel, shape: Shape) -> DeepseekV3Config:
-    """Return the config of the export, given the converted model and the shape of the export."""
-    config, g = model.config, latent_attentions(model)[0].geometry
+def deepseek_config(config: Any, shape: Shape, frequencies: Tensor) -> DeepseekV3Config:
+    """Return the config of the export of a converted model.
+
+    Args:
+        config: The config of the converted model.
+        shape: The shape of the export.
+        frequencies: The frequencies of all rotary pairs of the source, [D/2].
+    """
+    g = model_geometry(family_of(config).spec, config).layers[0]
     return DeepseekV3Config(
         **{name: getattr(config, name) for name in CARRIED if hasattr(config, name)},
         **UNUSED,
@@ -100,11 +108,34 @@ def deepseek_config(model: PreTrainedModel, shape: Shape) -> DeepseekV3Config:
         qk_nope_head_dim=g.qk_nope_head_dim,
         qk_rope_head_dim=shape.rope_dims,
         v_head_dim=g.v_head_dim,
-        rope_parameters=rope_parameters(model, shape),
+        rope_parameters=rope_parameters(config, frequencies, shape),
         rope_interleave=shape.interleaved,
         attention_bias=shape.biased,
-        dtype=model.dtype,
     )
+
+
+def planned_config(
+    config: Any, pairs: Tensor, pad_to: tuple[int, int] | None = None, latent_norm: bool = False
+) -> DeepseekV3Config:
+    """Return the config that an export would have, by the config of the converted model alone.
+
+    Args:
+        config: The config of a model that has passed `check_exportable`.
+        pairs: The source's rotary pairs with whose frequencies all layers rotate, rising, [R/2].
+        pad_to: As for `export_deepseek`.
+        latent_norm: Whether all latents get a norm, and no biases after it, before the export.
+
+    Raises:
+        InvalidValueError: The model is larger than `pad_to`.
+    """
+    family = family_of(config)
+    layers = model_geometry(family.spec, config).layers
+    if latent_norm:
+        layers = tuple(replace(layer, latent_norm=True, latent_bias=False) for layer in layers)
+    with torch.device("meta"):
+        skeleton: Any = family.model(config)
+    rotary: Any = type(skeleton.get_submodule(family.spec.rotary_path))
+    return deepseek_config(config, export_shape(layers, pairs, pad_to), rotary(config).inv_freq)
 
 
 @torch.no_grad()
@@ -126,9 +157,10 @@ def export_deepseek(
         InvalidValueError: The model is larger than `pad_to`.
     """
     check_exportable(model.config, pad or pad_to is not None)
-    shape = export_shape(model, pad_to)
+    attentions = latent_attentions(model)
+    shape = export_shape([attention.geometry for attention in attentions], rotated_pairs(model), pad_to)
     spec: AttentionSpec = family_of(model.config).spec
-    rotary = model.get_submodule(spec.rotary_path)
+    rotary: Any = model.get_submodule(spec.rotary_path)
     scaling = float(getattr(rotary, "attention_scaling", 1.0))
     places = {f"{spec.attention_path(layer)}." for layer in range(model.config.num_hidden_layers)}
     state = {
@@ -136,13 +168,13 @@ def export_deepseek(
         for name, tensor in model.state_dict().items()
         if not any(name.startswith(place) for place in places)
     }
-    for layer, attention in enumerate(latent_attentions(model)):
+    for layer, attention in enumerate(attentions):
         norm = model.get_submodule(f"{spec.layer_path(layer)}.{spec.input_norm}")
         gain = float(norm.weight.detach().abs().max())  # type: ignore[union-attr, arg-type, operator]
         for name, tensor in attention_tensors(attention, shape, gain, scaling).items():
             state[f"model.layers.{layer}.self_attn.{name}"] = tensor.to(model.dtype)
-    config = deepseek_config(model, shape)
-    config.tie_word_embeddings = is_tied(model)
+    config = deepseek_config(model.config, shape, rotary.inv_freq)
+    config.dtype, config.tie_word_embeddings = model.dtype, is_tied(model)
     with torch.device("meta"):
         exported = DeepseekV3ForCausalLM(config)
     exported.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)

@@ -21,11 +21,16 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerBase
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, VerificationError
 from optimum_mla.export.checks import refuse
 from optimum_mla.export.gguf_vocabulary import vocabulary_of
+from optimum_mla.models.layers import model_geometry
+from optimum_mla.models.registry import family_of
 
 FILE_TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types of the matrices in a file. Vectors are always in float32."""
 ROUNDING = {"f32": 0.0, "f16": 2.0**-10, "bf16": 2.0**-8, "q8_0": 2.0**-6}
 """The largest difference of a matrix that a type makes, relative to its largest number."""
+FILE_TYPES_OF = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+LLAMA_CPP_ACTIVATIONS = ("silu", "swish")
+"""Names of the one activation function that llama.cpp has for deepseek2."""
 DOWN_PROJECTIONS = re.compile(r"(q_a|kv_a)_proj(_with_mqa)?\.weight$")
 """The down-projections, whose first rows make a latent that is normed."""
 LITE_DEPTHS = (26, 27)
@@ -36,6 +41,53 @@ def check_file_type(name: str) -> None:
     """Refuse a type of file that there is not."""
     if name not in FILE_TYPES:
         raise InvalidValueError("gguf_type", name, ", ".join(FILE_TYPES))
+
+
+def file_type_of(dtype: torch.dtype) -> str:
+    """Return the type of a file that holds the weights of a model as they are.
+
+    Raises:
+        InvalidValueError: No type holds this dtype.
+    """
+    if dtype not in FILE_TYPES_OF:
+        allowed = ", ".join(str(known).removeprefix("torch.") for known in FILE_TYPES_OF)
+        raise InvalidValueError("dtype", str(dtype).removeprefix("torch."), f"{allowed} for a GGUF file")
+    return FILE_TYPES_OF[dtype]
+
+
+def check_writable(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse what no GGUF file can hold, before any work.
+
+    Args:
+        config: The config of the source model or of what was made from it.
+        tokenizer: Its tokenizer, or None.
+
+    Raises:
+        MissingDependencyError: The package `gguf` is not installed.
+        UnsupportedModelError: A GGUF file cannot hold the tokenizer, or its model's family has biases.
+    """
+    installed_gguf()
+    layers = model_geometry(family_of(config).spec, config).layers
+    if any(g.query_bias or g.key_value_bias or g.output_bias for g in layers):
+        raise refuse(
+            "the attention of the source has biases, and llama.cpp loads none of latent attention",
+            "Export to deepseek_v3, or run the model in this package.",
+        )
+    if tokenizer is not None:
+        vocabulary_of(tokenizer, config.vocab_size)
+
+
+def installed_gguf() -> Any:
+    """Return the package `gguf`.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingDependencyError("gguf", "gguf", "write a GGUF file") from error
+    return gguf
 
 
 def check_gguf(config: Any) -> None:
@@ -49,6 +101,12 @@ def check_gguf(config: Any) -> None:
     """
     if config.attention_bias:
         raise refuse("llama.cpp loads no biases of latent attention", "Convert with --latent-norm.")
+    if config.hidden_act not in LLAMA_CPP_ACTIVATIONS:
+        raise refuse(
+            f"llama.cpp computes the feed-forward layers of deepseek2 with SiLU, and this model has "
+            f"{config.hidden_act!r}",
+            "Export to deepseek_v3.",
+        )
     if config.rope_parameters["rope_type"] != "default":
         raise refuse(
             "llama.cpp computes rotary frequencies from one base, and this model's are others",
@@ -115,11 +173,7 @@ def write_gguf(
         MissingDependencyError: The package `gguf` is not installed.
         VerificationError: The file does not hold the weights of the model.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingDependencyError("gguf", "gguf", "write a GGUF file") from error
-
+    gguf = installed_gguf()
     check_file_type(file_type)
     config: Any = model.config
     check_gguf(config)

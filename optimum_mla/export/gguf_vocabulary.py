@@ -63,8 +63,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         size: Number of rows of the model's embedding.
 
     Raises:
-        UnsupportedModelError: The tokenizer is no BPE, splits texts by a rule that is not known here, or merges in an
-            order that llama.cpp cannot follow.
+        UnsupportedModelError: The tokenizer is no BPE, has tokens without a row, changes or splits texts by a rule that
+            is not known here, or merges in an order that llama.cpp cannot follow.
     """
     import gguf
 
@@ -85,14 +85,23 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         )
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
-    for token, index in model["vocab"].items():
+    added_tokens = content.get("added_tokens", ())
+    ids = {index: token for token, index in model["vocab"].items()}
+    ids |= {added["id"]: added["content"] for added in added_tokens}
+    if max(ids) >= size:
+        beyond = sum(index >= size for index in ids)
+        raise UnsupportedModelError(
+            f"export: the tokenizer has ids up to {max(ids)} ({ids[max(ids)]!r}), and the model's embedding has {size} "
+            f"rows, for ids up to {size - 1}. Take the tokens without a row ({beyond}) out of the tokenizer, or "
+            "give them rows by model.resize_token_embeddings."
+        )
+    for index, token in ids.items():
         tokens[index], types[index] = token, int(gguf.TokenType.NORMAL)
-    for added in content.get("added_tokens", ()):
-        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
+    for added in added_tokens:
+        types[added["id"]] = int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
-    ids = tokenizer("a").input_ids
+    begun = tokenizer("a").input_ids
     template = tokenizer.chat_template
     if pieces:
         for index, token in enumerate(tokens):
@@ -102,21 +111,24 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
             types[special["unk"]] = int(gguf.TokenType.UNKNOWN)
     return Vocabulary(
         model="llama" if pieces else "gpt2",
-        pre="default" if pieces else _pre_tokenizer(content["pre_tokenizer"]),
+        pre="default" if pieces else _pre_tokenizer(content),
         tokens=tokens,
         types=types,
         merges=[] if pieces else [" ".join(merge) for merge in merges],
         scores=_scores(tokens, merges) if pieces else None,
         prefixed=_prefixed(content) if pieces else None,
         special={name: index for name, index in special.items() if index is not None},
-        begins=bool(ids) and ids[0] == special["bos"],
+        begins=bool(begun) and begun[0] == special["bos"],
         chat_template=template if isinstance(template, str) else None,
     )
 
 
-def _pre_tokenizer(described: dict[str, Any] | None) -> str:
-    """Return llama.cpp's name of a pre-tokenizer."""
-    parts = described.get("pretokenizers", [described]) if described else []
+def _pre_tokenizer(content: dict[str, Any]) -> str:
+    """Return llama.cpp's name of the rule by which a byte-level BPE splits a text."""
+    changes = [step["type"] for step in _steps(content, "normalizer", "normalizers")]
+    if set(changes) - {"NFC"}:  # llama.cpp takes a text as it is, which is most often composed already.
+        raise _unknown_rule(changes)
+    parts = _steps(content, "pre_tokenizer", "pretokenizers")
     kinds = [part["type"] for part in parts]
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
@@ -130,10 +142,17 @@ def _pre_tokenizer(described: dict[str, Any] | None) -> str:
     raise _unknown_rule(kinds)
 
 
+def _steps(content: dict[str, Any], name: str, parts: str) -> list[dict[str, Any]]:
+    """Return the steps of a part of a tokenizer, which may be several, one, or none."""
+    described = content.get(name)
+    return [] if described is None else described.get(parts, [described])
+
+
 def _unknown_rule(kinds: list[str]) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"export: the tokenizer splits texts by a rule that is not known here ({', '.join(kinds) or 'none'}); known "
-        f"are those of gpt-2, smollm, {', '.join(SPLITS)}, and SentencePiece's. {REMEDY}"
+        "export: the tokenizer changes or splits texts by a rule that is not known here "
+        f"({', '.join(kinds) or 'none'}); known are those of gpt-2, smollm, {', '.join(SPLITS)}, and SentencePiece's. "
+        f"{REMEDY}"
     )
 
 
@@ -160,11 +179,7 @@ def _prefixed(content: dict[str, Any]) -> bool:
 
     Its file says so in one of two ways, by a normalizer or by a pre-tokenizer.
     """
-    steps = []
-    for name, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        described = content.get(name)
-        if described is not None:
-            steps += described.get(parts, [described])
+    steps = _steps(content, "normalizer", "normalizers") + _steps(content, "pre_tokenizer", "pretokenizers")
     match steps:
         case [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}]:
             return scheme != "never"

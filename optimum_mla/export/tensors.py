@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.export.checks import check_padding, refuse
+from optimum_mla.export.checks import check_padding, different_frequencies
 from optimum_mla.export.constant_channel import constant_norm
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.registry import family_of
@@ -55,31 +56,24 @@ class Shape:
         return torch.cat([self.places, self.places + self.rope_pairs])
 
 
-def export_shape(model: PreTrainedModel, pad_to: tuple[int, int] | None = None) -> Shape:
+def export_shape(layers: Sequence[MLAGeometry], pairs: Tensor, pad_to: tuple[int, int] | None = None) -> Shape:
     """Return the shape of the export of a model that has passed `check_exportable`.
 
     Args:
-        model: A converted model.
+        layers: The shapes of the model's layers.
+        pairs: The source's rotary pairs with whose frequencies all layers rotate, rising, [R/2].
         pad_to: Rank of the latent and dims of the rotary key that zeros are added for, or None.
 
     Raises:
-        UnsupportedModelError: The layers rotate at different frequencies.
         InvalidValueError: The model is larger than it shall be after padding, or the padded one than the memory.
     """
-    attentions = latent_attentions(model)
-    layers = [attention.geometry for attention in attentions]
-    orders = [attention.rope_pairs[0].sort().values for attention in attentions]
-    if any(not torch.equal(order, orders[0]) for order in orders):
-        remedy = "Convert with --shared-rope, which gives all layers the same."
-        raise refuse("the layers rotate at different frequencies, DeepSeek's all at the same", remedy)
     g, normed = layers[0], layers[0].latent_norm
     query_rank = g.q_lora_rank
     if g.query_bias and query_rank is None:
         query_rank = g.hidden_size
     constant = 0 if normed else 1
     biased = not normed or any(layer.key_value_bias or layer.output_bias for layer in layers)
-    rank = max(layer.kv_lora_rank for layer in layers) + constant
-    pairs, count = orders[0].cpu(), len(orders[0])
+    rank, count = max(layer.kv_lora_rank for layer in layers) + constant, len(pairs)
     if pad_to is not None:
         check_padding(pad_to, layers, normed)
         rank, count = pad_to[0], pad_to[1] // 2
@@ -93,6 +87,18 @@ def export_shape(model: PreTrainedModel, pad_to: tuple[int, int] | None = None) 
         rope_pairs=count,
         places=rotary_places(pairs, count, g.head_dim // 2),
     )
+
+
+def rotated_pairs(model: PreTrainedModel) -> Tensor:
+    """Return the source's rotary pairs with whose frequencies all layers of a converted model rotate, rising, [R/2].
+
+    Raises:
+        UnsupportedModelError: The layers rotate at different frequencies.
+    """
+    orders = [attention.rope_pairs[0].sort().values for attention in latent_attentions(model)]
+    if any(not torch.equal(order, orders[0]) for order in orders):
+        raise different_frequencies()
+    return orders[0].cpu()
 
 
 def rotary_places(pairs: Tensor, count: int, most: int) -> Tensor:

@@ -25,12 +25,13 @@ from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.families.spec import full_layers, sliding_window
 from optimum_mla.methods.coding import LayerCodes, with_equal_bits
 from optimum_mla.methods.options import check_choice
-from optimum_mla.methods.shared_rope import SharedRope
+from optimum_mla.methods.shared_rope import SharedRope, regular_pairs
 from optimum_mla.methods.signature import whole_signature
 from optimum_mla.methods.transformation import ModelTransformation
 from optimum_mla.models import SourceAttention, family_of
 from optimum_mla.models.assemble import converted_config
 from optimum_mla.models.checks import converted_already
+from optimum_mla.ops.rope_split import SCORED_SELECTIONS, fixed_pairs
 from optimum_mla.ops.rotary import PairTable
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.plan.allocation import ALLOCATIONS
@@ -87,6 +88,9 @@ class MLATransformation(ModelTransformation):
 
     has_codes: ClassVar[bool] = False
     """True if the method can store latents as codes, under a budget of bytes."""
+
+    rope_selection: str = "damage"
+    """The rule that selects the rotary pairs of a layer."""
 
     default_budget: ClassVar[RankBudget] = RankBudget()
     """The budget if the caller gives none."""
@@ -233,6 +237,34 @@ class MLATransformation(ModelTransformation):
     def rope_dims(self) -> int | None:
         """Return the number of rotary dims if it is fixed, or None if each layer chooses it."""
         return self.rope.dims if self.rope is not None else getattr(self, "qk_rope_head_dim", None)
+
+    @property
+    def same_rotary_dims(self) -> bool:
+        """Return whether all layers rotate the same number of dims at the same frequencies."""
+        fixed = self.rope_dims is not None or self.rope_selection == "last" or not self.needs_calibration
+        return bool(self.shared_rope) or (fixed and not self.measures_pairs)
+
+    @property
+    def measures_pairs(self) -> bool:
+        """Return whether calibration chooses the rotary pairs of a layer."""
+        return self.rope_selection in SCORED_SELECTIONS
+
+    def rotary_pairs(self, geometry: MLAGeometry) -> Tensor | None:
+        """Return the source's rotary pairs with which a layer rotates, [R/2], or None if they are measured.
+
+        With a regular `shared_rope` whose number of rotary dims is still to be chosen, they are some of those returned.
+
+        Args:
+            geometry: The planned shape of the layer.
+
+        Raises:
+            InvalidValueError: The number of rotary dims does not allow a regular `shared_rope`.
+        """
+        if not self.measures_pairs:
+            return fixed_pairs(self.rope_selection, geometry.head_dim, geometry.qk_rope_head_dim)
+        if self.shared_rope != "regular":
+            return None
+        return regular_pairs(geometry.head_dim // 2, self.rope_dims or geometry.head_dim)
 
     def problem(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration

@@ -62,6 +62,19 @@ def select_pairs(selection: str, head_dim: int, rope_dim: int, scores: Tensor | 
     return chosen.expand(heads, kept)
 
 
+def fixed_pairs(selection: str, head_dim: int, rope_dim: int) -> Tensor:
+    """Return the rotary pairs that a selection without scores keeps in every layer, in rising order, [R/2].
+
+    Args:
+        selection: `last`, whose frequencies are those of `split_last_columns`, or `high`, `low` or `uniform`.
+        head_dim: Dims of a head, D.
+        rope_dim: Dims that keep rotating, R; even.
+    """
+    if selection == "last":
+        return split_last_columns(head_dim, rope_dim).pairs[0]
+    return select_pairs(selection, head_dim, rope_dim)[0]
+
+
 def split_by_pairs(pairs: Tensor, head_dim: int) -> RopeSplit:
     """Return the split in which both dims of the given pairs [K, R/2] rotate and all other dims do not."""
     rope = torch.cat([pairs, pairs + head_dim // 2], dim=-1)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import expected_to_take
+from optimum_mla.export.gguf_file import file_type_of
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
 from optimum_mla.measure.answers import answers, moved, prompts, text_of
@@ -109,6 +110,8 @@ def convert(
     with UnfinishedConversion(folder, made_from, resume, overwrite) as unfinished:
         with stages.stage("load"):
             source, wrapper = prepared.load(model, dtype, device, unfinished.folder)
+        if export_format == "gguf":
+            file_type_of(source.dtype)
         check_space(folder, max(0, weight_bytes(source) - unfinished.bytes))
         run = prepared.run(source, unfinished, processes)
         work = work_of(transformation, len(run.layers), prepared.measured_on)

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate.text import token_windows, window_length
 from optimum_mla.calibrate.windows import check_tokens
 from optimum_mla.convert.latent_norm import check_layers, with_latent_norms
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.core.number_checks import check_count
-from optimum_mla.export.checks import check_exportable, check_padding
-from optimum_mla.export.deepseek import export_deepseek
-from optimum_mla.export.gguf_file import check_file_type, check_gguf, write_gguf
+from optimum_mla.export.checks import check_exportable, check_padding, different_frequencies, refuse
+from optimum_mla.export.deepseek import export_deepseek, planned_config
+from optimum_mla.export.gguf_file import check_file_type, check_gguf, check_writable, file_type_of, write_gguf
+from optimum_mla.export.tensors import rotated_pairs
 from optimum_mla.export.uncoded import uncoded
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
+from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.pipeline.loading import (
@@ -42,7 +45,6 @@ ENGINE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "gguf": {"gqa2mla": {"rope_cache": "cached", **REGULAR}, "x-ecomla": REGULAR},
 }
 """By format: options that make a method's result exportable. They are added where the user gives no others."""
-FILE_TYPES_OF = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def check_format(name: str) -> None:
@@ -66,6 +68,45 @@ def exportable_options(format: str, method: str, options: dict[str, Any]) -> dic
         remedy = "No format has codes, so the budget would not hold. Give kv_cache_ratio."
         raise InvalidValueError("kv_cache_budget", options["kv_cache_budget"], "nothing with an export format", remedy)
     return {**needed, **options}
+
+
+def check_method(transformation: MLATransformation) -> None:
+    """Refuse a conversion whose layers could not be exported together.
+
+    Raises:
+        UnsupportedModelError: Each layer would have rotary dims, or a query rank, of its own.
+    """
+    if getattr(transformation, "q_energy", None) is not None:
+        reason = "with --q-energy each layer has a query rank of its own, DeepSeek's all have the same"
+        raise refuse(reason, "Convert with --q-lora-rank.")
+    if not transformation.same_rotary_dims:
+        raise different_frequencies()
+
+
+def check_planned(
+    format: str,
+    config: PreTrainedConfig,
+    pairs: Tensor | None,
+    pad_to: tuple[int, int] | None = None,
+    latent_norm: bool = False,
+) -> None:
+    """Refuse an export by the shapes that it would have, before any work.
+
+    Args:
+        format: The format.
+        config: The config of the converted model, which has passed `check_exportable`.
+        pairs: The source's rotary pairs with which all layers rotate, [R/2], or None where they are still to be chosen.
+        pad_to: As for `export_deepseek`.
+        latent_norm: Whether the model gets norms on its latents before it is exported.
+
+    Raises:
+        UnsupportedModelError: llama.cpp cannot run it.
+        InvalidValueError: The model is larger than `pad_to`.
+    """
+    if pairs is not None:
+        planned = planned_config(config, pairs, pad_to, latent_norm)
+        if format == "gguf":
+            check_gguf(planned)
 
 
 @claims_output()
@@ -124,13 +165,15 @@ def export(
     config = load_config(model, hub)
     if not is_converted(config):
         raise UnsupportedModelError(f"model: {model} is not converted. Run optimum-cli mla-convert on it first.")
-    check_exportable(config, pad or sizes is not None)
     layers = model_geometry(family_of(config).spec, config).layers
-    if sizes is not None:
-        check_padding(sizes, layers, latent_norm or layers[0].latent_norm)
     if latent_norm:
         check_layers(layers)
     tokenizer = load_tokenizer(model, hub, needed=latent_norm)
+    if format == "gguf":
+        check_writable(config, tokenizer)
+    check_exportable(config, pad or sizes is not None)
+    if sizes is not None:
+        check_padding(sizes, layers, latent_norm or layers[0].latent_norm)
     windows = None
     if recover_data is not None:
         check_count("recover_samples", recover_samples)
@@ -138,6 +181,9 @@ def export(
         windows = token_windows(tokenizer, recover_data, length, recover_samples, "recover-data")
         check_tokens(windows, config.vocab_size, "recover-data")
     native = load_model(model, config, dtype, device, hub)
+    check_planned(format, config, rotated_pairs(native), sizes, latent_norm)
+    if format == "gguf" and gguf_type is None:
+        gguf_type = file_type_of(native.dtype)
     before, after = None, None
     if windows is not None:
         normed = with_latent_norms(native, windows)
@@ -167,7 +213,7 @@ def write_export(
         gguf_type: Type of the matrices in a GGUF file; None takes that of the model's dtype.
     """
     if format == "gguf":
-        of = gguf_type or FILE_TYPES_OF[exported.dtype]
+        of = gguf_type or file_type_of(exported.dtype)
         write_gguf(exported, folder / f"{name}-{of.upper()}.gguf", name, of, tokenizer)
         return
     exported.save_pretrained(folder)

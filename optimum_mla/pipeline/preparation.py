@@ -19,7 +19,10 @@ from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import LARGEST_SEED, check_count
 from optimum_mla.core.processes import Processes
 from optimum_mla.export.checks import check_exportable
+from optimum_mla.export.gguf_file import check_writable
 from optimum_mla.methods.base import MLATransformation
+from optimum_mla.models.layers import model_geometry
+from optimum_mla.models.registry import family_of
 from optimum_mla.models.wrappers import language_model, wrapper_of
 from optimum_mla.pipeline.conversion_options import (
     build_transformation,
@@ -27,7 +30,7 @@ from optimum_mla.pipeline.conversion_options import (
     check_calibration_is_used,
     default_size,
 )
-from optimum_mla.pipeline.exporting import exportable_options
+from optimum_mla.pipeline.exporting import check_method, check_planned, exportable_options
 from optimum_mla.pipeline.loading import (
     TextOptions,
     check_dtype,
@@ -138,6 +141,8 @@ def prepare(
     tokenizer = load_tokenizer(
         model, hub, needed=isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
     )
+    if export_format == "gguf":
+        check_writable(config, tokenizer)
     statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
     unread = texts.calibration_data is None and texts.eval_data is None
     if tokenizer is not None and unread and statistics is None:
@@ -153,6 +158,9 @@ def prepare(
     planned = transformation.check(config)
     if export_format is not None:
         check_exportable(planned, pad=True)
+        check_method(transformation)
+        first = model_geometry(family_of(planned).spec, planned).layers[0]
+        check_planned(export_format, planned, transformation.rotary_pairs(first))
     windows, text = evaluation, "evaluation"
     if texts.eval_data == str(BUILT_IN_TEXT) or (statistics is not None and unread):
         text = "built-in"
