@@ -51,11 +51,13 @@ def exit_on_bad_input(interrupted: str = "nothing was written") -> Iterator[None
 def end(line: str, code: int) -> NoReturn:
     """Print a line on standard error and exit with a code.
 
-    A process of `torchrun` other than the first one waits before that. Mostly the first one has met the same error, and
-    `torchrun` then ends the others while they wait. What is printed also goes into the report of `torchrun`.
+    A process of `torchrun` other than the first one waits before it prints an error. Mostly the first one has met the
+    same error, and `torchrun` then ends the others while they wait. What is printed also goes into its report.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         rank = int(os.environ["RANK"])
+        if rank and code == INTERRUPTED:
+            raise SystemExit(code) from None
         if rank:
             time.sleep(ALONE_SECONDS)
             line = f"process {rank}: {line}"

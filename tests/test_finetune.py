@@ -844,7 +844,7 @@ def reference(models: Path) -> Path:
 def test_the_step_that_is_best_on_held_out_text_is_kept(
     trained: str, reference: Path, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
 ) -> None:
-    ruin = Ruin(5, 0.13)
+    ruin = Ruin(5, 0.1)
     with_callback(ruin)
     report = train(train=trained, **LEARNS)
     measured = {entry["step"]: entry["perplexity"] for entry in report.perplexities}
@@ -873,7 +873,7 @@ def test_a_training_that_makes_held_out_text_worse_says_so_and_saves_the_model_a
         def emit(self, record: logging.LogRecord) -> None:
             said.append((record.getMessage(), (tmp_path / "out").exists()))
 
-    with_callback(Ruin(0, 0.13))
+    with_callback(Ruin(0, 0.1))
     watch = Watch()
     logging.getLogger("optimum_mla").addHandler(watch)
     report = train(model="reference", train=trained, merge=trained == "lora")
@@ -898,7 +898,7 @@ def test_a_training_that_makes_held_out_text_worse_says_so_and_saves_the_model_a
 def test_without_checkpoints_the_end_is_compared_with_the_beginning(
     reference: Path, train: Callable[..., RecoveryReport], with_callback: Any
 ) -> None:
-    with_callback(Ruin(1, 0.13))
+    with_callback(Ruin(1, 0.1))
     report = train(model="reference", train="kv", training={"save_strategy": "no"})
     assert (report.kept_step, [entry["step"] for entry in report.perplexities]) == (0, [6])
     with_callback(None)
@@ -911,7 +911,7 @@ def test_without_checkpoints_the_end_is_compared_with_the_beginning(
 def test_the_last_step_is_saved_where_that_is_asked_for(
     reference: Path, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
 ) -> None:
-    ruin = Ruin(5, 0.13)
+    ruin = Ruin(5, 0.1)
     with_callback(ruin)
     report = train(model="reference", train="kv", training={"load_best_model_at_end": False})
     assert (report.kept_step, report.perplexities) == (None, [])
@@ -929,7 +929,7 @@ def test_the_best_step_outlives_an_interruption_and_a_divergence(
             if state.global_step == 7:
                 raise KeyboardInterrupt
 
-    ruin = Both(3, 0.13)
+    ruin = Both(3, 0.1)
     with_callback(ruin)
     with pytest.raises(KeyboardInterrupt):
         train(train="kv", **LEARNS)
