@@ -42,12 +42,13 @@ def restored(source: SourceAttention, heads: HeadWeights) -> dict[str, Tensor]:
     def family_order(tensor: Tensor) -> Tensor:
         if source.order is None:
             return tensor
-        places = torch.empty_like(source.order)
-        places[source.order] = torch.arange(len(places))
-        return tensor[:, places]
+        return tensor[:, source.order.to(tensor.device).argsort()]
 
     def unscaled(tensor: Tensor) -> Tensor:
-        return tensor if factor is None else tensor / (factor if tensor.ndim == 2 else factor[:, None])
+        if factor is None:
+            return tensor
+        there = factor.to(tensor.device)
+        return tensor / (there if tensor.ndim == 2 else there[:, None])
 
     found: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):

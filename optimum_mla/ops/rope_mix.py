@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_ENERGY = 1e-9
-"""Query energies below this share of the largest one are raised to it, because a dead pair has no scale of its own.
-Only their ratios matter, so the largest is taken as 1."""
+"""Query energies below this share of the largest one are raised to it, because a dead pair has no scale of its own."""
 
 
 class RopeMix(NamedTuple):
@@ -50,8 +49,7 @@ def query_aware_mix(keys: Tensor, query_energy: Tensor) -> RopeMix:
         keys: Second moments E[k kᴴ] of the complex pairs of the keys over the heads, complex [D/2, G, G].
         query_energy: Mean of |q|² of each pair, summed over the query heads of each key head, [G, D/2].
     """
-    largest = query_energy.max()
-    energy = torch.where(largest > 0, query_energy.T / largest, 1.0).clamp_min(SMALLEST_ENERGY)
+    energy = query_energy.T.clamp_min(SMALLEST_ENERGY * float(query_energy.max()) or 1.0)
     root = energy.sqrt()  # [D/2, G]
     vectors = torch.linalg.eigh(root[:, :, None] * keys * root[:, None, :]).eigenvectors.flip(-1)  # largest first
     # The phase of an eigenvector is arbitrary. It is fixed by making the largest entry real and positive.

@@ -80,10 +80,10 @@ def split_by_pairs(pairs: Tensor, head_dim: int) -> RopeSplit:
     rope = torch.cat([pairs, pairs + head_dim // 2], dim=-1)
     rows = []
     for row in rope:
-        free = torch.ones(head_dim, dtype=torch.bool)
-        free[row.cpu()] = False
+        free = torch.ones(head_dim, dtype=torch.bool, device=pairs.device)
+        free[row] = False
         rows.append(free.nonzero().flatten())
-    return RopeSplit(torch.stack(rows), rope.cpu(), pairs.cpu())
+    return RopeSplit(torch.stack(rows), rope, pairs)
 
 
 def split_last_columns(head_dim: int, rope_dim: int) -> RopeSplit:

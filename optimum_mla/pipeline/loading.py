@@ -186,9 +186,13 @@ def load_model(
     check_dtype(dtype)
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=place)
+        torch.empty(0, device="cpu" if place.type == "mps" else place)
     except (RuntimeError, AssertionError) as error:
         raise InvalidValueError("device", device, "a torch device of this machine", first_line(error)) from error
+    if place.type == "mps":
+        raise InvalidValueError(
+            "device", device, "cpu, or cuda where there is one", "mps has no float64 to factorize in."
+        )
     if (Path(model) / "generation_config.json").exists():
         # Transformers passes over one that is no JSON, without a word.
         with reading("generation config", model, hub):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from optimum_mla.core.errors import OutputError
@@ -45,15 +46,15 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def check_same(one: Path, other: Path, tolerance: float) -> None:
-    """Codes are rounded, so that a difference in the last digit of a state may become a step of a code."""
+def check_same(one: Path, other: Path) -> None:
+    """What was made is the same to the last bit, however many processes shared the work."""
     assert read(one / "config.json") == read(other / "config.json")
     expected, found = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        assert (found[name] - tensor).double().norm() <= tolerance * tensor.double().norm(), name
+        assert torch.equal(found[name], tensor), name
     before, after = (read(folder / "conversion_report.json")["perplexity_after"] for folder in (one, other))
-    assert after == pytest.approx(before, rel=tolerance)
+    assert after == before
 
 
 def test_three_processes_convert_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +80,7 @@ def test_three_processes_convert_as_one(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     torchrun(3, str(Path(__file__).with_name("together.py")), str(tmp_path / "cases.json"))
     for name in WAYS:
-        check_same(tmp_path / name, tmp_path / f"{name}, shared", 1e-2 if "codes" in name else 1e-4)
+        check_same(tmp_path / name, tmp_path / f"{name}, shared")
     assert not list(tmp_path.glob(".*"))
 
 
@@ -92,8 +93,8 @@ def test_the_command_under_torchrun_speaks_with_one_voice(tmp_path: Path) -> Non
     convert(
         str(REFERENCE),
         tmp_path / "one",
-        options={"kv_cache_budget": 0.125},
+        options={"kv_cache_budget": 0.25},
         texts=TextOptions(str(REFERENCE / "calibration.txt"), calibration_samples=9, calibration_length=64),
         dtype="float32",
     )
-    check_same(tmp_path / "one", tmp_path / "two", 1e-2)
+    check_same(tmp_path / "one", tmp_path / "two")
