@@ -95,7 +95,7 @@ def test_latents_are_normed_with_the_one_epsilon_of_the_file(eps: float) -> None
         gain = tensors[f"blk.1.{name.removesuffix('_mqa')}_norm.weight"]
         found = torch.nn.functional.rms_norm(made[:, :rank], (rank,), gain, eps)
         with torch.no_grad():
-            assert torch.allclose(found, norm(down(states)[:, :rank]), rtol=1e-5, atol=1e-7)
+            assert torch.allclose(found, norm(down(states)[:, :rank]), rtol=1e-4, atol=1e-6)
             assert torch.allclose(made[:, rank:], down(states)[:, rank:], rtol=1e-5, atol=1e-7)
 
 
