@@ -59,7 +59,7 @@ def test_the_default_size_is_a_budget_of_bytes_where_latents_can_be_coded() -> N
         texts = TextOptions(uncalibrated=given.pop("uncalibrated", False))
         return default_size(source_model(family).config, method, given, texts, exported)
 
-    assert size() == size("qwen3", layers="0-1") == {"kv_cache_budget": 0.125}
+    assert size() == size("qwen3", layers="0-1") == {"kv_cache_budget": 0.25}
     plain = {"kv_cache_ratio": 0.5}
     assert size("mistral with a window") == size(method="mha2mla") == size(exported=True) == plain
     assert size(uncalibrated=True) == size(rope_cache="cached") == size(factorization="joint") == plain
