@@ -39,7 +39,7 @@ def exit_on_bad_input(interrupted: str = "nothing was written") -> Iterator[None
         yield
     except MLAError as error:
         end(f"error: {' '.join(str(error).split())}", BAD_INPUT)
-    except Exception as error:
+    except Exception as error:  # A lack of memory comes as errors of several types; all others are raised again.
         if not ran_out_of_memory(error):
             raise
         remedy = "Ask for less at once, such as fewer or shorter windows or rows, or take a machine with more."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -86,20 +86,28 @@ def measured_cache_bytes(model: PreTrainedModel, ids: Tensor, cache: Cache | Non
     return live_cache_bytes(filled_cache(model, ids, cache))
 
 
-def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor, in_16_bits: bool = False) -> float:
+class BytesPerToken(NamedTuple):
+    """The bytes that each token adds to a live cache: as they are, and with all numbers counted in 16 bits."""
+
+    live: float
+    in_16_bits: float
+
+
+def bytes_per_token(model: PreTrainedModel, ids: Tensor) -> BytesPerToken:
     """Return the bytes that each token of the second half of `ids` [1, T] adds to the model's own cache.
 
     The first half is left out, because the first tokens of a sequence may be stored in more bits than others.
-
-    Args:
-        model: A causal language model.
-        ids: Token ids, [1, T].
-        in_16_bits: As for `live_cache_bytes`.
     """
     half = ids.shape[1] // 2
     make: Any = getattr(model, "make_cache", lambda: None)
-    before, after = (live_cache_bytes(filled_cache(model, part, make()), in_16_bits) for part in (ids[:, :half], ids))
-    return (after - before) / (ids.shape[1] - half)
+    before, after = (filled_cache(model, part, make()) for part in (ids[:, :half], ids))
+    added = ((live_cache_bytes(after, kind) - live_cache_bytes(before, kind)) for kind in (False, True))
+    return BytesPerToken(*(size / (ids.shape[1] - half) for size in added))
+
+
+def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
+    """Return the live bytes of `bytes_per_token`."""
+    return bytes_per_token(model, ids).live
 
 
 def peak_memory_bytes() -> int:

@@ -19,7 +19,7 @@ from optimum_mla.export.gguf_file import file_type_of
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
 from optimum_mla.measure.answers import answers, moved, prompts, text_of
-from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.measure.stages import Stages
 from optimum_mla.measure.verify import reference_logits, verify
@@ -133,8 +133,7 @@ def convert(
         few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
         asked = prompts(tokenizer) if tokenizer is not None and readable_at_once(source) else []
         with stages.stage("measure the source"), reading_weights():
-            source_bytes = measured_cache_bytes_per_token(source, few)
-            source_in_16_bits = measured_cache_bytes_per_token(source, few, in_16_bits=True)
+            source_bytes = bytes_per_token(source, few)
             said = answers(source, asked)
             reference = reference_logits(source) if transformation.preserves_computation else None
         with stages.stage("convert"), expected_to_take(predicted_seconds):
@@ -152,8 +151,7 @@ def convert(
                 converted: Any = load_written(converted_folder, folder, device, offload)
                 verification = verify(converted, reference)
             with stages.stage("measure the result"):
-                cache_bytes = measured_cache_bytes_per_token(converted, few)
-                cache_in_16_bits = measured_cache_bytes_per_token(converted, few, in_16_bits=True)
+                cache_bytes = bytes_per_token(converted, few)
                 says = answers(converted, asked[:1])
                 with reading_weights():
                     movement = moved(source, converted, said) if said else None
@@ -166,12 +164,12 @@ def convert(
                 options=transformation.options,
                 data=data,
                 cache_numbers_per_token_per_layer=geometry.cache_numbers / len(geometry.layers),
-                cache_bytes_per_token=cache_bytes,
-                source_cache_bytes_per_token=source_bytes,
+                cache_bytes_per_token=cache_bytes.live,
+                source_cache_bytes_per_token=source_bytes.live,
                 predicted_cache_bytes_per_token=geometry.cache_bytes(bits=8 * itemsize),
-                cache_bytes_per_token_in_16_bits=cache_in_16_bits,
-                source_cache_bytes_per_token_in_16_bits=source_in_16_bits,
-                cache_percent_of_source=100 * cache_in_16_bits / source_in_16_bits,
+                cache_bytes_per_token_in_16_bits=cache_bytes.in_16_bits,
+                source_cache_bytes_per_token_in_16_bits=source_bytes.in_16_bits,
+                cache_percent_of_source=100 * cache_bytes.in_16_bits / source_bytes.in_16_bits,
                 parameters_added=geometry.parameters_added,
                 perplexity_before=before,
                 perplexity_after=after,
@@ -185,7 +183,9 @@ def convert(
                 perplexity_text=None if windows is None else text,
                 written_as="wrapper" if wrapper is not None else export_format or "native",
                 verification=asdict(verification),
-                break_even_tokens=break_even_tokens(geometry.parameters_added * itemsize, source_bytes - cache_bytes),
+                break_even_tokens=break_even_tokens(
+                    geometry.parameters_added * itemsize, source_bytes.live - cache_bytes.live
+                ),
                 answers=None if movement is None else asdict(movement),
                 sample=None
                 if not said

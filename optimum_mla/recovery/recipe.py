@@ -22,12 +22,12 @@ from optimum_mla.recovery.schedules import scheduler_arguments
 OBJECTIVES = ("distill", "sft", "dpo")
 STAGES = ("none", "layerwise")
 LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "kv": 5e-4, "attention": 5e-4, "full": 3e-4}
-"""Default learning rates by what trains, with which the benchmarks of `benchmarks/configs` are made too."""
+"""Default learning rates by what trains, which the configs of the benchmarks take too."""
 DPO_SHARE = 0.01
-"""What DPO multiplies them by."""
+"""Factor of the default learning rates for DPO."""
 CODED_SHARE = 0.2
-"""What they are multiplied by where latents are codes. Those are integers, larger than the inputs of a layer, so a step
-in the projections around them does more."""
+"""Factor of the default learning rates where latents are codes. Codes are integers and larger than the inputs of a layer,
+so that a step in the projections around them does more."""
 SCHEDULE = "cosine"
 BATCH_SIZE = 8
 WARMUP_SHARE = 0.05

@@ -76,7 +76,7 @@ def places(report: BenchmarkReport) -> list[Place]:
 
 @dataclass(frozen=True)
 class Difference:
-    """What one place has over another: 1 where it is better, -1 where it is worse, 0 where no difference is certain.
+    """A comparison of two places: 1 where the first is better, -1 where it is worse, 0 where no difference is certain.
 
     Attributes:
         size: Bytes per token.

@@ -13,9 +13,9 @@ NOTHING, SMALL, LARGE, BROKEN = range(4)
 RISES = (0.01, 0.05, 1.0)
 """Relative rise of the perplexity up to which the cost is nothing, small and large."""
 OTHER_GUESSES = (2.0, 5.0, 50.0)
-"""The same for the percent of the tokens at which another next token is the likeliest, on the source's own answers."""
+"""Percent of the tokens of the source's own answers with another likeliest token, up to which the cost is the same."""
 DIVERGENCES = (0.01, 0.05, 1.0)
-"""The same for the mean divergence of the predictions there, in nats."""
+"""Mean divergence of the predictions on these answers, in nats, up to which the cost is the same."""
 JUDGEMENTS = {
     NOTHING: "The model is as good as before.",
     SMALL: "That is a small loss: a few answers will differ, and training can win it back.",
