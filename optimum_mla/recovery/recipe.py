@@ -26,8 +26,9 @@ LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "kv": 5e-4, "attention": 5e-4, "fu
 DPO_SHARE = 0.01
 """Factor of the default learning rates for DPO."""
 CODED_SHARE = 0.2
-"""Factor of the default learning rates where latents are codes. Codes are integers and larger than the inputs of a layer,
-so that a step in the projections around them does more."""
+"""Factor of the default learning rates where latents are codes, which are integers and larger than a layer's inputs.
+
+A step in the projections around them does more."""
 SCHEDULE = "cosine"
 BATCH_SIZE = 8
 WARMUP_SHARE = 0.05
