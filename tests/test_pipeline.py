@@ -184,11 +184,12 @@ def test_the_report_has_the_sources_own_answers(tmp_path: Path) -> None:
     assert moved.quality_warning is not None
 
 
+# Five windows are read: one is left to the report.
 DEGENERATE = {
-    "one word": ("rain " * 400, r"calibration-data: the 4 windows of 64 tokens hold only [1-7] different tokens"),
-    "one token": ([7] * 400, "calibration-data: the 4 windows of 64 tokens hold only one token over and over"),
-    "padding": ([0] * 400, "calibration-data: the 4 windows of 64 tokens hold only one token over and over"),
-    "one window": (list(range(100, 164)) * 8, "calibration-data: all 4 windows of 64 tokens are the same"),
+    "one word": ("rain " * 400, r"calibration-data: the 5 windows of 64 tokens hold only [1-7] different tokens"),
+    "one token": ([7] * 400, "calibration-data: the 5 windows of 64 tokens hold only one token over and over"),
+    "padding": ([0] * 400, "calibration-data: the 5 windows of 64 tokens hold only one token over and over"),
+    "one window": (list(range(100, 164)) * 8, "calibration-data: all 5 windows of 64 tokens are the same"),
 }
 
 

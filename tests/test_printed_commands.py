@@ -101,11 +101,11 @@ def test_options_that_messages_name_exist() -> None:
         name: {text for action in parser_of(name)._actions for text in action.option_strings} for name in COMMANDS
     }
     everywhere = set().union(*options.values())
-    engines = {"--continuous-batching"}  # of `transformers serve`
+    others = {"--continuous-batching", "--upgrade"}  # of `transformers serve` and `pip install`
     for path in sorted((ROOT / "optimum_mla").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for option in re.findall(r"--[a-z][a-z-]*[a-z]\b(?!-)", text):
-            assert option in everywhere | engines, f"{path.name}: {option}"
+            assert option in everywhere | others, f"{path.name}: {option}"
         for name, given in re.findall(r"\b(mla-[a-z]+) ((?:--[a-z-]+(?: [\w.+]+)?,? ?)+)", text):
             for option in re.findall(r"--[a-z-]+[a-z]", given):
                 assert option in options[name], f"{path.name}: {name} {option}"

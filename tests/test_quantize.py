@@ -124,7 +124,7 @@ def test_command_prints_before_and_after(converted: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     lines = {line.split("  ")[0].strip(): line.split() for line in done.stdout.splitlines() if line}
-    before, after = (float(cell) for cell in lines["cache of 512 tokens, MB"][-2:])
+    before, after = (float(cell) for cell in lines["cache of 512 tokens in float32, MB"][-2:])
     assert 8 / 32 < after / before < 8.4 / 32
     before, after = (float(cell) for cell in lines["weights, MB"][-2:])
     assert after < 0.6 * before

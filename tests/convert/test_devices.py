@@ -36,7 +36,7 @@ WAYS = {
     "gqa2mla, statistics": lambda ids: GQA2MLA(kv_cache_ratio=0.5, calibration=stored),
     "codes, statistics": lambda ids: GQA2MLA(kv_cache_budget=0.25, calibration=stored),
     "mha2mla, statistics": lambda ids: MHA2MLA(kv_cache_ratio=0.5, calibration=stored),
-    "x-ecomla, statistics": lambda ids: XEcoMLA(kv_cache_ratio=0.5, calibration=stored),
+    "x-ecomla, statistics": lambda ids: XEcoMLA(kv_cache_ratio=0.5, qk_rope_head_dim=4, calibration=stored),
     "reversed": lambda ids: GQA2MLA(),
 }
 
