@@ -35,7 +35,7 @@ class CodeTable:
     mean: Tensor
 
     @classmethod
-    def fit(cls, samples: Tensor, weights: Tensor, about_mean: bool = True) -> CodeTable:
+    def fit(cls, samples: Tensor, weights: Tensor, about_mean: bool = True, gains: Tensor | None = None) -> CodeTable:
         """Return the table for samples of the latents.
 
         The clip, and so the step, is the one with the least mean squared error, not the one that spans the range, and
@@ -45,23 +45,25 @@ class CodeTable:
             samples: Latents of tokens that are to be coded, [T, r].
             weights: Cost of a unit of squared error in each channel, [r].
             about_mean: Whether the middle of the codes is the mean, and not zero.
+            gains: The factor by which a token's steps are larger than the channel's, [T, r]; None for one everywhere.
         """
         mean = samples.double().mean(0) if about_mean else torch.zeros_like(samples[0], dtype=torch.float64)
         centred = samples.float() - mean.float()
-        deviation = centred.square().mean(0).sqrt()
+        factors = centred.new_ones(1, 1) if gains is None else gains
+        deviation = (centred / factors).square().mean(0).sqrt()
         varies = deviation > torch.finfo(torch.float32).tiny ** 0.5  # Squares of smaller numbers leave float32.
         errors = torch.full((len(weights), max(WIDTHS) + 1), torch.inf, dtype=torch.float64, device=samples.device)
         steps = torch.zeros_like(errors)
-        errors[:, 0] = weights * torch.where(varies, deviation.double().square(), 0.0)
+        errors[:, 0] = weights * torch.where(varies, centred.double().square().mean(0), 0.0)
         for bits in WIDTHS:
             best = torch.full_like(deviation, torch.inf)
             for factor in STEP_FACTORS:
                 step = factor * GAUSSIAN_STEPS[bits] * deviation
-                error = _squared_error(centred, step, bits)
+                error = _squared_error(centred, step * factors, bits)
                 steps[:, bits] = torch.where(error < best, MARGIN * step.double(), steps[:, bits])
                 best = torch.minimum(best, error)
             steps[:, bits] = torch.where(varies, steps[:, bits], 0.0)
-            left = _squared_error(centred, steps[:, bits].float(), bits).double()
+            left = _squared_error(centred, steps[:, bits].float() * factors, bits).double()
             errors[:, bits] = torch.where(varies, weights * left, 0.0)
         return cls(errors, steps, mean)
 
@@ -76,7 +78,7 @@ class CodeTable:
 
 
 def _squared_error(centred: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Return the mean squared error of codes of each channel, [r]."""
+    """Return the mean squared error of codes of each channel, [r], for steps [1 or T, r]."""
     half = 2 ** (bits - 1)
     # Codes stand for odd multiples of half a step, so that the range is symmetric.
     codes = (centred / step - 0.5).round_().clamp_(-half, half - 1)
