@@ -20,13 +20,14 @@ import torch
 from optimum.commands.optimum_cli import main
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from optimum_mla import XEcoMLA
+from optimum_mla import GQA2MLA, QuantizeLatentCache, XEcoMLA
 from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, ReportError, ran_out_of_memory
 from optimum_mla.pipeline import BenchmarkOptions, benchmark, cell_runs, cells, compare, measurements, quantize
 from optimum_mla.pipeline.cells import CellError, run_cell
 from optimum_mla.pipeline.measurements import memory_cell, quality_cell, speed_cell
 from optimum_mla.report.rows import BenchmarkReport
+from tests.cases import source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = str(REFERENCE / "evaluation.txt")
@@ -200,6 +201,15 @@ def test_full_keys_kept_beside_the_cache_are_flagged(models: Path, monkeypatch: 
     monkeypatch.setattr(measurements, "load", loaded)
     row = memory_cell(str(models / "converted"), "default", 256, 1, **COMMON)
     assert row["flags"] == ["alive after a step: [1, 2, 256, 16] float32, as large as the keys of a layer"]
+
+
+def test_the_table_of_angles_is_nothing_kept_beside_the_cache(tmp_path: Path) -> None:
+    """With one key head of 16 bits it is as large as the keys of a layer, but all layers share it."""
+    model = source_model("llama", num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=4096)
+    converted = GQA2MLA(kv_cache_ratio=0.5, calibration=token_ids(8, 32))(model)
+    QuantizeLatentCache(bits=4, backend="hqq")(converted).save_pretrained(tmp_path / "out")
+    row = memory_cell(str(tmp_path / "out"), "default", 1000, 1, **{**COMMON, "dtype": "bfloat16"})
+    assert row["flags"] == []
 
 
 @pytest.mark.parametrize("weights", ["quanto-int8", "hqq-int4"])

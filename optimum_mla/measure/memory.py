@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from optimum_mla.cache import LatentLayer
-from optimum_mla.stack import cache_argument
+from optimum_mla.stack import cache_argument, kept_tables
 
 PROCESS = Path("/proc/self")
 """The folder in which Linux describes this process."""
@@ -181,7 +181,8 @@ def living_storages() -> list[torch.UntypedStorage]:
 def large_tensors(before: list[torch.UntypedStorage], cache: Cache, least_bytes: int) -> list[str]:
     """Return the shapes of large living tensors that are neither older than a step nor part of the cache.
 
-    Such tensors are keys or values of full size that something keeps beside the cache.
+    Such tensors are keys or values of full size that something keeps beside the cache. The table of rotary angles, as
+    long as the longest block of the cache, is none of them, because all layers share it.
 
     Args:
         before: The result of `living_storages` before the step, which includes scales and zeros of quantized weights.
@@ -189,7 +190,7 @@ def large_tensors(before: list[torch.UntypedStorage], cache: Cache, least_bytes:
         least_bytes: Bytes from which a tensor counts as large.
     """
     known = {storage.data_ptr() for storage in before}
-    known |= {tensor.untyped_storage().data_ptr() for tensor in cache_tensors(cache)}
+    known |= {tensor.untyped_storage().data_ptr() for tensor in (*cache_tensors(cache), *kept_tables())}
     found = {
         storage.data_ptr(): f"{list(thing.shape)} {str(thing.dtype).removeprefix('torch.')}"
         for thing, storage in _living()

@@ -94,6 +94,11 @@ def first_positions_table(
     return found.cos, found.sin
 
 
+def kept_tables() -> list[Tensor]:
+    """Return the tables that `first_positions_table` keeps for all models that are alive."""
+    return [tensor for kept in _KEPT.values() for table in kept.values() for tensor in (table.cos, table.sin)]
+
+
 def by_layer_type(rotary: Callable[..., Any], layer_type: str | None) -> dict[str, Any]:
     """Return the keyword that names a layer's type to a rotary embedding which has frequencies for each type."""
     kind: Any = type(rotary)
