@@ -680,6 +680,22 @@ def fidelity() -> str:
     return "\n\n".join([*sides, prose(f"Measured by `make bench-fidelity` on {found['machine']}.")])
 
 
+def exact_model() -> str:
+    """Return how far predictions move with the weights left alone, the largest cache first."""
+    found = result("exact_model")
+    names = list(found["rows"][0]["texts"])
+    header = ("cache", "live", "4,096 tokens", *(f"{name}: divergence / same guess" for name in names))
+    rows = []
+    for row in sorted(found["rows"], key=lambda row: -row["percent"]):
+        told = row["cache"]
+        if told == "codes":
+            told = f"codes, budget {100 * row['kv_cache_budget']:g} %" + (", no gains" * (row.get("gain_groups") == 0))
+        long = f"{row['percent_at_4096_tokens']:.1f} %" if "percent_at_4096_tokens" in row else "-"
+        cells = (f"{text['divergence']:.4f} / {text['same_guess_percent']:.1f} %" for text in row["texts"].values())
+        rows.append((told, f"{row['percent']:.1f} %", long, *cells))
+    return "\n\n".join([table(header, rows), prose(f"Measured by `make bench-exact-model` on {found['machine']}.")])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -709,6 +725,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         families,
         llama_cpp,
         engines,
+        exact_model,
     )
 }
 """The functions that render blocks, by the names that pages use."""

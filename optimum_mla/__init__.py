@@ -10,6 +10,7 @@ from optimum_mla import models as models
 from optimum_mla import weights as weights
 from optimum_mla.cache import LatentCache
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
+from optimum_mla.convert.codec import fit_codec
 from optimum_mla.convert.compose import compose
 from optimum_mla.convert.tracing import trace
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
@@ -20,6 +21,7 @@ from optimum_mla.methods.quantize_cache import QuantizeLatentCache
 from optimum_mla.methods.registry import available_transforms, register_transform
 from optimum_mla.methods.xecomla import XEcoMLA
 from optimum_mla.models import AttentionSpec, register_family, supported_model_types
+from optimum_mla.models.codec import ModelCodec
 from optimum_mla.models.registry import register_installed_families
 
 # Last, because the packages that offer families import from this one.
@@ -38,12 +40,14 @@ __all__ = [
     "LatentCache",
     "MLAGeometry",
     "MLATransformation",
+    "ModelCodec",
     "ModelGeometry",
     "QuantizeLatentCache",
     "XEcoMLA",
     "available_transforms",
     "benchmark",
     "compose",
+    "fit_codec",
     "register_family",
     "register_transform",
     "supported_model_types",

@@ -525,17 +525,19 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
 def test_a_run_goes_on_only_with_the_same_text_and_model(
     models: Path, train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
 ) -> None:
-    text, model = tmp_path / "text.txt", tmp_path / "model"
+    text, model, held = tmp_path / "text.txt", tmp_path / "model", tmp_path / "held-out.txt"
+    held.write_bytes(Path(str(TEXTS.eval_data)).read_bytes())
     words = (models / "train.txt").read_text(encoding="utf-8")
     text.write_text(words, encoding="utf-8")
     shutil.copytree(models / "converted", model)
     # What a user of Python may give: JSON has no tuples.
     run = {"model": model, "data": text, "layers": (0, 2), "training": {"label_names": ("labels",)}}
+    run["texts"] = replace(TEXTS, eval_data=str(held))
     with_callback(Interrupt(5))
     with pytest.raises(KeyboardInterrupt):
         train(**run)
     with_callback(None)
-    for path, option in ((text, "train_data"), (model / "model.safetensors", "model")):
+    for path, option in ((text, "train_data"), (held, "eval_data"), (model / "model.safetensors", "model")):
         about = path.stat()
         os.utime(path, ns=(1, 1))
         was = re.escape(f"[{about.st_size}, {about.st_mtime_ns}]")
@@ -797,8 +799,9 @@ def test_the_command_says_that_the_loss_diverged(
     assert code == 0
     report = read_report(tmp_path / "out")
     assert report.diverged_at_step == 6
-    kept = "model as it was given" if report.kept_step == 0 else "checkpoint before it"
-    assert f"The loss diverged at step 6: this is the {kept}." in out
+    best = f"step {report.kept_step}, which was best on held-out text"
+    kept = "the model as it was given" if report.kept_step == 0 else best
+    assert f"The loss diverged at step 6: this is {kept}." in out
     shutil.rmtree(tmp_path / "out")
     code, out, err = command(*base, *flags(**{**SHORT, "save_steps": 6}), str(tmp_path / "out"))
     assert code == 2

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,12 @@ def test_a_text_that_says_nothing_is_named_before_the_model_is_loaded(
     with pytest.raises(CalibrationDataError, match=rf"^{words}.*\. Give ordinary text"):
         write(str(REFERENCE), tmp_path / "out", texts=texts)
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_tokens_of_another_vocabulary_are_named(tmp_path: Path) -> None:
+    texts = replace(FEW_WINDOWS, eval_data=[5, 10**6] * 200, eval_samples=2)
+    with pytest.raises(InvalidValueError, match=r"eval-data: got 'ids 5 to 1000000', allowed: 0 to \d+"):
+        convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_ratio": 0.5}, texts=texts)
 
 
 def test_tokens_that_say_nothing_are_named_in_python_too() -> None:

@@ -12,7 +12,7 @@ HELD_BACK = 4
 DECIDING_WINDOWS = 16
 """Largest number of windows that are held back."""
 REPORTED = 9
-"""At most one window of a text of this many is left to the report, and is no calibration window."""
+"""Of this many windows of a text, at most one is left to the report. Nothing is calibrated on it."""
 REPORTED_WINDOWS = 16
 """Largest number of windows that are left to the report."""
 LEAST_TOKENS = 8
@@ -86,11 +86,7 @@ def check_tokens(tokens: Tensor, vocabulary: int, field: str = "calibration") ->
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
         received = f"a {tokens.dtype} tensor of shape {list(tokens.shape)}"
         raise InvalidValueError(field, received, "token ids of shape [windows, tokens]")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise InvalidValueError(
-            field, f"ids {low} to {high}", f"0 to {vocabulary - 1}", "Use the model's own tokenizer."
-        )
+    check_ids(tokens, vocabulary, field)
     count, length = tokens.shape
     different = len(tokens.unique())
     ordinary = "Give ordinary text like what the model will read."
@@ -99,3 +95,21 @@ def check_tokens(tokens: Tensor, vocabulary: int, field: str = "calibration") ->
         raise CalibrationDataError(f"{field}: the {count} windows of {length} tokens hold only {told}. {ordinary}")
     if count > 1 and bool((tokens == tokens[0]).all()):
         raise CalibrationDataError(f"{field}: all {count} windows of {length} tokens are the same. {ordinary}")
+
+
+def check_ids(tokens: Tensor, vocabulary: int, field: str) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Args:
+        tokens: The ids, of any shape, of which there is one at least.
+        vocabulary: Number of tokens of the model's vocabulary.
+        field: Name of the option that gave them, for the error message.
+
+    Raises:
+        InvalidValueError: They are not token ids of the vocabulary.
+    """
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise InvalidValueError(
+            field, f"ids {low} to {high}", f"0 to {vocabulary - 1}", "Use the model's own tokenizer."
+        )

@@ -63,7 +63,8 @@ class Processes:
         """Return the sums, over all items in their order, of the tensors and numbers that `work` gives for each.
 
         Args:
-            items, work: See `each`. There is one item at least.
+            items: The items, of which there is one at least.
+            work: Returns the tensors and numbers of an item, as for `each`.
             title: What the progress of this is called; None shows none.
         """
         parts = self.each(items, work)

@@ -111,7 +111,7 @@ def check_padding(pad_to: tuple[int, int], layers: Sequence[MLAGeometry], normed
     heads, queries = g.num_attention_heads, g.q_lora_rank or g.hidden_size
     numbers = rank * (g.hidden_size + heads * (g.qk_nope_head_dim + g.v_head_dim))
     numbers += rope * (g.hidden_size + heads * queries)
-    needed, free = numbers * (2 * len(layers) + DOUBLE_BYTES), psutil.virtual_memory().available  # 16 bits at least
+    needed, free = numbers * (2 * len(layers) + DOUBLE_BYTES), psutil.virtual_memory().available
     if needed > free:
         allowed = f"what fits into memory: the attention would take {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
         raise InvalidValueError("pad_to", received, allowed, "Take those that the engine asks for, such as 512+64.")

@@ -29,6 +29,7 @@ FILE_TYPES = ("f32", "f16", "bf16", "q8_0")
 ROUNDING = {"f32": 0.0, "f16": 2.0**-10, "bf16": 2.0**-8, "q8_0": 2.0**-6}
 """The largest difference of a matrix that a type makes, relative to its largest number."""
 FILE_TYPES_OF = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+"""The type of a file that holds the matrices of a dtype as they are."""
 LLAMA_CPP_ACTIVATIONS = ("silu", "swish")
 """Names of the one activation function that llama.cpp has for deepseek2."""
 DOWN_PROJECTIONS = re.compile(r"(q_a|kv_a)_proj(_with_mqa)?\.weight$")
@@ -110,7 +111,8 @@ def check_gguf(config: Any) -> None:
     if config.rope_parameters["rope_type"] != "default":
         raise refuse(
             "llama.cpp computes rotary frequencies from one base, and this model's are others",
-            "Convert with --shared-rope regular.",
+            "Export to deepseek_v3 if the model's rotary frequencies are scaled; otherwise convert with --shared-rope "
+            "regular.",
         )
     if config.q_lora_rank is not None and config.num_hidden_layers in LITE_DEPTHS:
         raise refuse(

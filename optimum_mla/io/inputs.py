@@ -88,7 +88,7 @@ def fingerprint(value: object) -> dict[str, list[int]]:
             files += [Path(place, name) for name in names if name[0] != "." and not name.endswith(".md")]
     found = {}
     for file in sorted(files):
-        with suppress(OSError):  # a link to nothing
+        with suppress(OSError):  # A link may lead to nothing.
             about = file.stat()
             found[str(file)] = [about.st_size, about.st_mtime_ns]
     return found

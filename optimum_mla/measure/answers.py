@@ -8,6 +8,7 @@ token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +60,23 @@ class Answer:
     said: Tensor
 
 
-def prompts(tokenizer: Any) -> list[tuple[str, Tensor]]:
-    """Return the built-in prompts as text and as token ids [T], in the tokenizer's chat template if it has one."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return [(text, _ids(tokenizer, text, True)) for text in BEGINNINGS]
+def prompts(tokenizer: Any, vocabulary: int) -> list[tuple[str, Tensor]]:
+    """Return the built-in prompts as text and as token ids [T], in the tokenizer's chat template if it renders them.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocabulary: Number of tokens of the model's vocabulary. Prompts with further tokens are left out.
+    """
     chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    rendered = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    return [(text, _ids(tokenizer, chat, False)) for text, chat in zip(QUESTIONS, rendered, strict=True)]
+    rendered = []
+    if getattr(tokenizer, "chat_template", None) is not None:
+        with suppress(Exception):  # A template is a program of the model's author, and may raise anything.
+            rendered = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+    if rendered:
+        asked = [(text, _ids(tokenizer, chat, False)) for text, chat in zip(QUESTIONS, rendered, strict=True)]
+    else:
+        asked = [(text, _ids(tokenizer, text, True)) for text in BEGINNINGS]
+    return [(text, ids) for text, ids in asked if len(ids) and int(ids.max()) < vocabulary]
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> Tensor:

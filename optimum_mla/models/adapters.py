@@ -61,6 +61,6 @@ def warn_of_unmatched(model: nn.Module, configs: dict[str, Any], attention: str)
         warnings.warn(
             f"target_modules: {', '.join(unmatched)} of {', '.join(sorted(config.target_modules))} name nothing in the "
             f"converted layers, so no adapters train there. The layers of the latent are {', '.join(latent)}; "
-            "optimum_mla.recovery.mla_lora_config(model) targets them.",
+            "mla_lora_config(model), from optimum_mla.recovery, targets them.",
             stacklevel=2,
         )

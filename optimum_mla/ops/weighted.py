@@ -103,7 +103,7 @@ class WeightedFactorization:
         self._roots = [damped_cholesky(block.moment, "readers of a weight", largest) for block in rows]
         self._input_root = damped_cholesky(inputs, "layer's inputs")
         read = torch.cat([(_norms(block.moment) > 0).repeat_interleave(block.moment.shape[-1]) for block in rows])
-        self._read = (read & inputs.any())[:, None]  # [m, 1]; the damping alone makes errors elsewhere too
+        self._read = (read & inputs.any())[:, None]  # [m, 1]. Elsewhere the damping alone would count as an error.
         weighted = torch.cat([_times(root.mT, block.weight) for root, block in zip(self._roots, rows, strict=True)])
         self._matrix = weighted @ self._input_root  # [m, d]
         self._wide = self._matrix.shape[0] <= self._matrix.shape[1]

@@ -55,7 +55,9 @@ def announcement(
         named = "the built-in text" if text["source"] == "built-in" else text["source"]
         lines[-1] += f", calibrated on {text['windows']} windows of {text['tokens_per_window']} tokens of {named}"
         if "held-back" in data:
-            lines[-1] += f"; {data['held-back']['windows']} more are left to the figures at the end"
+            left = data["held-back"]
+            other = "" if left["source"] == text["source"] else " of the built-in text"
+            lines[-1] += f"; {left['windows']} more{other} are left to the figures at the end"
         if "statistics" in text:
             lines.append("Statistics need the least time. Calibration on the text itself loses less.")
         elif text["source"] == "built-in":

@@ -131,7 +131,8 @@ def convert(
             wrapped = wrapper is not None
             announce(announcement(model, source, transformation, prepared.planned, data, *predicted, wrapped=wrapped))
         few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
-        asked = prompts(tokenizer) if tokenizer is not None and readable_at_once(source) else []
+        speaks = tokenizer is not None and readable_at_once(source)
+        asked = prompts(tokenizer, config.vocab_size) if speaks else []
         with stages.stage("measure the source"), reading_weights():
             source_bytes = bytes_per_token(source, few)
             said = answers(source, asked)
@@ -152,7 +153,7 @@ def convert(
                 verification = verify(converted, reference)
             with stages.stage("measure the result"):
                 cache_bytes = bytes_per_token(converted, few)
-                says = answers(converted, asked[:1])
+                says = answers(converted, asked)  # in one batch, as those of the source
                 with reading_weights():
                     movement = moved(source, converted, said) if said else None
 

@@ -122,11 +122,13 @@ def finetune(
     taught_by = find_teacher(model, recipe, teacher_revision)
     origin = train_data if isinstance(train_data, str) else "token ids"
     run = {"model": model, "train_data": origin, **recipe.to_dict(), **training}
-    run |= {name: getattr(texts, name) for name in ("eval_data", "eval_samples", "eval_length")}
+    run["eval_data"] = texts.eval_data if isinstance(texts.eval_data, str | None) else "token ids"
+    run |= {name: getattr(texts, name) for name in ("eval_samples", "eval_length")}
     if teacher_revision is not None:
         run["teacher_revision"] = teacher_revision
     teaching = None if taught_by is None else taught_by.location
-    for option, value in (("model", model), ("train_data", train_data), ("teacher", teaching)):
+    read = {"model": model, "train_data": train_data, "eval_data": texts.eval_data, "teacher": teaching}
+    for option, value in read.items():
         run |= {f"{option} ({file}: bytes, time)": about for file, about in fingerprint(value).items()}
     work = working_folder(folder, run, resume, overwrite, inputs)
 
@@ -200,13 +202,15 @@ def finetune(
     whole = full_state(trainee)
     if not leading:
         return None
-    if keeps_best and before is not None and windows is not None and done.kept is None:  # There were no checkpoints.
+    if whole is not None:  # The other processes have returned, so nothing may be computed with the sharded one.
+        trainee = prepared(load_model(model, config, precision, "cpu", hub))
+        trainee.load_state_dict(whole)
+    if keeps_best and before is not None and windows is not None and done.kept is None:
+        # No checkpoint was measured, as where none is saved or the first stage diverged.
         done.held_out[done.steps] = math.log(perplexity(trainee, windows))
         done.kept = done.steps if done.held_out[done.steps] < math.log(before) else 0
-    if whole is not None or done.kept == 0:
+    if done.kept == 0:
         trainee = prepared(load_model(model, config, precision, place if whole is None else "cpu", hub))
-        if whole is not None and done.kept != 0:
-            trainee.load_state_dict(whole)
     # Merging and casting must not change what was trained.
     trained_dtype = torch.bfloat16 if quantized_by(config) else trainee.dtype
     reference = reference_logits(trainee) if recipe.train in ADAPTERS else None

@@ -24,7 +24,7 @@ from transformers import (
 from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows, with_repeats
 from optimum_mla.calibrate.recall import DEFAULT_REPEATS
 from optimum_mla.calibrate.text import text_beginning, token_windows, window_length
-from optimum_mla.calibrate.windows import check_tokens, split_for_report, windows_to_read
+from optimum_mla.calibrate.windows import check_ids, check_tokens, split_for_report, windows_to_read
 from optimum_mla.core.errors import (
     CorruptWeightsError,
     InvalidValueError,
@@ -354,6 +354,7 @@ def read_texts(
     data: dict[str, dict[str, Any]] = {}
     if texts.eval_data is not None:
         evaluation = _windows(tokenizer, texts.eval_data, lengths["eval"], texts.eval_samples, "eval-data")
+        check_ids(evaluation, config.get_text_config().vocab_size, "eval-data")
         data["eval-data"] = _origin(texts.eval_data, evaluation)
     source = texts.calibration_data
     if source is not None:

@@ -173,7 +173,8 @@ class RunRecord:
         path = folder / JOURNAL
         with told(folder):
             if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
-                raise OutputError(f"output: {folder} exists and holds no run. Name another folder.")
+                old = " that this version can go on with" if (folder / "run.json").is_file() else ""
+                raise OutputError(f"output: {folder} exists and holds no run{old}. Name another folder.")
             folder.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(path)
         self._overwrite = overwrite

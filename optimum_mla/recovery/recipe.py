@@ -28,7 +28,7 @@ DPO_SHARE = 0.01
 CODED_SHARE = 0.2
 """Factor of the default learning rates where latents are codes, which are integers and larger than a layer's inputs.
 
-A step in the projections around them does more."""
+So the same step in the projections around them changes the result more."""
 SCHEDULE = "cosine"
 BATCH_SIZE = 8
 WARMUP_SHARE = 0.05

@@ -52,9 +52,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 Without the import Transformers says that the repository contains custom code. That code (`modeling_mla.py`) imports the
 same classes, so that `trust_remote_code=True` does in the place of the import where optimum-mla is installed.
 
-To train adapters with PEFT, take `get_peft_model(model, optimum_mla.recovery.mla_lora_config(model))`. The source's
-`k_proj` and `v_proj` have given way to the projections of the latent, so `target_modules` that name them leave these
-out.
+To train adapters with PEFT, take `get_peft_model(model, mla_lora_config(model))`, where `mla_lora_config` is imported
+from `optimum_mla.recovery`. The source's `k_proj` and `v_proj` have given way to the projections of the latent, so
+`target_modules` that name them leave these out.
 """
 WRAPPER_USE = """\
 ## Use

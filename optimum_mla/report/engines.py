@@ -98,7 +98,8 @@ def source_blockers(engine: Engine, layer: MLAGeometry, rope_type: str, windows:
         found.append("norms on queries and keys")
     if windows:
         found.append("sliding windows")
-    if rope_type not in FIXED_ROPE_TYPES:
+    # llama.cpp computes the frequencies of this format from one base, and the export folds scaling into factors.
+    if rope_type not in (("default",) if engine.format == "gguf" else FIXED_ROPE_TYPES):
         found.append(f"{rope_type} rotary scaling")
     if engine.plain_keys and (layer.query_bias or layer.key_value_bias):
         found.append("biases on queries, keys or values")

@@ -19,9 +19,15 @@ DIVERGENCES = (0.01, 0.05, 1.0)
 JUDGEMENTS = {
     NOTHING: "The model is as good as before.",
     SMALL: "That is a small loss: a few answers will differ, and training can win it back.",
-    LARGE: "That is a large loss: train the model with mla-finetune before you use it, or keep more of the cache.",
-    BROKEN: "The model is broken: train it with mla-finetune, or keep more of the cache.",
+    LARGE: "That is a large loss: {remedy}.",
+    BROKEN: "The model is broken: {remedy}.",
 }
+REMEDIES = {
+    "native": "train the model with mla-finetune before you use it, or keep more of the cache",
+    "wrapper": "keep more of the cache, or convert the language model alone and train it with mla-finetune",
+}
+"""What to do about a large loss, by what was written; `EXPORTED` for all other forms."""
+EXPORTED = "keep more of the cache, or convert without the export, train with mla-finetune, and export the result"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,11 @@ def costs(report: ConversionReport) -> list[Cost]:
     return found
 
 
+def _judgement(report: ConversionReport, level: int) -> str:
+    """Return what a cost means, and what to do about it."""
+    return JUDGEMENTS[level].format(remedy=REMEDIES.get(report.written_as, EXPORTED))
+
+
 def _level(value: float, limits: tuple[float, float, float]) -> int:
     """Return the cost of a value, which is `BROKEN` where it is no number."""
     return next((level for level, limit in enumerate(limits) if value <= limit), BROKEN)
@@ -65,7 +76,7 @@ def verdict(report: ConversionReport) -> str:
     if not found:
         return f"{saved} What that costs in quality was not measured, as there was no text."
     said = "; ".join(cost.words for cost in found)
-    return f"{saved} {said[0].upper()}{said[1:]}. {JUDGEMENTS[max(cost.level for cost in found)]}"
+    return f"{saved} {said[0].upper()}{said[1:]}. {_judgement(report, max(cost.level for cost in found))}"
 
 
 def quality_warning(report: ConversionReport) -> str | None:
@@ -75,7 +86,7 @@ def quality_warning(report: ConversionReport) -> str | None:
     if worst < LARGE:
         return None
     said = "; ".join(cost.words for cost in found if cost.level == worst)
-    return f"warning: {said}. {JUDGEMENTS[worst]}"
+    return f"warning: {said}. {_judgement(report, worst)}"
 
 
 def next_command(report: ConversionReport, output: str) -> str | None:

@@ -33,7 +33,7 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, ends: list[int]) -> list[i
 
 
 def test_answers_are_the_greedy_continuations_and_end_where_the_model_ends(model: PreTrainedModel) -> None:
-    asked = prompts(TOKENIZER)
+    asked = prompts(TOKENIZER, len(TOKENIZER))
     assert [text for text, _ in asked] == list(BEGINNINGS)
     model.eval()
     expected = [greedy(model, ids, []) for _, ids in asked]
@@ -55,14 +55,23 @@ def test_answers_are_the_greedy_continuations_and_end_where_the_model_ends(model
 def test_questions_stand_in_the_chat_template() -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = TEMPLATE
-    asked = prompts(tokenizer)
+    asked = prompts(tokenizer, len(tokenizer))
     assert [text for text, _ in asked] == list(QUESTIONS)
     assert tokenizer.decode(asked[0][1]) == f"[{QUESTIONS[0]}]!"
 
 
+def test_a_template_that_does_not_render_and_tokens_without_embeddings_stop_nothing() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{{ raise_exception('system messages only') }}"
+    assert [text for text, _ in prompts(tokenizer, len(tokenizer))] == list(BEGINNINGS)
+    largest = [int(ids.max()) for _, ids in prompts(TOKENIZER, len(TOKENIZER))]
+    kept = [text for text, _ in prompts(TOKENIZER, max(largest))]
+    assert kept == [text for text, most in zip(BEGINNINGS, largest, strict=True) if most < max(largest)]
+
+
 @torch.no_grad()
 def test_movement_is_that_of_the_predictions_of_the_answers_tokens(model: PreTrainedModel) -> None:
-    said = answers(model, prompts(TOKENIZER))
+    said = answers(model, prompts(TOKENIZER, len(TOKENIZER)))
     model.eval()
     none = moved(model, model, said)
     assert (none.divergence_nats, none.same_guess_percent) == (pytest.approx(0, abs=1e-7), 100.0)

@@ -9,7 +9,15 @@ import pytest
 
 from optimum_mla.report.break_even import break_even_tokens, tokens_text
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
-from optimum_mla.report.verdict import JUDGEMENTS, costs, next_command, quality_warning, recovery_verdict, verdict
+from optimum_mla.report.verdict import (
+    JUDGEMENTS,
+    REMEDIES,
+    costs,
+    next_command,
+    quality_warning,
+    recovery_verdict,
+    verdict,
+)
 
 CONVERSION = ConversionReport(
     model="m", method="gqa2mla", options={}, data={}, cache_numbers_per_token_per_layer=1.0, cache_bytes_per_token=1.0,
@@ -48,12 +56,13 @@ def test_a_conversion_is_judged_by_the_worst_of_what_was_measured(
     text, warning = verdict(report), quality_warning(report)
     assert text.startswith("The cache is 25 % of the source's in 16 bits. On the ")
     assert words in text
-    assert text.endswith(JUDGEMENTS[level])
+    judgement = JUDGEMENTS[level].format(remedy=REMEDIES["native"])
+    assert text.endswith(judgement)
     assert max(cost.level for cost in costs(report)) == level
     assert (warning is None) == (level < 2)
     if warning is not None:
         assert words.rstrip(".") in warning
-        assert warning.endswith(JUDGEMENTS[level])
+        assert warning.endswith(judgement)
         worst = [cost.words for cost in costs(report) if cost.level == level]
         assert all(cost in warning for cost in worst)
         assert all(cost.words not in warning for cost in costs(report) if cost.level < level)
@@ -158,3 +167,11 @@ def test_the_break_even_context() -> None:
     assert break_even_tokens(-5, 10) == break_even_tokens(0, 0) == 0
     assert break_even_tokens(5, 0) is break_even_tokens(5, -1) is None
     assert [tokens_text(value) for value in (1234, 0, None)] == ["1,234", "0", "never"]
+
+
+@pytest.mark.parametrize("form", ["gguf", "deepseek_v3", "wrapper"])
+def test_nobody_is_told_to_train_what_cannot_be_trained(form: str) -> None:
+    text = verdict(replace(CONVERSION, perplexity_before=20.0, perplexity_after=30.0, written_as=form))
+    assert "train the model with mla-finetune before you use it" not in text
+    assert "keep more of the cache" in text
+    assert "{" not in text

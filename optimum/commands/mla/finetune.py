@@ -204,8 +204,10 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
                 print(recovery_table(report))
                 print(f"\n{recovery_verdict(report)}")
                 if report.diverged_at_step is not None:
-                    kept = "model as it was given" if report.kept_step == 0 else "checkpoint before it"
-                    print(f"\nThe loss diverged at step {report.diverged_at_step}: this is the {kept}.")
+                    kept = {None: "the checkpoint before it", 0: "the model as it was given"}.get(
+                        report.kept_step, f"step {report.kept_step}, which was best on held-out text"
+                    )
+                    print(f"\nThe loss diverged at step {report.diverged_at_step}: this is {kept}.")
                 print(f"Saved to {args.output}")
 
 
