@@ -114,12 +114,15 @@ def test_options_that_messages_name_exist() -> None:
 def test_what_inspect_advises_exists() -> None:
     """The forms that engines run are options of `mla-convert`."""
     found = [engine.options for engine in inspect(str(REFERENCE)).engines]
-    said = [one for options in found for one in options.split(" or ")]
-    assert "any" in said
-    for options in said:
-        if options != "any":
-            method, *words = options.split()
-            parser_of("mla-convert").parse_args(["-m", "MODEL", "OUTPUT", "--method", method, *words])
+    assert "any" in found
+    for method, words in (one for options in found if options != "any" for one in advised(options)):
+        parser_of("mla-convert").parse_args(["-m", "MODEL", "OUTPUT", "--method", method, *words])
+
+
+def advised(options: str) -> list[tuple[str, list[str]]]:
+    """The methods and their options in a form such as `gqa2mla or x-ecomla --export-format gguf`."""
+    methods, _, words = options.partition(" --")
+    return [(method, f"--{words}".split()) for method in methods.split(" or ")]
 
 
 def run(line: str, folder: Path) -> str:
@@ -142,7 +145,8 @@ def pasted(line: str, **texts: str) -> str:
     few = {
         "mla-benchmark": "--context-lengths 16 --batch-sizes 1 --new-tokens 2 --repeats 1 "
         "--eval-samples 2 --eval-length 16",
-        "mla-finetune": "--steps 1 --batch-size 1 --sequence-length 16 --eval-samples 2 --eval-length 16",
+        "mla-finetune": "--max-steps 1 --per-device-train-batch-size 1 --sequence-length 16 --eval-samples 2 "
+        "--eval-length 16",
         "mla-convert": " ".join(few for few in FEW if "--statistics" not in line),
     }
     return f"{line} {few.get(name, '')}"
@@ -173,8 +177,7 @@ def test_each_kind_of_printed_command_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_inspect_advises_is_written(tmp_path: Path) -> None:
     for engine in inspect(str(REFERENCE)).engines:
-        for options in engine.options.split(" or ") if not engine.blockers and engine.options != "any" else []:
-            method, *words = options.split()
+        for method, words in advised(engine.options) if not engine.blockers and engine.options != "any" else []:
             run(
                 f"optimum-cli mla-convert -m {REFERENCE} out --overwrite --method {method} {' '.join([*words, *FEW])}",
                 tmp_path,
