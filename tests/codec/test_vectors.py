@@ -56,14 +56,14 @@ def test_a_codec_has_the_bytes_that_were_asked_for(size: int, groups: int) -> No
     assert packed.dtype == torch.uint8
 
 
-@pytest.mark.parametrize(("groups", "apart"), [(0, 1e-3), (8, 0.5)])
-def test_the_predicted_error_is_about_that_of_the_codes(groups: int, apart: float) -> None:
+@pytest.mark.parametrize(("groups", "least"), [(0, 0.999), (8, 0.5)])
+def test_the_predicted_error_is_about_that_of_the_codes(groups: int, least: float) -> None:
     """Without gains to rounding. With gains the encoder chooses better ones than the prediction knows."""
     fit = VectorFit(axes(vectors()), vectors(), 20, groups)
     for size in (12, 20, 30):
         codec = fit.codec(size)
         change = codec.decode(codec.encode(vectors())) - vectors()
-        assert fit.error(size) == pytest.approx(float(change.square().sum(1).mean()), rel=apart)
+        assert least < float(change.square().sum(1).mean()) / fit.error(size) < 1.001
 
 
 def test_more_bytes_lose_less_and_gains_are_worth_their_bits() -> None:
