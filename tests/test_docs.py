@@ -87,7 +87,7 @@ def test_the_walkthrough_runs_from_top_to_bottom(working_folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/recover.md", "docs/benchmark.md"])
+@pytest.mark.parametrize("page", ["docs/recover.md", "docs/benchmark.md", "docs/codec.md"])
 def test_python_runs_as_written(page: str, working_folder: Path) -> None:
     for script in blocks(page, "python"):
         done = subprocess.run(
