@@ -16,40 +16,17 @@ from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.ops.blocks import CacheView
 
 
-class LatentCache(Cache):
-    """A Transformers cache whose converted layers store latents in blocks, quantized or not.
-
-    `model.make_cache()` makes one; `generate` does so by itself.
+class PositionedCache(Cache):
+    """A Transformers cache that knows the positions of its tokens.
 
     Args:
-        layers: One per layer of the model: `LatentLayer`, or what Transformers takes for a layer that is not converted.
+        layers: One per layer of the model.
         offloading: Keep the layers on the CPU between their turns (CUDA only).
     """
 
     def __init__(self, layers: list[CacheLayerMixin], offloading: bool = False) -> None:
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.positions = CachedPositions()
-
-    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
-        """Yield, for each layer, its two cached tensors as one dense copy each; `DynamicCache` yields keys and values.
-
-        A layer that holds no token yet yields None.
-        """
-        for layer in self.layers:
-            if isinstance(layer, LatentLayer):
-                yield *layer.dense(), None
-            else:
-                yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
-
-    def note_positions(self, layer_idx: int, length: int, position_ids: Tensor | None) -> None:
-        """Take in the positions of the tokens that a layer is about to append.
-
-        Args:
-            layer_idx: Which layer.
-            length: S, how many tokens.
-            position_ids: Their positions, [1 or B, S]; None continues those before.
-        """
-        self.positions.note(int(self.get_seq_length(layer_idx)), length, position_ids)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; a negative number says how many."""
@@ -75,6 +52,38 @@ class LatentCache(Cache):
         """Keep some rows of the batch, given by their indices or by a boolean mask [B]."""
         super().batch_select_indices(indices)
         self.positions.rows(torch.as_tensor(indices))
+
+
+class LatentCache(PositionedCache):
+    """A Transformers cache whose converted layers store latents in blocks, quantized or not.
+
+    `model.make_cache()` makes one; `generate` does so by itself.
+
+    Args:
+        layers: One per layer of the model: `LatentLayer`, or what Transformers takes for a layer that is not converted.
+        offloading: Keep the layers on the CPU between their turns (CUDA only).
+    """
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """Yield, for each layer, its two cached tensors as one dense copy each; `DynamicCache` yields keys and values.
+
+        A layer that holds no token yet yields None.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LatentLayer):
+                yield *layer.dense(), None
+            else:
+                yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def note_positions(self, layer_idx: int, length: int, position_ids: Tensor | None) -> None:
+        """Take in the positions of the tokens that a layer is about to append.
+
+        Args:
+            layer_idx: Which layer.
+            length: S, how many tokens.
+            position_ids: Their positions, [1 or B, S]; None continues those before.
+        """
+        self.positions.note(int(self.get_seq_length(layer_idx)), length, position_ids)
 
     def update_blocks(self, first: Tensor, second: Tensor, layer_idx: int) -> CacheView:
         """Store the new tokens of a converted layer as `update` does, and return its blocks instead of a dense copy.

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from optimum_mla.cache.positions import CachedPositions
+from optimum_mla.cache.cache import PositionedCache
 from optimum_mla.codec.vectors import VectorCodec
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.ops.positions import first_tokens
@@ -227,7 +226,7 @@ class CodecLayer(CacheLayerMixin):
         return [self.keys, self.values, self.codes, self.sinks] if self.is_initialized else []
 
 
-class CodecCache(Cache):
+class CodecCache(PositionedCache):
     """A Transformers cache for a model whose weights are left alone, of which old tokens are codes.
 
     `ModelCodec.make_cache` makes one for a model, to be given to `generate` or to the model as its cache.
@@ -238,9 +237,8 @@ class CodecCache(Cache):
     """
 
     def __init__(self, make_layers: Callable[[Callable[[slice], Tensor]], Sequence[CacheLayerMixin]]) -> None:
-        self.positions = CachedPositions()
         self._device = torch.device("cpu")
-        super().__init__(layers=list(make_layers(self._positions_at)))
+        super().__init__(list(make_layers(self._positions_at)))
 
     def _positions_at(self, span: slice) -> Tensor:
         return self.positions.last(self.positions.tokens, self._device)[:, span]
@@ -265,7 +263,7 @@ class CodecCache(Cache):
             starts = torch.where(real.any(1), real.int().argmax(1), real.shape[1])
         elif position_ids is not None and not seen:
             starts = first_tokens(position_ids, 1).int().argmax(1)
-        if starts is not None:
+        if starts is not None or not seen:
             for layer in self._coded_layers:
                 layer.starts = starts
 
@@ -278,30 +276,17 @@ class CodecCache(Cache):
             if layer.starts is not None and len(layer.starts) > 1:
                 layer.starts = change(layer.starts)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens; a negative number says how many."""
-        super().crop(tokens_to_remove)
-        self.positions.cut(self.get_seq_length())
-
-    def reset(self) -> None:
-        """Remove all tokens."""
-        super().reset()
-        self.positions = CachedPositions()
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row of the batch the tokens of another one."""
         super().reorder_cache(beam_idx)
-        self.positions.rows(beam_idx)
         self._rows(lambda starts: starts[beam_idx.to(starts.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         super().batch_repeat_interleave(repeats)
-        self.positions.repeat(repeats)
         self._rows(lambda starts: starts.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch, given by their indices or by a boolean mask [B]."""
         super().batch_select_indices(indices)
-        self.positions.rows(torch.as_tensor(indices))
         self._rows(lambda starts: starts[indices])

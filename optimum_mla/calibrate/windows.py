@@ -12,7 +12,7 @@ HELD_BACK = 4
 DECIDING_WINDOWS = 16
 """Largest number of windows that are held back."""
 REPORTED = 9
-"""Of this many windows of a text, at most one is left to the report. Nothing is calibrated on it."""
+"""At least this many windows of a text stand for each one that is left to the report and calibrates nothing."""
 REPORTED_WINDOWS = 16
 """Largest number of windows that are left to the report."""
 LEAST_TOKENS = 8

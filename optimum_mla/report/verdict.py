@@ -26,7 +26,7 @@ REMEDIES = {
     "native": "train the model with mla-finetune before you use it, or keep more of the cache",
     "wrapper": "keep more of the cache, or convert the language model alone and train it with mla-finetune",
 }
-"""What to do about a large loss, by what was written; `EXPORTED` for all other forms."""
+"""The advice about a large loss, by the form that was written. All forms that are not here get `EXPORTED`."""
 EXPORTED = "keep more of the cache, or convert without the export, train with mla-finetune, and export the result"
 
 

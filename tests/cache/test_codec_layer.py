@@ -248,3 +248,12 @@ def test_a_cache_of_another_model_is_refused_by_its_width(codec: ModelCodec) -> 
         layer.update(torch.zeros(1, 3, 5, 7), torch.zeros(1, 3, 5, 7))
     with pytest.raises(ValueError, match="crop: got 3"):
         layer.crop(3)
+
+
+def test_a_cache_that_is_used_again_forgets_the_padding(model: PreTrainedModel, codec: ModelCodec) -> None:
+    ids, mask = token_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :9] = 0
+    cache = codec.make_cache(model)
+    run(model, ids, cache, 20, attention_mask=mask)
+    cache.reset()
+    assert torch.equal(run(model, ids, cache, 20), run(model, ids, codec.make_cache(model), 20))
