@@ -34,7 +34,7 @@ def said(model: Any, config: LoraConfig) -> list[str]:
 def test_the_sources_names_are_said_to_name_nothing(form: str) -> None:
     (line,) = said(build("Llama", form), LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"]))
     assert line.startswith("target_modules: k_proj, v_proj of k_proj, q_proj, v_proj name nothing")
-    assert f"The layers of the latent are {LATENT[form]}; optimum_mla.recovery.mla_lora_config(model)" in line
+    assert f"The layers of the latent are {LATENT[form]}; mla_lora_config(model), from optimum_mla.recovery," in line
 
 
 @pytest.mark.parametrize("form", FORMS)
