@@ -116,8 +116,8 @@ def expectation(shape: dict[str, Any], dtype: str) -> dict[str, Any]:
         shape: Arguments of its `LlamaConfig`.
         dtype: Dtype of its weights.
     """
+    from optimum_mla.models.family_table import family_of
     from optimum_mla.models.layers import model_geometry
-    from optimum_mla.models.registry import family_of
     from optimum_mla.pipeline.inspecting import prediction
 
     config = LlamaConfig(**shape, dtype=dtype)

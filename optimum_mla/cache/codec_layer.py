@@ -234,11 +234,16 @@ class CodecCache(PositionedCache):
     Args:
         make_layers: Returns the layers, given a function that returns the positions of the tokens in a slice,
             [1 or B, T].
+        offloading: Keep the layers on the CPU between their turns (CUDA only).
     """
 
-    def __init__(self, make_layers: Callable[[Callable[[slice], Tensor]], Sequence[CacheLayerMixin]]) -> None:
+    def __init__(
+        self,
+        make_layers: Callable[[Callable[[slice], Tensor]], Sequence[CacheLayerMixin]],
+        offloading: bool = False,
+    ) -> None:
         self._device = torch.device("cpu")
-        super().__init__(list(make_layers(self._positions_at)))
+        super().__init__(list(make_layers(self._positions_at)), offloading)
 
     def _positions_at(self, span: slice) -> Tensor:
         return self.positions.last(self.positions.tokens, self._device)[:, span]

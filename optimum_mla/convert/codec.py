@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.cache.codec_layer import EXACT_TOKENS, ExactTokens
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.coded_attention import CodedAttention
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.sensitivity import Sensitivity
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.calibrate.windows import check_tokens
 from optimum_mla.codec.fit_vectors import Axes, VectorFit
 from optimum_mla.codec.layout import GAIN_BITS, GAIN_GROUPS
+from optimum_mla.codec.vectors import VectorCodec
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.core.number_checks import check_number
+from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import progress
 from optimum_mla.core.segments import GRANULE
 from optimum_mla.families.project import SourceAttention
@@ -24,10 +28,11 @@ from optimum_mla.families.spec import sliding_window
 from optimum_mla.methods.weighting import key_moments, value_moments
 from optimum_mla.models.checks import config_of
 from optimum_mla.models.codec import ModelCodec, probe_of
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layer_source import LayerSource
-from optimum_mla.models.registry import is_converted
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 from optimum_mla.plan.allocation import allocate_ranks, scaled
+from optimum_mla.stack import rope_type
 
 LARGEST_BUDGET = 0.5
 REACH = (0.5, 0.7, 1.0, 1.4, 2.0)
@@ -37,71 +42,113 @@ REACH = (0.5, 0.7, 1.0, 1.4, 2.0)
 @torch.no_grad()
 def fit_codec(
     model: PreTrainedModel,
-    windows: Tensor,
+    calibration: Tensor | CalibrationStatistics,
     kv_cache_budget: float = 0.125,
     gain_groups: int = GAIN_GROUPS,
     exact: ExactTokens = EXACT_TOKENS,
+    layers: LayerChoice = "all",
+    processes: Processes = ALONE,
 ) -> ModelCodec:
     """Return a codec for the keys and values of a model, whose weights stay as they are.
 
     Bytes are shared between layers by how far the predictions move if old tokens of one layer alone come from codes.
+    Stored statistics cannot tell that, so with them bytes are shared by the errors in the hidden states.
 
     Args:
-        model: A causal language model with plain projections.
-        windows: Token ids of ordinary text, [N, L]. Windows have to be longer than the tokens that stay exact.
+        model: A causal language model with plain or quantized weights.
+        calibration: Token ids of ordinary text, [N, L], in windows longer than the tokens that stay exact. Or
+            statistics of the model, with which nothing is run through it.
         kv_cache_budget: Bytes of the codes of a token, divided by those of the source's cache in 16 bits, above 0 and
-            up to 0.5, in the layers with full attention. Layers with a sliding window keep their cache.
+            up to 0.5, in the layers that are coded.
         gain_groups: Number of groups of channels that have a gain in each token, 0 or a multiple of 8.
         exact: Which tokens are never read from codes.
+        layers: The layers to code, as in `MLATransformation`. Layers with a sliding window keep their cache.
+        processes: The processes that share the work; each returns the same codec.
 
     Raises:
         InvalidValueError: A value is out of range, or the budget leaves no room for a channel.
         UnsupportedModelError: The model is converted already, its rotary frequencies depend on the length, or it cannot
             be read; see `LayerSource`.
-        CalibrationDataError: The windows say nothing.
+        CalibrationDataError: The windows say nothing, or the statistics are of another model.
     """
-    config = config_of(model)
     check_number("kv_cache_budget", kv_cache_budget, f"above 0, up to {LARGEST_BUDGET}")
     if not 0 < kv_cache_budget <= LARGEST_BUDGET:
         raise InvalidValueError("kv_cache_budget", kv_cache_budget, f"above 0, up to {LARGEST_BUDGET}")
-    if is_converted(config):
-        raise UnsupportedModelError("model: its attention is converted already. Fit a codec to the source model.")
-    check_tokens(windows, config.vocab_size)
-    least = exact.sinks + exact.recent
-    if windows.shape[1] <= least:
-        raise InvalidValueError("windows", f"{windows.shape[1]} tokens each", f"more than {least}, which stay exact")
-    source = LayerSource(model)
-    if getattr(source.rotary, "rope_type", "default") in ("dynamic", "longrope"):
-        raise UnsupportedModelError(
-            f"model: its rotary frequencies depend on the length ({source.rotary.rope_type}), so cached keys cannot be "
-            "turned back. Use --kv-cache-ratio, or a quantized cache."
-        )
-    walk = CalibrationWalk(source, windows)
-    reached = Sensitivity(walk)
+    chosen = codable_layers(config_of(model), layers)
+    source = LayerSource(model, quantized=True)
     fits: dict[int, VectorFit] = {}
     curves: dict[int, dict[int, float]] = {}
     sizes: dict[int, int] = {}
-    for layer in progress(range(source.num_layers), "codec: layers", main=True):
-        if sliding_window(config, layer) is None:
+
+    def fit(layer: int, attention: SourceAttention, measured: Calibration) -> VectorCodec:
+        """Fit a layer, keep its errors by size, and return its codec with the mean size."""
+        size = sizes[layer] = _size(kv_cache_budget, attention.geometry.source_cache_numbers, gain_groups)
+        fits[layer] = layer_fit(measured, size, gain_groups)
+        smallest = (GAIN_BITS * gain_groups + GRANULE) // 8
+        tried = sorted({max(smallest, round(share * size)) for share in REACH})
+        curves[layer] = {tried_size: fits[layer].error(tried_size) for tried_size in tried}
+        return fits[layer].codec(size)
+
+    if isinstance(calibration, CalibrationStatistics):
+        for layer in progress(chosen, "codec: layers", main=True):
             attention = source.attention(layer)
-            width = attention.geometry.source_cache_numbers
-            sizes[layer] = _size(kv_cache_budget, width, gain_groups)
-            fit = fits[layer] = layer_fit(LayerCalibration(walk, attention), sizes[layer], gain_groups)
-            smallest = (GAIN_BITS * gain_groups + GRANULE) // 8
-            tried = {max(smallest, round(share * sizes[layer])) for share in REACH}
-            curves[layer] = {size: fit.error(size) for size in sorted(tried)}
-            codec = fit.codec(sizes[layer])
-            reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype))
-        reached.advance()
-    if not fits:
+            stored = calibration.layer(layer, attention)
+            fit(layer, attention, stored)
+            curves[layer] = {size: stored.state_weight * error for size, error in curves[layer].items()}
+    else:
+        check_tokens(calibration, source.config.vocab_size)
+        least = exact.sinks + exact.recent
+        if calibration.shape[1] <= least:
+            allowed = f"more than {least}, which stay exact"
+            raise InvalidValueError("calibration_length", calibration.shape[1], allowed)
+        walk = CalibrationWalk(source, calibration, processes)
+        reached = Sensitivity(walk)
+        for layer in progress(range(max(chosen) + 1), "codec: layers", main=True):
+            if layer in chosen:
+                attention = source.attention(layer)
+                codec = fit(layer, attention, LayerCalibration(walk, attention))
+                reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype))
+            reached.advance()
+        apart = reached.divergences("codec: effect on the predictions")
+        curves = {layer: scaled(curve, sizes[layer], apart[layer]) for layer, curve in curves.items()}
+    shared = processes.told(allocate_ranks(curves, sum(sizes.values())))
+    codecs = {layer: fits[layer].codec(shared[layer]) for layer in chosen}
+    probes = {layer: probe_of(model, layer) for layer in chosen}
+    return ModelCodec(codecs, probes, source.config.model_type, exact)
+
+
+def codable_layers(config: PreTrainedConfig, layers: LayerChoice = "all") -> tuple[int, ...]:
+    """Return the indices of the layers of a model whose caches can be coded, in rising order.
+
+    Args:
+        config: The config of the source model.
+        layers: The layers that the user chose, as in `MLATransformation`.
+
+    Raises:
+        InvalidValueError: The choice is malformed, or a chosen layer has a sliding window.
+        UnsupportedModelError: The model is converted, all of its layers have windows, or its rotary frequencies depend
+            on the length of the text.
+    """
+    if is_converted(config):
+        raise UnsupportedModelError("model: its attention is converted already. Fit a codec to the source model.")
+    family_of(config)
+    kind = rope_type(config)
+    if kind in ("dynamic", "longrope"):
         raise UnsupportedModelError(
-            "model: all of its layers have a sliding window, which bounds their cache by itself."
+            f"model: its rotary frequencies depend on the length ({kind}), so cached keys cannot be turned back. Use "
+            "--kv-cache-ratio, or a quantized cache."
         )
-    apart = reached.divergences("codec: effect on the predictions")
-    weighed = {layer: scaled(curve, sizes[layer], apart[layer]) for layer, curve in curves.items()}
-    shared = allocate_ranks(weighed, sum(sizes.values()))
-    layers = {layer: fit.codec(shared[layer]) for layer, fit in fits.items()}
-    return ModelCodec(layers, {layer: probe_of(model, layer) for layer in layers}, config.model_type, exact)
+    full = [layer for layer in range(config.num_hidden_layers) if sliding_window(config, layer) is None]
+    if not full:
+        raise UnsupportedModelError(
+            "model: all of its layers have a sliding window, which bounds their cache by itself. Use --kv-cache-ratio."
+        )
+    if layers == "all":
+        return tuple(full)
+    chosen = parse_layers(layers, config.num_hidden_layers)
+    if windowed := sorted(set(chosen) - set(full)):
+        raise InvalidValueError("layers", windowed[0], "layers without a sliding window under a budget of bytes")
+    return chosen
 
 
 def _size(budget: float, numbers: int, gain_groups: int) -> int:

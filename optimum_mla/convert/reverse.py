@@ -16,7 +16,7 @@ from optimum_mla.families.restore import HeadWeights, restored
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models.assemble import assemble_model, restored_config
 from optimum_mla.models.checks import config_of
-from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.plain import is_plain
 

@@ -31,8 +31,8 @@ from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.shared_rope import SharedRope
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
 from optimum_mla.models.checks import converted_already
+from optimum_mla.models.family_table import Family
 from optimum_mla.models.layer_source import LayerSource, reading_weights
-from optimum_mla.models.registry import Family
 from optimum_mla.nn import LatentAttention
 from optimum_mla.plan.allocation import allocate_ranks, scaled
 from optimum_mla.stack import remove_spread, returns_to_memory, spread

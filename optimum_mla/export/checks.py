@@ -10,8 +10,8 @@ import psutil
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.families.spec import sliding_window
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.stack import FIXED_ROPE_TYPES, rope_type
 
 DOUBLE_BYTES = 8

@@ -25,8 +25,8 @@ from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.tensors import Shape, attention_tensors, export_shape, latent_attentions, rotated_pairs
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.classes import is_tied
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of
 
 UNUSED: dict[str, Any] = {
     "num_mtp_layers": 0,

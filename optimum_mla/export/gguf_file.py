@@ -21,8 +21,8 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerBase
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, VerificationError
 from optimum_mla.export.checks import refuse
 from optimum_mla.export.gguf_vocabulary import vocabulary_of
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of
 
 FILE_TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types of the matrices in a file. Vectors are always in float32."""

@@ -15,7 +15,7 @@ from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.export.checks import check_padding, different_frequencies
 from optimum_mla.export.constant_channel import constant_norm
 from optimum_mla.families.spec import AttentionSpec
-from optimum_mla.models.registry import family_of
+from optimum_mla.models.family_table import family_of
 
 
 @dataclass(frozen=True)

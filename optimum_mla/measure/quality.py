@@ -152,8 +152,9 @@ def compare_decoding(
     stride: int,
     baseline: PreTrainedModel | None = None,
     make_baseline_cache: Callable[[], Cache] | None = None,
+    together: int = 1,
 ) -> Comparison:
-    """Score the last `stride` tokens of each window, one token at a time through live caches.
+    """Score the last `stride` tokens of each window, one or a few tokens at a time through live caches.
 
     The tokens before them go through the caches in one call, as a prompt does.
 
@@ -164,6 +165,7 @@ def compare_decoding(
         stride: Number of tokens to score in each window, below L.
         baseline: Another model on the same vocabulary, which gets the same tokens.
         make_baseline_cache: Returns an empty cache for the baseline.
+        together: Number of tokens that go through the caches at a time after the prompt.
     """
     pairs = [(model, make_cache)]
     if baseline is not None and make_baseline_cache is not None:
@@ -173,20 +175,27 @@ def compare_decoding(
     start = windows.shape[1] - stride
     for rows in torch.arange(len(windows)).split(DECODED_ROWS):
         ids, caches = windows[rows], [make() for _, make in pairs]
-        for place in progress(range(start, windows.shape[1]), "quality, token by token"):
-            fed = ids[:, :start] if place == start else ids[:, place - 1 : place]
+        for place in progress(range(start, windows.shape[1], together), "quality, through the cache"):
+            stop = min(place + together, windows.shape[1])
+            if place == start > 1:  # The prompt's last token goes through with the first scored ones.
+                for (one, _), cache in zip(pairs, caches, strict=True):
+                    with evaluating(one):
+                        given = cache_argument(one, cache)
+                        one(ids[:, : start - 1].to(one.device), **given, use_cache=True, logits_to_keep=1)
             predicted = []
             for (one, _), cache in zip(pairs, caches, strict=True):
                 with evaluating(one):
-                    out = one(fed.to(one.device), **cache_argument(one, cache), use_cache=True, logits_to_keep=1)
-                predicted.append(out.logits[:, -1].float().log_softmax(-1).to(model.device))
-            target = ids[:, place, None].to(model.device)
+                    fed = ids[:, place - 1 : stop - 1].to(one.device)
+                    logits = one(fed, **cache_argument(one, cache), use_cache=True).logits
+                predicted.append(logits.float().log_softmax(-1).to(model.device))
+            target = ids[:, place:stop, None].to(model.device)
+            scored = slice(place - start, stop - start)
             for index, value in enumerate(predicted):
-                losses[index, rows, place - start] = -value.gather(1, target)[:, 0].double().cpu()
+                losses[index, rows, scored] = -value.gather(2, target)[..., 0].double().cpu()
             if len(predicted) == 2:
                 mine, theirs = predicted
                 divergence, same = movement(theirs, mine)
-                apart[rows, place - start], agreed[rows, place - start] = divergence.double().cpu(), same.double().cpu()
+                apart[rows, scored], agreed[rows, scored] = divergence.double().cpu(), same.double().cpu()
     means = [float(loss.mean()) for loss in losses]
     values = [math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf for mean in means]
     if len(pairs) == 1:

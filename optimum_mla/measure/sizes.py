@@ -10,8 +10,8 @@ from optimum_mla.cache.settings import named_cache
 from optimum_mla.cache.sizes import predicted_bytes, spare_bytes
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.families.spec import sliding_window
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry, quantizable_layers
-from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.report.rows import BudgetRow, MemoryRow
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

@@ -30,7 +30,7 @@ from optimum_mla.measure.greedy import greedy
 from optimum_mla.measure.memory import live_cache_bytes
 from optimum_mla.measure.quality import evaluating
 from optimum_mla.measure.sizes import predicted_cache_bytes
-from optimum_mla.models.registry import is_converted
+from optimum_mla.models.family_table import is_converted
 from optimum_mla.stack import cache_argument, cache_of
 
 PROBE_ROWS = 2

@@ -11,8 +11,8 @@ from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.methods.transformation import ModelTransformation
 from optimum_mla.models import is_converted
 from optimum_mla.models.checks import config_of
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry, quantizable_layers
-from optimum_mla.models.registry import family_of
 
 
 class QuantizeLatentCache(ModelTransformation):

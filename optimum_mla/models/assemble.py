@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.models.classes import is_tied
 from optimum_mla.models.config import MLA_CONFIG_FIELDS
+from optimum_mla.models.family_table import Family, is_converted
 from optimum_mla.models.layers import build_attention
-from optimum_mla.models.registry import Family, is_converted
 from optimum_mla.nn import LatentAttention
 
 NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")

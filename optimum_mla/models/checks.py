@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.core.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
-from optimum_mla.models.registry import Family, family_of
+from optimum_mla.models.family_table import Family, family_of
 from optimum_mla.stack import is_offloaded
 
 
@@ -28,8 +28,12 @@ def config_of(model: Any) -> PreTrainedConfig:
     return config
 
 
-def check_convertible(model: Any) -> Family:
+def check_convertible(model: Any, quantized: bool = False) -> Family:
     """Return the family of a model after checking that it can be converted.
+
+    Args:
+        model: A source model, or a traced one.
+        quantized: Whether its weights may be quantized.
 
     Raises:
         UnsupportedModelError: The argument is not a causal language model of a known family, or its weights are
@@ -37,7 +41,7 @@ def check_convertible(model: Any) -> Family:
         CorruptWeightsError: A weight in memory is NaN or infinite. Offloaded ones are checked when they are read.
     """
     config = config_of(model)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not quantized:
         raise UnsupportedModelError(
             "model: its weights are quantized. Convert the unquantized model, then quantize it."
         )

@@ -23,7 +23,7 @@ from optimum_mla.core.errors import UnreadableModelError, UnsupportedModelError,
 from optimum_mla.families.project import pair_table
 from optimum_mla.families.spec import AttentionSpec, layer_type
 from optimum_mla.models.checks import config_of
-from optimum_mla.models.registry import family_of
+from optimum_mla.models.family_table import family_of
 from optimum_mla.ops.rotary import PairTable
 from optimum_mla.stack import by_layer_type, rotary_dims, rotary_table
 
@@ -142,7 +142,7 @@ class ModelCodec:
                     "fitted to. Load that model, or fit a codec to this one."
                 )
 
-    def make_cache(self, model: PreTrainedModel) -> CodecCache:
+    def make_cache(self, model: PreTrainedModel, offloading: bool = False) -> CodecCache:
         """Return an empty cache of codes for a model, to be given to `generate` or to the model as its cache.
 
         A hook at the model tells such a cache the positions of tokens and where padding is. It does nothing where the
@@ -150,11 +150,13 @@ class ModelCodec:
 
         Args:
             model: The model that the codec was fitted to, in any dtype.
+            offloading: Keep the layers on the CPU between their turns (CUDA only).
 
         Raises:
             UnsupportedModelError: It is another model.
         """
-        self.check(model)
+        if getattr(model, "latent_codec", None) is not self:  # Otherwise this was checked when the model got it.
+            self.check(model)
         config, spec = config_of(model), family_of(config_of(model)).spec
         rotary: Any = model.get_submodule(spec.rotary_path)
         base = model.get_submodule(spec.base)
@@ -176,7 +178,7 @@ class ModelCodec:
                 made.append(CodecLayer(self.layers[index], turns, order, self.exact))
             return made
 
-        return CodecCache(layers)
+        return CodecCache(layers, offloading)
 
 
 def probe_of(model: PreTrainedModel, layer: int) -> Tensor:

@@ -17,7 +17,7 @@ from optimum_mla.core.errors import UnreadableModelError, UnsupportedModelError,
 from optimum_mla.families.project import SourceAttention, source_attention
 from optimum_mla.families.spec import layer_type
 from optimum_mla.models.checks import check_convertible, check_finite, config_of
-from optimum_mla.models.registry import is_converted
+from optimum_mla.models.family_table import is_converted
 from optimum_mla.nn import LatentAttention
 from optimum_mla.stack import bare_copy, by_layer_type
 
@@ -33,6 +33,7 @@ class LayerSource:
 
     Args:
         model: A source model, one of which other layers are converted, or one that `optimum_mla.trace` returned.
+        quantized: Whether its weights may be quantized. Layers are then given with the weights that these stand for.
 
     Attributes:
         model: The model.
@@ -48,8 +49,8 @@ class LayerSource:
         CorruptWeightsError: A weight is NaN or infinite.
     """
 
-    def __init__(self, model: PreTrainedModel | GraphModule) -> None:
-        self.model, self.config, self.family = model, config_of(model), check_convertible(model)
+    def __init__(self, model: PreTrainedModel | GraphModule, quantized: bool = False) -> None:
+        self.model, self.config, self.family = model, config_of(model), check_convertible(model, quantized)
         spec = self.family.spec
         self.embedding = self._part(f"{spec.base}.{spec.embedding}")
         weight = next(self.embedding.parameters())

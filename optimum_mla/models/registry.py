@@ -1,4 +1,4 @@
-"""The table of model families, and the config and model classes of their converted models.
+"""The config and model classes of the converted models of all families.
 
 A family is one `AttentionSpec`; its `<Family>MLAConfig`, `<Family>MLAModel` and `<Family>MLAForCausalLM` are made from
 it here and registered with the Transformers Auto classes.
@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from optimum_mla.core.errors import UnsupportedModelError, first_line
 from optimum_mla.families.guess import guessed_spec
 from optimum_mla.families.refused import refusal
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.classes import MLAForCausalLMMixin, MLAModelMixin, base_forward
+from optimum_mla.models.coded import register_source
 from optimum_mla.models.config import MLA_CONFIG_FIELDS, MLAConfigMixin
+from optimum_mla.models.family_table import FAMILIES, Family
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.parallel import TensorParallelPlan
 from optimum_mla.stack import enter_class_names, share_checkpoint_names
 
-BUILT_IN_FAMILIES = (
+BUILT_INFAMILIES = (
     "arcee",
     "cohere",
     "gemma",
@@ -61,21 +61,6 @@ ENTRY_POINTS = "optimum_mla.families"
 """The entry-point group in which other packages offer families."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """A spec and the classes that belong to it."""
-
-    spec: AttentionSpec
-    source_config: type[PreTrainedConfig]
-    source_model: type[PreTrainedModel]
-    source_attention: type[nn.Module]
-    config: type[PreTrainedConfig]
-    model: type[PreTrainedModel]
-
-
-_FAMILIES: dict[str, Family] = {}
-
-
 def register_family(spec: AttentionSpec) -> Family:
     """Make a family convertible and its converted models loadable through the Auto classes.
 
@@ -88,13 +73,13 @@ def register_family(spec: AttentionSpec) -> Family:
     Raises:
         UnsupportedModelError: Transformers has no such classes, or their `forward` takes no cache.
     """
-    known = _FAMILIES.get(spec.model_type)
+    known = FAMILIES.get(spec.model_type)
     if known is not None and known.spec == spec:
         return known
     prefix, home = spec.class_prefix, f"{__package__}.registry"
     source_config, source_base, source_model, source_attention = _source_classes(spec)
 
-    shared: dict[str, Any] = {"__module__": home, "spec": spec, "built_in": spec.model_type in BUILT_IN_FAMILIES}
+    shared: dict[str, Any] = {"__module__": home, "spec": spec, "built_in": spec.model_type in BUILT_INFAMILIES}
     defaults = {name: default for name, (_, default) in MLA_CONFIG_FIELDS.items()}
     config = type(
         f"{prefix}MLAConfig",
@@ -138,13 +123,14 @@ def register_family(spec: AttentionSpec) -> Family:
         },
     )
     family = Family(spec, source_config, source_model, source_attention, config, model)
-    _FAMILIES[spec.model_type] = family
+    FAMILIES[spec.model_type] = family
     for made in (config, base, model):
         for module in (home, __package__):
             setattr(sys.modules[module], made.__name__, made)
     AutoConfig.register(spec.mla_model_type, config, exist_ok=True)
     AutoModel.register(config, base, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
+    register_source(source_config, source_model)
     enter_class_names(spec.mla_model_type, base, model)
     share_checkpoint_names(spec.model_type, spec.mla_model_type)
     for source, made in ((source_base, base), (source_model, model)):
@@ -171,29 +157,6 @@ def _source_classes(spec: AttentionSpec) -> tuple[Any, Any, Any, Any]:
         ) from error
 
 
-def supported_model_types() -> tuple[str, ...]:
-    """Return the `model_type` of every family that can be converted."""
-    return tuple(sorted(_FAMILIES))
-
-
-def family_of(config: Any) -> Family:
-    """Return the family of a source or a converted model's config.
-
-    Raises:
-        UnsupportedModelError: No family has this `model_type`.
-    """
-    model_type = getattr(config, "model_type", None)
-    for family in _FAMILIES.values():
-        if model_type in (family.spec.model_type, family.spec.mla_model_type):
-            return family
-    if (why := refusal(config)) is not None:
-        raise UnsupportedModelError(f"model_type: {model_type!r} cannot be converted: {why}.")
-    raise UnsupportedModelError(
-        f"model_type: got {model_type!r}, supported: {', '.join(supported_model_types())}. Try --try-family, or "
-        "describe the family by an AttentionSpec (docs/add_a_family.md)."
-    )
-
-
 def try_family(config: Any) -> AttentionSpec | None:
     """Register a family that is not known yet under the spec that its names suggest.
 
@@ -209,7 +172,7 @@ def try_family(config: Any) -> AttentionSpec | None:
         UnsupportedModelError: Something is known against the family, its names are not the usual ones, or Transformers
             has no causal language model for the config.
     """
-    if any(config.model_type == family.spec.model_type for family in _FAMILIES.values()):
+    if any(config.model_type == family.spec.model_type for family in FAMILIES.values()):
         return None
     if (why := refusal(config)) is not None:
         raise UnsupportedModelError(f"model_type: {config.model_type!r} cannot be converted: {why}.")
@@ -233,10 +196,5 @@ def register_installed_families() -> None:
             warnings.warn(f"the family {point.name!r} ({point.value}) is left out: {first_line(error)}", stacklevel=2)
 
 
-def is_converted(config: Any) -> bool:
-    """Return whether a config is a converted model's."""
-    return isinstance(config, MLAConfigMixin)
-
-
-for _name in BUILT_IN_FAMILIES:
+for _name in BUILT_INFAMILIES:
     register_family(import_module(f"optimum_mla.families.{_name}").SPEC)

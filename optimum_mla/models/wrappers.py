@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.classes import LatentCheckpoint, LatentGeneration, is_tied
-from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.stack import share_checkpoint_names
 
 NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "text_config")

@@ -13,8 +13,8 @@ from optimum_mla.calibrate.statistics_folder import FILE_NAME, CalibrationStatis
 from optimum_mla.families.verify import verify_family
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
-from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,

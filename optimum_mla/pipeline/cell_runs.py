@@ -15,8 +15,8 @@ from optimum_mla.calibrate.text import context_limit, token_windows, window_leng
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.progress import progress
 from optimum_mla.measure.sizes import budget_rows, layer_numbers
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
 from optimum_mla.pipeline.cells import OUT_OF_MEMORY, CellError, run_cell
 from optimum_mla.pipeline.loading import load_config, load_tokenizer

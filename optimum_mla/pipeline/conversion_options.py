@@ -10,12 +10,13 @@ from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
-from optimum_mla.core.errors import InvalidValueError, OptionError
+from optimum_mla.convert.codec import codable_layers
+from optimum_mla.core.errors import InvalidValueError, MLAError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
-from optimum_mla.families.spec import full_layers, sliding_window
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.methods.signature import whole_signature
+from optimum_mla.models.wrappers import wrapper_of
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
 from optimum_mla.plan.budget import DEFAULT_CACHE_BUDGET, DEFAULT_CACHE_RATIO
 
@@ -65,19 +66,24 @@ def default_size(
 ) -> dict[str, float]:
     """Return the option about the size of the cache where the user gave none.
 
-    It is a budget of bytes where the latents can be coded, and a share of the numbers otherwise.
+    It is a budget of bytes where the cache can be coded and no option is about converted weights. Otherwise it is a
+    share of the numbers.
 
     Args:
-        config: The config of the source model.
+        config: The config of the source model, which may be a wrapper around a language model.
         method: Name of the method.
         options: Keyword arguments of the method.
         texts: The texts of the conversion.
         exported: Whether the result is exported.
     """
-    windows = sliding_window(config, full_layers(config)[0]) is not None  # Then it is so in all layers.
-    plain = options.get("rope_cache") == "cached" or options.get("factorization") not in (None, "calibrated")
-    if transform_class(method).has_codes and not (windows or plain or exported or texts.uncalibrated):
-        return {"kv_cache_budget": DEFAULT_CACHE_BUDGET}
+    about_weights = options.keys() - {"layers"}
+    if not transform_class(method).has_codes or about_weights or exported or texts.uncalibrated:
+        return {"kv_cache_ratio": DEFAULT_CACHE_RATIO}
+    try:
+        if wrapper_of(config) is None and codable_layers(config, options.get("layers", "all")):
+            return {"kv_cache_budget": DEFAULT_CACHE_BUDGET}
+    except MLAError:
+        pass  # What is wrong with the model or the layers is found again, where weights are converted.
     return {"kv_cache_ratio": DEFAULT_CACHE_RATIO}
 
 

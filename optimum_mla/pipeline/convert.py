@@ -13,6 +13,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from optimum_mla.core.errors import OptionError
 from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import expected_to_take
 from optimum_mla.export.gguf_file import file_type_of
@@ -23,20 +24,22 @@ from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.measure.stages import Stages
 from optimum_mla.measure.verify import reference_logits, verify
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.announcement import announcement
+from optimum_mla.pipeline.coding import assist_codec, code_cache
 from optimum_mla.pipeline.estimate import PROBE_TOKENS, conversion_memory, conversion_seconds, probe, work_of
 from optimum_mla.pipeline.exporting import exported_model, write_export
 from optimum_mla.pipeline.history import Outcome, remember
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, load_written
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
-from optimum_mla.pipeline.preparation import prepare
+from optimum_mla.pipeline.preparation import prepare, sized
 from optimum_mla.pipeline.unfinished import VERSIONED, UnfinishedConversion, write_model
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
+from optimum_mla.report.codec import CodecReport
 from optimum_mla.report.schema import ConversionReport, LayerReport
 from optimum_mla.report.verdict import quality_warning
 
@@ -46,7 +49,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")
 """Files of a checkpoint by which an interrupted conversion tells its source from another."""
 
 
-@claims_output(distributed=True)
 def convert(
     model: str,
     output: str | Path,
@@ -63,32 +65,66 @@ def convert(
     announce: Callable[[str], None] | None = None,
     try_family: bool = False,
     processes: Processes = ALONE,
-) -> ConversionReport:
-    """Convert a checkpoint and write the result with its model card and `conversion_report.json`.
+    codec_only: bool = False,
+) -> ConversionReport | CodecReport:
+    """Convert a checkpoint and write the result with its model card and its report.
+
+    Under a budget of bytes the weights stay, and `code_cache` does the work. Otherwise `convert_weights` does.
 
     Args:
         model: A hub id or a folder.
         output: Folder to write; it appears only when whole.
         method: One of `available_transforms()`.
-        options: Keyword arguments of the method. Without any size among them, `kv_cache_budget` is 0.25 where latents
+        options: Keyword arguments of the method. Without any size among them, `kv_cache_budget` is 0.25 where the cache
             can be coded, and `kv_cache_ratio` is 0.5 otherwise.
         texts: Calibration and evaluation texts. Without calibration data, a text that comes with the package is taken.
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; for the work and the result.
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; for the work, and for the result where
+            weights are converted.
         device: Torch device; None takes CUDA where it is available.
         seed: For whatever draws random numbers.
         overwrite: Replace `output` if it is a model folder, and throw an unfinished conversion to it away.
         hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
         export_format: Write the result as `mla-export` does (`deepseek_v3`, `gguf`), with the options that this needs.
         resume: Go on with an interrupted conversion to `output`, which must have had the same options. It gives what an
-            uninterrupted one gives.
+            uninterrupted one gives. A codec is fitted in one pass and begins anew.
         try_family: Describe a family that is not known by what its names suggest, if the model confirms it.
         announce: Called with a few lines that say what will be done and how long it should take, before it starts.
         processes: The processes that share the work. The first one of them calls this function, and the others call
             `assist`.
+        codec_only: Under a budget of bytes, write the codec without the model's weights.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
     """
+    given = sized(model, method, options, texts, hub, export_format, try_family)
+    common: dict[str, Any] = {"texts": texts, "dtype": dtype, "device": device, "seed": seed, "overwrite": overwrite}
+    common |= {"hub": hub, "announce": announce, "try_family": try_family, "processes": processes}
+    if "kv_cache_budget" in given:
+        return code_cache(model, output, given, codec_only=codec_only, **common)
+    if codec_only:
+        raise OptionError("--codec-only needs --cache-budget: without one the weights are converted, and written.")
+    return convert_weights(model, output, method, given, export_format=export_format, resume=resume, **common)
+
+
+@claims_output(distributed=True)
+def convert_weights(
+    model: str,
+    output: str | Path,
+    method: str,
+    options: dict[str, Any],
+    texts: TextOptions,
+    dtype: str,
+    device: str | None,
+    seed: int,
+    overwrite: bool,
+    hub: dict[str, Any] | None,
+    export_format: str | None,
+    resume: bool,
+    announce: Callable[[str], None] | None,
+    try_family: bool,
+    processes: Processes,
+) -> ConversionReport:
+    """Convert the attention of a checkpoint, and write the result; arguments and errors are those of `convert`."""
     inputs = {
         "model": model,
         "calibration-data": texts.calibration_data,
@@ -239,6 +275,10 @@ def assist(
     Raises:
         MLAError: Bad input of any kind.
     """
+    options = sized(model, method, options, texts, hub, export_format, try_family)
+    if "kv_cache_budget" in options:
+        assist_codec(processes, model, options, texts, dtype, device, seed, hub, try_family)
+        return
     prepared = prepare(model, method, options, texts, dtype, hub, export_format, seed, try_family)
     with tempfile.TemporaryDirectory() as scratch:
         source, _ = prepared.load(model, dtype, device, Path(scratch))

@@ -25,8 +25,8 @@ from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.methods.base import MLATransformation
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.pipeline.loading import (
     carried_card,
     check_dtype,

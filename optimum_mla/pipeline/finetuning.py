@@ -24,8 +24,8 @@ from optimum_mla.io.journal import Journal, as_kept, differing
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,

@@ -25,8 +25,8 @@ from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.methods.coding import with_equal_bits
 from optimum_mla.methods.registry import transform_class
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of, is_converted
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.ops.rotary import PairTable
 from optimum_mla.pipeline.estimate import Work, conversion_memory, conversion_seconds, probe

@@ -110,7 +110,7 @@ def load_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
 
 
 def load_source_config(
-    model: str, hub: dict[str, Any], guess_family: bool = False, wrapped: bool = False
+    model: str, hub: dict[str, Any], guess_family: bool = False, wrapped: bool = False, quantized: bool = False
 ) -> PreTrainedConfig:
     """Return the config of a model that can be converted.
 
@@ -119,6 +119,7 @@ def load_source_config(
         hub: Keyword arguments for loading from the hub.
         guess_family: Whether a family that is not known is registered as its names suggest.
         wrapped: Whether it may be a wrapper around a language model, whose config is then returned.
+        quantized: Whether its weights may be quantized.
 
     Raises:
         UnsupportedModelError: Not found, not a supported decoder LM, converted already, or quantized.
@@ -127,7 +128,7 @@ def load_source_config(
     inner = config.text_config if wrapped and wrapper_of(config) is not None else config
     if is_converted(inner):
         raise UnsupportedModelError(f"model: {model} is converted already. Convert the model that it was made from.")
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not quantized:
         raise UnsupportedModelError(f"model: the weights of {model} are quantized. Convert the unquantized model.")
     spec = try_family(inner) if guess_family else None
     if spec is not None:

@@ -16,7 +16,7 @@ from optimum_mla.measure.memory import PeakMemory, large_tensors, live_cache_byt
 from optimum_mla.measure.quality import compare_decoding
 from optimum_mla.measure.sizes import predicted_cache_bytes
 from optimum_mla.measure.speed import Contender, spread, time_in_turn
-from optimum_mla.models.registry import is_converted
+from optimum_mla.models.family_table import is_converted
 from optimum_mla.pipeline.loading import load_config, load_model, load_tokenizer
 from optimum_mla.report.rows import BASELINE, MODEL
 from optimum_mla.stack import cache_argument

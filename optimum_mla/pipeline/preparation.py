@@ -21,8 +21,8 @@ from optimum_mla.core.processes import Processes
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.gguf_file import check_writable
 from optimum_mla.methods.base import MLATransformation
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of
 from optimum_mla.models.wrappers import language_model, wrapper_of
 from optimum_mla.pipeline.conversion_options import (
     build_transformation,
@@ -101,10 +101,36 @@ class Preparation:
         return Run(self.transformation, source, shared, self.measured_on, evaluate, processes)
 
 
-def prepare(
+def sized(
     model: str,
     method: str,
     options: dict[str, Any] | None,
+    texts: TextOptions,
+    hub: dict[str, Any] | None,
+    export_format: str | None,
+    try_family: bool,
+) -> dict[str, Any]:
+    """Return the options of a method with all that an export needs, and with a size of the cache.
+
+    The arguments are those of `convert`.
+
+    Raises:
+        MLAError: The model cannot be read, or cannot be exported so.
+    """
+    options = {name: value for name, value in (options or {}).items() if value is not None}
+    if export_format is not None:
+        options = exportable_options(export_format, method, options)
+    if options.keys() & RANK_OPTIONS:
+        return options
+    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    config = load_source_config(model, hub, try_family, wrapped=True, quantized=True)
+    return options | default_size(config, method, options, texts, export_format is not None)
+
+
+def prepare(
+    model: str,
+    method: str,
+    options: dict[str, Any],
     texts: TextOptions,
     dtype: str,
     hub: dict[str, Any] | None,
@@ -112,7 +138,7 @@ def prepare(
     seed: int,
     try_family: bool,
 ) -> Preparation:
-    """Read the texts and decide on the transformation; the arguments are those of `convert`.
+    """Read the texts and decide on the transformation; the arguments are those of `convert`, the options sized.
 
     Raises:
         MLAError: Bad input of any kind.
@@ -127,11 +153,6 @@ def prepare(
         remedy = "Extract the language model as docs/families.md shows, and export that."
         raise InvalidValueError("export_format", export_format, "None for a model around a language model", remedy)
     origin: dict[str, Any] = origin_fields(model, hub)
-    options = {name: value for name, value in (options or {}).items() if value is not None}
-    if export_format is not None:
-        options = exportable_options(export_format, method, options)
-    if not options.keys() & RANK_OPTIONS:
-        options |= default_size(config, method, options, texts, export_format is not None)
     texts = calibrated_texts(texts, method, options)
     given = texts.calibration_data is not None or texts.statistics is not None
     if export_format is not None and method == "gqa2mla" and not given:

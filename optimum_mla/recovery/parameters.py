@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.core.number_checks import check_count
-from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.projections import LATENT_PROJECTIONS
 from optimum_mla.weights.choices import quantized_by

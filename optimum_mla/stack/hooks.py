@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def only_moves_inputs(module: nn.Module) -> bool:
@@ -27,10 +28,13 @@ def bare_copy(module: nn.Module) -> nn.Module:
     """Return a copy of a module and its submodules without accelerate's hooks.
 
     Weights in memory are shared, but belong to parameters of the copy, so that `to` leaves the original as it is.
-    Weights that accelerate has offloaded are read. The module's other hooks stay.
+    Weights that accelerate has offloaded are read. The module's other hooks stay. A linear layer with quantized weights
+    becomes a plain one with what its weights stand for.
     """
     from accelerate.utils import align_module_device
 
+    if is_quantized_linear(module):
+        return _dense(module)
     clone = copy.copy(module)
     state = vars(clone)
     if hasattr(module, "_hf_hook"):
@@ -44,6 +48,30 @@ def bare_copy(module: nn.Module) -> nn.Module:
         }
     clone._modules = {name: None if part is None else bare_copy(part) for name, part in module._modules.items()}
     return clone
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer of a library that holds other things than plain numbers as weights."""
+    if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        return False
+    weight = getattr(module, "weight", None)
+    return not (isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point())
+
+
+@torch.no_grad()
+def _dense(module: Any) -> nn.Linear:
+    """Return a plain linear layer that computes what a quantized one does, by what that makes of single inputs."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    like = getattr(module, "compute_dtype", None) or (tensors[0].dtype if tensors else torch.float32)
+    device = next(iter((*module.parameters(), *module.buffers()))).device
+    offset = module(torch.zeros(1, module.in_features, dtype=like, device=device))
+    biased = bool(offset.any())
+    columns = module(torch.eye(module.in_features, dtype=like, device=device))  # [in, out]
+    made = nn.Linear(module.in_features, module.out_features, bias=biased, device="meta")
+    made.weight = nn.Parameter((columns - offset).T.contiguous(), requires_grad=False)
+    if biased:
+        made.bias = nn.Parameter(offset[0], requires_grad=False)
+    return made
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.core.suggestions import did_you_mean
-from optimum_mla.models.registry import family_of, is_converted
+from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.weights.library import WeightLibrary, make_library
 
 FIELD = "weights"

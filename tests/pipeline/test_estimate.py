@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import constants
 
 from optimum_mla import GQA2MLA
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.models.registry import family_of
 from optimum_mla.pipeline.estimate import (
     EVALUATED,
     FIRST_PASS,

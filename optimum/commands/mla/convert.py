@@ -52,9 +52,10 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "Convert the attention of a pretrained decoder LLM to Multi-head Latent\n"
             "Attention (MLA), so that generation caches one small latent per token instead\n"
             "of all keys and values.\n\n"
-            "By default the method is gqa2mla, a quarter of the bytes of the cache is kept,\n"
-            "and a text that comes with the package calibrates the conversion. Text like\n"
-            "what the model will read is better: give it with --calibration-data.",
+            "By default the weights stay as they are, old tokens are kept as codes in a\n"
+            "quarter of their bytes, and a text that comes with the package calibrates the\n"
+            "codes. Text like what the model will read is better: give it with\n"
+            "--calibration-data.",
             "optimum-cli mla-convert -m Qwen/Qwen3-0.6B OUTPUT",
             "optimum-cli mla-convert -m Qwen/Qwen3-0.6B --cache-budget 0.125 \\\n"
             "      --calibration-data train.txt --eval-data test.txt OUTPUT",
@@ -74,6 +75,12 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             "--layers",
             help="Layers to convert: all, a list such as 0-7 or 1,3,5, or the preset x-ecomla-hybrid. The other layers "
             "keep their attention. Default: all, but where only some layers have a sliding window, these keep it.",
+        )
+        method.add_argument(
+            "--codec-only",
+            action="store_true",
+            help="With --cache-budget: write the codec alone, a few MB, without the weights. optimum_mla.load_codec "
+            "gives it to any copy of the model. Default: off, and OUTPUT is a model that any tool loads.",
         )
         method.add_argument(
             "--export-format",
@@ -96,9 +103,9 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             dest="kv_cache_budget",
             type=float,
             metavar="SHARE",
-            help="gqa2mla: bytes of the new cache, everything included, as a share of the bytes of the source model's "
-            "cache in 16 bits, above 0 and up to 0.5. Each channel of the latent gets as many bits as it is worth. "
-            "Default: 0.25, for gqa2mla with calibration, without --rope-cache cached and without an export.",
+            help="gqa2mla: leave the weights alone and keep old tokens as codes, in this share of the bytes of their "
+            "keys and values in 16 bits, above 0 and up to 0.5. Prompts, first and newest tokens are read exactly. "
+            "Default: 0.25, for gqa2mla with calibration, and without options about weights or an export.",
         )
         size.add_argument(
             "--kv-lora-rank",
@@ -155,7 +162,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             metavar="FORM",
             help="gqa2mla: where the position is added. full rotates all up-projected key dims; decoupled has a small "
             "rotary key beside the position-free rest and needs calibration. Default: decoupled, but full with "
-            "--uncalibrated, and with --cache-budget full for models of at most 4 key/value heads.",
+            "--uncalibrated.",
         )
         position.add_argument(
             "--rope-cache",
@@ -249,6 +256,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             from optimum_mla.core.errors import InvalidValueError
             from optimum_mla.core.processes import joined_processes
             from optimum_mla.pipeline import TextOptions, assist, convert
+            from optimum_mla.report.codec import CodecReport, codec_table, codec_verdict, next_coded
             from optimum_mla.report.render import choices, sample_lines, summary_table
             from optimum_mla.report.verdict import next_command, verdict
 
@@ -284,7 +292,12 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                     resume=args.resume,
                     announce=lambda text: print(text, flush=True),
                     processes=processes,
+                    codec_only=args.codec_only,
                 )
+            if isinstance(report, CodecReport):
+                print(f"{codec_table(report)}\n\n{codec_verdict(report)}\nSaved to {args.output}")
+                print(f"Next: {next_coded(report, args.output)}")
+                return
             print(summary_table([report]))
             print(choices(report))
             print(sample_lines(report))
