@@ -43,10 +43,12 @@ class Axes:
 
     Attributes:
         axes: Orthonormal columns in order of falling energy, [G D, G D].
+        mean: Mean of the states, [G D].
         table: The codes of each component.
     """
 
     axes: Tensor
+    mean: Tensor
     table: CodeTable
 
     @classmethod
@@ -54,15 +56,16 @@ class Axes:
         """Return the axes of states [T, G D]."""
         centred = (states - states.mean(0)).double()
         axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).to(states.dtype)
-        return cls(axes, CodeTable.fit(states @ axes, states.new_ones(len(axes))))
+        components = centred.to(states.dtype) @ axes
+        return cls(axes, states.mean(0), CodeTable.fit(components, states.new_ones(len(axes))))
 
     def rounded(self, states: Tensor, widths: Tensor) -> Tensor:
         """Return states [B, G, S, D] after coding with so many bits for each component, [G D]."""
-        flat = states.transpose(1, 2).flatten(2)
-        steps, centres = (part.to(states.dtype) for part in self.table.centres(widths))
+        flat = states.transpose(1, 2).flatten(2) - self.mean
+        steps = self.table.steps.gather(1, widths[:, None])[:, 0].to(states.dtype)
         half = 2.0 ** (widths - 1)
-        codes = ((flat @ self.axes - centres) / steps).round().clamp(-half, half - 1)
-        back = torch.where(widths > 0, codes * steps + centres, self.table.mean.to(states.dtype)) @ self.axes.T
+        codes = ((flat @ self.axes) / steps - 0.5).round().clamp(-half, half - 1)
+        back = torch.where(widths > 0, (codes + 0.5) * steps, 0.0) @ self.axes.T + self.mean
         return back.unflatten(2, (states.shape[1], -1)).transpose(1, 2)
 
 

@@ -22,6 +22,7 @@ from optimum_mla.methods.registry import available_transforms, register_transfor
 from optimum_mla.methods.xecomla import XEcoMLA
 from optimum_mla.models import AttentionSpec, register_family, supported_model_types
 from optimum_mla.models.codec import ModelCodec
+from optimum_mla.models.coded import load_codec
 from optimum_mla.models.registry import register_installed_families
 
 # Last, because the packages that offer families import from this one.
@@ -48,6 +49,7 @@ __all__ = [
     "benchmark",
     "compose",
     "fit_codec",
+    "load_codec",
     "register_family",
     "register_transform",
     "supported_model_types",

@@ -85,7 +85,6 @@ def test_the_commands_of_the_help_and_of_the_pages_exist() -> None:
         {"perplexity_after": 30.0},
         {"answers": answered(20.0, 0.2)},
         {"perplexity_before": None},
-        {"options": {"kv_cache_budget": 0.25}},
         {"written_as": "deepseek_v3"},
     ],
 )

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_mla.cache.coded import CodedStored
 from optimum_mla.cache.stored import DenseStored, QuantizedStored
-from optimum_mla.ops.absorb import working_dtype
 from optimum_mla.ops.blocks import Block, CacheView, Latents, concatenate
 
-Encoder = Callable[[Tensor], QuantizedStored | CodedStored]
+Encoder = Callable[[Tensor], QuantizedStored]
 """Stores vectors [B, T, w] in fewer bits than they have."""
 
 
@@ -27,15 +25,15 @@ class StoredBlock:
 
     Attributes:
         plain: The numbers that stay in the model's dtype, side by side: the first vectors, the second vectors, and the
-            factors of the key norms, without those that are quantized or coded.
-        first: The quantized or coded first vectors, or None if the first vectors are in `plain`.
-        second: The quantized second vectors, or the codes of second vectors and factors; None if they are in `plain`.
+            factors of the key norms, without those that are quantized.
+        first: The quantized first vectors, or None if the first vectors are in `plain`.
+        second: The quantized second vectors, or None if they are in `plain`.
         widths: Number of entries per token in the first vectors, in the second vectors, and in the factors.
     """
 
     plain: DenseStored
-    first: QuantizedStored | CodedStored | None
-    second: QuantizedStored | CodedStored | None
+    first: QuantizedStored | None
+    second: QuantizedStored | None
     widths: tuple[int, int, int]
 
     @property
@@ -50,7 +48,7 @@ class StoredBlock:
 
     @property
     def quantized(self) -> bool:
-        """Return whether the first or the second vectors are quantized or coded."""
+        """Return whether the first or the second vectors are quantized."""
         return self.first is not None or self.second is not None
 
     @property
@@ -80,19 +78,16 @@ class StoredBlock:
         second = self.second and newer.second and self.second.joined(newer.second)
         return StoredBlock(self.plain.joined(newer.plain), first, second, self.widths)
 
-    def encoded(self, encoders: tuple[Encoder | None, Encoder | None], codes_factors: bool = False) -> StoredBlock:
+    def encoded(self, encoders: tuple[Encoder | None, Encoder | None]) -> StoredBlock:
         """Return a quantized copy of a block whose first and second vectors are both still in `plain`.
 
         Args:
             encoders: What stores the first and the second vectors; None keeps them in the model's dtype.
-            codes_factors: Whether the factors of the key norms are stored with the second vectors.
         """
         first, second, factors = self.widths
-        if codes_factors:
-            second, factors = second + factors, 0
         *vectors, key_factors = self.plain.vectors.split([first, second, factors], dim=-1)
         kept: list[Tensor] = []
-        coded: list[QuantizedStored | CodedStored | None] = []
+        coded: list[QuantizedStored | None] = []
         for part, encoder in zip(vectors, encoders, strict=True):
             if encoder is None or not part.shape[-1]:
                 kept.append(part)
@@ -114,25 +109,14 @@ class StoredBlock:
             return Block(Latents(plain[0]), Latents(plain[1]), key_factors, self.plain.vectors[..., : sum(kept)])
         widths = [part.opened_width if part else width for part, width in zip(coded, kept, strict=True)]
         size = (self.batch, self.tokens, sum(widths))
-        if memory is not None and memory.shape == size:
-            joined = memory
-        elif isinstance(self.first, CodedStored):
-            # Codes are unpacked channel by channel, in the dtype that is computed with.
-            dtype = working_dtype(self.plain.buffer.dtype, self.plain.buffer.device, self.tokens)
-            joined = self.plain.buffer.new_empty(size[0], size[2], size[1], dtype=dtype).mT
-        else:
-            joined = self.plain.buffer.new_empty(size)
+        fits = memory is not None and memory.shape == size
+        joined = memory if memory is not None and fits else self.plain.buffer.new_empty(size)
         # These are slices because autograd forbids writing to any of the views that one call of `split` returns.
         outs = joined[..., : widths[0]], joined[..., widths[0] :]
         first, second = (
             part.open(out) if part else Latents(out.copy_(vectors), vectors.dtype)
             for part, vectors, out in zip(coded, plain, outs, strict=True)
         )
-        if isinstance(self.second, CodedStored):
-            vectors, of_second = second.vectors, self.widths[1]
-            if not key_factors.shape[-1]:
-                key_factors = vectors[..., of_second:]
-            second = Latents(vectors[..., :of_second], second.dtype)
         return Block(first, second, key_factors, joined)
 
 

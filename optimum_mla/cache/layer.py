@@ -12,7 +12,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from optimum_mla.cache.backends import make_backend
 from optimum_mla.cache.blocks import BlockView, Encoder, StoredBlock
-from optimum_mla.cache.coded import CodedStored
 from optimum_mla.cache.settings import FULL_BITS, CacheSettings
 from optimum_mla.cache.stored import DenseStored, QuantizedStored
 from optimum_mla.core.errors import InvalidValueError
@@ -27,8 +26,7 @@ class LatentLayer(CacheLayerMixin):
 
     A window of the newest tokens stays in the model's own dtype: at most `settings.residual_length` tokens, or, without
     quantization, fewer than a block holds. Older tokens are in blocks of up to `block_tokens` tokens. Tokens are
-    quantized once, when they leave the window, and never again. The codes of a token depend on that token only. A layer
-    whose latents are codes (`channel_bits`) has no window.
+    quantized once, when they leave the window, and never again. The codes of a token depend on that token only.
 
     Args:
         geometry: Shape of the layer.
@@ -44,18 +42,7 @@ class LatentLayer(CacheLayerMixin):
         full = geometry.attention_form == "full"
         first = _encoder(settings, settings.bits)
         self.encoders = (first, first if full else _encoder(settings, settings.rope_bits))
-        self.encodes, self.window = settings.quantized, settings.residual_length
-        if geometry.channel_bits and settings.codes:
-            if settings.bits != FULL_BITS:
-                raise InvalidValueError("bits", settings.bits, "16 for a model whose latents are codes already")
-            self.encoders = (partial(CodedStored.encode, channels=geometry.channel_bits), self.encoders[1])
-            if geometry.second_bits:
-                self.encoders = (self.encoders[0], partial(CodedStored.encode, channels=geometry.second_bits))
-            # The codes are the latents themselves, so that a window of newer tokens would gain nothing.
-            self.encodes, self.window = True, 0
-        codes = bool(geometry.channel_bits) and settings.codes
-        self.codes_factors = codes and bool(geometry.factor_bits)
-        self.encodes_exactly = codes and (self.encoders[1] is None or bool(geometry.second_bits))
+        self.encodes = settings.quantized
         self.block_tokens = block_tokens(self._first_width)
         second = geometry.cache_numbers - self._first_width
         self._second_widths = (second - geometry.scale_numbers, geometry.scale_numbers)
@@ -134,9 +121,6 @@ class LatentLayer(CacheLayerMixin):
         view = BlockView([*self.blocks, recent])
         self.seen += tokens
         self._settle(recent)
-        if tokens == 1 and self.residual is None and self.encodes_exactly and not torch.is_grad_enabled():
-            # A block for one token would take as many operations as one for thousands.
-            return BlockView(self.blocks)
         return view
 
     def _check_fits(self, new: Tensor) -> None:
@@ -156,15 +140,15 @@ class LatentLayer(CacheLayerMixin):
         leaving = 0
         if not self.encodes:
             leaving = recent.tokens - recent.tokens % self.block_tokens
-        elif recent.tokens > self.window:
-            leaving = min(recent.tokens - self.window + self.settings.flush_tokens - 1, recent.tokens)
+        elif recent.tokens > self.settings.residual_length:
+            leaving = min(recent.tokens - self.settings.residual_length + self.settings.flush_tokens - 1, recent.tokens)
         start = 0
         while start < leaving:
             room = self.block_tokens - self.blocks[-1].tokens if self.blocks else 0
             stop = min(leaving, start + (room or self.block_tokens))
             block = recent.cut(start, stop)
             if self.encodes:
-                block = block.encoded(self.encoders, self.codes_factors)
+                block = block.encoded(self.encoders)
             if room:
                 self.blocks[-1] = self.blocks[-1].joined(block)
             else:
@@ -244,12 +228,6 @@ class LatentLayer(CacheLayerMixin):
         """Move the cached tensors back to the device of the first tokens."""
         if self.is_initialized:
             self._change(lambda block: block.to(self.device))
-
-    @property
-    def exempt_bytes(self) -> int:
-        """Return the bytes of the latents that are not coded in a layer of codes, and of their places."""
-        coded = (part for block in self.blocks for part in (block.first, block.second) if isinstance(part, CodedStored))
-        return sum(stored.places.nbytes + stored.exempt.nbytes for stored in coded)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -32,7 +32,7 @@ def named_cache(name: str) -> dict[str, Any]:
     if name == "default":
         return {}
     if name == "16bit":
-        return {"bits": FULL_BITS, "rope_bits": FULL_BITS, "codes": False}
+        return {"bits": FULL_BITS, "rope_bits": FULL_BITS}
     backend, _, bits = name.rpartition("-int")
     if not backend or not bits.isdigit():
         raise InvalidValueError("cache", name, CACHE_NAMES)
@@ -49,7 +49,6 @@ class CacheSettings:
         group_size: Largest number of neighbouring numbers of one token's latent that share a scale and a zero.
         residual_length: Largest number of newest tokens that stay in the model's own dtype.
         rope_bits: Bits per number of the rotary key that is cached beside the latent: 8, or 16 for the model's dtype.
-        codes: Whether latents that are codes (`channel_bits`) are stored as such, and not in the model's dtype.
 
     Raises:
         InvalidValueError: A value is of the wrong type or out of range.
@@ -60,15 +59,12 @@ class CacheSettings:
     group_size: int = 64
     residual_length: int = 128
     rope_bits: int = FULL_BITS
-    codes: bool = True
 
     def __post_init__(self) -> None:
         for field, allowed in ALLOWED.items():
             check_integer(field, getattr(self, field), allowed)
         if not isinstance(self.backend, str):
             raise InvalidValueError("backend", self.backend, "the name of a library, such as hqq")
-        if not isinstance(self.codes, bool):
-            raise InvalidValueError("codes", self.codes, "true or false")
         if self.group_size < 8 or self.group_size % 4:
             raise InvalidValueError("group_size", self.group_size, ALLOWED["group_size"])
         if self.residual_length < 0:
@@ -87,8 +83,8 @@ class CacheSettings:
         return max(1, self.residual_length // 4)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as they are saved in a model's config, without `codes` where it is as always."""
-        return {name: value for name, value in asdict(self).items() if name != "codes" or not value}
+        """Return the fields as they are saved in a model's config."""
+        return asdict(self)
 
     def window_tokens(self, prompt: int, steps: int = 0) -> int:
         """Return how many of the newest tokens are in full precision.

@@ -1,8 +1,7 @@
-"""Steps and centres of codes, and the errors that codes of each width leave, from samples of the latents."""
+"""Steps of codes, and the errors that codes of each width leave, from samples of the latents."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -25,18 +24,16 @@ class CodeTable:
 
     Attributes:
         errors: Weighted squared error of each channel by bits, from 0 to 8, [r, 9]; infinite where no code has so many
-            bits. With 0 bits a channel is replaced by its mean.
-        steps: The steps, [r, 9]; 0 for a constant channel, whose codes all stand for its mean.
-        mean: The mean of each channel, [r].
+            bits. With 0 bits a channel is replaced by zero.
+        steps: The steps, [r, 9]; 0 for a channel that is always zero.
     """
 
     errors: Tensor
     steps: Tensor
-    mean: Tensor
 
     @classmethod
-    def fit(cls, samples: Tensor, weights: Tensor, about_mean: bool = True, gains: Tensor | None = None) -> CodeTable:
-        """Return the table for samples of the latents.
+    def fit(cls, samples: Tensor, weights: Tensor, gains: Tensor | None = None) -> CodeTable:
+        """Return the table for samples of the latents, which are about zero.
 
         The clip, and so the step, is the one with the least mean squared error, not the one that spans the range, and
         wider by `MARGIN`.
@@ -44,11 +41,9 @@ class CodeTable:
         Args:
             samples: Latents of tokens that are to be coded, [T, r].
             weights: Cost of a unit of squared error in each channel, [r].
-            about_mean: Whether the middle of the codes is the mean, and not zero.
             gains: The factor by which a token's steps are larger than the channel's, [T, r]; None for one everywhere.
         """
-        mean = samples.double().mean(0) if about_mean else torch.zeros_like(samples[0], dtype=torch.float64)
-        centred = samples.float() - mean.float()
+        centred = samples.float()
         factors = centred.new_ones(1, 1) if gains is None else gains
         deviation = (centred / factors).square().mean(0).sqrt()
         varies = deviation > torch.finfo(torch.float32).tiny ** 0.5  # Squares of smaller numbers leave float32.
@@ -65,16 +60,7 @@ class CodeTable:
             steps[:, bits] = torch.where(varies, steps[:, bits], 0.0)
             left = _squared_error(centred, steps[:, bits].float() * factors, bits).double()
             errors[:, bits] = torch.where(varies, weights * left, 0.0)
-        return cls(errors, steps, mean)
-
-    def error(self, widths: Tensor) -> float:
-        """Return the weighted squared error of all channels with the given bits, [r]."""
-        return float(self.errors.gather(1, widths[:, None]).sum())
-
-    def centres(self, widths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the steps and the values that code 0 stands for, [r] each, with the given bits, [r]."""
-        steps = self.steps.gather(1, widths[:, None])[:, 0]
-        return steps, self.mean + steps / 2
+        return cls(errors, steps)
 
 
 def _squared_error(centred: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -85,7 +71,7 @@ def _squared_error(centred: Tensor, step: Tensor, bits: int) -> Tensor:
     return codes.add_(0.5).mul_(step).sub_(centred).square_().mean(0)
 
 
-def allocate_bits(errors: Tensor, budget: int, together: int = 0) -> Tensor:
+def allocate_bits(errors: Tensor, budget: int) -> Tensor:
     """Return the bits of each channel that make the sum of errors least within a budget, [r].
 
     Groups of `GRANULE` neighbouring channels get the same bits, so channels should be sorted by energy. Bits go where
@@ -95,28 +81,19 @@ def allocate_bits(errors: Tensor, budget: int, together: int = 0) -> Tensor:
     Args:
         errors: Squared error of each channel by bits, [r, 9]; see `CodeTable`.
         budget: Largest number of bits of a token's codes.
-        together: Number of channels at the end that are one group, which gets a bit at least.
     """
-    apart = (len(errors) - together) // GRANULE * GRANULE
-    curves = errors[:apart].unflatten(0, (-1, GRANULE)).sum(1).tolist()
+    whole = len(errors) // GRANULE * GRANULE
+    curves = errors[:whole].unflatten(0, (-1, GRANULE)).sum(1).tolist()
     steps = [step for group, curve in enumerate(curves) for step in _hull_steps(group, curve)]
-    sizes = [GRANULE] * len(curves)
-    if together:
-        one = _hull_steps(len(sizes), errors[-together:].sum(0).tolist()) or [(math.inf, len(sizes), 0, min(WIDTHS))]
-        steps += [(step[0] if step[2] else math.inf, *step[1:]) for step in one]
-        sizes.append(together)
-    widths, left, blocked = [0] * len(sizes), budget, set()
+    widths, left, blocked = [0] * len(curves), budget, set()
     for _, group, low, high in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
-        cost = sizes[group] * (high - low)
+        cost = GRANULE * (high - low)
         if group in blocked or cost > left:
             blocked.add(group)  # A group cannot take a later step without this one.
             continue
         widths[group], left = high, left - cost
     channels = torch.zeros(len(errors), dtype=torch.long, device=errors.device)
-    given = torch.tensor(widths, device=errors.device)
-    channels[:apart] = given[: len(curves)].repeat_interleave(GRANULE)
-    if together:
-        channels[-together:] = given[-1]
+    channels[:whole] = torch.tensor(widths, dtype=torch.long, device=errors.device).repeat_interleave(GRANULE)
     return channels
 
 

@@ -53,12 +53,12 @@ class VectorFit:
         self._axes, self._groups = axes, gain_groups
         self._centre = vectors.double().mean(0)
         self._latents = ((vectors.double() - self._centre) @ axes.down.T).float()  # [T, r], about zero
-        table = CodeTable.fit(self._latents, axes.costs, about_mean=False)
+        table = CodeTable.fit(self._latents, axes.costs)
         self._errors, self._steps = table.errors, table.steps
         for _ in range(ALLOCATIONS if gain_groups else 0):
             order = _by_bits(self._widths(size))
             kept = self._latents[:, order]
-            gained = CodeTable.fit(kept, axes.costs[order], about_mean=False, gains=self._gains_by_size(kept))
+            gained = CodeTable.fit(kept, axes.costs[order], gains=self._gains_by_size(kept))
             self._errors, self._steps = table.errors.clone(), table.steps.clone()
             self._errors[order], self._steps[order] = gained.errors, gained.steps
 

@@ -22,8 +22,6 @@ def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry, input_gain: Tens
     be normed and alike in all directions. Those of a real text are not, and their latents are up to a few times larger;
     they are also what the adapters on down-projections change, whose effect would grow if latents were any smaller.
 
-    Latents that are codes stay as they are, because their scale is that of the steps.
-
     Args:
         tensors: The tensors of a converted layer by name.
         geometry: Shape of the layer.
@@ -37,12 +35,12 @@ def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry, input_gain: Tens
         latents = [("kv_a_proj", "", ("k_b_proj", "v_b_proj"))]
     else:
         latents = [("k_a_proj", "", ("k_b_proj",)), ("v_a_proj", "", ("v_b_proj",))]
-    for down, norm, ups in [] if g.channel_bits else latents:
+    for down, norm, ups in latents:
         rows = slice(0, g.kv_lora_rank if g.attention_form == "decoupled" else None)
         _size_of_inputs(scaled, (down, norm, ups), rows, input_gain)
     if g.q_lora_rank is not None:
         _size_of_inputs(scaled, ("q_a_proj", "q_a_layernorm", ("q_b_proj",)), slice(None), input_gain)
-    if g.attention_form == "decoupled" and g.qk_rope_head_dim and not (g.key_norm or g.rope_channel_bits):
+    if g.attention_form == "decoupled" and g.qk_rope_head_dim and not g.key_norm:
         keys = (
             _parts(scaled, "k_rope_proj", slice(None))
             if g.rope_cache == "rebuilt"

@@ -91,7 +91,6 @@ def check_layers(layers: Sequence[MLAGeometry]) -> None:
         for wrong, why in (
             (g.attention_form != "decoupled" or g.rope_cache != "cached", "has no cached rotary key"),
             (g.latent_norm, "has a norm on its latent already"),
-            (bool(g.channel_bits), "has codes as its latent"),
             (g.key_value_bias, "belongs to a family with biases on keys and values, for which there is no place"),
             (g.q_lora_rank is not None, "has a latent for queries"),
         ):

@@ -64,9 +64,6 @@ def _output(module: nn.Module, states: Tensor, table: tuple[Tensor, Tensor], imp
     clone.config = copy.copy(clone.config)
     clone.config._attn_implementation = implementation
     clone.sliding_window = None
-    if isinstance(module, LatentAttention):
-        # Gaussian states lie outside of the range that codes were fitted to, so latents are not rounded here.
-        clone.geometry = module.geometry.uncoded()
     mask = None  # With `sdpa` that is a causal one.
     if implementation == "eager":
         size, lowest = states.shape[1], torch.finfo(states.dtype).min

@@ -92,8 +92,6 @@ def _head_weights(attention: LatentAttention, layer: int) -> HeadWeights:
             f"model: layer {layer} has keys of which only some dims rotate, so it cannot be reversed. Conversions with "
             "positional='full' can."
         )
-    if g.channel_bits:
-        raise UnsupportedModelError(f"model: layer {layer} rounds its latent to codes, which cannot be reversed.")
     for name, module in attention.named_children():
         if name.endswith("_proj") and not is_plain(module):
             raise UnsupportedModelError(

@@ -59,7 +59,6 @@ class Run:
     Attributes:
         source: The layers of the model.
         layers: The indices of the layers to convert.
-        code_bits: The bits of a token's codes in each layer, where a budget of bytes is shared out between them.
         results: The results of the conversion, by the index of the layer; empty before it.
         perplexities: The perplexity before and after the conversion, or None if it was not measured.
 
@@ -86,7 +85,6 @@ class Run:
             if not isinstance(attention, self.family.source_attention):
                 raise converted_already(layer)
             self.source.attention(layer)
-        method.check_windows(self.config)
         self.statistics, self.tokens = None, None
         if isinstance(method.calibration, CalibrationStatistics):
             self.statistics = method.calibration
@@ -94,7 +92,6 @@ class Run:
             check_tokens(method.calibration, self.config.vocab_size)
             self.tokens = method.calibration if method.needs_calibration else None
         self.evaluation, self.evaluate = evaluation, evaluate or evaluation is not None
-        self.code_bits: dict[int, int] = {}
         self.results: dict[int, LayerResult] = {}
         self.perplexities: tuple[float, float] | None = None
 
@@ -186,10 +183,7 @@ class Run:
         return FirstPass(self.source, self.tokens, self._search, self.processes)
 
     def _allocate(self, plans: dict[int, MLAGeometry]) -> dict[int, MLAGeometry]:
-        """Return the plans with the same total of ranks, distributed over the layers so that their errors are small.
-
-        Under a budget of bytes, the bytes of the codes are distributed.
-        """
+        """Return the plans with the same total of ranks, distributed over the layers so that their errors are small."""
         plans, curves, uniform, first = dict(plans), {}, {}, self._first_pass()
         compares = self.method.rank_allocation == "error" and self.tokens is not None
         divergences = self.record.known("divergences") if compares else []
@@ -201,25 +195,18 @@ class Run:
                 curves[layer] = dict(known["errors"])
             elif search is not None:
                 plans[layer] = self._best_shape(search, plans[layer])
-                if self.method.coded:
-                    curves[layer] = search.byte_curve(plans[layer])
-                else:
-                    curves[layer] = search.rank_curve(plans[layer], self.method.rank_allocation)
+                curves[layer] = search.rank_curve(plans[layer], self.method.rank_allocation)
                 found = {"geometry": asdict(plans[layer]), "errors": list(curves[layer].items())}
                 self.record.keep(f"rank curve {layer}", found)
-            bits = self.method.code_bits(plans[layer]) if self.method.coded else None
-            uniform[layer] = plans[layer].kv_lora_rank if bits is None else bits // 8
+            uniform[layer] = plans[layer].kv_lora_rank
             if search is not None and compares:
-                first.replace(search.attention(*search.convert(plans[layer], bits)))
+                first.replace(search.attention(*search.convert(plans[layer])))
         if divergences is None:
             divergences = list(first.divergences(f"{self.method.name}: effect on the predictions").items())
             self.record.keep("divergences", divergences)
         for layer, divergence in divergences:
             curves[layer] = scaled(curves[layer], uniform[layer], divergence)
         shares = self.processes.told(allocate_ranks(curves, sum(uniform.values())))
-        if self.method.coded:
-            self.code_bits = {layer: 8 * size for layer, size in shares.items()}
-            return plans
         return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in shares.items()}
 
     def _layer(
@@ -244,10 +231,7 @@ class Run:
         else:
             if self.method.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
                 geometry = self._best_shape(search, geometry)
-            bits = self.code_bits.get(layer)
-            if bits is None and self.method.coded:
-                bits = self.method.code_bits(geometry)
-            geometry, tensors = search.convert(geometry, bits)
+            geometry, tensors = search.convert(geometry)
             search.calibration.memo.clear()  # The factorization is several times as large as the layer.
         calibration = None if search is None else search.calibration
         if search is not None and isinstance(calibration, LayerCalibration):

@@ -12,7 +12,6 @@ from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.statistics import StoredCalibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.core.segments import GRANULE
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models import SourceAttention
 from optimum_mla.models.assemble import load_attention
@@ -45,16 +44,9 @@ class LayerSearch:
     _modules: dict[MLAGeometry, LatentAttention] = field(default_factory=dict)
     """A module for each shape, with the weights of the last candidate, because making modules takes long."""
 
-    def convert(self, geometry: MLAGeometry, code_bits: int | None = None) -> tuple[MLAGeometry, dict[str, Tensor]]:
-        """Return the layer's shape and tensors.
-
-        Args:
-            geometry: The shape; under a budget of bytes with the largest rank and without codes.
-            code_bits: Bits of a token's codes under a budget of bytes.
-        """
-        if code_bits is None:
-            return geometry, self.method.convert_layer(self.source, geometry, self.calibration)
-        return self.method.codes(self.source, geometry, self.calibration).coded(code_bits)
+    def convert(self, geometry: MLAGeometry) -> tuple[MLAGeometry, dict[str, Tensor]]:
+        """Return the layer's shape and tensors."""
+        return geometry, self.method.convert_layer(self.source, geometry, self.calibration)
 
     def attention(self, geometry: MLAGeometry, tensors: dict[str, Tensor]) -> LatentAttention:
         """Return the layer's attention as a module in the dtype of the calibration, causal if it gets no mask.
@@ -82,22 +74,18 @@ class LayerSearch:
             )
         return self.calibration
 
-    def error(self, geometry: MLAGeometry, code_bits: int | None = None) -> float:
-        """Return the error that the given shape, with codes of so many bits, leaves on the held-back windows.
+    def error(self, geometry: MLAGeometry) -> float:
+        """Return the error that the given shape leaves on the held-back windows.
 
         Raises:
             InvalidValueError: The calibration has no windows to measure on.
         """
-        return self._measuring.error(self.attention(*self.convert(geometry, code_bits)))
+        return self._measuring.error(self.attention(*self.convert(geometry)))
 
     def squared_error(self, geometry: MLAGeometry) -> float:
         """Return the squared error that a shape leaves, predicted if the method can, and measured otherwise."""
         predicted = self.method.predicted_error(self.source, geometry, self.calibration)
-        return self._measured(geometry) if predicted is None else predicted
-
-    def _measured(self, geometry: MLAGeometry) -> float:
-        """Return the squared error of a shape as measured, under a budget of bytes with the codes that it leaves."""
-        return self.error(geometry, self.method.code_bits(geometry) if self.method.coded else None) ** 2
+        return self.error(geometry) ** 2 if predicted is None else predicted
 
     def best_shape(self, geometry: MLAGeometry) -> MLAGeometry:
         """Return the cheapest of the method's candidates whose error is within `GOOD_ENOUGH` of the least error.
@@ -109,7 +97,7 @@ class LayerSearch:
         errors: list[float] = []
         for candidate in candidates if len(candidates) > 1 else []:
             predicted = self.method.predicted_error(self.source, candidate, self.calibration)
-            errors.append(self._measured(candidate) if predicted is None else predicted)
+            errors.append(self.error(candidate) ** 2 if predicted is None else predicted)
             if predicted is None and errors[-1] > GOOD_ENOUGH**2 * min(errors):
                 break  # The error is taken to rise from here on.
         good = GOOD_ENOUGH**2 * min(errors, default=0.0)
@@ -118,22 +106,6 @@ class LayerSearch:
             energies = self.method.problem(self.source, best, self.calibration).energies
             best = replace(best, kv_lora_rank=rank_for_energy(energies.sqrt(), energy))
         return best
-
-    @torch.no_grad()
-    def byte_curve(self, geometry: MLAGeometry) -> dict[int, float]:
-        """Return squared errors by the bytes of a token's codes, from half to one and a half times the uniform share.
-
-        They are predicted, and where the calibration can measure, bent so that they are right at both ends.
-        """
-        codes = self.method.codes(self.source, geometry, self.calibration)
-        low, high = rank_range(
-            self.method.code_bits(geometry) // 8, GRANULE * (geometry.kv_lora_rank + geometry.cached_rope_dims) // 8
-        )
-        predicted = {size: codes.error(8 * size) for size in range(low, high + 1)}
-        if isinstance(self.calibration, StoredCalibration):
-            return {size: self.calibration.state_weight * error for size, error in predicted.items()}
-        measured = {size: self.error(geometry, 8 * size) ** 2 for size in {low, high}}
-        return bent(predicted, measured)
 
     @torch.no_grad()
     def rank_curve(self, geometry: MLAGeometry, by: str) -> dict[int, float]:

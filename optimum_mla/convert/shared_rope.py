@@ -49,7 +49,7 @@ def choose_shared_rope(
         if isinstance(tried.calibration, StoredCalibration):
             weights[layer] = tried.calibration.state_weight
         else:
-            first.replace(tried.attention(*tried.convert(best, method.code_bits(best) if method.coded else None)))
+            first.replace(tried.attention(*tried.convert(best)))
     for layer, divergence in first.divergences(f"{method.name}: effect on the predictions").items():
         weights[layer] = (divergence + TINY) / (min(errors[layer].values()) + TINY)
     total = torch.stack([weights[layer] * damage for layer, damage in damages.items()]).sum(0)

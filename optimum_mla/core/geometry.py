@@ -10,26 +10,11 @@ Letters, used in every file of this package (the full table is `docs/notation.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
-
-from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.core.segments import ChannelBits, check_channel_bits, total_bits, total_channels
 
 AttentionForm = Literal["source", "decoupled", "full"]
 RopeCache = Literal["cached", "rebuilt"]
-
-
-SINK_TOKENS = 4
-"""Number of tokens at the start of a sequence that conversions do not code: their latents are many times larger."""
-FACTOR_BITS = 8
-"""Bits of the code of a key norm's factor."""
-FACTOR_CENTRE = 192.5
-"""Steps in the mean factor of a key head. Codes reach from a third of it to five thirds."""
-ROPE_CENTRE = 0.5
-"""Steps by which a rotary key lies above its code: the codes of b bits have their middle at -1/2, the key at zero."""
-CODE_LIMIT = 1.0
-"""Default of `code_limit`, in squares of a channel's step. Rounding alone leaves a twelfth."""
 
 
 @dataclass(frozen=True, slots=True)  # without `__dict__`, which exporters would write to
@@ -51,12 +36,6 @@ class MLAGeometry:
     c·tanh(x / c), as in Gemma 2. With `latent_bias`
     the projections that read the latent have biases even if the source's keys and values have none. These biases hold
     the mean of keys and values, which would otherwise need rank.
-
-    With `channel_bits` the joint latent is stored as integer codes, which are the latents themselves. The first
-    `sink_tokens` tokens of a sequence, and those whose mean squared clipping error over the channels is larger than
-    `code_limit`, keep their latents in the model's dtype. With `rope_channel_bits` a cached rotary key is coded too,
-    after its rotation and about zero, as rotation leaves the size of a pair as it is; a segment has both dims of its
-    pairs. With `factor_bits` the factors of key norms are coded.
     """
 
     hidden_size: int
@@ -76,35 +55,12 @@ class MLAGeometry:
     rope_cache: RopeCache = "cached"
     latent_norm: bool = False
     latent_bias: bool = False
-    channel_bits: ChannelBits = ()
-    rope_channel_bits: ChannelBits = ()
-    factor_bits: int = 0
-    sink_tokens: int = 0
-    code_limit: float = CODE_LIMIT
     key_norm: bool = False
     joint_norms: bool = False
     logit_cap: float | None = None
     query_bias: bool = False
     key_value_bias: bool = False
     output_bias: bool = False
-
-    def __post_init__(self) -> None:
-        channels = check_channel_bits(self.channel_bits)  # JSON gives lists
-        object.__setattr__(self, "channel_bits", channels)
-        if channels and total_channels(channels) != self.kv_lora_rank:
-            raise InvalidValueError(
-                "channel_bits", self.channel_bits, f"bits of {self.kv_lora_rank} channels, which is kv_lora_rank"
-            )
-        rope = check_channel_bits(self.rope_channel_bits, "rope_channel_bits")
-        object.__setattr__(self, "rope_channel_bits", rope)
-        if rope and (self.num_rope_heads != 1 or total_channels(rope) != self.cached_rope_dims):
-            raise InvalidValueError(
-                "rope_channel_bits",
-                self.rope_channel_bits,
-                f"bits of {self.qk_rope_head_dim} dims, which is qk_rope_head_dim, of one cached rotary key",
-            )
-        if self.factor_bits not in (0, FACTOR_BITS):
-            raise InvalidValueError("factor_bits", self.factor_bits, f"0, {FACTOR_BITS}")
 
     @classmethod
     def from_config(cls, config: Any, **features: Any) -> MLAGeometry:
@@ -139,8 +95,8 @@ class MLAGeometry:
 
     @property
     def down_bias(self) -> bool:
-        """Return whether the projection to the joint latent has a bias, which for codes holds their centres."""
-        return bool(self.channel_bits) or (self.key_value_bias and self.attention_form == "decoupled")
+        """Return whether the projection to the joint latent has a bias."""
+        return self.key_value_bias and self.attention_form == "decoupled"
 
     @property
     def source_cache_numbers(self) -> int:
@@ -162,7 +118,7 @@ class MLAGeometry:
         """Number of gain vectors of a decoupled layer's query norm, each of which serves as many consecutive heads."""
         if self.joint_norms:
             return self.num_attention_heads
-        return self.key_factors if self.factor_bits else self.num_rope_heads
+        return self.num_rope_heads
 
     @property
     def cached_rope_dims(self) -> int:
@@ -176,25 +132,6 @@ class MLAGeometry:
         return self.cached_rope_dims + self.scale_numbers
 
     @property
-    def second_bits(self) -> ChannelBits:
-        """Bits of the second cached tensor's channels in their order, or nothing if it is not coded.
-
-        They are those of the first dims of all rotary pairs, of the second dims, and of the factors of key norms.
-        """
-        halves = tuple((bits, count // 2) for bits, count in self.rope_channel_bits)
-        factors = ((self.factor_bits, self.scale_numbers),) if self.factor_bits and self.scale_numbers else ()
-        return halves + halves + factors
-
-    @property
-    def factor_centre(self) -> float:
-        """Number that is added to the cached factors of key norms."""
-        return FACTOR_CENTRE if self.factor_bits else 0.0
-
-    def uncoded(self) -> MLAGeometry:
-        """Return the same shape with latents that are not rounded to codes."""
-        return replace(self, channel_bits=(), rope_channel_bits=(), factor_bits=0, sink_tokens=0)
-
-    @property
     def cache_numbers(self) -> int:
         """Numbers that this layer caches per token."""
         if self.attention_form == "source":
@@ -205,13 +142,12 @@ class MLAGeometry:
 
     @property
     def cache_ratio(self) -> float:
-        """Bytes that are cached per token divided by the source's, with 16 bits for every number that is not coded."""
-        return self.cache_bytes() / (2 * self.source_cache_numbers)
+        """Numbers that are cached per token divided by the source's."""
+        return self.cache_numbers / self.source_cache_numbers
 
     def cache_bytes(self, bits: float = 16) -> float:
-        """Return the bytes that this layer caches per token at `bits` per number that is not coded."""
-        codes = self.channel_bits + self.second_bits
-        return (total_bits(codes) + (self.cache_numbers - total_channels(codes)) * bits) / 8
+        """Return the bytes that this layer caches per token at `bits` per number."""
+        return self.cache_numbers * bits / 8
 
     @property
     def source_parameters(self) -> int:
@@ -283,11 +219,11 @@ class ModelGeometry:
 
     @property
     def cache_ratio(self) -> float:
-        """Bytes that are cached per token divided by the source's, with 16 bits for every number that is not coded."""
-        return self.cache_bytes() / (2 * self.source_cache_numbers)
+        """Numbers that are cached per token divided by the source's."""
+        return self.cache_numbers / self.source_cache_numbers
 
     def cache_bytes(self, tokens: int = 1, bits: float = 16) -> float:
-        """Return the bytes of the cache for `tokens` tokens at `bits` per number that is not coded."""
+        """Return the bytes of the cache for `tokens` tokens at `bits` per number."""
         return tokens * sum(layer.cache_bytes(bits) for layer in self.layers)
 
     @property

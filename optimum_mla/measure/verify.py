@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from optimum_mla.cache import LatentLayer
 from optimum_mla.cache.settings import CacheSettings
-from optimum_mla.cache.sizes import exempt_token_bytes
 from optimum_mla.core.errors import VerificationError
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.measure.greedy import greedy
@@ -39,14 +37,12 @@ PROBE_PROMPT = 16
 """Tokens of the probe that go through the cache in one call; the others follow one by one."""
 NEW_TOKENS = 8
 PROBE_SEED = 0
-UNQUANTIZED = {"bits": 16, "rope_bits": 16, "codes": False}
+UNQUANTIZED = {"bits": 16, "rope_bits": 16}
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 """The largest relative difference of logits that rounding may cause, by the dtype of the weights.
 
 A cache that is not read, or positions that are off by one, cause differences of about one.
 """
-CODED_TOLERANCE = 0.03
-"""Smallest tolerance where latents are codes, because a difference in the last digit may turn one into the next."""
 LARGEST_DEVIATION = 10
 """A single logit may be off by so many times the root mean square of all deviations."""
 
@@ -96,7 +92,7 @@ def verify(model: PreTrainedModel, reference: Tensor | None = None, tolerance: f
     Raises:
         VerificationError: With what differs, and by how much.
     """
-    allowed = _allowed(model, tolerance)
+    allowed = tolerance_of(model.dtype) if tolerance is None else tolerance
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         ids = _probe(model)
@@ -132,18 +128,7 @@ def check_reference(model: PreTrainedModel, reference: Tensor, what: str) -> Non
         VerificationError: It has others.
     """
     with evaluating(model):
-        _check(_difference(_logits(model, _probe(model)), reference), _allowed(model, None), what)
-
-
-def _allowed(model: PreTrainedModel, tolerance: float | None) -> float:
-    """Return the largest relative difference of a model's logits, or `tolerance` if it is given and codes allow it."""
-    allowed = tolerance_of(model.dtype) if tolerance is None else tolerance
-    return max(allowed, CODED_TOLERANCE) if has_codes(model) else allowed
-
-
-def has_codes(model: Any) -> bool:
-    """Return whether latents of a model, or of the language model in a wrapper, are codes."""
-    return is_converted(model.config.get_text_config()) and any(layer.channel_bits for layer in model.geometry.layers)
+        _check(_difference(_logits(model, _probe(model)), reference), tolerance_of(model.dtype), what)
 
 
 def _probe(model: PreTrainedModel) -> Tensor:
@@ -211,7 +196,6 @@ def _check_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, int]:
         if sizes is None:
             raise VerificationError("verify: the size of this model's cache cannot be predicted.")
         least, spare = (round(size * len(ids)) for size in sizes)
-        least += _found_exempt_bytes(cache, len(ids), tokens, model.dtype.itemsize)
         live = live_cache_bytes(cache)
         if not least <= live <= least + (spare if steps else 0):
             raise VerificationError(
@@ -219,19 +203,6 @@ def _check_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, int]:
                 f"shapes predict {least}."
             )
         found = least, live
-    return found
-
-
-def _found_exempt_bytes(cache: Cache, rows: int, tokens: int, itemsize: int) -> int:
-    """Return the bytes of latents that were found to be exempt, beside the predicted ones of the first tokens.
-
-    They are negative where latents of first tokens are codes by chance, as those of a layer that is worth no bits are.
-    """
-    found = 0
-    for layer in cache.layers:
-        if isinstance(layer, LatentLayer) and layer.geometry.channel_bits and layer.settings.codes:
-            first = rows * min(tokens, layer.geometry.sink_tokens)
-            found += layer.exempt_bytes - first * exempt_token_bytes(layer.geometry, itemsize)
     return found
 
 

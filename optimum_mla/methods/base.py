@@ -19,11 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
-from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning, UnsupportedModelError
-from optimum_mla.core.geometry import FACTOR_BITS, MLAGeometry
+from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.layers import LayerChoice, parse_layers
-from optimum_mla.families.spec import full_layers, sliding_window
-from optimum_mla.methods.coding import LayerCodes, with_equal_bits
+from optimum_mla.families.spec import full_layers
 from optimum_mla.methods.options import check_choice
 from optimum_mla.methods.shared_rope import SharedRope, regular_pairs
 from optimum_mla.methods.signature import whole_signature
@@ -48,8 +47,9 @@ class MLATransformation(ModelTransformation):
         kv_lora_rank: Size of the latent in numbers per token and layer.
         kv_cache_ratio: Size of the cache, including the rotary key, relative to that of the source model.
         energy: Share of the squared singular values that each layer keeps. The ranks then differ between layers.
-        kv_cache_budget: Bytes of the cache, everything included, relative to the source's cache in 16 bits. Each
-            channel of the latents then gets as many bits as it is worth. Only methods with codes have it.
+        kv_cache_budget: Bytes of the codes of an old token, relative to its keys and values in 16 bits. The weights
+            then stay as they are, so all other options but `layers` and `calibration` have no meaning; see
+            `optimum_mla.fit_codec`. Only methods with codes have it.
         layers: `all`, a list such as `0-3,8`, the name of a preset, or indices; see `parse_layers`. Of a model in which
             some layers have a sliding window, `all` means the others: a window bounds its cache by itself.
         calibration: Token ids, [N, L], that are run through the model layer by layer; see `optimum_mla.calibrate.walk`.
@@ -87,7 +87,7 @@ class MLATransformation(ModelTransformation):
     """True if each layer has a single rotary key, so that all layers can share its frequencies."""
 
     has_codes: ClassVar[bool] = False
-    """True if the method can store latents as codes, under a budget of bytes."""
+    """True if the method takes a budget of bytes, under which a codec is fitted and the weights stay."""
 
     rope_selection: str = "damage"
     """The rule that selects the rotary pairs of a layer."""
@@ -136,7 +136,7 @@ class MLATransformation(ModelTransformation):
             raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
         self.shared_rope = shared_rope
         shared = self.factorization == "calibrated" and self.budget.energy is None
-        measured_ranks = shared and not shared_rope and not (self.coded and stored)
+        measured_ranks = shared and not shared_rope
         self.rank_allocation = rank_allocation or ("error" if measured_ranks else "uniform")
         check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         if self.coded:
@@ -153,20 +153,18 @@ class MLATransformation(ModelTransformation):
 
     @property
     def coded(self) -> bool:
-        """Return whether the latents are stored as codes, under a budget of bytes."""
+        """Return whether there is a budget of bytes, under which the weights stay and old tokens become codes."""
         return self.budget.kv_cache_budget is not None
 
     def _check_coded(self) -> None:
-        """Refuse a budget of bytes where the method or the other options have no codes."""
+        """Refuse a budget of bytes where the method has no codes, or nothing to fit them to."""
         budget = self.budget.kv_cache_budget
         if not self.has_codes:
             remedy = "Take gqa2mla, or give kv_cache_ratio."
             raise InvalidValueError("kv_cache_budget", budget, f"nothing with {self.name}", remedy)
-        if self.factorization != "calibrated":
-            remedy = "Give calibration data: the bits of the channels follow from it."
-            raise InvalidValueError("kv_cache_budget", budget, "nothing without a calibrated factorization", remedy)
-        if self.rank_allocation == "energy":
-            raise InvalidValueError("rank_allocation", "energy", "error, uniform with kv_cache_budget")
+        if self.calibration is None:
+            remedy = "Give calibration data: codes are fitted to a text."
+            raise InvalidValueError("kv_cache_budget", budget, "nothing without calibration", remedy)
 
     def covered_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
         """Return the indices of the layers that a conversion of a model covers, in rising order.
@@ -177,23 +175,12 @@ class MLATransformation(ModelTransformation):
         chosen = parse_layers(self.layers, config.num_hidden_layers)
         return tuple(full_layers(config)) if self.layers == "all" else chosen
 
-    def check_windows(self, config: PreTrainedConfig) -> None:
-        """Refuse codes in layers with a sliding window, whose caches hold latents in the model's dtype.
-
-        Raises:
-            UnsupportedModelError: A layer to convert has a window, under a budget of bytes.
-        """
-        for layer in self.covered_layers(config) if self.coded else ():
-            if sliding_window(config, layer) is not None:
-                raise UnsupportedModelError(
-                    f"kv_cache_budget: layer {layer} has a sliding window, whose cache is not coded. Name the other "
-                    "layers by --layers, or give --kv-cache-ratio."
-                )
-
     @property
     def options(self) -> dict[str, Any]:
         """Return the value of every option, with defaults filled in, without the calibration tokens."""
         hidden = ("calibration", "budget", "rope")
+        if self.coded:
+            return {"layers": self.layers, "kv_cache_budget": self.budget.kv_cache_budget}
         own = {name: value for name, value in vars(self).items() if name not in hidden}
         return {**own, **vars(self.budget)}
 
@@ -272,32 +259,6 @@ class MLATransformation(ModelTransformation):
         """Return the weighted factorization of a calibrated layer, which also gives the energy that each rank holds."""
         raise NotImplementedError(f"{type(self).__name__}.problem, which a calibrated factorization needs")
 
-    def codes(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> LayerCodes:
-        """Return the codes of a layer under a budget of bytes.
-
-        Args:
-            source: The attention to replace.
-            geometry: The new shape, with the largest rank and without codes.
-            calibration: Measurements at this layer, which keep the last result.
-        """
-        if calibration.memo.get("codes", (None, None))[0] != geometry:
-            tensors = self.convert_layer(source, geometry, calibration)
-            costs = self.problem(source, geometry, calibration).factors(geometry.kv_lora_rank).costs
-            rope_costs = self.rope_costs(source, geometry, calibration) if geometry.cached_rope_dims else None
-            codes = LayerCodes(
-                source, geometry, tensors, costs, calibration.inputs(), rope_costs, together=bool(self.shared_rope)
-            )
-            calibration.memo["codes"] = (geometry, codes)
-        return calibration.memo["codes"][1]
-
-    def rope_costs(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> Tensor:
-        """Return the weighted squared error that a unit of it in a dim of each cached rotary pair costs, [R/2]."""
-        raise NotImplementedError(f"{type(self).__name__}.rope_costs, which codes of a cached rotary key need")
-
-    def code_bits(self, geometry: MLAGeometry) -> int:
-        """Return the bits that the codes of one token may have in a layer if all layers get the same share."""
-        return self.budget.code_bits(geometry.source_cache_numbers, FACTOR_BITS * geometry.scale_numbers)
-
     def predicted_error(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> float | None:
         """Return the squared error of a shape that follows from closed forms, to compare the shapes of one layer.
 
@@ -341,8 +302,8 @@ class MLATransformation(ModelTransformation):
     def reverse(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
         """Give the chosen layers, if this method converted them, the attention of the source family again, in place.
 
-        Only layers whose keys rotate in all dims, and whose latents are no codes, can go back. The result computes what
-        the converted model computes, and is the source itself where the conversion was exact.
+        Only layers whose keys rotate in all dims can go back. The result computes what the converted model computes,
+        and is the source itself where the conversion was exact. Under a budget of bytes the model loses its codec.
 
         Raises:
             UnsupportedModelError: A layer computes what no layer of the source family does.
@@ -354,18 +315,20 @@ class MLATransformation(ModelTransformation):
     def check(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Return the config that a conversion would give, judging by the source config alone.
 
+        Under a budget of bytes the attention stays, and so does the config.
+
         Ranks that depend on the weights, such as those under an energy budget, differ from those of a conversion.
 
         Raises:
             MLAError: The options do not fit the model.
         """
+        if self.coded:
+            return config
         family, weightless, geometries = family_of(config), self.without_weights(), {}
-        self.check_windows(config)
         for layer in self.covered_layers(config):
             geometry = family.spec.geometry(config.per_layer_config[layer])
             if geometry.attention_form != "source":
                 raise converted_already(layer)
             source = SourceAttention(family.spec, nn.Module(), geometry, PairTable(geometry.head_dim), torch.empty(0))
-            plan = weightless.plan_layer(source)
-            geometries[layer] = with_equal_bits(plan, self.code_bits(plan)) if self.coded else plan
+            geometries[layer] = weightless.plan_layer(source)
         return converted_config(family, config, geometries, self.name)

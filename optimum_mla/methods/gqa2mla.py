@@ -13,10 +13,9 @@ from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_integer
-from optimum_mla.core.segments import GRANULE
 from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.mixed_heads import MixedHeads
-from optimum_mla.methods.options import check_choice, fitting
+from optimum_mla.methods.options import check_choice, fitting, refuse_options
 from optimum_mla.methods.signature import MLAOptions
 from optimum_mla.methods.weighting import key_moments, value_moments
 from optimum_mla.models import SourceAttention
@@ -26,9 +25,6 @@ from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2, 3, 4)
 """Numbers of rotary dims from which calibration chooses, as multiples of the head dim."""
-
-FULL_KEY_HEADS = 4
-"""Largest number of key/value heads for which a budget of bytes takes the full form without being asked."""
 
 
 class GQA2MLA(MLATransformation):
@@ -47,12 +43,11 @@ class GQA2MLA(MLATransformation):
       the latent is cached.
 
     The default is `full` with `split` without calibration tokens, and `decoupled` with `rebuilt` and `calibrated` with
-    them. Under a budget of bytes the default goes by the shape of the layer: `full` for at most `FULL_KEY_HEADS`
-    key/value heads, where up-projecting all keys takes no more work than rebuilding a rotary key and adds hardly any
-    parameters, and `decoupled` otherwise.
+    them. Under a budget of bytes (`kv_cache_budget`) nothing is factorized: at full rank the latent is the keys and the
+    values themselves (section 4.1), so the weights stay, and old tokens are kept as codes.
 
     Args:
-        positional: `full` or `decoupled`, or under a budget of bytes `by shape`.
+        positional: `full` or `decoupled`.
         rope_cache: `cached` or `rebuilt`, with `decoupled` only. With `cached`, the default of `rank_allocation` is
             `uniform`.
         qk_rope_head_dim: R, the number of rotary dims, with `decoupled` only. None chooses it in each layer by the
@@ -76,18 +71,20 @@ class GQA2MLA(MLATransformation):
         latent_norm: bool = False,
         **options: Unpack[MLAOptions],
     ) -> None:
-        sized = options.get("kv_cache_budget") is None and options.get("rank_allocation") is None
-        if rope_cache == "cached" and sized:
+        own = {"positional": positional, "rope_cache": rope_cache, "qk_rope_head_dim": qk_rope_head_dim}
+        if rope_cache == "cached" and options.get("rank_allocation") is None:
             options["rank_allocation"] = "uniform"  # Inference engines need latents of one size in all layers.
         super().__init__(**options)
+        if self.coded:
+            refuse_options({**own, "latent_norm": latent_norm, **options})
         decoupled = self.factorization == "calibrated"
-        by_shape = self.coded and rope_cache is None and qk_rope_head_dim is None
-        self.positional = positional or ("by shape" if by_shape else "decoupled" if decoupled else "full")
-        check_choice("positional", self.positional, ("full", "decoupled", *(["by shape"] if by_shape else [])))
+        self.positional = positional or ("decoupled" if decoupled else "full")
+        check_choice("positional", self.positional, ("full", "decoupled"))
         if self.positional == "decoupled" and not decoupled:
             remedy = "Give calibration data, or take --positional full."
             raise InvalidValueError("positional", positional, "full without a calibrated factorization", remedy)
-        for field, value in (("rope_cache", rope_cache), ("qk_rope_head_dim", qk_rope_head_dim)):
+        for field in ("rope_cache", "qk_rope_head_dim"):
+            value = own[field]
             if value is not None and self.positional == "full":
                 raise InvalidValueError(field, value, "nothing with positional full", "Take --positional decoupled.")
         if qk_rope_head_dim is not None:
@@ -95,8 +92,6 @@ class GQA2MLA(MLATransformation):
         self.rope_cache = None if self.positional == "full" else rope_cache or "rebuilt"
         if self.rope_cache is not None:
             check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))
-        if self.coded and latent_norm:
-            raise InvalidValueError("latent_norm", True, "False with kv_cache_budget", "Leave it out.")
         self.qk_rope_head_dim, self.latent_norm = qk_rope_head_dim, latent_norm
         if latent_norm and self.rope_cache != "cached":
             raise InvalidValueError(
@@ -111,15 +106,14 @@ class GQA2MLA(MLATransformation):
     def preserves_computation(self) -> bool:  # type: ignore[override]
         """Return whether the outputs stay the same, which is so at full rank if every dim keeps its rotation."""
         whole = not self.budget.is_set or self.budget.kv_cache_ratio == 1.0 or self.budget.energy == 1.0
-        return whole and self.positional == "full" and not self.heal
+        return self.coded or (whole and self.positional == "full" and not self.heal)
 
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         g = source.geometry
         width = g.num_key_value_heads * g.head_dim
         biased = self.factorization == "calibrated" and not self.latent_norm
         common = replace(g, v_head_dim=g.head_dim, latent_bias=biased, latent_norm=self.latent_norm)
-        few = g.num_key_value_heads <= FULL_KEY_HEADS
-        if self.positional == "decoupled" or (self.positional == "by shape" and not few):
+        if self.positional == "decoupled":
             return self._plan_decoupled(common)
         if self.factorization == "split":
             ranks = self._split_ranks(source, min(width, g.hidden_size))
@@ -145,12 +139,11 @@ class GQA2MLA(MLATransformation):
 
     def _plan_decoupled(self, g: MLAGeometry) -> MLAGeometry:
         width = g.num_key_value_heads * g.head_dim
-        rope, unit = self.rope_dims, self._rope_unit
-        if rope is not None and (rope % unit or not unit <= rope <= width - 2):
-            allowed = "even integers" if unit == 2 else f"multiples of {unit}"
-            raise InvalidValueError("qk_rope_head_dim", rope, f"{allowed} from {unit} to {width - 2} for this model")
+        rope = self.rope_dims
+        if rope is not None and (rope % 2 or not 2 <= rope <= width - 2):
+            raise InvalidValueError("qk_rope_head_dim", rope, f"even integers from 2 to {width - 2} for this model")
         # If R is still to be chosen, the smallest candidate is planned, because it leaves the most room for the latent.
-        rope = rope or max(unit, int(ROPE_CANDIDATES[0] * g.head_dim) // unit * unit)
+        rope = rope or max(2, int(ROPE_CANDIDATES[0] * g.head_dim) // 2 * 2)
         geometry = replace(
             g,
             attention_form="decoupled",
@@ -168,21 +161,12 @@ class GQA2MLA(MLATransformation):
         held = 2 * g.num_key_value_heads * g.head_dim - (rope if g.rope_cache == "cached" else 0)
         return replace(g, kv_lora_rank=self._rank(g, g.rope_numbers, min(held, g.hidden_size), None))
 
-    @property
-    def _rope_unit(self) -> int:
-        """Return the number of which the rotary dims are a multiple: a pair, or what fills whole bytes with codes."""
-        return GRANULE if self.coded and self.rope_cache == "cached" else 2
-
-    def rope_costs(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> Tensor:
-        return MixedHeads.of(source, calibration, self.rope).rope_costs(geometry)
-
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         """Return a shape for every number of rotary dims that the budget allows."""
         if geometry.attention_form == "full" or self.rope_dims is not None:
             return [geometry]
         width = geometry.num_key_value_heads * geometry.head_dim
-        unit = self._rope_unit
-        ropes = dict.fromkeys(max(unit, int(share * geometry.head_dim) // unit * unit) for share in ROPE_CANDIDATES)
+        ropes = dict.fromkeys(max(2, int(share * geometry.head_dim) // 2 * 2) for share in ROPE_CANDIDATES)
         return fitting(lambda rope: self._with_rope(geometry, rope), [r for r in ropes if r <= width - 2]) or [geometry]
 
     def rotary_damage(self, source: SourceAttention, calibration: Calibration) -> Tensor:
@@ -213,10 +197,7 @@ class GQA2MLA(MLATransformation):
         if geometry.attention_form != "decoupled" or (calibration.measures and not rebuilt):
             return None
         like, mixed = self.candidates(source, geometry)[-1], MixedHeads.of(source, calibration, self.rope)
-        if self.coded:
-            lost = self.codes(source, like, calibration).error(self.code_bits(geometry))
-        else:
-            lost = mixed.problem(like if rebuilt else geometry).error(geometry.kv_lora_rank)
+        lost = mixed.problem(like if rebuilt else geometry).error(geometry.kv_lora_rank)
         return lost + mixed.stopped_error(geometry)
 
     def convert_layer(

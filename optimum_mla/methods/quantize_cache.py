@@ -6,13 +6,12 @@ from typing import Any
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.cache.backends import check_settings
-from optimum_mla.cache.settings import FULL_BITS
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.methods.transformation import ModelTransformation
 from optimum_mla.models import is_converted
 from optimum_mla.models.checks import config_of
 from optimum_mla.models.family_table import family_of
-from optimum_mla.models.layers import model_geometry, quantizable_layers
+from optimum_mla.models.layers import quantizable_layers
 
 
 class QuantizeLatentCache(ModelTransformation):
@@ -51,17 +50,11 @@ class QuantizeLatentCache(ModelTransformation):
         """Refuse a model whose cache cannot be quantized.
 
         Raises:
-            UnsupportedModelError: The model is not converted, its latents are codes already, or every converted layer
-                has a sliding window.
+            UnsupportedModelError: The model is not converted, or every converted layer has a sliding window.
         """
         if not is_converted(config):
             raise UnsupportedModelError("model: it is not converted. Convert it first, for example with GQA2MLA.")
         spec = family_of(config).spec
-        coded = any(layer.channel_bits for layer in model_geometry(spec, config).layers)
-        if coded and self.settings.bits != FULL_BITS:
-            raise UnsupportedModelError(
-                "model: its latents are codes already. Convert with a smaller --cache-budget for fewer bytes."
-            )
         if not quantizable_layers(spec, config):
             raise UnsupportedModelError(
                 "model: every converted layer has a sliding window. The caches of such layers are never quantized."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,20 @@ from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.stack import CACHE_ARGUMENT
 
 CONFIG_ENTRY = "latent_codec"
-"""Field of a model's config that names the file of its codec, beside its weights."""
+"""Field of a config.json that names the file of the codec beside the weights."""
+SHIM_NAME = "modeling_latent_codec"
+SHIM = '''\
+"""Loads this model by its own class in Transformers, with the codec of its cache from optimum-mla.
+
+Where `import optimum_mla` stands before `from_pretrained`, this file is not run, and nothing has to be trusted. With
+`trust_remote_code=True` it is run instead. With neither, the model is loaded without its codec.
+"""
+
+from optimum_mla.models.coded import coded_loader
+
+CodedForCausalLM = coded_loader("{model_type}")
+'''
+"""The module that `auto_map` points at."""
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Keyword arguments of `from_pretrained` that say where files are, and that the file of the codec needs too."""
 
@@ -58,6 +72,7 @@ class CodedGeneration(PreTrainedModel):
         """Save the model as Transformers does, with its codec beside the weights and named in the config."""
         super().save_pretrained(save_directory, *args, **kwargs)
         self.latent_codec.save(save_directory)
+        name_codec(Path(save_directory))
 
     def __reduce__(self) -> Any:
         """Pickle the model as its source class and its codec, because this class is made when it is needed."""
@@ -85,7 +100,6 @@ def with_codec(model: M, codec: ModelCodec) -> M:
     codec.check(model)
     if not isinstance(model, CodedGeneration):
         model.__class__ = _coded_class(type(model))
-    setattr(model.config, CONFIG_ENTRY, CODEC_FILE)
     model.latent_codec = codec  # type: ignore[assignment]
     return model
 
@@ -94,7 +108,7 @@ def without_codec(model: M) -> M:
     """Take the codec from a model in place, and return it as it was before `with_codec`."""
     if isinstance(model, CodedGeneration):
         model.__class__ = type(model).__bases__[1]
-        del model.__dict__["latent_codec"], model.config.__dict__[CONFIG_ENTRY]
+        del model.__dict__["latent_codec"]
     return model
 
 
@@ -116,6 +130,23 @@ def load_codec(model: M, path: str | Path, **hub: Any) -> M:
         UnsupportedModelError: The codec was fitted to another model.
     """
     return with_codec(model, ModelCodec.load(_folder(str(path), hub)))
+
+
+def name_codec(folder: Path) -> None:
+    """Name the codec that lies in the folder of a model in its config.json, so that it is loaded with the model.
+
+    Nothing else in the file changes, but for the entry of a module of a few lines that `trust_remote_code=True` runs.
+
+    Args:
+        folder: The folder of the model, with its codec.
+    """
+    path = folder / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields[CONFIG_ENTRY] = CODEC_FILE
+    shim = SHIM.format(model_type=fields["model_type"])
+    fields["auto_map"] = {"AutoModelForCausalLM": f"{SHIM_NAME}.CodedForCausalLM", **fields.get("auto_map", {})}
+    (folder / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _folder(path: str, hub: dict[str, Any]) -> Path:
@@ -177,4 +208,20 @@ def register_source(config: type[PreTrainedConfig], source: type[PreTrainedModel
         "from_pretrained": classmethod(from_pretrained),
         "_from_config": classmethod(from_config),
     }
-    AutoModelForCausalLM.register(config, type(source.__name__, (source,), fields), exist_ok=True)
+    _LOADERS[config.model_type] = type(source.__name__, (source,), fields)
+    AutoModelForCausalLM.register(config, _LOADERS[config.model_type], exist_ok=True)
+
+
+_LOADERS: dict[str, type[PreTrainedModel]] = {}
+"""What loads models with their codecs, by the `model_type`."""
+
+
+def coded_loader(model_type: str) -> type[PreTrainedModel]:
+    """Return the class whose `from_pretrained` loads a model of a type with its codec.
+
+    Raises:
+        UnsupportedModelError: The family is not registered.
+    """
+    if model_type not in _LOADERS:
+        raise UnsupportedModelError(f"model_type: got {model_type!r}, allowed: {', '.join(sorted(_LOADERS))}")
+    return _LOADERS[model_type]

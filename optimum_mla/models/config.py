@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from optimum_mla.core.geometry import CODE_LIMIT
+from optimum_mla.core.errors import UnsupportedModelError
 
 MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
     "attention_form": (str, "source"),
@@ -23,11 +23,6 @@ MLA_CONFIG_FIELDS: dict[str, tuple[Any, Any]] = {
     "rope_cache": (str, "cached"),
     "latent_norm": (bool, False),
     "latent_bias": (bool, False),
-    "channel_bits": (list, ()),
-    "rope_channel_bits": (list, ()),
-    "factor_bits": (int, 0),
-    "sink_tokens": (int, 0),
-    "code_limit": (float, CODE_LIMIT),
 }
 """Type and default of every field that a converted config adds; all but `mla_method` are `MLAGeometry`'s fields."""
 
@@ -43,6 +38,12 @@ class MLAConfigMixin(PreTrainedConfig):
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
+        layers = (kwargs.get("per_layer_config") or {}).values()
+        if kwargs.get("channel_bits") or any("channel_bits" in layer for layer in layers):
+            raise UnsupportedModelError(
+                "model: its weights were converted for codes by an older version. Convert its source again with "
+                "mla-convert --cache-budget, which leaves the weights alone and loses less."
+            )
         super().__post_init__(**kwargs)
         prefix = type(self).__name__.removesuffix("MLAConfig")
         # Lets `trust_remote_code=True` load the folder where optimum-mla is installed but was not imported.

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from optimum_mla.codec import coded
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.nn.norm import NORM_EPS
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
 from optimum_mla.ops.blockwise import Sums, attend, capped, masked_softmax, scaled_queries, softmax_sums
-from optimum_mla.ops.positions import cached_positions, check_positions, first_tokens
+from optimum_mla.ops.positions import cached_positions, check_positions
 from optimum_mla.ops.rotary import AbsoluteFrames, PairTable, RelativeFrames, RotaryFrames, Rotation
 from optimum_mla.stack import (
     by_layer_type,
@@ -159,20 +158,8 @@ class LatentAttention(nn.Module, ABC):
         check_keywords(kwargs, self.known_keywords, type(self).__name__, self.config._attn_implementation)
         rotation = self._rotation(self.pairs.turns(position_embeddings))
         queries, new = self._queries(hidden_states), self._latents(hidden_states, rotation)
-        if self.geometry.channel_bits:
-            new = self._coded(new, cache, position_ids)
         context, weights = self.attend(queries, new, rotation, attention_mask, cache, position_ids, **kwargs)
         return self.o_proj(context.flatten(2)), weights
-
-    def _coded(self, new: tuple[Tensor, Tensor], cache: Any, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the tensors to cache of new tokens, [B, 1, S, ·], rounded to codes where tokens are not exempt."""
-        (latents, second), g = new, self.geometry
-        if position_ids is None:
-            seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-            position_ids = torch.arange(latents.shape[2], device=latents.device)[None] + seen
-        sinks = first_tokens(position_ids, g.sink_tokens)[:, None]  # [1 or B, 1, S]
-        latents = coded(latents, g.channel_bits, sinks, g.code_limit)
-        return latents, coded(second, g.second_bits, sinks, g.code_limit) if g.second_bits else second
 
     def attend(
         self,

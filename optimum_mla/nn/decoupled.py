@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from optimum_mla.core.geometry import ROPE_CENTRE, MLAGeometry
+from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.nn.attention import LatentAttention
 from optimum_mla.nn.norm import HeadRMSNorm, inverse_rms
 from optimum_mla.nn.plain import is_plain
@@ -35,7 +35,6 @@ class DecoupledLatentAttention(LatentAttention):
     """
 
     rope_pairs: Tensor
-    key_factor_scale: Tensor | None
 
     def _build(self, g: MLAGeometry, eps: float) -> None:
         d, r, query = g.hidden_size, g.kv_lora_rank, g.num_attention_heads * g.qk_head_dim
@@ -55,9 +54,6 @@ class DecoupledLatentAttention(LatentAttention):
         if g.key_norm:
             self.q_norm = HeadRMSNorm(g.query_gains, g.qk_head_dim, eps, normed_dim=g.head_dim, joint=g.joint_norms)
             self.k_scale_proj = nn.Linear(d, g.num_key_value_heads * g.head_dim, bias=g.key_value_bias)
-        # Steps of codes in a unit of each factor. The gains of the queries are divided by it.
-        scale = torch.ones(g.key_factors) if g.factor_bits and g.key_norm else None
-        self.register_buffer("key_factor_scale", scale)
         # Which of the source's rotary pairs each rotary head turns with; saved with the weights.
         self.register_buffer("rope_pairs", default_rope_pairs(g))
 
@@ -87,15 +83,11 @@ class DecoupledLatentAttention(LatentAttention):
         second = []
         if g.rope_cache == "cached":
             rope = self._rope_heads(compressed[..., g.kv_lora_rank :])
-            rotated = rotate(rope, rotation).transpose(1, 2).flatten(2)  # [B, S, K·R]
-            second.append(rotated - ROPE_CENTRE if g.rope_channel_bits else rotated)
+            second.append(rotate(rope, rotation).transpose(1, 2).flatten(2))  # [B, S, K·R]
         if g.key_norm:
             keys = self.k_scale_proj(hidden_states).unflatten(-1, (-1, g.head_dim))  # [B, S, G, D]
             dims = (2, 3) if g.joint_norms else (3,)
-            factors = inverse_rms(keys, self.q_norm.eps, dims).flatten(2)  # [B, S, G or 1]
-            if self.key_factor_scale is not None:
-                factors = factors * self.key_factor_scale.to(factors.dtype) - g.factor_centre
-            second.append(factors)
+            second.append(inverse_rms(keys, self.q_norm.eps, dims).flatten(2))  # [B, S, G or 1]
         if not second:
             return latent, latent[..., :0]
         return latent, torch.cat(second, dim=-1).unsqueeze(1)
@@ -124,13 +116,12 @@ class DecoupledLatentAttention(LatentAttention):
         nope, values = self._up_project(latent)
         if rotation is None:
             rope = self._rope_heads(block.second.dense())
-            rope = rope + self._rope_centre if self._sees_shifts else rope
         else:
             rope = rotate(self._rope_heads(self.k_rope_proj(latent)), rotation)
         rope = rope.repeat_interleave(nope.shape[1] // g.num_rope_heads, dim=1)
         keys = torch.cat([nope, rope], dim=-1)
         if g.key_norm:
-            factors = block.key_factors.to(torch.promote_types(keys.dtype, torch.float32)) + g.factor_centre
+            factors = block.key_factors.to(torch.promote_types(keys.dtype, torch.float32))
             factors = factors.transpose(1, 2).repeat_interleave(nope.shape[1] // g.key_factors, dim=1)
             keys = (keys * factors.unsqueeze(-1)).to(keys.dtype)
         return keys, values
@@ -144,11 +135,9 @@ class DecoupledLatentAttention(LatentAttention):
         n = g.qk_nope_head_dim
         nope, rope = queries.split([n, g.qk_rope_head_dim], dim=-1)
         logit_bias = None
-        if self._sees_shifts:
+        if self._sees_shifts and bias is not None:
             wide = torch.promote_types(rope.dtype, torch.float32)
-            logit_bias = rope.sum(-1, keepdim=True, dtype=wide) * self._rope_centre
-            if bias is not None:
-                logit_bias = logit_bias + absorb.query_bias_logits(nope.to(wide), bias[:, :n].to(wide))
+            logit_bias = absorb.query_bias_logits(nope.to(wide), bias[:, :n].to(wide))
         rebuild = None
         if frames is not None:
             rebuild = RotaryRebuild(self.k_rope_proj.weight, self.k_rope_proj.bias, frames)
@@ -163,7 +152,6 @@ class DecoupledLatentAttention(LatentAttention):
                 rebuild=rebuild,
                 mask=mask,
                 logit_cap=g.logit_cap,
-                factor_centre=g.factor_centre,
                 dropout=self._dropout,
                 keep_weights=keep_weights,
             )
@@ -181,11 +169,6 @@ class DecoupledLatentAttention(LatentAttention):
         key norms and a soft-cap come between.
         """
         return self.geometry.key_norm or self.geometry.logit_cap is not None
-
-    @property
-    def _rope_centre(self) -> float:
-        """Return the number that is added to the cached rotary key."""
-        return ROPE_CENTRE if self.geometry.rope_channel_bits else 0.0
 
     def _absorbable(self) -> bool:
         rebuilt = self.geometry.rope_cache == "rebuilt"

@@ -91,8 +91,6 @@ def reference_attention(
         if g.key_norm:
             own = heads(linear("k_scale_proj", x), g.num_key_value_heads)
             factor = own.square().mean((1, 3) if g.joint_norms else 3, keepdim=True).add(eps).rsqrt()
-            if "key_factor_scale" in weights:
-                factor = factor * weights["key_factor_scale"][:, None, None]
             key = key * factor.repeat_interleave(g.num_up_heads // g.key_factors, dim=1)
         query = torch.cat([query[..., :n], rotated(query[..., n:], pairs)], dim=-1)
 

@@ -191,7 +191,6 @@ class LatentDecode:
         rebuild: Computes the rotary key from the latent, or None if it is cached.
         mask: None, a boolean mask (True means attend) or an additive one, broadcastable to [B, H, S, T].
         logit_cap: Soft-cap of the scaled logits, or None.
-        factor_centre: Number that is added to the cached factors of key norms.
         dropout: Probability with which a weight is dropped.
         keep_weights: Whether the weights are to be returned.
     """
@@ -205,7 +204,6 @@ class LatentDecode:
     rebuild: RotaryRebuild | None
     mask: Tensor | None
     logit_cap: float | None = None
-    factor_centre: float = 0.0
     dropout: float = 0.0
     keep_weights: bool = False
 
@@ -236,7 +234,7 @@ class LatentDecode:
         if self.logit_bias is not None:
             logits = logits + self.logit_bias * self.scaling
         if key_heads := block.key_factors.shape[-1]:
-            factors = block.key_factors.to(logits.dtype) + self.factor_centre
+            factors = block.key_factors.to(logits.dtype)
             factors = factors.transpose(1, 2).repeat_interleave(heads // key_heads, dim=1)  # [B, H, t]
             logits = logits * factors.unsqueeze(2)
 

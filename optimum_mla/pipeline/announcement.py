@@ -69,7 +69,7 @@ def announcement(
     if wrapped:
         lines.append("This is the language model of the model, whose other parts stay as they are.")
     lines += kept_layers(planned)
-    if geometry.cache_ratio < SMALL_CACHE_RATIO and not transformation.coded:
+    if geometry.cache_ratio < SMALL_CACHE_RATIO:
         lines.append(
             f"warning: {100 * geometry.cache_ratio:.2g} % of the cache is less than models of today can do with; "
             "expect to train the result, or take --kv-cache-ratio 0.25 with mla-quantize --cache-bits 4 behind it."

@@ -15,6 +15,7 @@ from optimum_mla.calibrate.text import context_limit, token_windows, window_leng
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.progress import progress
 from optimum_mla.measure.sizes import budget_rows, layer_numbers
+from optimum_mla.models.coded import CONFIG_ENTRY
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
@@ -77,10 +78,13 @@ class Benchmark:
         """Refuse caches that need a converted model if the model is not converted."""
         if is_converted(self.config):
             return
+        coded = getattr(self.config, CONFIG_ENTRY, None) is not None
+        allowed = ("default", "16bit") if coded else ("default",)
         for name in self.options.caches:
-            if name != "default":
-                remedy = "Convert it with optimum-cli mla-convert first."
-                raise InvalidValueError("cache", name, "default, as the model is not converted", remedy)
+            if name not in allowed:
+                remedy = "" if coded else "Convert it with optimum-cli mla-convert first."
+                kind = "has a codec" if coded else "is not converted"
+                raise InvalidValueError("cache", name, f"{', '.join(allowed)}, as the model {kind}", remedy)
 
     def _texts(self, hub: dict[str, Any]) -> tuple[Tensor | None, dict[str, dict[str, Any]], str | None]:
         """Return the windows to score, their origin, and why the baseline cannot be scored on them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import codable_layers, fit_codec
-from optimum_mla.core.errors import InvalidValueError, OptionError, UnsupportedModelError
+from optimum_mla.core.errors import OptionError, UnsupportedModelError
 from optimum_mla.core.number_checks import LARGEST_SEED, check_count
 from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.families.spec import sliding_window
@@ -31,8 +30,9 @@ from optimum_mla.measure.codec_checks import codec_reference, verify_codec
 from optimum_mla.measure.quality import compare_decoding
 from optimum_mla.measure.sizes import layer_numbers
 from optimum_mla.measure.stages import Stages
+from optimum_mla.methods.options import refuse_options
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
-from optimum_mla.models.coded import CONFIG_ENTRY, load_codec, without_codec
+from optimum_mla.models.coded import load_codec, name_codec, without_codec
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.wrappers import wrapper_of
@@ -53,8 +53,6 @@ from optimum_mla.report.pages import size
 
 logger = logging.getLogger(__name__)
 
-CODED_OPTIONS = ("kv_cache_budget", "layers")
-"""The options of a method that a budget of bytes leaves room for."""
 SCORED_WINDOWS = 8
 """Largest number of windows on which the predictions are compared."""
 SCORED_AT_ONCE = 16
@@ -133,7 +131,7 @@ def code_cache(
                 for path in () if codec_only else source_files:
                     shutil.copy(path, partial)
                 if not codec_only:
-                    _name_codec(partial / "config.json")
+                    name_codec(partial)
             with stages.stage("verify"), reading_weights():
                 reference = codec_reference(source, codec)
                 if codec_only:
@@ -238,10 +236,7 @@ def _checked(
     torch.manual_seed(seed)
     check_dtype(dtype)
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
-    for name, value in options.items():
-        if name not in CODED_OPTIONS and value is not None:
-            remedy = "It is about converted weights, and these stay. Leave it out, or give kv_cache_ratio."
-            raise InvalidValueError(name, value, "nothing with kv_cache_budget", remedy)
+    refuse_options(options)
     if texts.uncalibrated:
         raise OptionError("--uncalibrated and --cache-budget exclude each other: codes are fitted to a text.")
     config = load_source_config(model, hub, try_family, wrapped=True, quantized=True)
@@ -285,13 +280,6 @@ def _source_files(model: str, hub: dict[str, Any]) -> list[Path]:
     weights = [path for path in weights if not path.name.startswith("consolidated")]
     weights = weights or [path for path in files if path.suffix == ".bin"]
     return weights + [path for path in files if path.suffix in COPIED or path.name in TOKENIZER_FILES]
-
-
-def _name_codec(path: Path) -> None:
-    """Add the entry of the codec to a config file, and leave all else as it is."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields[CONFIG_ENTRY] = CODEC_FILE
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _announcement(

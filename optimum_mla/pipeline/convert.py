@@ -34,7 +34,7 @@ from optimum_mla.pipeline.exporting import exported_model, write_export
 from optimum_mla.pipeline.history import Outcome, remember
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, load_written
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
-from optimum_mla.pipeline.preparation import prepare, sized
+from optimum_mla.pipeline.preparation import is_coded, prepare, sized
 from optimum_mla.pipeline.unfinished import VERSIONED, UnfinishedConversion, write_model
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
@@ -99,7 +99,7 @@ def convert(
     given = sized(model, method, options, texts, hub, export_format, try_family)
     common: dict[str, Any] = {"texts": texts, "dtype": dtype, "device": device, "seed": seed, "overwrite": overwrite}
     common |= {"hub": hub, "announce": announce, "try_family": try_family, "processes": processes}
-    if "kv_cache_budget" in given:
+    if is_coded(method, given):
         return code_cache(model, output, given, codec_only=codec_only, **common)
     if codec_only:
         raise OptionError("--codec-only needs --cache-budget: without one the weights are converted, and written.")
@@ -276,7 +276,7 @@ def assist(
         MLAError: Bad input of any kind.
     """
     options = sized(model, method, options, texts, hub, export_format, try_family)
-    if "kv_cache_budget" in options:
+    if is_coded(method, options):
         assist_codec(processes, model, options, texts, dtype, device, seed, hub, try_family)
         return
     prepared = prepare(model, method, options, texts, dtype, hub, export_format, seed, try_family)

@@ -14,13 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from optimum_mla.calibrate.text import token_windows, window_length
 from optimum_mla.calibrate.windows import check_tokens
 from optimum_mla.convert.latent_norm import check_layers, with_latent_norms
-from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import check_count
 from optimum_mla.export.checks import check_exportable, check_padding, different_frequencies, refuse
 from optimum_mla.export.deepseek import export_deepseek, planned_config
 from optimum_mla.export.gguf_file import check_file_type, check_gguf, check_writable, file_type_of, write_gguf
 from optimum_mla.export.tensors import rotated_pairs
-from optimum_mla.export.uncoded import uncoded
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
@@ -33,6 +32,7 @@ from optimum_mla.pipeline.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    not_converted,
 )
 from optimum_mla.report.cards import export_card, with_section
 from optimum_mla.report.schema import ExportReport
@@ -164,7 +164,7 @@ def export(
     folder = check_output(output, {"model": model, "recover-data": recover_data}, overwrite)
     config = load_config(model, hub)
     if not is_converted(config):
-        raise UnsupportedModelError(f"model: {model} is not converted. Run optimum-cli mla-convert on it first.")
+        raise not_converted(model, config)
     layers = model_geometry(family_of(config).spec, config).layers
     if latent_norm:
         check_layers(layers)
@@ -238,16 +238,15 @@ def exported_model(
         UnsupportedModelError: The format cannot express it.
         VerificationError: The export computes something else, or its cache is not what it should be.
     """
-    with uncoded(native) as codes:
-        exported = export_deepseek(native, pad, pad_to)
-        if format == "gguf":
-            check_gguf(exported.config)
-        verification = verify(exported, reference_logits(native))
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(native.config.vocab_size, (2, PROBE_TOKENS), generator=generator).to(native.device)
-        ids = ids[:, : getattr(native.config, "max_position_embeddings", PROBE_TOKENS)]
-        with torch.no_grad():
-            theirs, ours = exported(ids).logits.float(), native(ids).logits.float()
+    exported = export_deepseek(native, pad, pad_to)
+    if format == "gguf":
+        check_gguf(exported.config)
+    verification = verify(exported, reference_logits(native))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(native.config.vocab_size, (2, PROBE_TOKENS), generator=generator).to(native.device)
+    ids = ids[:, : getattr(native.config, "max_position_embeddings", PROBE_TOKENS)]
+    with torch.no_grad():
+        theirs, ours = exported(ids).logits.float(), native(ids).logits.float()
     config: Any = exported.config
     return exported, ExportReport(
         model=name,
@@ -260,6 +259,5 @@ def exported_model(
         largest_logit_difference=(theirs - ours).abs().max().item(),
         largest_logit=ours.abs().max().item(),
         dtype=str(native.dtype).removeprefix("torch."),
-        codes_left_out=codes,
         verification=asdict(verification),
     )

@@ -24,8 +24,6 @@ from optimum_mla.io.journal import Journal, as_kept, differing
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
-from optimum_mla.models.family_table import family_of
-from optimum_mla.models.layers import model_geometry
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
@@ -147,9 +145,7 @@ def finetune(
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     size = None if recipe.streaming else len(rows)
-    shapes = model_geometry(family_of(config).spec, config).layers
-    coded = any(shape.channel_bits for shape in shapes)
-    chosen = training_arguments(recipe, training, work, size, length, world, keeps_best, coded)
+    chosen = training_arguments(recipe, training, work, size, length, world, keeps_best)
     if device is not None and device.partition(":")[0] == "cpu":
         chosen["use_cpu"] = True
     arguments = make_arguments(chosen)

@@ -15,15 +15,14 @@ from transformers import PreTrainedConfig
 from optimum_mla.calibrate.sensitivity import SENSITIVITY_TOKENS
 from optimum_mla.calibrate.text import window_length
 from optimum_mla.calibrate.windows import windows_to_read
+from optimum_mla.convert.codec import codable_layers
 from optimum_mla.convert.first_pass import ALLOCATION_WINDOWS
 from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.core.number_checks import check_finite
-from optimum_mla.core.segments import WIDTHS
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.families.spec import AttentionSpec, sliding_window
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
-from optimum_mla.methods.coding import with_equal_bits
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
@@ -33,6 +32,7 @@ from optimum_mla.pipeline.estimate import Work, conversion_memory, conversion_se
 from optimum_mla.pipeline.history import accuracy, outcomes
 from optimum_mla.pipeline.loading import RESIDENT_BYTES, check_buildable, load_config
 from optimum_mla.pipeline.weight_headers import headers
+from optimum_mla.plan.budget import RankBudget
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.engines import ENGINES, OWN, Engine, blockers, source_blockers
 from optimum_mla.report.inspection import Choice, EngineChoice, Inspection
@@ -54,6 +54,8 @@ All of them are planned with calibration data.
 """
 CALIBRATION_WINDOWS = 128
 """Number of calibration windows of a conversion with default options."""
+CODEC_ITEMSIZE = 4
+"""Bytes of a number of a codec."""
 SHARED_ITEMSIZE = 2
 """Bytes of a number in the caches and the weights that are compared, whatever the dtype of the checkpoint."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -199,7 +201,6 @@ def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> l
     """
     family = family_of(config)
     transformation = transform_class(method)(calibration=torch.zeros(1, 2, dtype=torch.long), **options)
-    transformation.check_windows(config)
     covered = transformation.covered_layers(config)
     layers: list[list[MLAGeometry]] = []
     kept: dict[int, MLAGeometry] = {}
@@ -211,12 +212,6 @@ def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> l
         source = SourceAttention(family.spec, nn.Module(), geometry, PairTable(geometry.head_dim), torch.empty(0))
         weightless = transformation.without_weights()
         shapes = weightless.candidates(source, weightless.plan_layer(source))
-        if transformation.coded:
-            # Calibration chooses how many channels share the bits: from few with 8 bits to many with 1.
-            widths = (None, max(WIDTHS), min(WIDTHS))
-            shapes = [
-                with_equal_bits(shape, transformation.code_bits(shape), width) for shape in shapes for width in widths
-            ]
         layers.append(shapes)
     found = []
     for choice_of_all in zip(*layers, strict=True):
@@ -249,6 +244,8 @@ def choice(
         source: Shape of the source model.
     """
     name = spelled(method, options) + (", coded" if size == "kv_cache_budget" else "")
+    if size == "kv_cache_budget":
+        return coded_choice(config, name, ratio, source)
     try:
         shapes = planned(config, method, {**options, size: ratio})
     except MLAError as error:
@@ -266,6 +263,38 @@ def choice(
         min(added),
         max(added),
         break_even_tokens(max(added) * SHARED_ITEMSIZE, int(before - cached)),
+    )
+
+
+def coded_choice(config: PreTrainedConfig, name: str, budget: float, source: ModelGeometry) -> Choice:
+    """Return what a budget of bytes would give, or why the cache cannot be coded.
+
+    Args:
+        config: The config of the source model.
+        name: What the choice is called.
+        budget: Bytes of an old token's codes, as a share of its keys and values in 16 bits.
+        source: Shape of the source model.
+    """
+    try:
+        RankBudget(kv_cache_budget=budget)
+        coded = codable_layers(config)
+    except MLAError as error:
+        return Choice(name, budget, problem=first_line(error))
+    widths = [source.layers[layer].source_cache_numbers for layer in coded]
+    whole = source.cache_numbers * SHARED_ITEMSIZE
+    cached = whole - (1 - budget) * sum(widths) * SHARED_ITEMSIZE
+    # Calibration chooses how many channels share the bits: from few with 8 bits to all with few.
+    least, most = (sum(2 * width * int(share * width) for width in widths) for share in (2 * budget, 1))
+    codec_bytes = most * CODEC_ITEMSIZE
+    return Choice(
+        name,
+        budget,
+        None,
+        cached,
+        100 * cached / whole,
+        least,
+        most,
+        break_even_tokens(codec_bytes, int(whole - cached)),
     )
 
 

@@ -38,6 +38,7 @@ from optimum_mla.families.guess import spec_source
 from optimum_mla.io.faults import TOKENIZER_FILES
 from optimum_mla.io.reading import local_folder, reading
 from optimum_mla.models import family_of, is_converted
+from optimum_mla.models.coded import CONFIG_ENTRY
 from optimum_mla.models.registry import try_family
 from optimum_mla.models.wrappers import wrapper_of
 from optimum_mla.report.cards import renamed, shown
@@ -154,8 +155,20 @@ def load_converted_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
             "optimum_mla.models.language_model, as docs/families.md shows, and give it here."
         )
     if not is_converted(config):
-        raise UnsupportedModelError(f"model: {model} is not converted. Run optimum-cli mla-convert on it first.")
+        raise not_converted(model, config)
     return config
+
+
+def not_converted(model: str, config: PreTrainedConfig) -> UnsupportedModelError:
+    """Return the error for a model whose attention is that of its source, where a converted one is needed."""
+    if getattr(config, CONFIG_ENTRY, None) is not None:
+        return UnsupportedModelError(
+            f"model: {model} has the weights of its source, and a codec beside them. Train, quantize and export it as "
+            "any model, or run mla-convert --kv-cache-ratio for converted weights."
+        )
+    return UnsupportedModelError(
+        f"model: {model} is not converted. Run optimum-cli mla-convert --kv-cache-ratio 0.5 on it first."
+    )
 
 
 def load_model(

@@ -16,6 +16,7 @@ from optimum_mla.measure.memory import PeakMemory, large_tensors, live_cache_byt
 from optimum_mla.measure.quality import compare_decoding
 from optimum_mla.measure.sizes import predicted_cache_bytes
 from optimum_mla.measure.speed import Contender, spread, time_in_turn
+from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.models.family_table import is_converted
 from optimum_mla.pipeline.loading import load_config, load_model, load_tokenizer
 from optimum_mla.report.rows import BASELINE, MODEL
@@ -43,10 +44,13 @@ def cache_maker(model: PreTrainedModel, name: str) -> Callable[[], Cache]:
 
     Args:
         model: The model.
-        name: Name of the cache; see `named_cache`, and for a model that is not converted `source_cache`.
+        name: Name of the cache; see `named_cache`, and for a model that is not converted `source_cache`. A model with a
+            codec has `default` and `16bit`.
     """
     if is_converted(model.config):
         return lambda: model.make_cache(**named_cache(name))  # type: ignore[operator]
+    if isinstance(model, CodedGeneration):
+        return model.make_cache if name == "default" else lambda: source_cache(model.config, "default")
     return lambda: source_cache(model.config, name)
 
 
@@ -88,6 +92,10 @@ def memory_cell(name: str, cache: str, context: int, batch: int, **common: Any) 
     live = live_cache_bytes(held)
 
     predicted = predicted_cache_bytes(model.config, cache, context, model.dtype.itemsize, steps)
+    if isinstance(model, CodedGeneration) and cache == "default" and predicted is not None:
+        codec, itemsize = model.latent_codec, model.dtype.itemsize
+        saved = codec.source_bytes(context, itemsize) - codec.cache_bytes(context, itemsize)
+        predicted = predicted[0] - saved, predicted[1]
     flags = []
     if predicted is not None:
         expected, spare = batch * predicted[0], batch * predicted[1]

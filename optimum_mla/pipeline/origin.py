@@ -11,6 +11,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.io.reading import local_folder
+from optimum_mla.report.codec import CodecReport
 from optimum_mla.report.schema import ConversionReport
 
 CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -110,9 +111,11 @@ def recorded_source(model: str) -> NamedModel | None:
     Raises:
         ReportError: The report cannot be read.
     """
-    if not (Path(model) / ConversionReport.file_name).is_file():
+    kinds: tuple[type[ConversionReport] | type[CodecReport], ...] = (ConversionReport, CodecReport)
+    kind = next((kind for kind in kinds if (Path(model) / kind.file_name).is_file()), None)
+    if kind is None:
         return None
-    report = ConversionReport.read(Path(model))
+    report = kind.read(Path(model))
     location = report.source_folder or report.model
     return NamedModel(report.model, location, report.source_revision, report.source_config_sha256)
 

@@ -21,6 +21,8 @@ from optimum_mla.core.processes import Processes
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.gguf_file import check_writable
 from optimum_mla.methods.base import MLATransformation
+from optimum_mla.methods.registry import transform_class
+from optimum_mla.models.coded import without_codec
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.wrappers import language_model, wrapper_of
@@ -84,7 +86,7 @@ class Preparation:
     ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
         """Return the source model, and the wrapper that it is in, or None; the arguments are those of `load_model`."""
         if self.wrapper is None:
-            return load_model(model, self.config, dtype, device, self.hub, offload), None
+            return without_codec(load_model(model, self.config, dtype, device, self.hub, offload)), None
         whole = load_model(model, self.wrapper, dtype, device, self.hub, kind=AutoModelForImageTextToText)
         return language_model(whole), whole
 
@@ -125,6 +127,11 @@ def sized(
     hub = {name: value for name, value in (hub or {}).items() if value is not None}
     config = load_source_config(model, hub, try_family, wrapped=True, quantized=True)
     return options | default_size(config, method, options, texts, export_format is not None)
+
+
+def is_coded(method: str, options: dict[str, Any]) -> bool:
+    """Return whether options ask for codes of old tokens, and the method has them."""
+    return "kv_cache_budget" in options and transform_class(method).has_codes
 
 
 def prepare(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import check_count, check_number
-from optimum_mla.core.segments import GRANULE
 from optimum_mla.ops.rank_allocation import rank_for_energy
 
 DEFAULT_CACHE_RATIO = 0.5
@@ -29,8 +28,8 @@ class RankBudget:
             0 and up to 1.
         energy: Share of the squared singular values that each layer's latent holds, above 0 and up to 1. The ranks of
             the layers then differ.
-        kv_cache_budget: Bytes cached per token, everything included, divided by those of the source in 16 bits; above 0
-            and up to 0.5. Each channel of the latents then has a code of as many bits as it is worth.
+        kv_cache_budget: Bytes of the codes of an old token, divided by those of its keys and values in 16 bits; above 0
+            and up to 0.5.
 
     Raises:
         InvalidValueError: More than one is given, or a value is not a number or out of range.
@@ -61,24 +60,6 @@ class RankBudget:
         """Return whether any of the four is given."""
         return any(value is not None for value in vars(self).values())
 
-    def code_bits(self, cache_numbers: int, overhead: int) -> int:
-        """Return the bits that the codes of one token may have in one layer.
-
-        Args:
-            cache_numbers: Numbers that the source layer caches per token.
-            overhead: Bits that are cached beside them.
-
-        Raises:
-            InvalidValueError: The budget leaves no room for a channel.
-        """
-        if self.kv_cache_budget is None:
-            raise RuntimeError("no budget of bytes")
-        bits = int(16 * self.kv_cache_budget * cache_numbers - overhead + 1e-6) // 8 * 8
-        if bits < GRANULE:
-            low = (overhead + GRANULE) / (16 * cache_numbers)
-            raise InvalidValueError("kv_cache_budget", self.kv_cache_budget, f"{low:.3g} to 0.5 for this model")
-        return bits
-
     def rank(
         self,
         cache_numbers: int,
@@ -107,8 +88,6 @@ class RankBudget:
             return self.kv_lora_rank
         if self.energy is not None:
             return max(smallest, rank_for_energy(spectrum(), self.energy))
-        if self.kv_cache_budget is not None:
-            return largest  # Channels without bits are left out once their errors are known.
         if self.kv_cache_ratio is None:
             return largest
         rank = int(self.kv_cache_ratio * cache_numbers + 1e-9) - overhead

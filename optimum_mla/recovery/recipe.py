@@ -25,10 +25,6 @@ LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "kv": 5e-4, "attention": 5e-4, "fu
 """Default learning rates by what trains, which the configs of the benchmarks take too."""
 DPO_SHARE = 0.01
 """Factor of the default learning rates for DPO."""
-CODED_SHARE = 0.2
-"""Factor of the default learning rates where latents are codes, which are integers and larger than a layer's inputs.
-
-So the same step in the projections around them changes the result more."""
 SCHEDULE = "cosine"
 BATCH_SIZE = 8
 WARMUP_SHARE = 0.05
@@ -199,7 +195,6 @@ def training_arguments(
     row_tokens: int,
     world: int,
     held_out: bool = False,
-    coded: bool = False,
 ) -> dict[str, Any]:
     """Return the fields of `TrainingArguments`: those of the user, and defaults for the others.
 
@@ -211,7 +206,6 @@ def training_arguments(
         row_tokens: Tokens in a row.
         world: Number of processes that train together.
         held_out: Whether there is held-out text, which is measured at each checkpoint so that the best one is kept.
-        coded: Whether the latents of the model are codes.
 
     Raises:
         InvalidValueError: A stream has no end.
@@ -227,7 +221,6 @@ def training_arguments(
         else:
             steps = max(1, math.ceil(math.ceil(rows / per_step) * training.get("num_train_epochs", 1)))
     rate = LEARNING_RATES[recipe.train] * (DPO_SHARE if recipe.objective == "dpo" else 1)
-    rate *= CODED_SHARE if coded else 1
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": batch,
         "learning_rate": rate,

@@ -174,8 +174,6 @@ def export_table(report: ExportReport) -> str:
         (f"largest logit difference, {report.dtype}", f"{report.largest_logit_difference:.2g}"),
         ("  largest logit", f"{report.largest_logit:.2g}"),
     ]
-    if report.codes_left_out:
-        rows.append(("latents", "in full, no codes"))
     if report.perplexity_with_norm is not None:
         rows.append(("perplexity without latent norms", number(report.perplexity_without_norm)))
         rows.append(("  with latent norms", number(report.perplexity_with_norm)))

@@ -320,8 +320,6 @@ class ExportReport(Report):
             random tokens in this dtype.
         largest_logit: Largest logit of the converted model, for comparison.
         dtype: Dtype of the weights.
-        codes_left_out: Whether the converted model's latents are codes, which no format has, so that the export caches
-            them in full and without rounding. The logits are compared with those of the unrounded model.
         perplexity_without_norm: Perplexity of the converted model on held-back windows of the text that latent norms
             were fitted to (on all of it if it has fewer than four), or None if the export did not add them.
         perplexity_with_norm: The same with these norms.
@@ -340,7 +338,6 @@ class ExportReport(Report):
     largest_logit_difference: float
     largest_logit: float
     dtype: str
-    codes_left_out: bool = False
     perplexity_without_norm: float | None = None
     perplexity_with_norm: float | None = None
     verification: dict[str, Any] | None = None

@@ -109,8 +109,6 @@ def next_command(report: ConversionReport, output: str) -> str | None:
         return measure
     if max(cost.level for cost in found) > NOTHING:
         return f"optimum-cli mla-finetune -m {folder} --train-data TEXT --merge {folder}-recovered"
-    if report.options.get("kv_cache_budget") is not None:  # the latents are codes of few bits already
-        return measure
     return f"optimum-cli mla-quantize -m {folder} --cache-bits 4 {folder}-int4"
 
 

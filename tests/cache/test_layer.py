@@ -17,7 +17,6 @@ from transformers.cache_utils import DynamicLayer
 from optimum_mla.cache import CacheSettings, LatentCache, LatentLayer
 from optimum_mla.cache.blocks import BlockView
 from optimum_mla.cache.stored import SPARE_TOKENS, balanced_group
-from optimum_mla.codec import coded
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.measure.memory import live_cache_bytes
@@ -389,22 +388,3 @@ def test_short_windows_keep_three_quarters_too(residual_length: int) -> None:
     for number in range(12):
         layer.append(*new_tokens(geometry, 1, 1, seed=number))
         assert min(number + 1, 0.75 * residual_length) <= window(layer) <= residual_length
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_one_coded_token_joins_its_block_before_it_is_read(gradients: bool) -> None:
-    channels = ((4, 8), (2, 16))
-    geometry = MLAGeometry(**{**FULL, "kv_lora_rank": 24}, channel_bits=channels, sink_tokens=2)
-    layer, whole, blocks = LatentLayer(geometry), [], []
-    for tokens in (5, 1, 1):
-        exempt = torch.arange(tokens) < (2 if tokens == 5 else 0)
-        first = coded(2 * torch.randn(1, 1, tokens, 24), channels, exempt)
-        whole.append(first[:, 0])
-        with torch.set_grad_enabled(gradients):
-            view = layer.append(first, first[..., :0])
-        blocks.append(len(view.blocks))
-        assert torch.equal(view.whole().first.dense(), torch.cat(whole, dim=1))
-    # With gradients a new token stays as it came, in a block of its own, because codes pass none on.
-    assert blocks == ([1, 2, 2] if gradients else [1, 1, 1])
-    assert layer.residual is None
-    assert layer.get_seq_length() == 7

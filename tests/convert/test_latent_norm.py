@@ -77,9 +77,6 @@ def test_a_text_that_repeats_is_fitted_to_a_smaller_error() -> None:
 REFUSED: dict[str, Callable[[], Any]] = {
     "has no cached rotary key": lambda: GQA2MLA(kv_cache_ratio=0.5, calibration=IDS)(source_model("llama")),
     "has a norm on its latent already": lambda: converted(latent_norm=True),
-    "has codes as its latent": lambda: GQA2MLA(kv_cache_budget=0.5, rope_cache="cached", calibration=IDS)(
-        source_model("llama")
-    ),
     "belongs to a family with biases on keys and values": lambda: XEcoMLA(kv_cache_ratio=0.5, calibration=IDS)(
         source_model("qwen2")
     ),

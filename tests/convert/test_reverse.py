@@ -83,10 +83,6 @@ def test_graphs_and_compositions_go_back() -> None:
 REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception]]] = {
     "it is not converted": (lambda model: None, UnsupportedModelError),
     "only some dims rotate": (GQA2MLA(kv_cache_ratio=0.5, calibration=IDS), UnsupportedModelError),
-    "rounds its latent to codes": (
-        GQA2MLA(kv_cache_budget=0.25, positional="full", calibration=IDS),
-        UnsupportedModelError,
-    ),
     "have biases, for which its family has no place": (
         GQA2MLA(kv_cache_ratio=0.5, positional="full", calibration=IDS),
         UnsupportedModelError,

@@ -20,9 +20,12 @@ def test_every_stage_reaches_its_total(
     monkeypatch.setattr(progress, "DELAY_SECONDS", 0.0)
     monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 64)
     monkeypatch.setattr(walk, "TOKENS_PER_BATCH", 24)
-    form = {"rope_cache": "cached", "shared_rope": True} if shared else {"kv_cache_budget": 0.25}
-    size = {"kv_cache_ratio": 0.5} if shared else {}
-    run = Run(GQA2MLA(calibration=token_ids(6, 24), **form, **size), source_model("llama"), evaluation=token_ids(2, 24))
+    form = {"rope_cache": "cached", "shared_rope": True} if shared else {}
+    run = Run(
+        GQA2MLA(calibration=token_ids(6, 24), kv_cache_ratio=0.5, **form),
+        source_model("llama"),
+        evaluation=token_ids(2, 24),
+    )
     run.convert()
     said = re.findall(r"^gqa2mla: ([a-z ]+): (\d+) of (\d+), ", capsys.readouterr().err, re.M)
     stages = list(dict.fromkeys(name for name, _, _ in said))

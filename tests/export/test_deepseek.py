@@ -20,8 +20,6 @@ from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.export.constant_channel import CONSTANT, LARGEST_LATENT, constant_norm
 from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.export.tensors import rotary_places
-from optimum_mla.export.uncoded import uncoded
-from optimum_mla.pipeline.exporting import exported_model
 from optimum_mla.stack import CACHE_ARGUMENT
 from tests.cases import source_model, token_ids
 
@@ -149,26 +147,6 @@ def test_all_pairs_of_the_source_need_no_factors() -> None:
     assert export_deepseek(native).config.rope_parameters["rope_type"] == "longrope"
     padded = export_deepseek(native, pad_to=(48, native.geometry.layers[0].head_dim))
     assert padded.config.rope_parameters["rope_type"] == "default"
-
-
-def test_a_coded_model_is_exported_without_its_codes() -> None:
-    method = GQA2MLA(kv_cache_budget=0.4, rope_cache="cached", shared_rope=True, calibration=CALIBRATION)
-    native = method(source_model("llama"))
-    shapes = [layer.self_attn.geometry for layer in native.model.layers]
-    assert all(shape.channel_bits for shape in shapes)
-    coded = logits(native)
-    exported, report = exported_model("m", native, "deepseek_v3", pad=True)
-    assert report.codes_left_out
-    assert report.largest_logit_difference < 1e-5
-    assert exported.config.kv_lora_rank == max(shape.kv_lora_rank for shape in shapes) + 1
-    # The converted model has its codes again, and the export differs from it by what they lose.
-    assert [layer.self_attn.geometry for layer in native.model.layers] == shapes
-    assert torch.equal(logits(native), coded)
-    difference = (logits(exported) - coded).norm() / coded.norm()
-    assert 1e-4 < difference < 0.2
-    with uncoded(native) as codes:
-        assert codes
-        assert (logits(exported) - logits(native)).abs().max() < 1e-5
 
 
 def test_padding_to_less_is_refused() -> None:

@@ -14,29 +14,27 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.result import ROOT, save_result
 from optimum_mla import GQA2MLA, MLATransformation, trace
+from optimum_mla.cache.codec_layer import CodecLayer, ExactTokens
+from optimum_mla.convert.codec import fit_codec
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.families.spec import full_layers, sliding_window
 from optimum_mla.families.verify import verify_family
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models import family_of
+from optimum_mla.models.coded import with_codec
 from optimum_mla.nn import LatentAttention
+from optimum_mla.stack import cache_argument
 from tests.cases import FAMILIES, FURTHER_FAMILIES, METHODS, source_model, token_ids
 
 FORMS: dict[str, Callable[[Tensor], MLATransformation]] = {
     **METHODS,
-    "coded, one latent": lambda ids: GQA2MLA(kv_cache_budget=0.25, positional="full", calibration=ids),
-    "coded, rebuilt": lambda ids: GQA2MLA(kv_cache_budget=0.25, positional="decoupled", calibration=ids),
-    "coded, cached": lambda ids: GQA2MLA(kv_cache_budget=0.25, rope_cache="cached", calibration=ids),
 }
-QUICK = ("mha2mla calibrated", "coded, one latent", "coded, rebuilt", "coded, cached")
+QUICK = ("mha2mla calibrated", "gqa2mla one latent", "gqa2mla rebuilt")
 """The forms that each run of the suite has every family in; the slow test runs all forms of all families."""
 ERRORS = {
     "gqa2mla rebuilt": 0.5,
     "gqa2mla one latent": 0.5,
-    "coded, one latent": 0.25,
-    "coded, rebuilt": 0.25,
-    "coded, cached": 0.4,
 }
 """The largest relative error of the logits of a random model that a form may leave; that of an empty cache is 1."""
 
@@ -110,6 +108,28 @@ def test_forms_of_families(family: str, form: str, tmp_path: Path) -> None:
     check_form(family, form, tmp_path)
 
 
+@pytest.mark.parametrize("family", ALL)
+def test_every_family_has_codes(family: str) -> None:
+    """The model stays its source, and tokens that are read from codes are nearly those of the source."""
+    model, ids = source_model(family).eval(), token_ids(8, 40)
+    config = model.config
+    if sliding_window(config, full_layers(config)[0]) is not None:
+        with pytest.raises(UnsupportedModelError, match="all of its layers have a sliding window"):
+            fit_codec(model, ids)
+        return
+    codec = fit_codec(model, ids, 0.5, exact=ExactTokens(sinks=2, recent=4, together=4))
+    with torch.no_grad():
+        expected = model(ids[:2], use_cache=False).logits
+        with_codec(model, codec)
+        assert torch.equal(model(ids[:2], use_cache=False).logits, expected)
+        cache = model.make_cache()
+        parts = [model(part, **cache_argument(model, cache), use_cache=True).logits for part in ids[:2].split(8, dim=1)]
+    assert [layer for layer, held in enumerate(cache.layers) if isinstance(held, CodecLayer)] == full_layers(config)
+    assert torch.equal(parts[0], model(ids[:2, :8], use_cache=False).logits)
+    through = torch.cat(parts, dim=1)
+    assert 1e-6 < float((through - expected).norm() / expected.norm()) < 0.2
+
+
 RECORDS: dict[str, dict[str, object]] = {}
 """What the slow test found, by family."""
 
@@ -147,11 +167,8 @@ def why_not_exported(family: str) -> str | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 def test_a_family_whole(family: str, tmp_path: Path) -> None:
-    config = source_model(family).config
-    model_type, windowed = config.model_type, sliding_window(config, full_layers(config)[0]) is not None
-    # Where every layer has a sliding window there is nothing to code.
-    forms = [form for form in FORMS if not (windowed and form.startswith("coded"))]
-    for form in forms:
+    model_type = source_model(family).config.model_type
+    for form in FORMS:
         check_form(family, form, tmp_path / form)
     single, double = exactness(family, torch.float32), exactness(family, torch.float64)
     assert single is not None
@@ -161,6 +178,6 @@ def test_a_family_whole(family: str, tmp_path: Path) -> None:
         "about": sys.modules[f"optimum_mla.families.{model_type}"].__doc__,
         "float32": single,
         "float64": double,
-        "forms": len(forms),
+        "forms": len(FORMS),
         "no_export": why_not_exported(family),
     }

@@ -19,7 +19,7 @@ from tests.cases import source_model, token_ids
 
 MODELS: dict[str, tuple[str, Callable[[Tensor], MLATransformation], float]] = {
     "one latent": ("llama", lambda ids: GQA2MLA(kv_cache_ratio=0.5, positional="full", calibration=ids), 0.5),
-    "coded, key norms": ("qwen3", lambda ids: GQA2MLA(kv_cache_budget=0.25, calibration=ids), 0.5),
+    "key norms": ("qwen3", lambda ids: GQA2MLA(kv_cache_ratio=0.5, positional="full", calibration=ids), 0.5),
     "rotary key cached": (
         "llama",
         lambda ids: GQA2MLA(kv_cache_ratio=0.5, rope_cache="cached", shared_rope=True, calibration=ids),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from optimum_mla.models import language_model
 from optimum_mla.models.wrappers import WRAPPERS
 from optimum_mla.pipeline import TextOptions, convert, finetune
 from optimum_mla.report.schema import ConversionReport
-from optimum_mla.stack import CACHE_ARGUMENT
 from tests.cases import SIZES, token_ids
 
 pytestmark = pytest.mark.compat
@@ -137,20 +135,9 @@ def test_a_wrapper_is_exact_at_full_rank_saved_loaded_and_generates(name: str, t
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llava"])
-@torch.no_grad()
-def test_codes_in_a_wrapper_are_those_of_its_language_model(name: str) -> None:
-    model = wrapper(name)
-    alone = copy.deepcopy(language_model(model))
-    method = GQA2MLA(kv_cache_budget=0.25, calibration=IDS)
-    method(model)
-    method(alone)
-    assert torch.equal(model(input_ids=IDS).logits, alone(IDS).logits)
-    assert model.config.text_config.to_dict() == alone.config.to_dict()
-    cache = model.make_cache()
-    model.generate(**with_image(name), **{CACHE_ARGUMENT: cache}, max_new_tokens=4)
-    coded = [layer for layer in cache.layers if hasattr(layer, "encodes")]
-    assert coded
-    assert all(layer.encodes for layer in coded)
+def test_codes_for_a_wrapper_are_refused_in_a_line(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"kv_cache_budget: got a .* Give kv_cache_ratio for"):
+        GQA2MLA(kv_cache_budget=0.25, calibration=IDS)(wrapper(name))
 
 
 @torch.no_grad()
@@ -199,7 +186,7 @@ def test_the_command_converts_inside_and_keeps_the_rest(name: str, tmp_path: Pat
     windows = {"calibration_samples": len(IDS), "calibration_length": IDS.shape[1], "calibration_repeats": 0}
     texts = TextOptions(calibration_data=IDS.flatten().tolist(), **windows)
     said: list[str] = []
-    options = {"kv_cache_budget": 0.25}
+    options = {"kv_cache_ratio": 0.5}
     report = convert(str(folder), tmp_path / "out", options=options, texts=texts, announce=said.append)
     assert "This is the language model of the model" in said[0]
     assert (tmp_path / "out" / "preprocessor_config.json").read_text(encoding="utf-8") == '{"size": 28}'
@@ -211,7 +198,7 @@ def test_the_command_converts_inside_and_keeps_the_rest(name: str, tmp_path: Pat
         if "self_attn" not in path or "vision" in path:
             assert torch.equal(loaded.get_parameter(path), parameter), path
     calibration, _ = split_for_report(IDS, len(IDS))  # the command leaves a window to its report
-    same = GQA2MLA(kv_cache_budget=0.25, calibration=calibration)(source)
+    same = GQA2MLA(kv_cache_ratio=0.5, calibration=calibration)(source)
     inputs = with_image(name)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, same(**inputs).logits, rtol=1e-3, atol=1e-3)

@@ -88,12 +88,10 @@ def test_benchmarks_are_made_with_the_defaults(name: str) -> None:
         assert case.get("recipe", {}).keys() <= {"objective", "train", "stage1", "stage1_share"}
 
 
-def test_codes_get_a_lower_rate() -> None:
+def test_the_rate_goes_by_what_trains() -> None:
     for train, rate in (("lora", 1e-3), ("kv", 5e-4), ("attention", 5e-4), ("full", 3e-4)):
-        for coded, share in ((False, 1.0), (True, 0.2)):
-            chosen = training_arguments(Recipe(train=train), {}, PLACE, 64, 32, 1, coded=coded)
-            assert chosen["learning_rate"] == pytest.approx(share * rate)
-    assert training_arguments(Recipe(), {"learning_rate": 0.1}, PLACE, 64, 32, 1, coded=True)["learning_rate"] == 0.1
+        assert training_arguments(Recipe(train=train), {}, PLACE, 64, 32, 1)["learning_rate"] == pytest.approx(rate)
+    assert training_arguments(Recipe(), {"learning_rate": 0.1}, PLACE, 64, 32, 1)["learning_rate"] == 0.1
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,6 @@ def test_what_was_not_measured_is_not_judged() -> None:
         ({}, "optimum-cli mla-quantize -m out --cache-bits 4 out-int4"),
         ({"perplexity_after": 21.0}, "optimum-cli mla-finetune -m out --train-data TEXT --merge out-recovered"),
         ({"answers": answered(14.0, 0.1)}, "optimum-cli mla-finetune -m out --train-data TEXT --merge out-recovered"),
-        (
-            {"options": {"kv_cache_budget": 0.25}},
-            "optimum-cli mla-benchmark -m out --baseline m --eval-data TEXT out-report",
-        ),
         ({"perplexity_before": None}, "optimum-cli mla-benchmark -m out --baseline m --eval-data TEXT out-report"),
         (
             {"written_as": "deepseek_v3", "perplexity_after": 30.0},
