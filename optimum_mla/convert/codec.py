@@ -31,10 +31,15 @@ from optimum_mla.models.codec import ModelCodec, probe_of
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layer_source import LayerSource
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
-from optimum_mla.plan.allocation import allocate_ranks, scaled
+from optimum_mla.plan.allocation import allocate_ranks
 from optimum_mla.stack import rope_type
 
 LARGEST_BUDGET = 0.5
+TOGETHER = 3
+"""Number of neighbouring layers whose effect on the predictions is measured together. Their errors in the hidden state
+say which share of it each has."""
+COMPARED = 2
+"""Predictions are compared at each so-manyth token."""
 REACH = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Sizes at which the error of a layer's codes is computed, as multiples of the mean size."""
 
@@ -51,7 +56,7 @@ def fit_codec(
 ) -> ModelCodec:
     """Return a codec for the keys and values of a model, whose weights stay as they are.
 
-    Bytes are shared between layers by how far the predictions move if old tokens of one layer alone come from codes.
+    Bytes are shared between layers by how far the predictions move if old tokens of a few layers alone come from codes.
     Stored statistics cannot tell that, so with them bytes are shared by the errors in the hidden states.
 
     Args:
@@ -102,15 +107,23 @@ def fit_codec(
             allowed = f"more than {least}, which stay exact"
             raise InvalidValueError("calibration_length", calibration.shape[1], allowed)
         walk = CalibrationWalk(source, calibration, processes)
-        reached = Sensitivity(walk)
+        reached = Sensitivity(walk, COMPARED)
+        groups = {layer: place // TOGETHER for place, layer in enumerate(chosen)}
         for layer in progress(range(max(chosen) + 1), "codec: layers", main=True):
             if layer in chosen:
                 attention = source.attention(layer)
                 codec = fit(layer, attention, LayerCalibration(walk, attention))
-                reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype))
+                weight = float(walk.row_weights.mean())
+                curves[layer] = {size: weight * error for size, error in curves[layer].items()}
+                reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype), groups[layer])
             reached.advance()
         apart = reached.divergences("codec: effect on the predictions")
-        curves = {layer: scaled(curve, sizes[layer], apart[layer]) for layer, curve in curves.items()}
+        predicted = {
+            group: sum(curves[layer][sizes[layer]] for layer in chosen if groups[layer] == group) for group in apart
+        }
+        for layer, group in groups.items():
+            factor = apart[group] / predicted[group] if predicted[group] else 1.0
+            curves[layer] = {size: factor * error for size, error in curves[layer].items()}
     shared = processes.told(allocate_ranks(curves, sum(sizes.values())))
     codecs = {layer: fits[layer].codec(shared[layer]) for layer in chosen}
     probes = {layer: probe_of(model, layer) for layer in chosen}

@@ -83,7 +83,7 @@ def test_models_that_cannot_have_one_are_refused(model: PreTrainedModel) -> None
     ids = token_ids(8, 48)
     with pytest.raises(UnsupportedModelError, match="converted already"):
         fit_codec(GQA2MLA()(source_model("llama")), ids, exact=EXACT)
-    with pytest.raises(InvalidValueError, match="windows: got '48 tokens each', allowed: more than 68"):
+    with pytest.raises(InvalidValueError, match="calibration_length: got 48, allowed: more than 68"):
         fit_codec(model, ids)
     dynamic = source_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(UnsupportedModelError, match="depend on the length"):
