@@ -15,7 +15,7 @@ TESTS  := --numprocesses logical --maxprocesses 8 --dist worksteal
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-fidelity bench-exact-model bench-real-abilities bench-real-speed bench-real-recovery bench-large bench-rope-dims bench-llama-cpp llama-cpp test-llama-cpp clean
+	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-fidelity bench-exact-model bench-real-abilities bench-real-speed bench-large bench-llama-cpp llama-cpp test-llama-cpp clean
 
 setup: $(STAMP)
 
@@ -159,19 +159,12 @@ bench-real-speed: real-model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq]"
 	$(RUN) $(BIN)/python -m benchmarks.real_speed
 
-bench-rope-dims: real-model
-	$(RUN) $(BIN)/python -m benchmarks.real_speed --config benchmarks/configs/rope_dims.json --output benchmarks/results/rope_dims.json
-
 bench-llama-cpp: real-model llama-cpp
 	$(RUN) $(BIN)/python -m benchmarks.llama_cpp
 
 # Writes models of 4 and 16 layers with 0.4 GB each, and their conversions, into a folder for temporary files.
 bench-large: setup
 	$(RUN) $(BIN)/python -m benchmarks.large
-
-# CORPUS: a folder of books; the recipe trains on 2 M tokens of it, TOKENS asks for fewer.
-bench-real-recovery: real-model
-	$(RUN) $(BIN)/python -m benchmarks.recovery --corpus $(CORPUS) --config benchmarks/configs/real_recovery.json $(if $(TOKENS),--tokens $(TOKENS))
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) demo_output build *.egg-info

@@ -6,7 +6,8 @@ Every text is read as a model is used: a prompt at once, then chunks of a few to
 KL(source with its 16-bit cache, source with the other cache) over the tokens after the prompt, in nats. Shares of the
 cache are measured from the live cache at the end of a window, of that in 16 bits. The quantized caches keep the first
 four tokens and up to 128 newest ones, and read the prompt exactly, as the codecs do. Books are a held-out novel, chat
-is the source's own greedy answers, and the encyclopedia is the beginning of any text that is named.
+is the source's own greedy answers, and the encyclopedia is the beginning of any text that is named. The codecs are kept
+in `benchmarks/real_conversions`, where other experiments find them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_quality import windows_of
+from benchmarks.real_quality import CONVERSIONS, MADE_BY, windows_of
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
@@ -68,7 +69,71 @@ def measured(config: dict[str, Any], model: Any, windows: dict[str, Any], make: 
     return {"percent": 100 * sum(sizes) / len(sizes), "texts": texts}
 
 
+def codec_of(config: dict[str, Any], name: str) -> Path:
+    """Return the folder of a codec of this experiment, which is fitted where it is missing.
+
+    Args:
+        config: The config of this experiment.
+        name: Name of one of its codecs.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from optimum_mla.calibrate import built_in_windows
+    from optimum_mla.convert.codec import fit_codec
+
+    (line,) = (line for line in config["codecs"] if line["name"] == name)
+    folder, how = CONVERSIONS / name, {**line, **{key: config[key] for key in config if key.startswith("calibration")}}
+    made_by = folder / MADE_BY
+    if made_by.is_file() and how.items() <= json.loads(made_by.read_text(encoding="utf-8")).items():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / config["model"])
+    model: Any = AutoModelForCausalLM.from_pretrained(ROOT / config["model"], dtype="float32").eval()
+    windows = built_in_windows(tokenizer, config["calibration_length"], config["calibration_windows"])
+    begun = time.process_time()
+    codec = fit_codec(model, windows, **{key: value for key, value in line.items() if key != "name"})
+    codec.save(folder)
+    made_by.write_text(json.dumps({**how, "fit_cpu_seconds": time.process_time() - begun}), encoding="utf-8")
+    return folder
+
+
+def small_models(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return how far the predictions of the embedded models move, as used: half of a window is the prompt."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+    from optimum_mla.calibrate.text import token_windows
+    from optimum_mla.convert.codec import fit_codec
+    from optimum_mla.measure.quality import compare_decoding
+
+    small, rows = config["small"], []
+    texts = ROOT / small["texts"]
+    tokenizer = AutoTokenizer.from_pretrained(texts)
+    length = small["tokens_per_window"]
+    ids = token_windows(tokenizer, str(texts / "calibration.txt"), length, small["calibration_windows"], "calibration")
+    windows = token_windows(tokenizer, str(texts / "evaluation.txt"), length, small["windows"], "evaluation")
+    for name in small["models"]:
+        model: Any = AutoModelForCausalLM.from_pretrained(ROOT / name, dtype="float32").eval()
+        for budget in small["budgets"]:
+            codec = fit_codec(model, ids, budget)
+            caches = (lambda: codec.make_cache(model)), (lambda: DynamicCache(config=model.config))  # noqa: B023
+            found = compare_decoding(model, caches[0], windows, length // 2, model, caches[1], config["chunk_tokens"])
+            row = {"model": name, "kv_cache_budget": budget, "divergence": found.kl}
+            rows.append({**row, "same_guess_percent": 100 * (found.agreement or 0.0)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def live_bytes(model: Any, cache: Any) -> int:
+    """Return the bytes of a live cache of 4,096 random tokens in 16 bits; None stands for the source's own."""
+    import torch
+
+    from optimum_mla.measure.memory import filled_cache, live_cache_bytes
+
+    ids = torch.randint(model.config.vocab_size, (1, 4096), generator=torch.Generator().manual_seed(0))
+    return live_cache_bytes(filled_cache(model, ids, cache), in_16_bits=True)
+
+
 def main() -> None:
+    """Measure every cache in the config and write the result."""
     parser = argparse.ArgumentParser(description="Measure codecs beside the quantized caches of the source model.")
     parser.add_argument("--encyclopedia", type=Path)
     args = parser.parse_args()
@@ -76,30 +141,30 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_mla.cache.source import source_cache
-    from optimum_mla.calibrate import built_in_windows
-    from optimum_mla.convert.codec import fit_codec
+    from optimum_mla.models.codec import ModelCodec
 
     config = json.loads((CONFIGS / "exact_model.json").read_text(encoding="utf-8"))
+    small = small_models(config)
     folder = str(ROOT / config["model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     windows = windows_of(config, model, tokenizer, args.encyclopedia)
-    calibration = built_in_windows(tokenizer, config["calibration_length"], config["calibration_windows"])
     known: dict[Any, Any] = {}
     rows: list[dict[str, Any]] = []
-    for options in config["codecs"]:
-        begun = time.process_time()
-        codec = fit_codec(model, calibration, **options)
-        seconds = time.process_time() - begun
-        row = {"cache": "codes", **options, "fit_cpu_seconds": seconds, "bytes_per_old_token": codec.bytes_per_token}
+    for line in config["codecs"]:
+        place = codec_of(config, line["name"])
+        codec = ModelCodec.load(place)
+        seconds = json.loads((place / MADE_BY).read_text(encoding="utf-8"))["fit_cpu_seconds"]
+        row = {"cache": "codes", **line, "fit_cpu_seconds": seconds, "bytes_per_old_token": codec.bytes_per_token}
         row |= {"percent_at_4096_tokens": 100 * codec.cache_bytes(4096) / codec.source_bytes(4096)}
         rows.append(row | measured(config, model, windows, lambda codec=codec: codec.make_cache(model), known))
         print(rows[-1], flush=True)
     for name in config["source_caches"]:
         make = lambda name=name: source_cache(model.config, name)  # noqa: E731
-        rows.append({"cache": name} | measured(config, model, windows, make, known))
+        row = {"cache": name, "percent_at_4096_tokens": 100 * live_bytes(model, make()) / live_bytes(model, None)}
+        rows.append(row | measured(config, model, windows, make, known))
         print(rows[-1], flush=True)
-    save_result(RESULTS / "exact_model.json", config, rows=rows)
+    save_result(RESULTS / "exact_model.json", config, rows=rows, small=small)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
     from optimum_mla.calibrate.text import token_windows
     from optimum_mla.core.errors import InvalidValueError
-    from optimum_mla.measure.memory import measured_cache_bytes, measured_cache_bytes_per_token, peak_memory_bytes
+    from optimum_mla.measure.memory import measured_cache_bytes_per_token, peak_memory_bytes
     from optimum_mla.measure.quality import perplexity
     from optimum_mla.pipeline import build_transformation
 
@@ -77,20 +77,14 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     source_bytes = measured_cache_bytes_per_token(model, evaluation[:1, :32])
     start = time.perf_counter()
     try:
-        size = {spec.get("size", "kv_cache_ratio"): spec["ratio"]}
-        transformation = build_transformation(spec["method"], {**spec["options"], **size}, calibration)
+        options = {**spec["options"], "kv_cache_ratio": spec["ratio"]}
+        transformation = build_transformation(spec["method"], options, calibration)
         converted: Any = transformation(model)
     except InvalidValueError as error:  # there is no room for the rotary key of this method
         return row | {"impossible": str(error)}
     seconds = time.perf_counter() - start
     after = perplexity(converted, evaluation)
-    if spec.get("size") == "kv_cache_budget":
-        # Codes take the same bytes in any dtype, where the source's 32 bits stand for 16. Only its first tokens are not
-        # coded, so that a longer text tells the bytes of a coded one.
-        long, short = (measured_cache_bytes(converted, evaluation[:1, :count]) for count in (64, 32))
-        cache, source_bytes = (long - short) / 32, source_bytes / 2
-    else:
-        cache = measured_cache_bytes_per_token(converted, evaluation[:1, :32])
+    cache = measured_cache_bytes_per_token(converted, evaluation[:1, :32])
     return row | {
         "perplexity_before": before,
         "perplexity_after": after,

@@ -24,10 +24,11 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 
-import optimum_mla  # noqa: F401
 from benchmarks.coded_caches import coded_cache
+from benchmarks.exact_model import codec_of
 from benchmarks.real_quality import conversion_of
 from benchmarks.result import CONFIGS, RESULTS, ROOT, earlier, save_result
+from optimum_mla import load_codec
 from optimum_mla.measure.tasks import metric_rows, task_manager
 from optimum_mla.stack import cache_argument
 
@@ -102,7 +103,11 @@ def run(config: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
     source = ROOT / config["model"]
     tokenizer = AutoTokenizer.from_pretrained(source)
     cache: Callable[[], Cache]
-    if line["model"] == "unconverted":
+    if line["cache"] == "codes":
+        codecs = json.loads((ROOT / config["codecs"]).read_text(encoding="utf-8"))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        cache = load_codec(model, codec_of(codecs, line["model"])).make_cache  # type: ignore[attr-defined]
+    elif line["model"] == "unconverted":
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         if line["cache"] == "16bit":
             cache = lambda: DynamicCache(config=model.config)  # noqa: E731
@@ -113,7 +118,7 @@ def run(config: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
         folder = conversion_of(quality, line["model"])
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         options: dict[str, Any] = {}
-        if line["cache"] not in ("16bit", "codes"):
+        if line["cache"] != "16bit":
             backend, _, bits = line["cache"].rpartition("-int")
             options = {"backend": backend, "bits": int(bits), "residual_length": 0}
         cache = lambda: model.make_cache(**options)  # noqa: E731

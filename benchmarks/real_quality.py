@@ -5,16 +5,14 @@
 Excess is ln(perplexity / that of the source with its 16-bit cache). All tokens are coded, apart from the first ones
 where a row says so. Books are a held-out novel, chat is the source's own greedy answers to the instructions of
 `benchmarks/texts`, and the encyclopedia is the beginning of any text that is named on the command line. None of it is
-calibrated on. A conversion with `"calibration-data": "encyclopedia"` uses the second half of that text.
-A run measures what its result lacks: after an interruption, or when conversions were added to the config. Delete the
-result to measure everything again. Conversions are kept in `benchmarks/real_conversions/` for the other experiments;
-delete a folder to convert it again.
+calibrated on. A run measures what its result lacks: after an interruption, or when conversions were added to the
+config. Delete the result to measure everything again. Conversions are kept in `benchmarks/real_conversions/` for the
+other experiments; delete a folder to convert it again.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -31,8 +29,6 @@ MADE_BY = "made_by.json"
 CONTEXT = 4096
 """Tokens from which bytes per token are computed for caches with a window of unquantized tokens."""
 ANSWER_TOKENS = 64
-OWN_TEXT = "encyclopedia"
-"""Value of `calibration-data` that stands for the second half of the text that is named on the command line."""
 SMALLEST = 2e-3
 """The least excess that the plot shows; what is below stands there."""
 
@@ -46,17 +42,11 @@ def converted(model: str, name: str, options: dict[str, Any]) -> Path:
         options: Long options of `mla-convert` without their dashes.
     """
     folder = CONVERSIONS / name
-    made_by, by, given = folder / MADE_BY, dict(options), dict(options)
-    if options.get("calibration-data") == OWN_TEXT:
-        text = CONVERSIONS / f"{OWN_TEXT}.txt"
-        if not text.is_file():
-            raise SystemExit(f"{name} needs the text that make bench-real-quality ENCYCLOPEDIA=FILE gives.")
-        given["calibration-data"] = text.relative_to(ROOT)
-        by["sha256"] = hashlib.sha256(text.read_bytes()).hexdigest()
-    if made_by.is_file() and json.loads(made_by.read_text(encoding="utf-8")) == by:
+    made_by = folder / MADE_BY
+    if made_by.is_file() and json.loads(made_by.read_text(encoding="utf-8")) == options:
         return folder
-    run_conversion(model, folder, given)
-    made_by.write_text(json.dumps(by), encoding="utf-8")
+    run_conversion(model, folder, options)
+    made_by.write_text(json.dumps(options), encoding="utf-8")
     return folder
 
 
@@ -188,7 +178,7 @@ def conversion_rows(config: dict[str, Any], line: dict[str, Any], windows: dict[
     source_bytes = 2 * sum(g.source_cache_numbers for g in model.geometry.layers)
     rows: list[dict[str, Any]] = []
     for cache in line["caches"]:
-        if cache in ("16bit", "codes"):
+        if cache == "16bit":
             percent = 100 * model.geometry.cache_bytes() / source_bytes
             found = {name: perplexity(model, ids) for name, ids in windows.items()}
         else:
@@ -206,13 +196,6 @@ def conversion_rows(config: dict[str, Any], line: dict[str, Any], windows: dict[
         print(rows[-1], flush=True)
     rows[0]["conversion"] = about
     return rows
-
-
-def write_second_half(text: Path) -> None:
-    """Write the second half of a text where `converted` looks for it."""
-    whole = text.read_text(encoding="utf-8")
-    CONVERSIONS.mkdir(parents=True, exist_ok=True)
-    (CONVERSIONS / f"{OWN_TEXT}.txt").write_text(whole[len(whole) // 2 :], encoding="utf-8")
 
 
 def add_excess(rows: list[dict[str, Any]], whole: dict[str, float]) -> None:
@@ -246,7 +229,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.plot(*zip(*sorted(points), strict=True), style, marker=marker, color=colour, label=label, markersize=4)
         ours: dict[str, list[tuple[float, float]]] = {}
         for row in result["ours"]:
-            label = f"{row['series']}" + ("" if row["cache"] in ("16bit", "codes") else f", {row['cache']}")
+            label = f"{row['series']}" + ("" if row["cache"] == "16bit" else f", {row['cache']}")
             ours.setdefault(label, []).append((row["percent"], max(row["excess"][text], SMALLEST)))
         for colour, (label, points) in zip(COLOURS * 2, ours.items(), strict=False):
             axes.plot(*zip(*sorted(points), strict=True), "-", marker="o", color=colour, label=label)
@@ -295,14 +278,7 @@ def main() -> None:
     names = {line["name"] for line in measured}
     ours: list[dict[str, Any]] = [row for row in known.get("ours", []) if row["name"] in names]
     texts = {"encyclopedia": arguments.encyclopedia.name} if arguments.encyclopedia else {}
-    if arguments.encyclopedia:
-        characters = len(arguments.encyclopedia.read_text(encoding="utf-8"))
-        if len(tokenizer.decode(windows["encyclopedia"].flatten())) > characters // 2:
-            parser.error("--encyclopedia: the text is too short, because its first half does not fill the windows.")
-        write_second_half(arguments.encyclopedia)
     for line in [{}, *config["conversions"]]:
-        if line and not arguments.encyclopedia and line["options"].get("calibration-data") == OWN_TEXT:
-            continue
         if line and not any(row["name"] == line["name"] for row in ours):
             ours += [{"series": line["series"], **row} for row in conversion_rows(config, line, windows)]
         for rows in (source, ours):

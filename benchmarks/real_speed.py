@@ -3,7 +3,7 @@
     python -m benchmarks.real_speed [--config ...] [--output ...]
 
 Models and caches are timed alternately in one process, and each cell of the memory table runs in a process of its own.
-The conversions are those of the experiment on quality, which are made where they are missing.
+The codecs are those of the experiment on the exact model, which are fitted where they are missing.
 """
 
 from __future__ import annotations
@@ -11,30 +11,38 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_quality import conversion_of
+from benchmarks.exact_model import codec_of
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 
 def run(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the tables of speed, of memory and of the memory budget for each conversion and dtype of the config."""
+    """Yield the tables of speed, of memory and of the memory budget for each codec and dtype of the config."""
+    from optimum_mla.models.codec import CODEC_FILE
+    from optimum_mla.models.coded import name_codec
     from optimum_mla.pipeline import BenchmarkOptions, benchmark
     from optimum_mla.report.pages import terminal
 
-    quality = json.loads((ROOT / config["quality"]).read_text(encoding="utf-8"))
+    codecs = json.loads((ROOT / config["codecs"]).read_text(encoding="utf-8"))
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in config["benchmark"].items()
     }
-    for dtype, name in itertools.product(config["dtypes"], config["conversions"]):
-        folder = conversion_of(quality, name)
+    source = ROOT / config["model"]
+    for dtype, name in itertools.product(config["dtypes"], config["measured"]):
         with tempfile.TemporaryDirectory() as scratch:
-            output, source = Path(scratch) / "report", str(ROOT / config["model"])
-            report = benchmark(str(folder), output, source, BenchmarkOptions(**options), dtype=dtype)
+            folder = Path(scratch) / "model"
+            shutil.copytree(source, folder)
+            shutil.copy(codec_of(codecs, name) / CODEC_FILE, folder)
+            name_codec(folder)
+            report = benchmark(
+                str(folder), Path(scratch) / "report", str(source), BenchmarkOptions(**options), dtype=dtype
+            )
         print(terminal([(name, report)]), flush=True)
         content = asdict(report)
         yield {"name": name, "dtype": dtype, **{table: content[table] for table in ("speed", "memory", "budget")}}

@@ -3,7 +3,6 @@
     python -m benchmarks.recovery --corpus DIR [--config ...] [--output ...]
 
     python -m benchmarks.recovery --config benchmarks/configs/recovery_memory.json
-    python -m benchmarks.recovery --config benchmarks/configs/real_recovery.json --corpus DIR [--tokens 32768]
 
 DIR holds the books (`*.txt`) that the reference model was trained on; the two held-out books of its card are left out.
 Every run sees the same rows, drawn evenly from all books. Perplexity is that of the held-out `evaluation.txt`. Memory
@@ -25,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_quality import conversion_of
 from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
 
 HELD_OUT = ("evaluation", "calibration")
@@ -70,10 +68,6 @@ def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], fol
 
     from optimum_mla.pipeline import TextOptions, convert
 
-    if "made" in spec:
-        quality = json.loads((ROOT / spec["made"]["config"]).read_text(encoding="utf-8"))
-        shutil.copytree(conversion_of(quality, spec["made"]["name"]), folder)
-        return
     model = ROOT / config["model"]
     texts = TextOptions(uncalibrated=True)
     if spec["calibrated"]:
@@ -247,7 +241,6 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--config", type=Path, default=CONFIGS / "recovery.json")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--tokens", type=int, help="Train on so many tokens instead of those of the config.")
     parser.add_argument("--workers", type=int, default=2, help="Runs at a time; they share the cores.")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -261,8 +254,6 @@ def main() -> None:
     config = json.loads(arguments.config.read_text(encoding="utf-8"))
     if "random_model" not in config and (arguments.corpus is None or not any(arguments.corpus.glob("*.txt"))):
         parser.error("--corpus: name a folder of .txt books")
-    if arguments.tokens:
-        config["runs"] = [{**case, "tokens": arguments.tokens} for case in config["runs"]]
     runs = run(config, arguments.corpus, arguments.workers)
     save_result(arguments.output or RESULTS / arguments.config.name, config, runs=runs)
 

@@ -10,7 +10,6 @@ by hand. `tests/benchmarks/test_tables.py` checks that the pages are up to date.
 from __future__ import annotations
 
 import json
-import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +78,7 @@ def llama_cpp() -> str:
 
 def engines() -> str:
     """Return the table of engines, with what was run of each and what was measured."""
-    coded = next(row for row in result("real_quality")["ours"] if row["name"] == "gqa2mla-budget-12")
+    coded = next(row for row in result("exact_model")["rows"] if row.get("name") == "codes-12")
     source_bytes = result("llama_cpp")["source"]["cache_bytes_per_token"]
     exported = max(
         (run for run in result("export")["runs"] if run["dtype"] == "float32" and "largest_logit_difference" in run),
@@ -87,17 +86,16 @@ def engines() -> str:
     )
     runs = {(run["file"], run["cache"]): run for run in result("llama_cpp")["runs"]}
     exact, half, small = runs["f32", "f32"], runs["f32", "f16"], runs["f32", "q8_0"]
-    coded_bytes = source_bytes * coded["percent"] / 100
-    rises = sorted(100 * (math.exp(excess) - 1) for excess in coded["excess"].values())
+    moved = sorted(text["divergence"] for text in coded["texts"].values())
     rows = [
         (
-            *("Transformers with optimum-mla", "native, all forms", "all tests of this project"),
-            f"SmolLM2, {coded_bytes:,.0f} bytes a token instead of {source_bytes:,}: perplexity {rises[0]:+.1f} to "
-            f"{rises[-1]:+.1f} %, by kind of text",
-            "`make bench-real-quality`",
+            *("Transformers with optimum-mla", "native, codec, all forms", "all tests of this project"),
+            f"SmolLM2, {coded['bytes_per_old_token']:,} bytes for an old token instead of {source_bytes:,}: "
+            f"predictions move by {moved[0]:.3f} to {moved[-1]:.3f} nats, by kind of text",
+            "`make bench-exact-model`",
         ),
         (
-            *("`transformers serve`, `transformers chat`", "native, codes or 16 bits"),
+            *("`transformers serve`, `transformers chat`", "native, codec or 16 bits"),
             *("answers whole, streamed, several at a time", "the text that `generate` gives"),
             "`transformers serve CONVERTED --trust-remote-code`",
         ),
@@ -182,13 +180,18 @@ def quality() -> str:
     rows = [(label, *(cell(label, model) for model in models)) for label in labels]
     kinds = ("grouped-query", "multi-head", "Qwen3-like")
     shown = table(("excess at 50 / 25 %", *kinds), rows)
-    names = {"GQA2MLA decoupled, rebuilt": "16 bits", "GQA2MLA, codes": "codes (`--cache-budget`)"}
-    small = [(name, *(cell(label, model, SMALL_CACHES) for model in models)) for label, name in names.items()]
+    label = "GQA2MLA decoupled, rebuilt"
+    small = [("excess, latents in 16 bits", *(cell(label, model, SMALL_CACHES) for model in models))]
+    coded = result("exact_model")["small"]
+    for name, key, digits in (("divergence", "divergence", 5), ("same guess, %", "same_guess_percent", 1)):
+        of = {(row["model"], row["kv_cache_budget"]): row[key] for row in coded}
+        cells = (" / ".join(f"{of[model, ratio]:.{digits}f}" for ratio in SMALL_CACHES) for model in models)
+        small.append((f"{name}, codes of old tokens", *cells))
     header = " / ".join(f"{100 * ratio:g}" for ratio in SMALL_CACHES)
     return "\n\n".join(
         [
             shown,
-            table((f"excess at {header} %", *kinds), small),
+            table((f"at {header} %", *kinds), small),
             prose(f"Measured by `make bench-quality` on {found['machine'].split(',')[0]}, one thread for each run."),
         ]
     )
@@ -301,23 +304,6 @@ def recovery_2m() -> str:
     return table(("trains", "parameters", "perplexity: source, converted, recovered", "closed"), rows)
 
 
-def real_recovery() -> str:
-    """Return what a short distillation closes on the real model at a sixteenth of the bytes, by what trains."""
-    rows = [
-        (
-            f"`{run['recipe']['train']}`",
-            f"{run['trainable_percent']:.1f} %",
-            f"{run['tokens']:,}",
-            ", ".join(f"{run[f'perplexity_{name}']:.2f}" for name in ("source", "converted", "recovered")),
-            f"{run['percent_of_excess_closed']:.0f} %",
-            f"{run['seconds'] / 60:.0f}",
-        )
-        for run in result("real_recovery")["runs"]
-    ]
-    header = ("trains", "parameters", "tokens", "perplexity: source, converted, recovered", "closed", "minutes")
-    return table(header, rows)
-
-
 def large() -> str:
     """Return the time and memory of conversions of models with layers of Llama-2-7B's shape."""
     found = result("large")
@@ -336,7 +322,8 @@ def large() -> str:
     header = ("layers", "weights, GB", "conversion, seconds a layer", "all in all, minutes", "peak memory, GB")
     asked = found["config"]
     text = prose(
-        f"{asked['windows']} windows of {asked['window_tokens']} tokens, an eighth of the bytes in codes, no refits; "
+        f"{asked['windows']} windows of {asked['window_tokens']} tokens, by an earlier version, whose budgets of bytes "
+        "rewrote the weights: an eighth of the bytes, no refits; "
         f"{found['machine']}, with other work on it (`make bench-large`)."
     )
     return f"{table(header, rows)}\n\n{text}"
@@ -477,21 +464,8 @@ def _rises(row: dict[str, Any], whole: dict[str, float]) -> list[str]:
 def _named(row: dict[str, Any]) -> str:
     """Return the name of a row of the experiment on the real model: who stores what."""
     if "series" in row:
-        return row["series"] + ("" if row["cache"] in ("16bit", "codes") else f", latent in {row['cache']}")
+        return row["series"] + ("" if row["cache"] == "16bit" else f", latent in {row['cache']}")
     return f"unconverted, {row['cache']}" + (f", first {row['sinks']} tokens in 16 bits" if row["sinks"] else "")
-
-
-def real_quality() -> str:
-    """Return a few rows of the experiment on the real model: what a user would choose between."""
-    found = result("real_quality")
-    whole = found["source"][0]["perplexity"]
-    chosen = {("hqq-int4", 0), ("kivi-int4", 4), ("kivi-int2", 4), ("hqq-int2", 0)}
-    theirs = [row for row in found["source"] if (row["cache"], row["sinks"]) in chosen]
-    names = {(f"gqa2mla-budget-{percent}", "codes") for percent in (25, 12, 6)} | {("gqa2mla-25", "16bit")}
-    ours = [row for row in found["ours"] if (row["name"], row["cache"]) in names]
-    rows = sorted([*theirs, *ours], key=lambda row: -row["percent"])
-    header = ("SmolLM2-135M-Instruct", "cache", *(f"perplexity, {name}" for name in whole))
-    return table(header, [(_named(row), f"{row['percent']:.3g} %", *_rises(row, whole)) for row in rows])
 
 
 def real_quality_all() -> str:
@@ -588,7 +562,6 @@ def _ratio(value: float | None) -> str:
 
 def real_speed() -> str:
     """Return the speed of the real model beside its source, and the bytes of both caches, by context."""
-    kinds = {"default": "codes", "16bit": "the same latents in 16 bits"}
     rows = []
     for run in result("real_speed")["runs"]:
         memory = {((row["role"], row["cache"]), row["context_tokens"]): row for row in run["memory"]}
@@ -598,7 +571,7 @@ def real_speed() -> str:
             if key[0] == "baseline":
                 name = "unconverted" if key[1] == "default" else f"unconverted, {key[1]}"
             else:
-                name = f"`{run['name']}`, {kinds.get(key[1], key[1])}"
+                name = f"`{run['name']}`"
             rows.append(
                 (
                     run["dtype"],
@@ -624,46 +597,6 @@ def real_speed() -> str:
     return table(header, rows)
 
 
-def rope_dims() -> str:
-    """Return the price of rebuilt rotary dims: perplexity of the real model, and decoding speed beside its source."""
-    quality = result("real_quality")
-    whole = quality["source"][0]["perplexity"]
-    rises = {row["name"]: _rises(row, whole) for row in quality["ours"] if row["cache"] == "codes"}
-    rows = []
-    for run in result("rope_dims")["runs"]:
-        _, _, dims = run["name"].partition("-R")
-        times = {(row["role"], row["cache"], row["context_tokens"]): row for row in run["speed"]}
-        for length in sorted({context for _, _, context in times}):
-            source = times["baseline", "default", length]
-            ours = [times["model", cache, length] for cache in ("default", "16bit")]
-            rows.append(
-                (
-                    (run["dtype"], length, int(dims or 1e9)),
-                    (
-                        run["dtype"],
-                        f"{length:,}",
-                        dims or "all 192",
-                        rises[run["name"]][0],
-                        f"{source['decode_tokens_per_second']:.1f}",
-                        *(f"{row['decode_tokens_per_second']:.1f}" for row in ours),
-                        *(_ratio(row["decode_ratio_to_baseline"]) for row in ours),
-                    ),
-                )
-            )
-    header = (
-        "computed in",
-        "context",
-        "rotary dims rebuilt",
-        "perplexity, books",
-        "source, tokens/s",
-        "codes, tokens/s",
-        "16-bit latents, tokens/s",
-        "codes, ratio",
-        "16-bit latents, ratio",
-    )
-    return table(header, [row for _, row in sorted(rows)])
-
-
 def fidelity() -> str:
     """Return how far the predictions of the real model move on running text and on passages read twice."""
     found = result("fidelity")
@@ -680,6 +613,23 @@ def fidelity() -> str:
     return "\n\n".join([*sides, prose(f"Measured by `make bench-fidelity` on {found['machine']}.")])
 
 
+def coded_summary() -> str:
+    """Return what the README shows of codes beside the source's own quantized caches."""
+    found = result("exact_model")
+    names = list(found["rows"][0]["texts"])
+    rows = []
+    for row in sorted(found["rows"], key=lambda row: -row["percent_at_4096_tokens"]):
+        if row.get("gain_groups") == 0:
+            continue
+        told, share = f"its own {row['cache'].split('-first')[0]} cache", row["percent_at_4096_tokens"]
+        if row["cache"] == "codes":
+            told = f"**codes, budget {100 * row['kv_cache_budget']:g} %**"
+        cells = (f"{text['divergence']:.4f} ({text['same_guess_percent']:.1f} %)" for text in row["texts"].values())
+        rows.append((told, f"{share:.1f} %", *cells))
+    header = ("SmolLM2-135M-Instruct", "cache of 4,096 tokens", *names)
+    return table(header, rows)
+
+
 def exact_model() -> str:
     """Return how far predictions move with the weights left alone, the largest cache first."""
     found = result("exact_model")
@@ -687,7 +637,7 @@ def exact_model() -> str:
     header = ("cache", "live", "4,096 tokens", *(f"{name}: divergence / same guess" for name in names))
     rows = []
     for row in sorted(found["rows"], key=lambda row: -row["percent"]):
-        told = row["cache"]
+        told = row["cache"].replace("-first4", ", first 4 exact")
         if told == "codes":
             told = f"codes, budget {100 * row['kv_cache_budget']:g} %" + (", no gains" * (row.get("gain_groups") == 0))
         long = f"{row['percent_at_4096_tokens']:.1f} %" if "percent_at_4096_tokens" in row else "-"
@@ -711,21 +661,19 @@ BLOCKS: dict[str, Callable[[], str]] = {
         teacher_memory,
         memory,
         export,
-        real_quality,
         real_quality_all,
         real_conversion,
         real_abilities,
         real_depths,
         fidelity,
         real_speed,
-        rope_dims,
-        real_recovery,
         large,
         large_computed,
         families,
         llama_cpp,
         engines,
         exact_model,
+        coded_summary,
     )
 }
 """The functions that render blocks, by the names that pages use."""

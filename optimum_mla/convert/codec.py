@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,54 +82,85 @@ def fit_codec(
     if not 0 < kv_cache_budget <= LARGEST_BUDGET:
         raise InvalidValueError("kv_cache_budget", kv_cache_budget, f"above 0, up to {LARGEST_BUDGET}")
     chosen = codable_layers(config_of(model), layers)
-    source = LayerSource(model, quantized=True)
-    fits: dict[int, VectorFit] = {}
-    curves: dict[int, dict[int, float]] = {}
-    sizes: dict[int, int] = {}
-
-    def fit(layer: int, attention: SourceAttention, measured: Calibration) -> VectorCodec:
-        """Fit a layer, keep its errors by size, and return its codec with the mean size."""
-        size = sizes[layer] = _size(kv_cache_budget, attention.geometry.source_cache_numbers, gain_groups)
-        fits[layer] = layer_fit(measured, size, gain_groups)
-        smallest = (GAIN_BITS * gain_groups + GRANULE) // 8
-        tried = sorted({max(smallest, round(share * size)) for share in REACH})
-        curves[layer] = {tried_size: fits[layer].error(tried_size) for tried_size in tried}
-        return fits[layer].codec(size)
-
+    source, fits = LayerSource(model, quantized=True), LayerFits(kv_cache_budget, gain_groups)
     if isinstance(calibration, CalibrationStatistics):
         for layer in progress(chosen, "codec: layers", main=True):
-            attention = source.attention(layer)
-            stored = calibration.layer(layer, attention)
-            fit(layer, attention, stored)
-            curves[layer] = {size: stored.state_weight * error for size, error in curves[layer].items()}
+            stored = calibration.layer(layer, source.attention(layer))
+            fits.add(layer, stored, stored.state_weight)
     else:
         check_tokens(calibration, source.config.vocab_size)
         least = exact.sinks + exact.recent
         if calibration.shape[1] <= least:
             allowed = f"more than {least}, which stay exact"
             raise InvalidValueError("calibration_length", calibration.shape[1], allowed)
-        walk = CalibrationWalk(source, calibration, processes)
-        reached = Sensitivity(walk, COMPARED)
-        groups = {layer: place // TOGETHER for place, layer in enumerate(chosen)}
-        for layer in progress(range(max(chosen) + 1), "codec: layers", main=True):
-            if layer in chosen:
-                attention = source.attention(layer)
-                codec = fit(layer, attention, LayerCalibration(walk, attention))
-                weight = float(walk.row_weights.mean())
-                curves[layer] = {size: weight * error for size, error in curves[layer].items()}
-                reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype), groups[layer])
-            reached.advance()
-        apart = reached.divergences("codec: effect on the predictions")
-        predicted = {
-            group: sum(curves[layer][sizes[layer]] for layer in chosen if groups[layer] == group) for group in apart
-        }
-        for layer, group in groups.items():
-            factor = apart[group] / predicted[group] if predicted[group] else 1.0
-            curves[layer] = {size: factor * error for size, error in curves[layer].items()}
-    shared = processes.told(allocate_ranks(curves, sum(sizes.values())))
-    codecs = {layer: fits[layer].codec(shared[layer]) for layer in chosen}
+        _fit_on_windows(fits, CalibrationWalk(source, calibration, processes), chosen, exact)
+    codecs = fits.codecs(processes)
     probes = {layer: probe_of(model, layer) for layer in chosen}
     return ModelCodec(codecs, probes, source.config.model_type, exact)
+
+
+def _fit_on_windows(fits: LayerFits, walk: CalibrationWalk, chosen: tuple[int, ...], exact: ExactTokens) -> None:
+    """Fit the chosen layers in one pass, and weigh their errors by what they do to the predictions.
+
+    Args:
+        fits: Takes the layers.
+        walk: A walk that stands before the first layer of the model.
+        chosen: The layers to code.
+        exact: Which tokens are never read from codes.
+    """
+    reached = Sensitivity(walk, COMPARED)
+    groups = {layer: place // TOGETHER for place, layer in enumerate(chosen)}
+    for layer in progress(range(max(chosen) + 1), "codec: layers", main=True):
+        if layer in groups:
+            attention = walk.model.attention(layer)
+            codec = fits.add(layer, LayerCalibration(walk, attention), float(walk.row_weights.mean()))
+            reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype), groups[layer])
+        reached.advance()
+    for group, divergence in reached.divergences("codec: effect on the predictions").items():
+        fits.weigh([layer for layer in chosen if groups[layer] == group], divergence)
+
+
+class LayerFits:
+    """The fits of the layers of a model, and what codes of other sizes would cost in each.
+
+    Args:
+        budget: Bytes of a token's codes, divided by those of its keys and values in 16 bits.
+        gain_groups: Number of groups of channels with gains.
+    """
+
+    def __init__(self, budget: float, gain_groups: int) -> None:
+        self._budget, self._gain_groups = budget, gain_groups
+        self._fits: dict[int, VectorFit] = {}
+        self._sizes: dict[int, int] = {}
+        self._errors: dict[int, dict[int, float]] = {}
+
+    def add(self, layer: int, calibration: Calibration, weight: float) -> VectorCodec:
+        """Fit a layer, and return its codec of the mean size.
+
+        Args:
+            layer: Index of the layer.
+            calibration: Measurements at the layer.
+            weight: Weight of a squared error in the layer's output; it makes those of different layers comparable.
+        """
+        size = _size(self._budget, calibration.source.geometry.source_cache_numbers, self._gain_groups)
+        fit = layer_fit(calibration, size, self._gain_groups)
+        smallest = (GAIN_BITS * self._gain_groups + GRANULE) // 8
+        tried = sorted({max(smallest, round(share * size)) for share in REACH})
+        self._fits[layer], self._sizes[layer] = fit, size
+        self._errors[layer] = {one: weight * fit.error(one) for one in tried}
+        return fit.codec(size)
+
+    def weigh(self, layers: Sequence[int], divergence: float) -> None:
+        """Scale the errors of some layers alike, so that at the mean size their sum is a measured divergence."""
+        predicted = sum(self._errors[layer][self._sizes[layer]] for layer in layers)
+        for layer in layers if predicted else []:
+            scale = divergence / predicted
+            self._errors[layer] = {size: scale * error for size, error in self._errors[layer].items()}
+
+    def codecs(self, processes: Processes = ALONE) -> dict[int, VectorCodec]:
+        """Return the codec of each layer, with the bytes of all shared out so that the sum of errors is small."""
+        shares = processes.told(allocate_ranks(self._errors, sum(self._sizes.values())))
+        return {layer: fit.codec(shares[layer]) for layer, fit in self._fits.items()}
 
 
 def codable_layers(config: PreTrainedConfig, layers: LayerChoice = "all") -> tuple[int, ...]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optimum_mla.pipeline.exporting import export as export
     from optimum_mla.pipeline.finetuning import finetune as finetune
     from optimum_mla.pipeline.inspecting import inspect as inspect
+    from optimum_mla.pipeline.refitting import refit as refit
 
 LATER = {
     "benchmark": "benchmarking",
@@ -25,6 +26,7 @@ LATER = {
     "export": "exporting",
     "finetune": "finetuning",
     "inspect": "inspecting",
+    "refit": "refitting",
 }
 """Modules of what takes seconds to import, or is seldom used: they are imported when somebody asks for it."""
 
@@ -42,6 +44,7 @@ __all__ = [
     "inspect",
     "load_source_config",
     "quantize",
+    "refit",
 ]
 
 

@@ -30,6 +30,13 @@ class MLACalibrateCommand(BaseOptimumCLICommand):
         )
         parser.add_argument("-m", "--model", required=True, help="Hub id or folder of the model.")
         parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_HELP)
+        parser.add_argument(
+            "--refit",
+            metavar="CODEC",
+            help="Fit the codec in this folder again to the weights of the model, for example after training, to the "
+            "same bytes, and write it to OUTPUT if it moves the predictions less than the old one, which is written "
+            "otherwise. Default: statistics are gathered.",
+        )
         add_calibration_text(parser.add_argument_group("text"))
         add_run_arguments(parser, "statistics")
 
@@ -38,24 +45,28 @@ class MLACalibrateCommand(BaseOptimumCLICommand):
         from optimum_mla.cli import exit_on_bad_input
 
         with exit_on_bad_input():
-            from optimum_mla.pipeline import TextOptions, calibrate
+            from optimum_mla.pipeline import TextOptions, calibrate, refit
 
             args = self.args
-            statistics, seconds = calibrate(
-                args.model,
-                args.output,
-                texts=TextOptions(
-                    calibration_data=args.calibration_data,
-                    chat_template=args.chat_template,
-                    calibration_samples=args.calibration_samples,
-                    calibration_length=args.calibration_length,
-                    calibration_repeats=args.calibration_repeats,
-                ),
-                dtype=args.dtype,
-                device=args.device,
-                overwrite=args.overwrite,
-                hub=hub_options(args),
+            texts = TextOptions(
+                calibration_data=args.calibration_data,
+                chat_template=args.chat_template,
+                calibration_samples=args.calibration_samples,
+                calibration_length=args.calibration_length,
+                calibration_repeats=args.calibration_repeats,
             )
+            common = {"dtype": args.dtype, "device": args.device, "overwrite": args.overwrite, "hub": hub_options(args)}
+            if args.refit is not None:
+                found = refit(args.model, args.refit, args.output, texts, **common)
+                which = "The refitted codec was kept" if found.refitted else "The codec was kept as it was"
+                print(
+                    f"Predictions move by {found.divergence_before:.2g} nats with the codec as it was, and by "
+                    f"{found.divergence_after:.2g} with the one that was fitted again in {found.seconds:.0f} seconds."
+                )
+                print(f"{which}. Saved to {args.output}")
+                print(f"Next: load it in Python by optimum_mla.load_codec(model, {args.output!r}).")
+                return
+            statistics, seconds = calibrate(args.model, args.output, texts=texts, **common)
             data = statistics.data
             print(
                 f"Statistics of {len(statistics)} layers on {data['windows']} windows of {data['tokens_per_window']} "
