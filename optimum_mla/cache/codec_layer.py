@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from optimum_mla.cache.cache import PositionedCache
+from optimum_mla.cache.positions import CachedPositions
 from optimum_mla.codec.vectors import VectorCodec
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.ops.positions import first_tokens
 from optimum_mla.ops.rotary import Rotation, rotate
 
-Turns = Callable[[slice], tuple[Tensor, Tensor]]
-"""Returns cos and sin of all pairs, [1 or B, T, D/2] each, for the cached tokens in a slice."""
+Turns = Callable[[slice, torch.device], tuple[Tensor, Tensor]]
+"""Returns cos and sin of all pairs, [1 or B, T, D/2] each, for the cached tokens in a slice, on a device."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class ExactTokens:
 
 
 EXACT_TOKENS = ExactTokens()
+TILE = 1024
+"""Tokens whose codes are opened at a time on CPUs, so that what lies between codes and keys stays in fast memory."""
 
 
 class CodecLayer(CacheLayerMixin):
@@ -132,7 +135,7 @@ class CodecLayer(CacheLayerMixin):
                 for part, held in zip((keys, values), self.sinks, strict=True)
             ]
         )
-        cos, sin = (part.unsqueeze(1) for part in self._turns(slice(self.coded, self.coded + count)))
+        cos, sin = (part.unsqueeze(1) for part in self._turns(slice(self.coded, self.coded + count), self.device))
         keys = keys if self._order is None else keys[..., self._order.to(keys.device)]
         size = (cos.square() + sin.square()).repeat(1, 1, 1, 2)  # the square of the rotary embedding's attention factor
         plain = rotate(keys.float(), Rotation(cos, -sin)) / size
@@ -144,15 +147,19 @@ class CodecLayer(CacheLayerMixin):
 
     def _open(self) -> tuple[Tensor, Tensor]:
         """Return the rotated keys and the values of all tokens, [B, G, T, D] each."""
-        vectors = self.codec.decode(self.codes).unflatten(-1, (2, -1, self.keys.shape[-1]))  # [B, T, 2, G, D]
-        plain, values = vectors.permute(2, 0, 3, 1, 4)
-        keys = rotate(plain, Rotation(*(part.unsqueeze(1) for part in self._turns(slice(0, self.coded)))))
-        if self._order is not None:
-            keys = keys[..., self._order.to(keys.device).argsort()]
         batch, heads, recent, dim = self.keys.shape
         opened = self.keys.new_empty(2, batch, heads, self.coded + recent + 1, dim)
-        for out, old, new in zip(opened, (keys, values), (self.keys, self.values), strict=True):
-            out[:, :, : self.coded], out[:, :, self.coded : -1] = old, new
+        order = None if self._order is None else self._order.to(self.device).argsort()
+        step = TILE if self.device.type == "cpu" else max(1, self.coded)
+        for start in range(0, self.coded, step):
+            span = slice(start, min(start + step, self.coded))
+            vectors = self.codec.decode(self.codes[..., span]).unflatten(-1, (2, heads, dim))  # [B, t, 2, G, D]
+            keys = rotate(vectors[:, :, 0], Rotation(*(part.unsqueeze(2) for part in self._turns(span, self.device))))
+            keys = keys if order is None else keys[..., order]
+            opened[0, :, :, span] = keys.transpose(1, 2)
+            opened[1, :, :, span] = vectors[:, :, 1].transpose(1, 2)
+        for out, new in zip(opened, (self.keys, self.values), strict=True):
+            out[:, :, self.coded : -1] = new
         # Sinks that are not among the codes go to one more place at the end, so that no size depends on the data.
         slots = self._slots()
         place = torch.where(slots < self.coded, slots, self.coded + recent)[None, :, None, :, None]
@@ -232,23 +239,21 @@ class CodecCache(PositionedCache):
     `ModelCodec.make_cache` makes one for a model, to be given to `generate` or to the model as its cache.
 
     Args:
-        make_layers: Returns the layers, given a function that returns the positions of the tokens in a slice,
-            [1 or B, T].
+        make_layers: Returns the layers, given a function that returns the positions of the cached tokens.
         offloading: Keep the layers on the CPU between their turns (CUDA only).
     """
 
     def __init__(
         self,
-        make_layers: Callable[[Callable[[slice], Tensor]], Sequence[CacheLayerMixin]],
+        make_layers: Callable[[Callable[[], CachedPositions]], Sequence[CacheLayerMixin]],
         offloading: bool = False,
     ) -> None:
-        self._device = torch.device("cpu")
-        super().__init__(list(make_layers(self._positions_at)), offloading)
+        super().__init__(list(make_layers(self._cached_positions)), offloading)
 
-    def _positions_at(self, span: slice) -> Tensor:
-        return self.positions.last(self.positions.tokens, self._device)[:, span]
+    def _cached_positions(self) -> CachedPositions:
+        return self.positions
 
-    def note(self, length: int, position_ids: Tensor | None, attention_mask: Any, device: torch.device) -> None:
+    def note(self, length: int, position_ids: Tensor | None, attention_mask: Any) -> None:
         """Take in where the tokens of a pass stand, before the pass.
 
         Args:
@@ -256,9 +261,8 @@ class CodecCache(PositionedCache):
             position_ids: Their positions, [1 or B, S]; None continues those before.
             attention_mask: The mask of all tokens, [B, T], which leaves padding out. With any other form, or with None,
                 the positions tell where padding is.
-            device: The device of the model.
         """
-        seen, self._device = self.get_seq_length(), device
+        seen = self.get_seq_length()
         self.positions.cut(seen)
         self.positions.note(seen, length, position_ids)
         starts = None

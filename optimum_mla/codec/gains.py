@@ -46,12 +46,20 @@ def encode(latents: Tensor, layout: Layout, weight: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, layout: Layout) -> Tensor:
-    """Return the latents that codes [..., T, r + groups] stand for, [..., T, r], in units of their steps.
+    """Return the latents that codes stand for, [..., T, r], in units of their steps. The codes are overwritten.
 
-    The result has the dtype and the order in memory of the codes.
+    Args:
+        codes: The codes, those of the gains last, [..., T, r + groups].
+        layout: The layout of the codes.
     """
-    latents = codes[..., : layout.num_channels] + 0.5
-    return latents.mul_(_spread(codes[..., layout.num_channels :], layout)) if layout.gain_groups else latents
+    channels, groups = layout.num_channels, layout.gain_groups
+    latents = codes[..., :channels].add_(0.5)
+    if groups and channels % groups == 0:  # Then a view does what `_spread` copies for.
+        by_group = latents.mT.unflatten(-2, (groups, -1))
+        by_group.mul_(torch.exp2(codes[..., channels:] * GAIN_OCTAVES).mT.unsqueeze(-2))
+    elif groups:
+        latents.mul_(_spread(codes[..., channels:], layout))
+    return latents
 
 
 def _spread(indices: Tensor, layout: Layout) -> Tensor:

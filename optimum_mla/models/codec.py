@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from optimum_mla.cache.codec_layer import CodecCache, CodecLayer, ExactTokens
+from optimum_mla.cache.positions import CachedPositions
 from optimum_mla.codec.layout import Layout
 from optimum_mla.codec.vectors import VectorCodec
 from optimum_mla.core.errors import UnreadableModelError, UnsupportedModelError, first_line
@@ -25,7 +26,7 @@ from optimum_mla.families.spec import AttentionSpec, layer_type
 from optimum_mla.models.checks import config_of
 from optimum_mla.models.family_table import family_of
 from optimum_mla.ops.rotary import PairTable
-from optimum_mla.stack import by_layer_type, rotary_dims, rotary_table
+from optimum_mla.stack import by_layer_type, first_positions_table, rotary_dims, rotary_table
 
 CODEC_FILE = "latent_codec.safetensors"
 """Name of the file of a codec in its folder."""
@@ -163,7 +164,7 @@ class ModelCodec:
         if not any(isinstance(hook, _TellsPositions) for hook in base._forward_pre_hooks.values()):
             base.register_forward_pre_hook(_TellsPositions(), with_kwargs=True)
 
-        def layers(positions: Callable[[slice], Tensor]) -> Sequence[CacheLayerMixin]:
+        def layers(positions: Callable[[], CachedPositions]) -> Sequence[CacheLayerMixin]:
             own = DynamicCache(config=config).layers
             made: list[CacheLayerMixin] = []
             for index in range(config.num_hidden_layers):
@@ -205,12 +206,17 @@ def _turns(
     rotary: nn.Module,
     pairs: PairTable,
     keywords: dict[str, Any],
-    positions: Callable[[slice], Tensor],
+    positions: Callable[[], CachedPositions],
     span: slice,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of all pairs for the cached tokens in a slice, [1 or B, T, D/2] each, in float32."""
-    places = positions(span)
-    like = torch.empty(0, dtype=torch.float32, device=places.device)
+    like, held = torch.empty(0, dtype=torch.float32, device=device), positions()
+    if held.consecutive:
+        at = slice(held.start + span.start, held.start + span.stop)
+        cos, sin = first_positions_table(rotary, like, at.stop, keywords)
+        return pairs.turns((cos[:, at], sin[:, at]))
+    places = held.last(held.tokens, device)[:, span]
     return pairs.turns(rotary_table(rotary, like, places, keywords))
 
 
@@ -225,4 +231,4 @@ class _TellsPositions:
                     for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
                     if isinstance(given, Tensor)
                 )
-                cache.note(tokens.shape[1], kwargs.get("position_ids"), kwargs.get("attention_mask"), tokens.device)
+                cache.note(tokens.shape[1], kwargs.get("position_ids"), kwargs.get("attention_mask"))
