@@ -27,14 +27,15 @@ class Sensitivity:
 
     Args:
         walk: A walk in which no layer is converted.
-        every: Predictions are compared at each so-manyth token.
+        tokens: Number of tokens that go through the streams, rounded down to whole windows.
+        every: Predictions are compared at each so-manyth of them.
     """
 
-    def __init__(self, walk: CalibrationWalk, every: int = 1) -> None:
+    def __init__(self, walk: CalibrationWalk, tokens: int = SENSITIVITY_TOKENS, every: int = 1) -> None:
         self._walk, self._every = walk, every
         self._moved: set[int] = set()
         room = STREAM_NUMBERS // (walk.model.num_layers * walk.source.shape[-1])
-        self._windows = min(len(walk.windows), max(1, min(SENSITIVITY_TOKENS, room) // walk.windows.shape[1]))
+        self._windows = min(len(walk.windows), max(1, min(tokens, room) // walk.windows.shape[1]))
         self._streams: dict[int, Tensor] = {}
 
     def replace(self, attention: nn.Module, stream: int | None = None) -> None:

@@ -37,7 +37,8 @@ from optimum_mla.plan.allocation import allocate_ranks
 from optimum_mla.stack import rope_type
 
 LARGEST_BUDGET = 0.5
-TOGETHER = 3
+STREAMED = 1024
+TOGETHER = 1
 """Number of neighbouring layers whose effect on the predictions is measured together. Their errors in the hidden state
 say which share of it each has."""
 COMPARED = 2
@@ -108,7 +109,7 @@ def _fit_on_windows(fits: LayerFits, walk: CalibrationWalk, chosen: tuple[int, .
         chosen: The layers to code.
         exact: Which tokens are never read from codes.
     """
-    reached = Sensitivity(walk, COMPARED)
+    reached = Sensitivity(walk, STREAMED, COMPARED)
     groups = {layer: place // TOGETHER for place, layer in enumerate(chosen)}
     for layer in progress(range(max(chosen) + 1), "codec: layers", main=True):
         if layer in groups:

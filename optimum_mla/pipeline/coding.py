@@ -117,6 +117,10 @@ def code_cache(
     with tempfile.TemporaryDirectory() as scratch:
         with stages.stage("load"):
             source = without_codec(load_model(model, config, dtype, device, hub, Path(scratch)))
+            if getattr(config, "quantization_config", None) is not None:
+                # Libraries find out at the first pass that weights are not those that the config describes.
+                with reading("weights", model, hub), torch.no_grad():
+                    source(torch.zeros(1, 2, dtype=torch.long, device=source.device))
         weights = sum(p.numel() * p.element_size() for p in source.parameters())
         if announce is not None:
             announce(_announcement(model, source, budget, layers, data, weights))

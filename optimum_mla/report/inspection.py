@@ -134,7 +134,7 @@ def inspection_text(found: Inspection) -> str:
         rows = [
             (
                 f"{row.method}, {row.kv_cache_ratio:g}",
-                f"{row.cache_numbers_per_token:,}",
+                "-" if row.cache_numbers_per_token is None else f"{row.cache_numbers_per_token:,}",
                 f"{row.cache_bytes_per_token:,.0f}",
                 number(row.cache_percent_of_source, 1),
                 f"{row.parameters_added:+,}"

@@ -28,7 +28,9 @@ def test_the_fast_codes_are_those_of_the_specification(
     found, wanted = gains.encode(latents, layout, weight), naive.encode(latents, layout, weight)
     for codes in (found, wanted):
         torch.testing.assert_close(gains.decode(codes.clone(), layout), naive.decode(codes, layout))
-    error, least = (((gains.decode(codes.clone(), layout) - latents).square() * weight).sum(1) for codes in (found, wanted))
+    error, least = (
+        ((gains.decode(codes.clone(), layout) - latents).square() * weight).sum(1) for codes in (found, wanted)
+    )
     # Sums in another order may choose another one of two gains that are equally good.
     torch.testing.assert_close(error, least, rtol=1e-5, atol=1e-6)
 

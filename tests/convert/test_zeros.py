@@ -161,7 +161,7 @@ def test_a_token_of_zeros_decides_nothing() -> None:
         expected = model(IDS[:, 1:]).logits
         converted: Any = GQA2MLA(kv_cache_ratio=0.75, calibration=IDS)(model)
         error = (converted(IDS[:, 1:]).logits - expected).norm() / expected.norm()
-    assert error < 0.1
+    assert error < 0.2
 
 
 def test_what_leaves_the_range_of_every_dtype_is_not_told_to_take_another() -> None:

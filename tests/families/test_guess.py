@@ -17,7 +17,7 @@ from optimum_mla import AttentionSpec
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.guess import guessed_spec, spec_source
 from optimum_mla.families.refused import ALREADY_LATENT, refusal
-from optimum_mla.models import family_of, registry
+from optimum_mla.models import family_of, family_table, supported_model_types
 from optimum_mla.models.registry import try_family
 from optimum_mla.pipeline import convert
 from tests.cases import FAMILIES, FURTHER_FAMILIES, SIZES, UNCALIBRATED, source_model
@@ -28,12 +28,12 @@ GUESSABLE = ("llama", "llama with biases", "qwen2", "qwen3", "mixtral", "olmo2",
 
 @pytest.fixture
 def _forgotten_families() -> Iterator[None]:
-    before = dict(registry._FAMILIES)
+    before = dict(family_table.FAMILIES)
     for unknown in ("cwm", "glm"):  # Another test may have registered them.
-        registry._FAMILIES.pop(unknown, None)
+        family_table.FAMILIES.pop(unknown, None)
     yield
-    registry._FAMILIES.clear()
-    registry._FAMILIES.update(before)
+    family_table.FAMILIES.clear()
+    family_table.FAMILIES.update(before)
 
 
 @pytest.mark.parametrize("family", GUESSABLE)
@@ -102,7 +102,7 @@ def test_reasons_of_refusals() -> None:
         family_of(transformers.GptOssConfig())
     with pytest.raises(UnsupportedModelError, match=r"'gemma3_text'.*docs/families\.md"):
         family_of(transformers.Gemma3Config())
-    supported = registry.supported_model_types()
+    supported = supported_model_types()
     assert not set(ALREADY_LATENT) & set(supported)
     for family in FAMILIES | FURTHER_FAMILIES:
         assert refusal(source_model(family).config) is None

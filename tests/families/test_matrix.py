@@ -24,7 +24,7 @@ from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models import family_of
 from optimum_mla.models.coded import with_codec
 from optimum_mla.nn import LatentAttention
-from optimum_mla.stack import cache_argument
+from optimum_mla.stack import cache_argument, rope_type
 from tests.cases import FAMILIES, FURTHER_FAMILIES, METHODS, source_model, token_ids
 
 FORMS: dict[str, Callable[[Tensor], MLATransformation]] = {
@@ -115,6 +115,10 @@ def test_every_family_has_codes(family: str) -> None:
     config = model.config
     if sliding_window(config, full_layers(config)[0]) is not None:
         with pytest.raises(UnsupportedModelError, match="all of its layers have a sliding window"):
+            fit_codec(model, ids)
+        return
+    if rope_type(config) == "longrope":
+        with pytest.raises(UnsupportedModelError, match=r"depend on the length \(longrope\)"):
             fit_codec(model, ids)
         return
     codec = fit_codec(model, ids, 0.5, exact=ExactTokens(sinks=2, recent=4, together=4))

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from optimum_mla import GQA2MLA, MHA2MLA, AttentionSpec, XEcoMLA, register_family, trace
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.verify import verify_family
-from optimum_mla.models import family_of, registry
+from optimum_mla.models import family_of, family_table
 from optimum_mla.pipeline import convert
 from tests.cases import FAMILIES, SIZES, source_model, token_ids
 
@@ -42,10 +42,10 @@ LOOK_ALIKES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 @pytest.fixture
 def _registered_for_a_while() -> Iterator[None]:
-    before = dict(registry._FAMILIES)
+    before = dict(family_table.FAMILIES)
     yield
-    registry._FAMILIES.clear()
-    registry._FAMILIES.update(before)
+    family_table.FAMILIES.clear()
+    family_table.FAMILIES.update(before)
 
 
 def look_alike(model_type: str, prefix: str, changes: dict[str, Any]) -> PreTrainedModel:
