@@ -20,48 +20,36 @@ TOKENS_AT_ONCE = 256
 
 
 class Sensitivity:
-    """Carries, beside a walk over the source, streams of states in which the attention of some layers was replaced.
+    """Carries, beside a walk over the source, one stream of states for each layer whose attention was replaced.
 
     Errors of different layers add up in the divergence, so the share that each layer has in it says where bytes are
     worth most. Errors in the hidden state do not: later layers make much of some of them and nothing of others.
 
     Args:
         walk: A walk in which no layer is converted.
-        tokens: Number of tokens that go through the streams, rounded down to whole windows.
-        every: Predictions are compared at each so-manyth of them.
     """
 
-    def __init__(self, walk: CalibrationWalk, tokens: int = SENSITIVITY_TOKENS, every: int = 1) -> None:
-        self._walk, self._every = walk, every
-        self._moved: set[int] = set()
+    def __init__(self, walk: CalibrationWalk) -> None:
+        self._walk = walk
         room = STREAM_NUMBERS // (walk.model.num_layers * walk.source.shape[-1])
-        self._windows = min(len(walk.windows), max(1, min(tokens, room) // walk.windows.shape[1]))
+        self._windows = min(len(walk.windows), max(1, min(SENSITIVITY_TOKENS, room) // walk.windows.shape[1]))
         self._streams: dict[int, Tensor] = {}
 
-    def replace(self, attention: nn.Module, stream: int | None = None) -> None:
-        """Take a stream through the layer before which the walk stands, with another attention.
-
-        Args:
-            attention: The attention.
-            stream: The number of the stream, which is started if there is none. None takes one for this layer alone.
-        """
+    def replace(self, attention: nn.Module) -> None:
+        """Start a stream in which the layer before which the walk stands has another attention."""
         walk = self._walk
-        stream = walk.layer if stream is None else stream
-        states = self._streams.get(stream, walk.source[: self._windows])
-        self._streams[stream] = walk.through(walk.with_attention(attention), states)
-        self._moved.add(stream)
+        self._streams[walk.layer] = walk.through(walk.with_attention(attention), walk.source[: self._windows])
 
     def advance(self) -> None:
         """Carry the walk, and the streams of earlier layers, through the layer before which the walk stands."""
         walk = self._walk
-        for stream, states in self._streams.items():
-            if stream not in self._moved:
-                self._streams[stream] = walk.through(walk.decoder_layer, states)
-        self._moved.clear()
+        for layer, states in self._streams.items():
+            if layer != walk.layer:
+                self._streams[layer] = walk.through(walk.decoder_layer, states)
         walk.advance()
 
     def divergences(self, title: str) -> dict[int, float]:
-        """Return the mean divergence of the predictions from the source's in nats, by the number of the stream.
+        """Return the mean divergence of the predictions from the source's in nats, by the replaced layer.
 
         It is KL(source, replaced). The walk is carried to the end for it.
 
@@ -82,8 +70,7 @@ class Sensitivity:
             offs = (expected - predicted(states) for states in part[1:])
             return tuple(float((expected.exp() * off).sum(-1).double().sum()) for off in offs)
 
-        every = slice(self._every - 1, None, self._every)
-        streams = [states[: self._windows].flatten(0, 1)[every] for states in (walk.source, *self._streams.values())]
+        streams = [states[: self._windows].flatten(0, 1) for states in (walk.source, *self._streams.values())]
         parts = list(zip(*(stream.split(TOKENS_AT_ONCE) for stream in streams), strict=True))
         totals = walk.processes.summed(parts, sums, title)
         # Rounding may leave less than nothing.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,16 +31,10 @@ from optimum_mla.models.codec import ModelCodec, probe_of
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layer_source import LayerSource
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
-from optimum_mla.plan.allocation import allocate_ranks
+from optimum_mla.plan.allocation import allocate_ranks, scaled
 from optimum_mla.stack import rope_type
 
 LARGEST_BUDGET = 0.5
-STREAMED = 1024
-TOGETHER = 1
-"""Number of neighbouring layers whose effect on the predictions is measured together. Their errors in the hidden state
-say which share of it each has."""
-COMPARED = 2
-"""Predictions are compared at each so-manyth token."""
 REACH = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Sizes at which the error of a layer's codes is computed, as multiples of the mean size."""
 
@@ -59,7 +51,7 @@ def fit_codec(
 ) -> ModelCodec:
     """Return a codec for the keys and values of a model, whose weights stay as they are.
 
-    Bytes are shared between layers by how far the predictions move if old tokens of a few layers alone come from codes.
+    Bytes are shared between layers by how far the predictions move if old tokens of one layer alone come from codes.
     Stored statistics cannot tell that, so with them bytes are shared by the errors in the hidden states.
 
     Args:
@@ -109,16 +101,15 @@ def _fit_on_windows(fits: LayerFits, walk: CalibrationWalk, chosen: tuple[int, .
         chosen: The layers to code.
         exact: Which tokens are never read from codes.
     """
-    reached = Sensitivity(walk, STREAMED, COMPARED)
-    groups = {layer: place // TOGETHER for place, layer in enumerate(chosen)}
+    reached = Sensitivity(walk)
     for layer in progress(range(max(chosen) + 1), "codec: layers", main=True):
-        if layer in groups:
+        if layer in chosen:
             attention = walk.model.attention(layer)
-            codec = fits.add(layer, LayerCalibration(walk, attention), float(walk.row_weights.mean()))
-            reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype), groups[layer])
+            codec = fits.add(layer, LayerCalibration(walk, attention), 1.0)
+            reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype))
         reached.advance()
-    for group, divergence in reached.divergences("codec: effect on the predictions").items():
-        fits.weigh([layer for layer in chosen if groups[layer] == group], divergence)
+    for layer, divergence in reached.divergences("codec: effect on the predictions").items():
+        fits.weigh(layer, divergence)
 
 
 class LayerFits:
@@ -151,12 +142,9 @@ class LayerFits:
         self._errors[layer] = {one: weight * fit.error(one) for one in tried}
         return fit.codec(size)
 
-    def weigh(self, layers: Sequence[int], divergence: float) -> None:
-        """Scale the errors of some layers alike, so that at the mean size their sum is a measured divergence."""
-        predicted = sum(self._errors[layer][self._sizes[layer]] for layer in layers)
-        for layer in layers if predicted else []:
-            scale = divergence / predicted
-            self._errors[layer] = {size: scale * error for size, error in self._errors[layer].items()}
+    def weigh(self, layer: int, divergence: float) -> None:
+        """Scale the errors of a layer so that the one at the mean size is a measured divergence."""
+        self._errors[layer] = scaled(self._errors[layer], self._sizes[layer], divergence)
 
     def codecs(self, processes: Processes = ALONE) -> dict[int, VectorCodec]:
         """Return the codec of each layer, with the bytes of all shared out so that the sum of errors is small."""
