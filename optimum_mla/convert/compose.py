@@ -30,12 +30,21 @@ class ComposedTransformation(ModelTransformation):
         Before any part is applied, all conversions are planned, so that a refused one leaves the model unchanged.
 
         Raises:
-            InvalidValueError: Two parts convert the same layer.
+            InvalidValueError: Two parts convert the same layer, or one with a budget of bytes is not alone.
         """
         seen: set[int] = set()
         language = language_of(graph_module)
         for part in self.flattened():
             if isinstance(part, MLATransformation):
+                if part.coded and sum(isinstance(other, MLATransformation) for other in self.flattened()) > 1:
+                    raise InvalidValueError(
+                        "kv_cache_budget",
+                        part.budget.kv_cache_budget,
+                        "nothing beside another method",
+                        "It leaves the weights alone; name its layers by `layers`.",
+                    )
+                if part.coded:
+                    continue
                 plans = Run(part, language).plans()
                 if both := sorted(seen & set(plans)):
                     raise InvalidValueError(

@@ -17,7 +17,7 @@ from optimum_mla.models.family_table import Family, is_converted
 from optimum_mla.models.layers import build_attention
 from optimum_mla.nn import LatentAttention
 
-NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")
+NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config", "latent_codec")
 """Keys of a source config that the converted config does not take over."""
 
 

@@ -7,11 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from optimum_mla.cache.codec_layer import CodecCache
-from optimum_mla.core.errors import MLAError, UnsupportedModelError
+from optimum_mla.core.errors import MLAError, UnsupportedModelError, first_line
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.stack import CACHE_ARGUMENT
 
@@ -70,9 +71,15 @@ class CodedGeneration(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model as Transformers does, with its codec beside the weights and named in the config."""
+        pushed, folder = kwargs.pop("push_to_hub", False), Path(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
-        self.latent_codec.save(save_directory)
-        name_codec(Path(save_directory))
+        # Other processes write nothing, and adapters are saved without the config of their model.
+        if kwargs.get("is_main_process", True) and (folder / "config.json").is_file():
+            self.latent_codec.save(folder)
+            name_codec(folder)
+        if pushed:  # After the codec is there: this saves to a folder of its own, by this method, and uploads that.
+            names = ("commit_message", "create_pr", "private", "revision", "token")
+            self.push_to_hub(kwargs.get("repo_id", folder.name), **{n: kwargs[n] for n in names if n in kwargs})
 
     def __reduce__(self) -> Any:
         """Pickle the model as its source class and its codec, because this class is made when it is needed."""
@@ -109,6 +116,10 @@ def without_codec(model: M) -> M:
     if isinstance(model, CodedGeneration):
         model.__class__ = type(model).__bases__[1]
         del model.__dict__["latent_codec"]
+    entries = vars(model.config)
+    entries.pop(CONFIG_ENTRY, None)
+    if SHIM_NAME in str(entries.get("auto_map")):
+        del entries["auto_map"]
     return model
 
 
@@ -147,12 +158,18 @@ def name_codec(folder: Path) -> None:
     fields["auto_map"] = {"AutoModelForCausalLM": f"{SHIM_NAME}.CodedForCausalLM", **fields.get("auto_map", {})}
     (folder / f"{SHIM_NAME}.py").write_text(shim, encoding="utf-8")
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if weights.is_file() and not index.exists():
+        # Engines read every file of tensors in a folder, unless an index says which ones hold the weights.
+        with safe_open(weights, framework="pt") as file:
+            content = {"metadata": {}, "weight_map": dict.fromkeys(sorted(file.keys()), weights.name)}
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _folder(path: str, hub: dict[str, Any]) -> Path:
     """Return the folder that holds the codec of a model, downloaded where it is on the hub."""
     if Path(path).is_dir():
-        return Path(path)
+        return Path(path) / hub.get("subfolder", "")
     try:
         found = cached_file(path, CODEC_FILE, **hub)
     except OSError:
@@ -195,8 +212,9 @@ def register_source(config: type[PreTrainedConfig], source: type[PreTrainedModel
         if getattr(model.config, CONFIG_ENTRY, None) is not None:
             try:
                 load_codec(model, name, **{key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs})
-            except MLAError as error:
-                logger.warning("warning: %s The model is loaded without its codec, so its cache is not coded.", error)
+            except (MLAError, RuntimeError) as error:  # Weights on several devices may refuse the check.
+                said = first_line(error)
+                logger.warning("warning: %s The model is loaded without its codec, so its cache is not coded.", said)
         return loaded
 
     def from_config(cls: Any, config: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.parallel import TensorParallelPlan
 from optimum_mla.stack import enter_class_names, share_checkpoint_names
 
-BUILT_INFAMILIES = (
+BUILT_IN_FAMILIES = (
     "arcee",
     "cohere",
     "gemma",
@@ -79,7 +79,7 @@ def register_family(spec: AttentionSpec) -> Family:
     prefix, home = spec.class_prefix, f"{__package__}.registry"
     source_config, source_base, source_model, source_attention = _source_classes(spec)
 
-    shared: dict[str, Any] = {"__module__": home, "spec": spec, "built_in": spec.model_type in BUILT_INFAMILIES}
+    shared: dict[str, Any] = {"__module__": home, "spec": spec, "built_in": spec.model_type in BUILT_IN_FAMILIES}
     defaults = {name: default for name, (_, default) in MLA_CONFIG_FIELDS.items()}
     config = type(
         f"{prefix}MLAConfig",
@@ -196,5 +196,5 @@ def register_installed_families() -> None:
             warnings.warn(f"the family {point.name!r} ({point.value}) is left out: {first_line(error)}", stacklevel=2)
 
 
-for _name in BUILT_INFAMILIES:
+for _name in BUILT_IN_FAMILIES:
     register_family(import_module(f"optimum_mla.families.{_name}").SPEC)

@@ -29,9 +29,6 @@ class DecoupledLatentAttention(LatentAttention):
     The K rotary heads lie side by side in the second tensor, because static caches give both tensors as many heads.
     With key norms it also holds one factor per key head, by which the whole logit of that head is multiplied. It comes
     from the source's own key projection, so it is exact at any rank.
-
-    Where the second tensor is coded too, it holds the codes of the rotary key and of the factors, which lie
-    `ROPE_CENTRE` below the key and `factor_centre` below the factors, in steps.
     """
 
     rope_pairs: Tensor

@@ -141,10 +141,8 @@ class Block(NamedTuple):
     Attributes:
         first: The first cached vectors, which are the joint latent or the key latent.
         second: The second cached vectors, the rotary key [B, T, K·R] or the value latent; their width may be 0.
-        key_factors: The factors of the key norms, [B, T, G]; the width is 0 without key norms. Those that are coded lie
-            below the factors by a constant that the layer's geometry gives.
-        adjacent: The stored vectors of `first` and `second` as one tensor if they lie side by side in memory, or None;
-            factors that are coded lie behind them.
+        key_factors: The factors of the key norms, [B, T, G]; the width is 0 without key norms.
+        adjacent: The stored vectors of `first` and `second` as one tensor if they lie side by side in memory, or None.
     """
 
     first: Latents

@@ -25,7 +25,7 @@ from optimum_mla.families.verify import verify_family
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.faults import TOKENIZER_FILES
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
-from optimum_mla.io.reading import local_folder, reading
+from optimum_mla.io.reading import reading
 from optimum_mla.measure.codec_checks import codec_reference, verify_codec
 from optimum_mla.measure.quality import compare_decoding
 from optimum_mla.measure.sizes import layer_numbers
@@ -48,6 +48,7 @@ from optimum_mla.pipeline.loading import (
     read_texts,
 )
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
+from optimum_mla.pipeline.preparation import left_by
 from optimum_mla.report.codec import STATED_TOKENS, CodecLayerReport, CodecReport, codec_card
 from optimum_mla.report.pages import size
 
@@ -61,6 +62,8 @@ CODEC_FILES = (CODEC_FILE, "config.json")
 """A folder that holds one of them may be replaced by a codec."""
 COPIED = (".json", ".jinja", ".model", ".py", ".tiktoken")
 """Ends of the names of files, beside weights and a tokenizer's text files, that the result takes over."""
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""Beginnings of the names of files that say what may be done with a model."""
 NOT_COPIED = ("conversion_report.json", "recovery_report.json", CodecReport.file_name)
 """Files that say what the source is made of, which the result is not."""
 
@@ -109,10 +112,7 @@ def code_cache(
     }
     folder = check_output(output, inputs, overwrite, CODEC_FILES)
     config, hub, layers, budget = _checked(model, options, texts, dtype, seed, hub, try_family)
-    tokenizer, calibration, evaluation, data = _read(model, config, budget, texts, hub)
-    source_files = _source_files(model, hub)
-    if not codec_only:
-        check_space(folder, sum(path.stat().st_size for path in source_files))
+    calibration, evaluation, data = _read(model, config, budget, texts, hub)
     stages = Stages()
     with tempfile.TemporaryDirectory() as scratch:
         with stages.stage("load"):
@@ -121,6 +121,8 @@ def code_cache(
                 # Libraries find out at the first pass that weights are not those that the config describes.
                 with reading("weights", model, hub), torch.no_grad():
                     source(torch.zeros(1, 2, dtype=torch.long, device=source.device))
+        source_files = [] if codec_only else _source_files(model, hub)
+        check_space(folder, sum(path.stat().st_size for path in source_files))
         weights = sum(p.numel() * p.element_size() for p in source.parameters())
         if announce is not None:
             announce(_announcement(model, source, budget, layers, data, weights))
@@ -132,7 +134,7 @@ def code_cache(
         with atomic_folder(folder, overwrite=overwrite) as partial:
             with stages.stage("write"):
                 codec_bytes = codec.save(partial).stat().st_size
-                for path in () if codec_only else source_files:
+                for path in source_files:
                     shutil.copy(path, partial)
                 if not codec_only:
                     name_codec(partial)
@@ -146,10 +148,10 @@ def code_cache(
                     written = load_model(place, load_config(place, own), dtype, device, own, Path(scratch) / "written")
                 verification = verify_codec(written, codec, reference)
             found, prompt = None, 0
-            if evaluation is not None:
-                scored = evaluation[:SCORED_WINDOWS]
-                stride = scored.shape[1] // 2
-                prompt = scored.shape[1] - stride
+            length = 0 if evaluation is None else evaluation.shape[1]
+            if evaluation is not None and codec.exact.coded(length - length // 2):
+                scored, stride = evaluation[:SCORED_WINDOWS], length // 2
+                prompt = length - stride
                 with stages.stage("measure"), reading_weights():
                     found = compare_decoding(
                         written,
@@ -180,7 +182,7 @@ def code_cache(
                 same_guess_percent=None if found is None or found.agreement is None else 100 * found.agreement,
                 prompt_tokens=None if found is None else prompt,
                 scored_tokens=None if found is None else found.tokens,
-                quality_text=None if found is None else "evaluation" if texts.eval_data else "held-back calibration",
+                quality_text=None if found is None else _quality_text(texts),
                 conversion_seconds=seconds,
                 peak_memory_bytes=stages.peak(),
                 dtype=str(source.dtype).removeprefix("torch."),
@@ -194,8 +196,6 @@ def code_cache(
             report.write(partial)
             card = codec_card(report, folder.name, source_metadata(model, hub))
             (partial / "README.md").write_text(card, encoding="utf-8")
-            if tokenizer is not None and not codec_only and local_folder(model, hub) is None:
-                tokenizer.save_pretrained(partial)
     return report
 
 
@@ -220,7 +220,7 @@ def assist_codec(
         MLAError: Bad input of any kind.
     """
     config, hub, layers, budget = _checked(model, options, texts, dtype, seed, hub, try_family)
-    _, calibration, _, _ = _read(model, config, budget, texts, hub)
+    calibration, _, _ = _read(model, config, budget, texts, hub)
     with tempfile.TemporaryDirectory() as scratch:
         source = without_codec(load_model(model, config, dtype, device, hub, Path(scratch)))
         fit_codec(source, calibration, budget, layers=layers, processes=processes)
@@ -254,8 +254,8 @@ def _checked(
 
 def _read(
     model: str, config: PreTrainedConfig, budget: float, texts: TextOptions, hub: dict[str, Any]
-) -> tuple[Any, Tensor | CalibrationStatistics, Tensor | None, dict[str, dict[str, Any]]]:
-    """Return the tokenizer, what calibrates, the windows that are left to the report, and the origins of the texts."""
+) -> tuple[Tensor | CalibrationStatistics, Tensor | None, dict[str, dict[str, Any]]]:
+    """Return what calibrates, the windows that are left to the report, and the origins of the texts."""
     texts = calibrated_texts(texts, "gqa2mla", {"kv_cache_budget": budget})
     needed = isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
     tokenizer = load_tokenizer(model, hub, needed=needed)
@@ -263,27 +263,40 @@ def _read(
     calibration, evaluation, data = read_texts(tokenizer, config, texts)
     if statistics is not None:
         data["calibration-data"] = {**statistics.data, "statistics": statistics.digest}
-        return tokenizer, statistics, evaluation, data
+        if tokenizer is not None and evaluation is None:
+            evaluation, left = left_by(statistics, tokenizer, config, texts)
+            data |= left
+        return statistics, evaluation, data
     if calibration is None:
         raise RuntimeError("no calibration windows were read")
-    return tokenizer, calibration, evaluation, data
+    return calibration, evaluation, data
 
 
 def _source_files(model: str, hub: dict[str, Any]) -> list[Path]:
-    """Return the files of a checkpoint that make up the source: weights, configs, tokenizer and code."""
-    folder = local_folder(model, hub)
-    if folder is None:
+    """Return the files of a checkpoint that make up the source: weights, configs, tokenizer, code and licence.
+
+    Args:
+        model: A hub id or a folder. Of a hub id the weights have been downloaded, because the model was loaded.
+        hub: Keyword arguments for loading from the hub.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         known = {name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub}
+        named = [*(f"*{end}" for end in COPIED), *TOKENIZER_FILES, *(f"{name}*" for name in LICENCES)]
         with reading("weights", model, hub):
-            folder = Path(snapshot_download(model, **known))
+            folder = Path(snapshot_download(model, allow_patterns=named, ignore_patterns=["*/*"], **known))
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in NOT_COPIED]
     weights = [path for path in files if path.suffix == ".safetensors" and path.name != CODEC_FILE]
     # Some repositories hold their weights a second time, for other libraries.
     weights = [path for path in weights if not path.name.startswith("consolidated")]
     weights = weights or [path for path in files if path.suffix == ".bin"]
-    return weights + [path for path in files if path.suffix in COPIED or path.name in TOKENIZER_FILES]
+    return weights + [
+        path
+        for path in files
+        if path.suffix in COPIED or path.name in TOKENIZER_FILES or path.name.startswith(LICENCES)
+    ]
 
 
 def _announcement(
@@ -303,6 +316,13 @@ def _announcement(
     if text["source"] == "built-in":
         lines.append("Text like what the model will read is better: give it with --calibration-data.")
     return "\n".join([*lines, ""])
+
+
+def _quality_text(texts: TextOptions) -> str:
+    """Return the name of the text on which the predictions are compared."""
+    if texts.eval_data is not None:
+        return "evaluation"
+    return "built-in" if texts.statistics is not None else "held-back calibration"
 
 
 def _layer_reports(codec: ModelCodec) -> list[CodecLayerReport]:

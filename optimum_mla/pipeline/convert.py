@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import expected_to_take
 from optimum_mla.export.gguf_file import file_type_of
 from optimum_mla.io.claim import claims_output
-from optimum_mla.io.folder import atomic_folder, check_output, check_space
+from optimum_mla.io.folder import atomic_folder, check_output, check_space, kept_folder, located
 from optimum_mla.measure.answers import answers, moved, prompts, text_of
 from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.quality import TOKENS_PER_BATCH
@@ -100,6 +101,13 @@ def convert(
     common: dict[str, Any] = {"texts": texts, "dtype": dtype, "device": device, "seed": seed, "overwrite": overwrite}
     common |= {"hub": hub, "announce": announce, "try_family": try_family, "processes": processes}
     if is_coded(method, given):
+        kept = kept_folder("mla-convert", located(output))
+        if kept.exists() and not overwrite:
+            raise OptionError(
+                f"output: an unfinished conversion of weights lies in {kept}. Go on by --resume with its options, or "
+                "start anew by --overwrite."
+            )
+        shutil.rmtree(kept, ignore_errors=True)
         return code_cache(model, output, given, codec_only=codec_only, **common)
     if codec_only:
         raise OptionError("--codec-only needs --cache-budget: without one the weights are converted, and written.")

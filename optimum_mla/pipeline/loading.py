@@ -212,7 +212,8 @@ def load_model(
         with reading("generation config", model, hub):
             GenerationConfig.from_pretrained(model)
     spread: dict[str, Any] = {}
-    if offload is not None and expected_bytes(model, config, dtype, hub) > RESIDENT_BYTES:
+    quantized = getattr(config, "quantization_config", None) is not None
+    if offload is not None and not quantized and expected_bytes(model, config, dtype, hub) > RESIDENT_BYTES:
         spread = {"device_map": layers_on_disk(config, place), "offload_folder": str(offload)}
     try:
         with reading("weights", model, hub):

@@ -179,7 +179,7 @@ def prepare(
     if statistics is not None:
         data["calibration-data"] = {**statistics.data, "statistics": statistics.digest}
         if tokenizer is not None and unread:
-            evaluation, left = _left_by(statistics, tokenizer, config, texts)
+            evaluation, left = left_by(statistics, tokenizer, config, texts)
             data |= left
     transformation = build_transformation(method, options, calibration if statistics is None else statistics)
     check_calibration_is_used(transformation, texts, method)
@@ -212,7 +212,7 @@ def prepare(
     )
 
 
-def _left_by(
+def left_by(
     statistics: CalibrationStatistics, tokenizer: Any, config: PreTrainedConfig, texts: TextOptions
 ) -> tuple[Tensor | None, dict[str, dict[str, Any]]]:
     """Return the windows of the built-in text that stored statistics of it left to the report, and their origin."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.convert.refit import moved_codec, refit_codec
-from optimum_mla.core.errors import CalibrationDataError
+from optimum_mla.core.errors import CalibrationDataError, OptionError, OutputError
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.codec_checks import codec_reference, verify_codec
@@ -79,6 +79,10 @@ def refit(
     check_dtype(dtype)
     inputs = {"model": model, "refit": codec, "calibration-data": texts.calibration_data}
     folder = check_output(output, inputs, overwrite, (CODEC_FILE,), "codec")
+    if (folder / "config.json").exists():
+        raise OutputError(f"output: {folder} holds a model, and a codec alone would replace it. Choose another folder.")
+    if texts.chat_template and texts.calibration_data is None:
+        raise OptionError("--chat-template is about calibration data. Give chats with --calibration-data.")
     old = ModelCodec.load(codec)
     config = load_source_config(model, hub, quantized=True)
     tokenizer = load_tokenizer(model, hub, needed=True)
@@ -87,6 +91,11 @@ def refit(
     windows, left, _ = read_texts(tokenizer, config, texts)
     if windows is None or left is None:
         raise CalibrationDataError("calibration-data: too few windows to compare two codecs. Give more text.")
+    length = left.shape[1]
+    if not old.exact.coded(length - length // 2):
+        raise CalibrationDataError(
+            f"calibration_length: in windows of {length} tokens no prompt has codes to compare. Give longer ones."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         source: Any = without_codec(load_model(model, config, dtype, device, hub, offload=Path(scratch)))
         start = time.perf_counter()

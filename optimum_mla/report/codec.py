@@ -139,7 +139,7 @@ def codec_verdict(report: CodecReport) -> str:
         f"16 bits, and {report.percent_of_long_caches:.3g} % when it is long."
     )
     if report.divergence_nats is None:
-        return f"{saved} What that costs in quality was not measured, as there was no text."
+        return f"{saved} What that costs in quality was not measured, as there was no text in windows long enough."
     moved = report.divergence_nats
     meaning = (
         "The model is as good as before."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from optimum_mla import GQA2MLA
@@ -45,6 +48,20 @@ def test_a_file_that_is_none_is_named(codec: ModelCodec, tmp_path: Path, damage:
         path = codec.save(tmp_path)
         path.write_bytes(path.read_bytes()[:-100] if damage == "torn" else b"nothing")
     with pytest.raises(UnreadableModelError, match=f"codec: .*{CODEC_FILE} could not be read"):
+        ModelCodec.load(tmp_path)
+
+
+@pytest.mark.parametrize("entry", ["model_type", "exact", "layouts"])
+def test_damaged_metadata_are_named(codec: ModelCodec, tmp_path: Path, entry: str) -> None:
+    path = codec.save(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["latent_codec"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    described[entry] = {"no": "such"} if entry == "exact" else 3
+    if entry == "model_type":
+        del described[entry]
+    save_file(tensors, path, metadata={"latent_codec": json.dumps(described)})
+    with pytest.raises(UnreadableModelError, match="could not be read"):
         ModelCodec.load(tmp_path)
 
 

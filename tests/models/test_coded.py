@@ -15,13 +15,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
 
-from optimum_mla import GQA2MLA, MHA2MLA, CalibrationStatistics, load_codec, trace
+from optimum_mla import GQA2MLA, MHA2MLA, CalibrationStatistics, compose, load_codec, trace
 from optimum_mla.cache.codec_layer import CodecCache, ExactTokens
 from optimum_mla.convert.codec import fit_codec
 from optimum_mla.core.errors import InvalidValueError, UnreadableModelError, UnsupportedModelError
 from optimum_mla.measure.memory import live_cache_bytes
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import CodedGeneration, coded_loader, with_codec, without_codec
+from optimum_mla.pipeline.loading import layers_on_disk
 from tests.cases import source_model, token_ids
 
 EXACT = ExactTokens(sinks=4, recent=8, together=4)
@@ -113,6 +114,32 @@ def test_it_is_saved_loaded_copied_and_pickled(codec: ModelCodec, tmp_path: Path
     assert not notes["missing_keys"]
     assert not notes["unexpected_keys"]
     assert type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))) is type(model())
+
+
+def test_what_goes_back_names_no_codec(codec: ModelCodec, tmp_path: Path) -> None:
+    with_codec(model(), codec).save_pretrained(tmp_path / "coded")
+    back = without_codec(AutoModelForCausalLM.from_pretrained(tmp_path / "coded"))
+    back.save_pretrained(tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text(encoding="utf-8"))
+    assert not {"latent_codec", "auto_map"} & set(config)
+    index = json.loads((tmp_path / "coded" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
+    other = tmp_path / "root" / "inner"
+    with_codec(model(), codec).save_pretrained(other)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "root", subfolder="inner"), CodedGeneration)
+    coded: Any = with_codec(model(), codec)
+    coded.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none" / CODEC_FILE).exists()
+
+
+def test_offloaded_weights_are_checked_too(codec: ModelCodec, tmp_path: Path) -> None:
+    with_codec(model(), codec).save_pretrained(tmp_path / "coded")
+    place = layers_on_disk(AutoConfig.from_pretrained(tmp_path / "coded"), torch.device("cpu"))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "coded", device_map=place, offload_folder=tmp_path / "offload"
+    )
+    assert isinstance(loaded, CodedGeneration)
+    assert isinstance(loaded.generate(PROMPT, **GREEDY).past_key_values, CodecCache)
 
 
 SCRIPT = """
@@ -255,6 +282,13 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: GQA2MLA(kv_cache_budget=0.25, calibration=IDS)(model()),
         InvalidValueError,
         "calibration_length: got 48, allowed: more than 68",
+    ),
+    "composed": (
+        lambda: compose(
+            GQA2MLA(kv_cache_budget=0.25, calibration=IDS, layers="0"), GQA2MLA(kv_cache_ratio=0.5, layers="1")
+        )(model()),
+        InvalidValueError,
+        "kv_cache_budget: got 0.25, allowed: nothing beside another method",
     ),
     "a graph": (
         lambda: GQA2MLA(kv_cache_budget=0.25, calibration=IDS)(trace(model())),

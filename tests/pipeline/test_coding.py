@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "benchmarks" / "reference_model"
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
 TEXT = str(REFERENCE / "calibration.txt")
-FEW = TextOptions(calibration_data=TEXT, calibration_samples=8, calibration_length=160)
+FEW = TextOptions(calibration_data=TEXT, calibration_samples=8, calibration_length=288)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_the_command_writes_the_codec_alone(coded: Path, tmp_path: Path) -> None
     done = subprocess.run(
         [
             *(PROGRAM, "mla-convert", "-m", str(REFERENCE), "--cache-budget", "0.125", "--codec-only"),
-            *("--calibration-data", TEXT, "--calibration-samples", "8", "--calibration-length", "160", str(output)),
+            *("--calibration-data", TEXT, "--calibration-samples", "8", "--calibration-length", "288", str(output)),
         ],
         capture_output=True,
         text=True,
@@ -174,6 +174,26 @@ def test_a_folder_with_a_codec_is_a_source_again(coded: Path, tmp_path: Path) ->
     convert(str(coded), tmp_path / "latent", "mha2mla", {"kv_cache_ratio": 0.5}, FEW)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "latent")).__name__ == "LlamaMLAForCausalLM"
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"]
+
+
+def test_layers_on_the_disk_give_the_same_codec(coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimum_mla.pipeline.loading.RESIDENT_BYTES", 0)
+    convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_budget": 0.125}, texts=FEW)
+    one, other = (load_file(folder / CODEC_FILE) for folder in (coded, tmp_path / "out"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_short_windows_measure_nothing_and_say_so(tmp_path: Path) -> None:
+    texts = TextOptions(calibration_data=TEXT, calibration_samples=8, calibration_length=96)
+    report: Any = convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_budget": 0.125}, texts=texts)
+    assert report.divergence_nats is None
+    assert "was not measured, as there was no text in windows long enough" in codec_verdict(report)
+
+
+def test_an_unfinished_conversion_of_weights_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / ".out.unfinished").mkdir()
+    with pytest.raises(OptionError, match="an unfinished conversion of weights lies in"):
+        convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_budget": 0.25}, texts=FEW, resume=True)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -81,7 +81,7 @@ def test_the_command_says_which_one_it_kept(tmp_path: Path) -> None:
         [
             *(PROGRAM, "mla-calibrate", "-m", str(REFERENCE), "--refit", str(tmp_path / "codec")),
             *("--calibration-data", str(REFERENCE / "calibration.txt"), "--calibration-samples", "8"),
-            *("--calibration-length", "160", str(tmp_path / "out")),
+            *("--calibration-length", "288", str(tmp_path / "out")),
         ],
         capture_output=True,
         text=True,
