@@ -171,7 +171,7 @@ def test_what_cannot_be_converted_says_why(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
-    assert inspect(str(tmp_path / "packed")).reason == "its weights are quantized; convert the unquantized model"
+    assert inspect(str(tmp_path / "packed")).reason.startswith("its weights are quantized; ")
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:

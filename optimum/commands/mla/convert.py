@@ -245,7 +245,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         run.add_argument(
             "--resume",
             action="store_true",
-            help="Go on with an interrupted conversion to OUTPUT. The other options must be those that it had.",
+            help="Go on with an interrupted conversion to OUTPUT. The other options must be those that it had. With "
+            "--cache-budget nothing is kept of an interrupted run.",
         )
 
     def run(self) -> None:
