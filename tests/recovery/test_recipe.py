@@ -78,7 +78,7 @@ def test_steps_are_those_of_the_data(training: dict[str, Any], rows: int | None,
     TrainingArguments(**chosen)
 
 
-@pytest.mark.parametrize("name", ["recovery", "recovery_2m", "recovery_memory", "real_recovery"])
+@pytest.mark.parametrize("name", ["recovery", "recovery_2m", "recovery_memory"])
 def test_benchmarks_are_made_with_the_defaults(name: str) -> None:
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     # Sizes, precision and what is compared; no rate, schedule, warm-up or rank.
