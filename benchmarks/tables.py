@@ -92,8 +92,8 @@ def engines() -> str:
         (
             *("Transformers with optimum-mla", "native, codec, all forms", "all tests of this project"),
             f"SmolLM2, {coded['bytes_per_old_token']:,} bytes for an old token instead of {source_bytes:,}: "
-            f"predictions move by {moved[0]:.3f} to {moved[-1]:.3f} nats by kind of text, and at least {same:.1f} % of the "
-            "first guesses stay",
+            f"predictions move by {moved[0]:.3f} to {moved[-1]:.3f} nats by kind of text, and at least {same:.1f} % of "
+            "the first guesses stay",
             "`make bench-exact-model`",
         ),
         (
