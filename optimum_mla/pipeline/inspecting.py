@@ -127,7 +127,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
             engines.append(EngineChoice(engine.name, options, None, why))
         return replace(known, state="converted", engines=engines)
     if getattr(config, "quantization_config", None) is not None:
-        said = "its weights are quantized; convert the unquantized model, or fit a codec with mla-convert --cache-budget"
+        said = "its weights are quantized; convert the unquantized model, or fit a codec by mla-convert --cache-budget"
         return replace(known, reason=said)
     choices = [
         choice(config, method, options, size, ratio, geometry) for method, options, size in METHODS for ratio in ratios
