@@ -60,15 +60,6 @@ def decoding_perplexity(model: PreTrainedModel, windows: Tensor, make_cache: Cal
     return _perplexity(total, windows)
 
 
-def sliding_windows(tokens: Tensor, length: int, stride: int) -> Tensor:
-    """Return windows [N, length] of consecutive tokens [T], which start `stride` tokens apart.
-
-    If the last `stride` tokens of each window are scored, every token from index `length - stride` on is scored once,
-    with at least that many tokens of context. The tokens before are only context.
-    """
-    return tokens.unfold(0, length, stride)
-
-
 @dataclass(frozen=True)
 class Mean:
     """A mean over tokens with its standard error.

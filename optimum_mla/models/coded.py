@@ -231,7 +231,7 @@ def register_source(config: type[PreTrainedConfig], source: type[PreTrainedModel
 
 
 _LOADERS: dict[str, type[PreTrainedModel]] = {}
-"""What loads models with their codecs, by the `model_type`."""
+"""The classes that load models with their codecs, by the `model_type`."""
 
 
 def coded_loader(model_type: str) -> type[PreTrainedModel]:

@@ -34,7 +34,7 @@ from optimum_mla.pipeline.loading import (
 
 @dataclass(frozen=True)
 class Refit:
-    """What a refit found, and which codec it kept.
+    """The result of a refit: how far both codecs move the predictions, and which one was kept.
 
     Attributes:
         divergence_before: How far the old codec moves the predictions of the present weights, in nats.

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 
 from optimum_mla import XEcoMLA
 from optimum_mla.measure.memory import PeakMemory, large_tensors, living_storages
-from optimum_mla.measure.quality import Mean, compare_decoding, evaluating, sliding_windows
+from optimum_mla.measure.quality import Mean, compare_decoding, evaluating
 from optimum_mla.measure.speed import Contender, spread, time_in_turn
 from tests.cases import source_model, token_ids
 
@@ -100,7 +100,7 @@ def test_a_failing_measurement_leaves_the_mode_as_it_was() -> None:
 
 def test_windows_score_every_token_once() -> None:
     tokens = torch.arange(20)
-    windows = sliding_windows(tokens, 8, 3)
+    windows = tokens.unfold(0, 8, 3)
     assert windows[:, -3:].flatten().tolist() == list(range(5, 20))
 
 
