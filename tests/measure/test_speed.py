@@ -98,12 +98,6 @@ def test_a_failing_measurement_leaves_the_mode_as_it_was() -> None:
     assert model.training
 
 
-def test_windows_score_every_token_once() -> None:
-    tokens = torch.arange(20)
-    windows = tokens.unfold(0, 8, 3)
-    assert windows[:, -3:].flatten().tolist() == list(range(5, 20))
-
-
 def test_something_of_full_size_beside_the_cache_is_found() -> None:
     model = XEcoMLA(kv_cache_ratio=0.5)(source_model("llama"))
     cache, ids = model.make_cache(), token_ids(1, 100)
