@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_the_command_writes_the_codec_alone(coded: Path, tmp_path: Path) -> None
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in output.iterdir()) == ["README.md", "codec_report.json", CODEC_FILE]
@@ -100,9 +102,9 @@ def test_the_command_writes_the_codec_alone(coded: Path, tmp_path: Path) -> None
     assert f"Next: load it in Python by optimum_mla.load_codec(model, '{output}')" in done.stdout
     model: Any = load_codec(AutoModelForCausalLM.from_pretrained(REFERENCE), output)
     assert isinstance(model, CodedGeneration)
-    # The same text gives the same codec.
+    # The same text gives the same codec; the processor may round sums differently in another process.
     one, other = (load_file(folder / CODEC_FILE) for folder in (coded, output))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    torch.testing.assert_close(other, one)
 
 
 def test_without_a_size_the_weights_stay(tmp_path: Path) -> None:
