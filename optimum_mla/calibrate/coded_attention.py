@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optimum_mla.cache.codec_layer import ExactTokens
-from optimum_mla.codec.vectors import VectorCodec
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.ops.blockwise import capped
 from optimum_mla.ops.rotary import Rotation, rotate
@@ -21,23 +21,29 @@ class CodedAttention(nn.Module):
 
     Args:
         source: The layer's attention.
-        codec: The codec of its keys and values.
+        reread: Returns the vectors [key ; value] that old tokens are read as, [B, L, w], for those that they have,
+            before the keys' rotation. A codec would return what its codes stand for.
         exact: Which tokens are never read from codes.
         mask: Whether a token attends to another, [1, 1, L, L] boolean.
         dtype: The dtype to compute in.
     """
 
     def __init__(
-        self, source: SourceAttention, codec: VectorCodec, exact: ExactTokens, mask: Tensor, dtype: torch.dtype
+        self,
+        source: SourceAttention,
+        reread: Callable[[Tensor], Tensor],
+        exact: ExactTokens,
+        mask: Tensor,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.source, self.codec, self.exact, self.mask = source, codec.to(mask.device), exact, mask
+        self.source, self.reread, self.exact, self.mask = source, reread, exact, mask
         output = {name.removeprefix("o_proj."): tensor for name, tensor in source.output().items()}
         width, inner = output["weight"].shape
         self.o_proj = nn.Linear(inner, width, bias="bias" in output, device=mask.device)
         self.o_proj.load_state_dict({name: tensor.to(dtype) for name, tensor in output.items()}, assign=True)
+        self.requires_grad_(False)
 
-    @torch.no_grad()
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
     ) -> tuple[Tensor, None]:
@@ -45,16 +51,16 @@ class CodedAttention(nn.Module):
         g, source = self.source.geometry, self.source
         query, key, value, _ = source.project(hidden_states)
         vectors = torch.cat([part.transpose(1, 2).flatten(2) for part in (key, value)], dim=-1)
-        again = self.codec.decode(self.codec.encode(vectors)).to(key.dtype)
-        coded_key, coded_value = (
+        again = self.reread(vectors).to(key.dtype)
+        old_key, old_value = (
             part.transpose(1, 2) for part in again.unflatten(-1, (2, g.num_key_value_heads, -1)).unbind(2)
         )
         rotation = Rotation(*(part.unsqueeze(1) for part in source.pairs.turns(position_embeddings)))
         query = rotate(query, rotation).unflatten(1, (g.num_key_value_heads, -1))  # [B, G, H/G, L, D]
         places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         old = (places[:, None] - places >= self.exact.recent) & (places >= self.exact.sinks)
-        logits = [query @ rotate(keys, rotation).unsqueeze(2).mT for keys in (key, coded_key)]
+        logits = [query @ rotate(keys, rotation).unsqueeze(2).mT for keys in (key, old_key)]
         scaled = capped(torch.where(old, logits[1], logits[0]) * g.head_dim**-0.5, g.logit_cap)
         weights = scaled.masked_fill(~self.mask[:, :, None], float("-inf")).softmax(-1)
-        context = (weights * old) @ coded_value.unsqueeze(2) + (weights * ~old) @ value.unsqueeze(2)
+        context = (weights * old) @ old_value.unsqueeze(2) + (weights * ~old) @ value.unsqueeze(2)
         return (self.o_proj(context.flatten(1, 2).transpose(1, 2).flatten(2)), None)

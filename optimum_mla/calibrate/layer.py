@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from optimum_mla.calibrate.calibration import SAMPLE_TOKENS, Calibration
@@ -45,12 +44,7 @@ class LayerCalibration(Calibration):
 
     def inputs(self) -> Tensor:
         """Return normed inputs of some tokens, without the first ones of a window, [T, d]; see `Calibration`."""
-        fit = fitted(len(self._walk.windows))
-        later = range(min(FIRST_TOKENS, self._walk.windows.shape[1] - 1), self._walk.windows.shape[1])
-        step = -(-len(fit) * len(later) // SAMPLE_TOKENS)
-        picked = torch.arange(0, len(fit) * len(later), step)
-        states = self._walk.converted[fit[picked // len(later)], later.start + picked % len(later)]
-        return self._walk.input_norm(states)
+        return self._walk.some_inputs(fitted(len(self._walk.windows)), FIRST_TOKENS, SAMPLE_TOKENS)
 
     def contribution(self) -> Tensor:
         """Return the 2-norm contribution of each rotary pair on the source's states, [G, D/2]; see `moments`."""

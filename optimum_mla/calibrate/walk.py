@@ -56,14 +56,21 @@ class CalibrationWalk:
         self.position_ids = torch.arange(windows.shape[1], device=self.device)[None]
         self._enter(0)
 
-    def _enter(self, layer: int) -> None:
-        """Take the source's states through the layer, and keep those behind its attention too."""
+    def stand_before(self, layer: int) -> None:
+        """Take the modules, the mask and the rotary table of a layer, but carry no states there."""
         self.layer = layer
         if layer == self.model.num_layers:
             return
-        window, spec, own = sliding_window(self.model.config, layer), self.model.family.spec, self.decoder_layer
+        window = sliding_window(self.model.config, layer)
         self.windowed, self.mask = window is not None, self._mask(window)
         self.position_embeddings = self.model.table(layer, self.source[:1], self.position_ids)
+
+    def _enter(self, layer: int) -> None:
+        """Take the source's states through the layer, and keep those behind its attention too."""
+        self.stand_before(layer)
+        if layer == self.model.num_layers:
+            return
+        spec, own = self.model.family.spec, self.decoder_layer
         outputs: list[Tensor] = []
         middles: list[Tensor] = []
 
@@ -71,7 +78,7 @@ class CalibrationWalk:
             """Return the states behind the layer, the attention's output, and what the norm behind it gets, if any."""
             outputs.clear()
             middles.clear()
-            return self._behind(own, batch), *outputs, *middles
+            return self.after(own, batch), *outputs, *middles
 
         with ExitStack() as stack:
             output = self.attention.register_forward_hook(lambda _, args, given: outputs.append(given[0]))
@@ -186,6 +193,19 @@ class CalibrationWalk:
             "position_ids": self.position_ids,
         }
 
+    def some_inputs(self, windows: Tensor, first: int, count: int) -> Tensor:
+        """Return normed inputs of the attention of at most `count` tokens on the converted model's states, [T, d].
+
+        Args:
+            windows: Indices of the windows over which the tokens are spread evenly.
+            first: Number of first tokens of each window that are left out, if others are left.
+            count: Largest number of tokens.
+        """
+        later = range(min(first, self.windows.shape[1] - 1), self.windows.shape[1])
+        step = -(-len(windows) * len(later) // count)
+        picked = torch.arange(0, len(windows) * len(later), step)
+        return self.input_norm(self.converted[windows[picked // len(later)], later.start + picked % len(later)])
+
     def output(self, attention: nn.Module, states: Tensor) -> Tensor:
         """Return the output of an attention for a batch of states, after the norm before the attention."""
         return attention(self.input_norm(states), **self._keywords)[0]  # type: ignore[no-any-return]
@@ -213,11 +233,11 @@ class CalibrationWalk:
 
     def through(self, layer: nn.Module, states: Tensor) -> Tensor:
         """Return the states [B, L, d] behind a decoder layer at the walk's place, for states before it."""
-        found = self.processes.each(self.batches(states), lambda batch: (self._behind(layer, batch),))
+        found = self.processes.each(self.batches(states), lambda batch: (self.after(layer, batch),))
         return torch.cat([left for (left,) in found])
 
-    def _behind(self, layer: nn.Module, batch: Tensor) -> Tensor:
-        """Return the states behind a decoder layer for one batch of states before it."""
+    def after(self, layer: nn.Module, batch: Tensor) -> Tensor:
+        """Return the states after a decoder layer at the walk's place, [B, L, d], for one batch of states before it."""
         output = layer(batch, **self._keywords)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 

@@ -8,9 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.cache.codec_layer import EXACT_TOKENS, ExactTokens
 from optimum_mla.calibrate.calibration import Calibration
-from optimum_mla.calibrate.coded_attention import CodedAttention
+from optimum_mla.calibrate.gradients import Gradients
 from optimum_mla.calibrate.layer import LayerCalibration
-from optimum_mla.calibrate.sensitivity import Sensitivity
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.calibrate.windows import check_tokens
@@ -51,7 +50,7 @@ def fit_codec(
 ) -> ModelCodec:
     """Return a codec for the keys and values of a model, whose weights stay as they are.
 
-    Bytes are shared between layers by how far the predictions move if old tokens of one layer alone come from codes.
+    Bytes are shared between layers by how far the predictions move if old tokens come from codes, which gradients tell.
     Stored statistics cannot tell that, so with them bytes are shared by the errors in the hidden states.
 
     Args:
@@ -93,7 +92,7 @@ def fit_codec(
 
 
 def _fit_on_windows(fits: LayerFits, walk: CalibrationWalk, chosen: tuple[int, ...], exact: ExactTokens) -> None:
-    """Fit the chosen layers in one pass, and weigh their errors by what they do to the predictions.
+    """Fit the chosen layers in one pass, and weigh their errors on the way back by what they do to the predictions.
 
     Args:
         fits: Takes the layers.
@@ -101,15 +100,13 @@ def _fit_on_windows(fits: LayerFits, walk: CalibrationWalk, chosen: tuple[int, .
         chosen: The layers to code.
         exact: Which tokens are never read from codes.
     """
-    reached = Sensitivity(walk)
-    for layer in progress(range(max(chosen) + 1), "codec: layers", main=True):
+    gradients = Gradients(walk, exact)
+    for layer in progress(range(walk.model.num_layers), "codec: layers", main=True):
         if layer in chosen:
-            attention = walk.model.attention(layer)
-            codec = fits.add(layer, LayerCalibration(walk, attention), 1.0)
-            reached.replace(CodedAttention(attention, codec, exact, walk.mask, walk.dtype))
-        reached.advance()
-    for layer, divergence in reached.divergences("codec: effect on the predictions").items():
-        fits.weigh(layer, divergence)
+            fits.add(layer, LayerCalibration(walk, walk.model.attention(layer)), 1.0)
+        gradients.advance()
+    for layer, vectors, found in gradients.of_layers(chosen, "codec: effect on the predictions"):
+        fits.weigh(layer, vectors, found)
 
 
 class LayerFits:
@@ -126,8 +123,8 @@ class LayerFits:
         self._sizes: dict[int, int] = {}
         self._errors: dict[int, dict[int, float]] = {}
 
-    def add(self, layer: int, calibration: Calibration, weight: float) -> VectorCodec:
-        """Fit a layer, and return its codec of the mean size.
+    def add(self, layer: int, calibration: Calibration, weight: float) -> None:
+        """Fit a layer.
 
         Args:
             layer: Index of the layer.
@@ -140,11 +137,19 @@ class LayerFits:
         tried = sorted({max(smallest, round(share * size)) for share in REACH})
         self._fits[layer], self._sizes[layer] = fit, size
         self._errors[layer] = {one: weight * fit.error(one) for one in tried}
-        return fit.codec(size)
 
-    def weigh(self, layer: int, divergence: float) -> None:
-        """Scale the errors of a layer so that the one at the mean size is a measured divergence."""
-        self._errors[layer] = scaled(self._errors[layer], self._sizes[layer], divergence)
+    def weigh(self, layer: int, vectors: Tensor, gradients: Tensor) -> None:
+        """Scale the errors of a layer so that the one at the mean size is what it moves the predictions by.
+
+        Args:
+            layer: Index of the layer.
+            vectors: Keys and values of old tokens, [T, w].
+            gradients: The gradients of what is read in their place, [T, w]; see `Gradients`.
+        """
+        codec = self._fits[layer].codec(self._sizes[layer]).to(vectors.device)
+        off = codec.decode(codec.encode(vectors)) - vectors
+        moved = float((gradients * off).sum(-1).double().square().mean()) / 2
+        self._errors[layer] = scaled(self._errors[layer], self._sizes[layer], moved)
 
     def codecs(self, processes: Processes = ALONE) -> dict[int, VectorCodec]:
         """Return the codec of each layer, with the bytes of all shared out so that the sum of errors is small."""

@@ -1,0 +1,127 @@
+"""How the predictions of a model depend on the keys and values that it reads of old tokens.
+
+If what is read of an old token is off by δ, the predictions move by ½ δᵀ H δ nats of divergence to second order. H is
+the sum of Jᵀ (diag(p) - p pᵀ) J over the predictions, for their probabilities p and the Jacobian J of their logits: the
+Fisher information, which is also the Gauss-Newton matrix. With signs ε drawn at random, z = √p ∘ ε - p (√p · ε) has
+E z zᵀ = diag(p) - p pᵀ. So one backward pass with z as the gradients of the logits gives gradients g with
+E (g · δ)² = δᵀ H δ for all old tokens and all layers at once: the signs of different predictions are independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from optimum_mla.cache.codec_layer import ExactTokens
+from optimum_mla.calibrate.coded_attention import CodedAttention
+from optimum_mla.calibrate.perplexity import head_parts
+from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.core.processes import Terms
+from optimum_mla.core.progress import progress
+
+GRADIENT_TOKENS = 4096
+"""Number of tokens through which gradients flow, rounded down to whole windows, of which there is one at least."""
+STATE_NUMBERS = 2**29
+"""Largest number of numbers in the kept states of all layers together; there are fewer tokens where they were more."""
+TOKENS_AT_ONCE = 256
+"""Number of tokens whose predictions are computed at once."""
+
+
+class Gradients:
+    """Keeps the states of some windows on a walk through the source, and takes gradients the same way back.
+
+    Args:
+        walk: A walk before the first layer, in which no layer is converted.
+        exact: Which tokens are never read from codes.
+    """
+
+    def __init__(self, walk: CalibrationWalk, exact: ExactTokens) -> None:
+        self._walk, self._exact = walk, exact
+        length, width = walk.source.shape[1:]
+        room = STATE_NUMBERS // (walk.model.num_layers * width)
+        count = min(len(walk.windows), max(1, min(GRADIENT_TOKENS, room) // length))
+        self._windows = torch.arange(count) * len(walk.windows) // count  # evenly spread
+        self._states: list[Tensor] = []
+
+    def advance(self) -> None:
+        """Keep the states before the layer at which the walk stands, and carry the walk through it."""
+        self._states.append(self._walk.source[self._windows].cpu())
+        self._walk.advance()
+
+    def of_layers(self, layers: tuple[int, ...], title: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield, from the last layer to the first, the gradients of what is read of old tokens.
+
+        Called once, when the walk has passed the last layer.
+
+        Args:
+            layers: The layers to tell of.
+            title: What the progress of this is called.
+
+        Yields:
+            The index of a layer, the w = 2·G·D numbers [key ; value] of each token before the key's rotation, [T, w],
+            and the gradients g of what is read in their place, [T, w]. With errors δ that are independent from token to
+            token, each prediction moves by half the mean of (g · δ)² over these tokens.
+        """
+        walk = self._walk
+        found = walk.processes.each(range(len(self._windows)), self._of_predictions)
+        after = [gradient for (gradient,) in found]
+        for layer in progress(range(walk.model.num_layers - 1, min(layers) - 1, -1), title, main=True):
+            walk.stand_before(layer)
+            given = list(zip(self._states.pop().split(1), after, strict=True))
+            step = self._reading() if layer in layers else partial(self._passed, walk.decoder_layer)
+            after, *read = (list(parts) for parts in zip(*walk.processes.each(given, step), strict=True))
+            if read:
+                vectors, gradients = (torch.cat(parts).flatten(0, 1) for parts in read)
+                yield layer, vectors, gradients
+
+    def _of_predictions(self, window: int) -> tuple[Tensor]:
+        """Return the gradient of the states after the last layer in one window, [1, L, d]."""
+        walk = self._walk
+        norm, head = walk.model.final_norm().to(walk.dtype), walk.model.head()
+        generator, parts = torch.Generator().manual_seed(window), []
+        for part in walk.source[self._windows[window]].split(TOKENS_AT_ONCE):
+            with torch.enable_grad():
+                states = part.detach().requires_grad_()
+                logits = torch.cat(list(head_parts(norm(states), head)), dim=-1)
+                logits = walk.model.family.spec.logits(walk.model.config, logits)
+            p = logits.detach().softmax(-1)
+            signs = torch.randint(2, p.shape, generator=generator, dtype=torch.int8).to(p.device, p.dtype) * 2 - 1
+            roots = p.sqrt() * signs
+            parts += torch.autograd.grad(logits, states, roots - p * roots.sum(-1, keepdim=True))
+        return (torch.cat(parts)[None].cpu(),)
+
+    def _passed(self, layer: nn.Module, given: tuple[Tensor, Tensor], leaves: Sequence[Tensor] = ()) -> Terms:
+        """Return the gradient of the states before a layer, and those of what `leaves` holds after the pass.
+
+        Args:
+            layer: The layer at which the walk stands, with any attention.
+            given: The states of a window before the layer, and the gradient of those after it, [1, L, d] each.
+            leaves: What the pass fills.
+        """
+        states, after = (part.to(self._walk.device) for part in given)
+        with torch.enable_grad():
+            states.requires_grad_()
+            reached = self._walk.after(layer, states)
+            before, *others = torch.autograd.grad(reached, [states, *leaves], after)
+        return (before.cpu(), *others)
+
+    def _reading(self) -> Callable[[tuple[Tensor, Tensor]], Terms]:
+        """Return what takes a gradient back through the layer and adds what its attention reads, and the gradient."""
+        walk = self._walk
+        leaves: list[Tensor] = []
+
+        def reread(vectors: Tensor) -> Tensor:
+            leaves[:] = [vectors.detach().requires_grad_()]
+            return leaves[0]
+
+        attention = CodedAttention(walk.model.attention(walk.layer), reread, self._exact, walk.mask, walk.dtype)
+        layer = walk.with_attention(attention)
+
+        def step(given: tuple[Tensor, Tensor]) -> Terms:
+            before, gradient = self._passed(layer, given, leaves)
+            return before, leaves[0].detach(), gradient
+
+        return step
