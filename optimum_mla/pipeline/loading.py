@@ -42,6 +42,7 @@ from optimum_mla.models.coded import CONFIG_ENTRY
 from optimum_mla.models.registry import try_family
 from optimum_mla.models.wrappers import wrapper_of
 from optimum_mla.report.cards import renamed, shown
+from optimum_mla.report.codec import CodecReport
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 
 logger = logging.getLogger(__name__)
@@ -142,13 +143,20 @@ def load_source_config(
     return config
 
 
-def load_converted_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
+def load_converted_config(model: str, hub: dict[str, Any], coded: bool = False) -> PreTrainedConfig:
     """Return the config of a converted model.
+
+    Args:
+        model: A hub id or a folder.
+        hub: Keyword arguments for loading from the hub.
+        coded: Whether it may also be a source with a codec beside its weights.
 
     Raises:
         UnsupportedModelError: Not found, or not converted.
     """
     config = load_config(model, hub)
+    if coded and has_codec(config):
+        return config
     if is_converted(getattr(config, "text_config", None)):
         raise UnsupportedModelError(
             f"model: {model} is a wrapper around a converted language model. Extract that model with "
@@ -159,12 +167,17 @@ def load_converted_config(model: str, hub: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
+def has_codec(config: PreTrainedConfig) -> bool:
+    """Return whether the config is of a source with a codec beside its weights."""
+    return getattr(config, CONFIG_ENTRY, None) is not None
+
+
 def not_converted(model: str, config: PreTrainedConfig) -> UnsupportedModelError:
     """Return the error for a model whose attention is that of its source, where a converted one is needed."""
-    if getattr(config, CONFIG_ENTRY, None) is not None:
+    if has_codec(config):
         return UnsupportedModelError(
-            f"model: {model} has the weights of its source, and a codec beside them. Train, quantize and export it as "
-            "any model, or run mla-convert --kv-cache-ratio for converted weights."
+            f"model: {model} has the weights of its source, and a codec beside them. Quantize and export it as any "
+            "model, or run mla-convert --kv-cache-ratio for converted weights."
         )
     return UnsupportedModelError(
         f"model: {model} is not converted. Run optimum-cli mla-convert --kv-cache-ratio 0.5 on it first."
@@ -416,7 +429,7 @@ def carried_card(model: str, partial: Path, name: str) -> str:
         name: The name that it will have.
     """
     source = Path(model)
-    for report in (ConversionReport.file_name, RecoveryReport.file_name):
+    for report in (ConversionReport.file_name, CodecReport.file_name, RecoveryReport.file_name):
         if (source / report).is_file():
             shutil.copy(source / report, partial)
     card = source / "README.md"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.core.number_checks import check_count
+from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.projections import LATENT_PROJECTIONS
@@ -46,8 +47,32 @@ def converted_attentions(model: nn.Module, layers: LayerChoice = "all") -> dict[
     return found
 
 
-def latent_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, nn.Module]:
-    """Return the linear layers that write or read a latent in converted layers, by name."""
+def kv_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, nn.Module]:
+    """Return the linear layers that make keys and values, by name.
+
+    In converted layers they are those that write or read a latent, and in layers whose cache a codec codes the source's
+    own: one for keys and one for values, or the one that makes queries too.
+
+    Args:
+        model: A converted model, or one with a codec.
+        layers: Layers to take, in the forms that a conversion accepts.
+
+    Raises:
+        UnsupportedModelError: The model is neither, or none of the chosen layers is.
+        InvalidValueError: The model does not have the chosen layers.
+    """
+    if isinstance(model, CodedGeneration):
+        spec = family_of(model.config).spec
+        names = [spec.key, spec.value] if spec.fused is None else [spec.fused]
+        chosen = [
+            index
+            for index in parse_layers(layers, model.config.num_hidden_layers)
+            if index in model.latent_codec.layers
+        ]
+        if not chosen:
+            raise UnsupportedModelError(f"layers: none of {layers} has codes. Choose layers that have.")
+        paths = [f"{spec.attention_path(index)}.{name}" for index in chosen for name in names]
+        return {path: model.get_submodule(path) for path in paths}
     return {
         f"{path}.{name}": module
         for path, attention in converted_attentions(model, layers).items()
@@ -57,23 +82,23 @@ def latent_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[st
 
 
 def kv_parameters(model: nn.Module, layers: LayerChoice = "all") -> Iterator[nn.Parameter]:
-    """Yield the weights and biases of the latent projections, which TransMLA trains (arXiv 2502.07864v1, section 5.2).
+    """Yield the weights and biases of these projections, which TransMLA trains (arXiv 2502.07864v1, section 5.2).
 
     Args:
-        model: A converted model.
+        model: A converted model, or one with a codec.
         layers: Layers to take, in the forms that a conversion accepts.
     """
-    for module in latent_projections(model, layers).values():
+    for module in kv_projections(model, layers).values():
         yield from module.parameters()
 
 
 def mla_lora_config(
     model: nn.Module, rank: int = 32, alpha: float | None = None, layers: LayerChoice = "all", **options: Any
 ) -> LoraConfig:
-    """Return a PEFT `LoraConfig` that targets the latent projections of converted layers and nothing else.
+    """Return a PEFT `LoraConfig` that targets what `kv_projections` returns and nothing else.
 
     Args:
-        model: A converted model.
+        model: A converted model, or one with a codec.
         rank: Rank of the adapters.
         alpha: Numerator of their scale alpha/rank; None takes twice the rank.
         layers: Layers to take, in the forms that a conversion accepts.
@@ -86,7 +111,7 @@ def mla_lora_config(
         from peft import LoraConfig
     except ImportError as error:
         raise MissingDependencyError("peft", "train", "train adapters") from error
-    targets = list(latent_projections(model, layers))
+    targets = list(kv_projections(model, layers))
     check_count("lora_rank", rank, 1, model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -108,9 +133,9 @@ def prepare(
     """Make the chosen parameters of a model train and freeze all others.
 
     Args:
-        model: A converted model; changed in place.
-        train: `lora` or `dora` (adapters on the latent projections), `kv` (those projections themselves), `attention`
-            (all of the attention of the chosen layers, converted or not) or `full` (everything).
+        model: A converted model, or one with a codec; changed in place.
+        train: `lora` or `dora` (adapters on what `kv_projections` returns), `kv` (those projections themselves),
+            `attention` (all of the attention of the chosen layers, converted or not) or `full` (everything).
         layers: Layers that train, in the forms that a conversion accepts; `full` takes only `all`.
         lora_rank: Rank of the adapters.
         lora_alpha: Numerator of their scale; None takes twice the rank.
@@ -125,7 +150,7 @@ def prepare(
     if train not in TRAIN_CHOICES:
         near = difflib.get_close_matches(train, TRAIN_CHOICES, n=1)
         raise InvalidValueError("train", train, ", ".join(TRAIN_CHOICES), f"Did you mean {near[0]}?" if near else "")
-    converted_attentions(model, layers)  # raises if there are none
+    kv_projections(model, layers)  # raises if there are none
     if train in ADAPTERS:
         config = mla_lora_config(
             model, lora_rank, lora_alpha, layers, lora_dropout=lora_dropout, use_dora=train == "dora"

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from optimum_mla.calibrate.text import DEFAULT_WINDOW
 from optimum_mla.core.errors import InvalidValueError, MLAError, TrainingError, first_line
 from optimum_mla.io.faults import check_json
+from optimum_mla.recovery.as_used import AsUsedTrainer
 from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
 from optimum_mla.recovery.dpo import dpo_trainer
 from optimum_mla.recovery.guard import DivergenceGuard
@@ -145,7 +146,8 @@ def make_trainer(
     if name == "layerwise":
         return LayerwiseTrainer(model, teacher, **common)
     weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight, "temperature": recipe.temperature}
-    return DistillationTrainer(model, teacher, **weights, **common)
+    kind = AsUsedTrainer if hasattr(model, "latent_codec") else DistillationTrainer
+    return kind(model, teacher, **weights, **common)
 
 
 def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> None:

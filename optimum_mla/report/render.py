@@ -140,6 +140,17 @@ def quantization_table(report: QuantizationReport) -> str:
     return table(("", "before", "after"), rows)
 
 
+def divergence(report: RecoveryReport, perplexity: float | None) -> float | None:
+    """Return the divergence from the teacher, in nats, of a model with a codec that has such a perplexity.
+
+    Args:
+        report: A report of a training as used; see `RecoveryReport.as_used`.
+        perplexity: One of its perplexities, or None.
+    """
+    source = report.perplexity_source
+    return None if source is None or perplexity is None else max(0.0, math.log(perplexity / source))
+
+
 def closed(report: RecoveryReport) -> float | None:
     """Return the share of the excess log-perplexity over the source that a training closed; None if not measured."""
     source, converted, recovered = report.perplexity_source, report.perplexity_converted, report.perplexity_recovered
@@ -151,11 +162,21 @@ def closed(report: RecoveryReport) -> float | None:
 def recovery_table(report: RecoveryReport) -> str:
     """Return the table that `mla-finetune` prints at its end."""
     share = closed(report)
-    rows = [
-        ("perplexity of the source model", number(report.perplexity_source, 3)),
-        ("  converted", number(report.perplexity_converted, 3)),
-        ("  recovered", number(report.perplexity_recovered, 3)),
-        ("excess log-perplexity closed, %", "-" if share is None else number(100 * share, 1)),
+    closed_percent = "-" if share is None else number(100 * share, 1)
+    if report.as_used:
+        rows = [
+            ("divergence from the teacher before, nats", number(divergence(report, report.perplexity_converted), 4)),
+            ("  after", number(divergence(report, report.perplexity_recovered), 4)),
+            ("divergence closed, %", closed_percent),
+        ]
+    else:
+        rows = [
+            ("perplexity of the source model", number(report.perplexity_source, 3)),
+            ("  converted", number(report.perplexity_converted, 3)),
+            ("  recovered", number(report.perplexity_recovered, 3)),
+            ("excess log-perplexity closed, %", closed_percent),
+        ]
+    rows += [
         ("tokens seen", f"{report.tokens_seen:,}"),
         ("parameters trained", f"{report.trainable_parameters:,} ({report.trainable_percent:.1f} %)"),
         ("seconds", number(report.seconds, 1)),

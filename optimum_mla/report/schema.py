@@ -264,6 +264,9 @@ class RecoveryReport(Report):
         perplexities: Entries with `step` (optimizer steps in all stages) and `perplexity`, measured on the way.
         kept_step: Optimizer steps of the saved weights, which were best on that text; 0 is the model as it was given.
             None if the last weights were saved without such a choice.
+        as_used: Whether the model has a codec. The perplexities are then those of the teacher's own predictions, for
+            text that follows a prompt and is read through the cache: exponentials of cross-entropies, so that the
+            logarithm of the ratio of two of them is a divergence.
         seconds: Wall time of the training alone.
         peak_memory_bytes: Highest memory of the process (on CUDA: of the allocator) during the training, with models.
         dtype: Dtype of the result.
@@ -297,6 +300,7 @@ class RecoveryReport(Report):
     perplexity_text: str | None = None
     perplexities: list[dict[str, Any]] = field(default_factory=list)
     kept_step: int | None = None
+    as_used: bool = False
     machine: str = field(default_factory=lambda: machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 

@@ -6,6 +6,7 @@ import math
 import shlex
 from dataclasses import dataclass
 
+from optimum_mla.report.render import divergence
 from optimum_mla.report.schema import ConversionReport, RecoveryReport
 
 NOTHING, SMALL, LARGE, BROKEN = range(4)
@@ -126,18 +127,25 @@ def recovery_verdict(report: RecoveryReport) -> str:
     remedy = "Take a lower --learning-rate, more text, or text more like what the model is for."
     measured = {entry["step"]: entry["perplexity"] for entry in report.perplexities}
     last = max(measured, default=0)
+    what = "divergence from the teacher through the cache" if report.as_used else "perplexity"
+
+    def shown(perplexity: float) -> str:
+        return f"{divergence(report, perplexity):.4f} nats" if report.as_used else f"{perplexity:.2f}"
+
     if report.kept_step == 0:
         best = min(measured, key=lambda step: measured[step])
         found = "worse" if measured[best] > before else "no better"
         return (
-            f"warning: the training made the model {found}: its perplexity on {text} was {before:.2f} before, and at "
-            f"best {measured[best]:.2f} after {best} of {last} steps. The model is saved as it was given. {remedy}"
+            f"warning: the training made the model {found}: its {what} on {text} was {shown(before)} before, and at "
+            f"best {shown(measured[best])} after {best} of {last} steps. The model is saved as it was given. {remedy}"
         )
-    change = f"the perplexity on {text} from {before:.2f} to {after:.2f}"
+    change = f"the {what} on {text} from {shown(before)} to {shown(after)}"
     if after > before:
         return f"warning: the training made the model worse: it raised {change}. {remedy}"
     brought = f"The training brought {change}"
     if report.kept_step is not None and report.kept_step < last:
         kept = report.kept_step
-        return f"{brought} after {kept} steps, whose weights are saved. After {last} steps it was {measured[last]:.2f}."
+        return (
+            f"{brought} after {kept} steps, whose weights are saved. After {last} steps it was {shown(measured[last])}."
+        )
     return f"{brought}."

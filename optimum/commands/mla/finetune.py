@@ -19,8 +19,8 @@ from optimum.commands.mla.common import (
 TRAINING_FLAGS: dict[str, tuple[type, str]] = {
     "learning_rate": (
         float,
-        "Learning rate. Default: 1e-3 for adapters, 3e-4 for full, 5e-4 for kv and attention; a fifth of that where "
-        "latents are codes, and a hundredth for dpo.",
+        "Learning rate. Default: 1e-3 for adapters, 3e-4 for full, 5e-4 for kv and attention; a hundredth of "
+        "that for dpo.",
     ),
     "lr_scheduler_type": (
         str,

@@ -1,0 +1,116 @@
+"""Training of a model with a codec as it is used: a prompt goes into the cache, and the loss is on what follows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from optimum_mla.cache.codec_layer import ExactTokens
+from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.progress import progress
+from optimum_mla.measure.quality import evaluating
+from optimum_mla.models.coded import CodedGeneration
+from optimum_mla.recovery.distill import DistillationTrainer
+from optimum_mla.recovery.losses import IGNORED
+from optimum_mla.recovery.recipe import Recipe
+from optimum_mla.stack import cache_argument
+
+READ_AT_ONCE = 32
+"""Number of tokens that go through the cache at a time where a model is measured."""
+
+
+def check_as_used(recipe: Recipe, training: dict[str, Any]) -> None:
+    """Refuse what cannot be trained through a cache of codes.
+
+    Args:
+        recipe: The recipe.
+        training: The fields of `TrainingArguments` that the user set.
+
+    Raises:
+        InvalidValueError: An option does not go with a codec.
+    """
+    plain = "Train the model as any other, with its folder as it is, and then run mla-calibrate --refit."
+    if recipe.objective != "distill":
+        raise InvalidValueError("objective", recipe.objective, "distill for a model with a codec", plain)
+    if recipe.stage1 != "none":
+        raise InvalidValueError("stage1", recipe.stage1, "none for a model with a codec")
+    for name in ("gradient_checkpointing", "fsdp", "deepspeed"):
+        if training.get(name):
+            remedy = "Transformers drops the cache with it." if name == "gradient_checkpointing" else plain
+            raise InvalidValueError(name, training[name], "none for a model with a codec", remedy)
+
+
+def check_prompt(name: str, length: int, exact: ExactTokens) -> None:
+    """Refuse rows so short that half of one, as a prompt, leaves no codes in the cache.
+
+    Raises:
+        InvalidValueError: The field `name` has such a `length` in tokens.
+    """
+    if not exact.coded(length // 2):
+        least = 2 * (exact.recent + exact.together)
+        raise InvalidValueError(name, length, f"{least} or more, so that half of a row is a prompt with codes")
+
+
+@torch.no_grad()
+def loss_as_used(model: Any, teacher: Any, windows: Tensor) -> float:
+    """Return how well a model predicts what its teacher would say, as both are used: a mean cross-entropy in nats.
+
+    The second half of each window is read through the cache after the first one, by the teacher through its own. What
+    this is above the value of the teacher itself is the divergence of the model's predictions from the teacher's.
+
+    Args:
+        model: A model with a codec, adapters around it or not; or the teacher.
+        teacher: The teacher.
+        windows: Token ids, [N, L].
+    """
+    total, half = 0.0, windows.shape[1] // 2
+    with evaluating(model), evaluating(teacher):
+        for ids in progress(windows.split(1), "loss, through the cache"):
+            given = [(one, cache_argument(one, own_cache(one))) for one in (model, teacher)]
+            for one, cache in given:
+                one(ids[:, :half].to(one.device), **cache, use_cache=True, logits_to_keep=1)
+            for part in ids[:, half:].split(READ_AT_ONCE, dim=1):
+                found, wanted = (
+                    one(part.to(one.device), **cache, use_cache=True).logits.float().log_softmax(-1)
+                    for one, cache in given
+                )
+                total -= float((wanted.exp() * found.to(wanted.device)).sum())
+    return total / windows[:, half:].numel()
+
+
+def own_cache(model: Any) -> Cache:
+    """Return an empty cache as a model uses it: of codes, if it has a codec."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.make_cache() if isinstance(base, CodedGeneration) else DynamicCache(config=base.config)
+
+
+class AsUsedTrainer(DistillationTrainer):
+    """Distils into a model that reads the first half of each row from its coded cache.
+
+    Gradients flow through the second half alone: what is in the cache is given.
+    """
+
+    def _hidden_states(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return the hidden states of the student after its last norm, [B, L, d], with zeros in the first half."""
+        cached = self.accelerator.unwrap_model(model)
+        ids = inputs["input_ids"]
+        first, second = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]
+        given = {**cache_argument(cached, cached.make_cache()), "use_cache": True}
+        nothing = torch.empty(0, dtype=torch.long, device=ids.device)
+        with torch.no_grad():
+            model(input_ids=first, **given, logits_to_keep=nothing)
+        output = model(input_ids=second, **given, output_hidden_states=True, logits_to_keep=nothing)
+        last = output.hidden_states[-1]
+        return (torch.cat([last.new_zeros(*first.shape, last.shape[-1]), last], dim=1),)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of the second halves of a batch, as `Trainer` expects it."""
+        labels = inputs["labels"].clone()
+        # The state before the first token of the second half is one of the prompt's.
+        labels[:, : labels.shape[1] // 2 + 1] = IGNORED
+        return super().compute_loss(model, {**inputs, "labels": labels}, return_outputs, num_items_in_batch)
