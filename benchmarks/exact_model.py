@@ -5,7 +5,9 @@
 Every text is read as a model is used: a prompt at once, then chunks of a few tokens through the cache. Divergence is
 KL(source with its 16-bit cache, source with the other cache) over the tokens after the prompt, in nats. Shares of the
 cache are measured from the live cache at the end of a window, of that in 16 bits. The quantized caches keep the first
-four tokens and up to 128 newest ones, and read the prompt exactly, as the codecs do. Books are a held-out novel, chat
+four tokens and up to 128 newest ones, and read the prompt exactly, as the codecs do. So do codes in principal axes of
+all layers together, after KVTC, of which only the prompt is coded, and whose shares are computed. An interrupted run
+goes on with what its result lacks. Books are a held-out novel, chat
 is the source's own greedy answers, and the encyclopedia is the beginning of any text that is named. The codecs are kept
 in `benchmarks/real_conversions`, where other experiments find them.
 """
@@ -16,11 +18,16 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.principal_codes import AllLayers
 from benchmarks.real_quality import CONVERSIONS, MADE_BY, windows_of
-from benchmarks.result import CONFIGS, RESULTS, ROOT, save_result
+from benchmarks.result import CONFIGS, RESULTS, ROOT, earlier, save_result
+
+SINKS, RECENT = 4, 128
+"""First and newest tokens that codes of all layers together leave out."""
 
 
 def predicted(model: Any, ids: Any, cache: Any, prompt: int, chunk: int) -> Any:
@@ -132,6 +139,18 @@ def live_bytes(model: Any, cache: Any) -> int:
     return live_cache_bytes(filled_cache(model, ids, cache), in_16_bits=True)
 
 
+def all_layers_percent(tokens: int, later: int, share: float) -> float:
+    """Return the bytes of an `AllLayersCache` in percent of the source's.
+
+    Args:
+        tokens: Tokens in the cache.
+        later: How many of them came after the prompt.
+        share: The share of their bytes that coded tokens keep.
+    """
+    exact = SINKS + RECENT + later
+    return 100 * (exact + share * (tokens - exact)) / tokens
+
+
 def main() -> None:
     """Measure every cache in the config and write the result."""
     parser = argparse.ArgumentParser(description="Measure codecs beside the quantized caches of the source model.")
@@ -141,10 +160,14 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_mla.cache.source import source_cache
+    from optimum_mla.calibrate import built_in_windows
     from optimum_mla.models.codec import ModelCodec
 
     config = json.loads((CONFIGS / "exact_model.json").read_text(encoding="utf-8"))
-    small = small_models(config)
+    path = RESULTS / "exact_model.json"
+    before, _ = earlier(path, config, "codecs", also=["source_caches", "all_layers"])
+    measured_before = {row.get("name", row["cache"]): row for row in before.get("rows", [])}
+    small = before.get("small") or small_models(config)
     folder = str(ROOT / config["model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
@@ -152,6 +175,9 @@ def main() -> None:
     known: dict[Any, Any] = {}
     rows: list[dict[str, Any]] = []
     for line in config["codecs"]:
+        if line["name"] in measured_before:
+            rows.append(measured_before[line["name"]])
+            continue
         place = codec_of(config, line["name"])
         codec = ModelCodec.load(place)
         seconds = json.loads((place / MADE_BY).read_text(encoding="utf-8"))["fit_cpu_seconds"]
@@ -160,11 +186,26 @@ def main() -> None:
         rows.append(row | measured(config, model, windows, lambda codec=codec: codec.make_cache(model), known))
         print(rows[-1], flush=True)
     for name in config["source_caches"]:
+        if name in measured_before:
+            rows.append(measured_before[name])
+            continue
         make = lambda name=name: source_cache(model.config, name)  # noqa: E731
         row = {"cache": name, "percent_at_4096_tokens": 100 * live_bytes(model, make()) / live_bytes(model, None)}
         rows.append(row | measured(config, model, windows, make, known))
         print(rows[-1], flush=True)
-    save_result(RESULTS / "exact_model.json", config, rows=rows, small=small)
+    missing = [share for share in config["all_layers"] if f"all-layers-{100 * share:g}" not in measured_before]
+    rows += [row for name, row in measured_before.items() if name.startswith("all-layers")]
+    if missing:
+        length = config["calibration_length"]
+        codes = AllLayers(model, built_in_windows(tokenizer, length, config["calibration_windows"]))
+    for share in missing:
+        row = {"cache": f"all-layers-{100 * share:g}", "percent_at_4096_tokens": all_layers_percent(4096, 0, share)}
+        row |= measured(config, model, windows, partial(codes.cache, share, SINKS, RECENT), known)
+        tokens = config["tokens_per_window"]
+        row["percent"] = all_layers_percent(tokens - 1, tokens - config["prompt_tokens"], share)
+        rows.append(row)
+        print(rows[-1], flush=True)
+    save_result(path, config, rows=rows, small=small)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 This is the idea of KVTC (arXiv 2511.01815) in the setting of this project: keys before their rotation and values, all
 heads together but keys and values apart, are turned into their principal axes, and each component gets the bits that
 make the squared error least. The codes and the allocation are those of `optimum_mla.codec`, so what differs from a
-coded latent is the transform alone. KVTC's entropy coding and its window of newest tokens are left out, as for all
-other caches here.
+coded latent is the transform alone. `PrincipalCodes` has axes for each layer and codes every token. `AllLayers` is
+closer to KVTC: its axes run over all layers together, first and newest tokens stay as they are, and a prompt is coded
+after it was read. KVTC's entropy coding is left out, as for all other caches here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from transformers.models.llama.modeling_llama import rotate_half
 
 from optimum_mla.codec.fit import CodeTable, allocate_bits
+from optimum_mla.stack import cache_argument
 
 SINKS = 4
 """First tokens of a window that the axes and steps are not fitted to."""
@@ -99,6 +101,18 @@ class PrincipalLayer(DynamicLayer):
         return super().update(keys, values, *args, **kwargs)
 
 
+def samples_of(model: Any, windows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the unrotated keys and the values of windows without their first tokens, [T, G D] each, by layer."""
+    samples: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(model.config.num_hidden_layers)]
+    for ids in windows.split(8):
+        cache = DynamicCache(config=model.config)
+        model(ids, **cache_argument(model, cache), logits_to_keep=1)
+        for layer, kept in zip(cache.layers, samples, strict=True):
+            for states, into in zip((unrotated(model, layer.keys, 0), layer.values), kept, strict=True):
+                into.append(states[:, :, SINKS:].transpose(1, 2).flatten(2).flatten(0, 1))
+    return [(torch.cat(keys), torch.cat(values)) for keys, values in samples]
+
+
 class PrincipalCodes:
     """The principal axes of all layers of a model.
 
@@ -110,15 +124,67 @@ class PrincipalCodes:
     @torch.no_grad()
     def __init__(self, model: Any, windows: Tensor) -> None:
         self.model = model
-        samples: list[list[list[Tensor]]] = [[[], []] for _ in range(model.config.num_hidden_layers)]
-        for ids in windows.split(8):
-            cache = DynamicCache(config=model.config)
-            model(ids, past_key_values=cache, logits_to_keep=1)
-            for layer, kept in zip(cache.layers, samples, strict=True):
-                for states, into in zip((unrotated(model, layer.keys, 0), layer.values), kept, strict=True):
-                    into.append(states[:, :, SINKS:].transpose(1, 2).flatten(2).flatten(0, 1))
-        self.layers = [(Axes.fit(torch.cat(keys)), Axes.fit(torch.cat(values))) for keys, values in samples]
+        self.layers = [(Axes.fit(keys), Axes.fit(values)) for keys, values in samples_of(model, windows)]
 
     def cache(self, share: float, sinks: int) -> Cache:
         """Return an empty cache that codes every token behind the first ones in a share of its 16-bit bytes."""
         return Cache(layers=[PrincipalLayer(self.model, axes, share, sinks) for axes in self.layers])
+
+
+class AllLayers:
+    """The principal axes of the keys of all layers together, and those of the values.
+
+    Args:
+        model: A model with rotary positions, as Llama's.
+        windows: Token ids to calibrate on, [N, L].
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, windows: Tensor) -> None:
+        self.model = model
+        keys, values = zip(*samples_of(model, windows), strict=True)
+        self.axes = Axes.fit(torch.cat(keys, dim=1)), Axes.fit(torch.cat(values, dim=1))
+
+    def cache(self, share: float, sinks: int, recent: int) -> AllLayersCache:
+        """Return an empty cache that codes a prompt in a share of its 16-bit bytes, but for first and newest tokens."""
+        return AllLayersCache(self, share, sinks, recent)
+
+
+class AllLayersCache(DynamicCache):
+    """A cache that codes its first pass, the prompt, before the second one. Later tokens stay as they are.
+
+    Args:
+        codes: The axes.
+        share: Bits of the codes, as a share of 16 bits per number.
+        sinks: First tokens that are kept as they are.
+        recent: Newest tokens of the prompt that are kept as they are.
+    """
+
+    def __init__(self, codes: AllLayers, share: float, sinks: int, recent: int) -> None:
+        super().__init__(config=codes.model.config)
+        self.codes, self.sinks, self.recent, self.coded = codes, sinks, recent, 0
+        errors = torch.cat([one.table.errors for one in codes.axes])
+        self.widths = allocate_bits(errors, int(share * 16 * len(errors))).split([len(one.axes) for one in codes.axes])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new tokens and return all tokens; code the first pass when the second one begins."""
+        if layer_idx == 0 and not self.coded and self.get_seq_length():
+            self._code(self.get_seq_length() - self.recent)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _code(self, stop: int) -> None:
+        self.coded = max(0, stop - self.sinks)
+        layers: list[Any] = list(self.layers)
+        old = slice(self.sinks, self.sinks + self.coded)
+        keys = torch.cat([unrotated(self.codes.model, layer.keys[:, :, old], self.sinks) for layer in layers], dim=1)
+        values = torch.cat([layer.values[:, :, old] for layer in layers], dim=1)
+        rounded = (
+            axes.rounded(part, bits)
+            for axes, part, bits in zip(self.codes.axes, (keys, values), self.widths, strict=True)
+        )
+        keys, values = (part.split(layers[0].keys.shape[1], dim=1) for part in rounded)
+        for layer, key, value in zip(layers, keys, values, strict=True):
+            layer.keys[:, :, old] = unrotated(self.codes.model, key, self.sinks, back=True)
+            layer.values[:, :, old] = value

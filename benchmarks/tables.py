@@ -642,6 +642,8 @@ def exact_model() -> str:
         told = row["cache"].replace("-first4", ", first 4 exact")
         if told == "codes":
             told = f"codes, budget {100 * row['kv_cache_budget']:g} %" + (", no gains" * (row.get("gain_groups") == 0))
+        if told.startswith("all-layers-"):
+            told = f"axes of all layers after KVTC, {told.removeprefix('all-layers-')} %, no entropy coding"
         long = f"{row['percent_at_4096_tokens']:.1f} %" if "percent_at_4096_tokens" in row else "-"
         cells = (f"{text['divergence']:.4f} / {text['same_guess_percent']:.1f} %" for text in row["texts"].values())
         rows.append((told, f"{row['percent']:.1f} %", long, *cells))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.principal_codes import PrincipalCodes, unrotated
+from benchmarks.principal_codes import AllLayers, PrincipalCodes, unrotated
 from optimum_mla.stack import cache_argument
 
 
@@ -54,3 +54,23 @@ def test_steps_give_what_one_pass_gives(model: LlamaForCausalLM) -> None:
     ]
     whole = model(ids, **cache_argument(model, codes.cache(0.25, sinks=4)), use_cache=True).logits
     torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@torch.no_grad()
+def test_axes_of_all_layers_code_the_prompt_after_it_was_read(model: LlamaForCausalLM) -> None:
+    ids = torch.randint(97, (6, 64), generator=torch.Generator().manual_seed(0))
+    codes = AllLayers(model, ids)
+    assert len(codes.axes[0].axes) == 2 * 2 * 16
+    prompt, after = ids[:, :48], ids[:, 48:]
+    whole = model(ids).logits
+    errors = []
+    for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
+        cache = codes.cache(share, sinks=4, recent=8)
+        torch.testing.assert_close(model(prompt, **cache_argument(model, cache)).logits, whole[:, :48])
+        exact = cache.layers[1].keys.clone()
+        errors.append(float((model(after, **cache_argument(model, cache)).logits - whole[:, 48:]).norm()))
+        assert cache.coded == 48 - 4 - 8
+        changed = (cache.layers[1].keys[:, :, :48] != exact).any(-1).any(1).any(0)
+        assert changed.nonzero().flatten().tolist() == list(range(4, 40))
+        assert sum(int(widths.sum()) for widths in cache.widths) <= share * 16 * 2 * 64
+    assert errors == sorted(errors, reverse=True)
