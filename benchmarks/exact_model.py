@@ -165,8 +165,11 @@ def main() -> None:
 
     config = json.loads((CONFIGS / "exact_model.json").read_text(encoding="utf-8"))
     path = RESULTS / "exact_model.json"
-    before, _ = earlier(path, config, "codecs", also=["source_caches", "all_layers"])
+    before, lines = earlier(path, config, "codecs", also=["source_caches", "all_layers"])
+    names = {line["name"] for line in lines} | set(config["source_caches"])
+    names |= {f"all-layers-{100 * share:g}" for share in config["all_layers"]}
     measured_before = {row.get("name", row["cache"]): row for row in before.get("rows", [])}
+    measured_before = {name: row for name, row in measured_before.items() if name in names}
     small = before.get("small") or small_models(config)
     folder = str(ROOT / config["model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -185,6 +188,7 @@ def main() -> None:
         row |= {"percent_at_4096_tokens": 100 * codec.cache_bytes(4096) / codec.source_bytes(4096)}
         rows.append(row | measured(config, model, windows, lambda codec=codec: codec.make_cache(model), known))
         print(rows[-1], flush=True)
+        save_result(path, config, rows=rows, small=small)
     for name in config["source_caches"]:
         if name in measured_before:
             rows.append(measured_before[name])
@@ -193,6 +197,7 @@ def main() -> None:
         row = {"cache": name, "percent_at_4096_tokens": 100 * live_bytes(model, make()) / live_bytes(model, None)}
         rows.append(row | measured(config, model, windows, make, known))
         print(rows[-1], flush=True)
+        save_result(path, config, rows=rows, small=small)
     missing = [share for share in config["all_layers"] if f"all-layers-{100 * share:g}" not in measured_before]
     rows += [row for name, row in measured_before.items() if name.startswith("all-layers")]
     if missing:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from optimum_mla.cache.codec_layer import ExactTokens
 from optimum_mla.calibrate.coded_attention import CodedAttention
-from optimum_mla.calibrate.perplexity import head_parts
+from optimum_mla.calibrate.perplexity import VOCABULARY_ROWS, head_parts
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.core.processes import Terms
 from optimum_mla.core.progress import progress
@@ -66,7 +66,8 @@ class Gradients:
             token, each prediction moves by half the mean of (g · δ)² over these tokens.
         """
         walk = self._walk
-        found = walk.processes.each(range(len(self._windows)), self._of_predictions)
+        norm, head = walk.model.final_norm().to(walk.dtype), walk.model.head()
+        found = walk.processes.each(range(len(self._windows)), partial(self._of_predictions, norm, head))
         after = [gradient for (gradient,) in found]
         for layer in progress(range(walk.model.num_layers - 1, min(layers) - 1, -1), title, main=True):
             walk.stand_before(layer)
@@ -77,51 +78,56 @@ class Gradients:
                 vectors, gradients = (torch.cat(parts).flatten(0, 1) for parts in read)
                 yield layer, vectors, gradients
 
-    def _of_predictions(self, window: int) -> tuple[Tensor]:
+    def _of_predictions(self, norm: nn.Module, head: nn.Module, window: int) -> tuple[Tensor]:
         """Return the gradient of the states after the last layer in one window, [1, L, d]."""
-        walk = self._walk
-        norm, head = walk.model.final_norm().to(walk.dtype), walk.model.head()
+        walk, weight = self._walk, head.get_parameter("weight")
         generator, parts = torch.Generator().manual_seed(window), []
         for part in walk.source[self._windows[window]].split(TOKENS_AT_ONCE):
             with torch.enable_grad():
                 states = part.detach().requires_grad_()
-                logits = torch.cat(list(head_parts(norm(states), head)), dim=-1)
-                logits = walk.model.family.spec.logits(walk.model.config, logits)
+                normed = norm(states)
+            # The head has no graph, which would hold all of its weight in the dtype of the states.
+            headed = torch.cat(list(head_parts(normed, head)), dim=-1).detach().requires_grad_()
+            with torch.enable_grad():
+                logits = walk.model.family.spec.logits(walk.model.config, headed)
             p = logits.detach().softmax(-1)
             signs = torch.randint(2, p.shape, generator=generator, dtype=torch.int8).to(p.device, p.dtype) * 2 - 1
             roots = p.sqrt() * signs
-            parts += torch.autograd.grad(logits, states, roots - p * roots.sum(-1, keepdim=True))
+            (found,) = torch.autograd.grad(logits, headed, roots - p * roots.sum(-1, keepdim=True))
+            rows = zip(found.split(VOCABULARY_ROWS, dim=-1), weight.split(VOCABULARY_ROWS), strict=True)
+            through = sum(gradient @ part.to(gradient.dtype) for gradient, part in rows)
+            parts += torch.autograd.grad(normed, states, through)
         return (torch.cat(parts)[None].cpu(),)
 
-    def _passed(self, layer: nn.Module, given: tuple[Tensor, Tensor], leaves: Sequence[Tensor] = ()) -> Terms:
-        """Return the gradient of the states before a layer, and those of what `leaves` holds after the pass.
+    def _passed(self, layer: nn.Module, given: tuple[Tensor, Tensor], read: Sequence[Tensor] = ()) -> Terms:
+        """Return the gradient of the states before a layer, and those of what `read` holds after the pass.
 
         Args:
             layer: The layer at which the walk stands, with any attention.
             given: The states of a window before the layer, and the gradient of those after it, [1, L, d] each.
-            leaves: What the pass fills.
+            read: Tensors of the pass, which it puts there.
         """
         states, after = (part.to(self._walk.device) for part in given)
         with torch.enable_grad():
             states.requires_grad_()
             reached = self._walk.after(layer, states)
-            before, *others = torch.autograd.grad(reached, [states, *leaves], after)
+            before, *others = torch.autograd.grad(reached, [states, *read], after)
         return (before.cpu(), *others)
 
     def _reading(self) -> Callable[[tuple[Tensor, Tensor]], Terms]:
         """Return what takes a gradient back through the layer and adds what its attention reads, and the gradient."""
         walk = self._walk
-        leaves: list[Tensor] = []
+        read: list[Tensor] = []
 
         def reread(vectors: Tensor) -> Tensor:
-            leaves[:] = [vectors.detach().requires_grad_()]
-            return leaves[0]
+            read[:] = [vectors]  # Only what old tokens are read from: the layer's own keys and values are others.
+            return vectors
 
         attention = CodedAttention(walk.model.attention(walk.layer), reread, self._exact, walk.mask, walk.dtype)
         layer = walk.with_attention(attention)
 
         def step(given: tuple[Tensor, Tensor]) -> Terms:
-            before, gradient = self._passed(layer, given, leaves)
-            return before, leaves[0].detach(), gradient
+            before, gradient = self._passed(layer, given, read)
+            return before, read[0].detach(), gradient
 
         return step

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from optimum_mla.cache.codec_layer import ExactTokens
 from optimum_mla.core.errors import InvalidValueError
@@ -91,7 +91,19 @@ class AsUsedTrainer(DistillationTrainer):
     """Distils into a model that reads the first half of each row from its coded cache.
 
     Gradients flow through the second half alone: what is in the cache is given.
+
+    Args:
+        model: The student, with its codec; see `DistillationTrainer` for the other arguments.
+
+    Raises:
+        InvalidValueError: One process has several GPUs, over which the cache cannot be split.
     """
+
+    def __init__(self, model: Any, teacher: PreTrainedModel, **options: Any) -> None:
+        super().__init__(model, teacher, **options)
+        if self.args.n_gpu > 1:
+            remedy = "Start it by torchrun with a process for each, or show it one by CUDA_VISIBLE_DEVICES."
+            raise InvalidValueError("device", f"{self.args.n_gpu} GPUs in one process", "one GPU a process", remedy)
 
     def _hidden_states(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return the hidden states of the student after its last norm, [B, L, d], with zeros in the first half."""
