@@ -163,6 +163,7 @@ class AllLayersCache(DynamicCache):
     def __init__(self, codes: AllLayers, share: float, sinks: int, recent: int) -> None:
         super().__init__(config=codes.model.config)
         self.codes, self.sinks, self.recent, self.coded = codes, sinks, recent, 0
+        self.read = False  # whether the first pass is over
         errors = torch.cat([one.table.errors for one in codes.axes])
         self.widths = allocate_bits(errors, int(share * 16 * len(errors))).split([len(one.axes) for one in codes.axes])
 
@@ -170,7 +171,8 @@ class AllLayersCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens and return all tokens; code the first pass when the second one begins."""
-        if layer_idx == 0 and not self.coded and self.get_seq_length():
+        if layer_idx == 0 and not self.read and self.get_seq_length():
+            self.read = True
             self._code(self.get_seq_length() - self.recent)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

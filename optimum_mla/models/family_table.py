@@ -25,6 +25,11 @@ class Family:
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
 
+    @property
+    def model_types(self) -> tuple[str, str]:
+        """Return the `model_type` of its source models and that of its converted ones."""
+        return self.spec.model_type, self.spec.mla_model_type
+
 
 FAMILIES: dict[str, Family] = {}
 """The families by the `model_type` of their source models."""
@@ -43,7 +48,7 @@ def family_of(config: Any) -> Family:
     """
     model_type = getattr(config, "model_type", None)
     for family in FAMILIES.values():
-        if model_type in (family.spec.model_type, family.spec.mla_model_type):
+        if model_type in family.model_types:
             return family
     if (why := refusal(config)) is not None:
         raise UnsupportedModelError(f"model_type: {model_type!r} cannot be converted: {why}.")

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, s
 
 from optimum_mla.calibrate.text import window_length
 from optimum_mla.convert.refit import moved_codec
-from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, first_line
+from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, UnreadableModelError, first_line
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, kept_folder
 from optimum_mla.io.inputs import check_inputs_stay, fingerprint
@@ -26,6 +26,7 @@ from optimum_mla.measure.codec_checks import codec_reference, verify_codec
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
+from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.pipeline.loading import (
     NO_TEXTS,
     TextOptions,
@@ -39,7 +40,7 @@ from optimum_mla.pipeline.loading import (
 )
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
-from optimum_mla.recovery.as_used import check_as_used, check_prompt, loss_as_used
+from optimum_mla.recovery.as_used import check_as_used, check_prompt, divergence_as_used
 from optimum_mla.recovery.data import hold_back, pack, preferences, stream
 from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.held_out import HeldOut
@@ -47,6 +48,7 @@ from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
 from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
 from optimum_mla.report.cards import recovery_card
+from optimum_mla.report.codec import WEIGHTS_STAY, WEIGHTS_TRAINED
 from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.schema import RecoveryReport
 from optimum_mla.report.verdict import recovery_verdict
@@ -84,7 +86,7 @@ def finetune(
     `load_best_model_at_end` false in `training`, and with DPO, the result is that of the last step.
 
     A model with a codec is trained as it is used: half of a row is a prompt, and the loss is on what follows. Its
-    perplexities are measured in the same way, on what the teacher would say instead of on what the text says.
+    divergence from the teacher is measured in the same way, in place of perplexities.
 
     Runs as it is under `torchrun` and `accelerate launch`; the first process then measures and writes. Checkpoints lie
     beside the output until it is written.
@@ -170,6 +172,11 @@ def finetune(
     precision = "auto" if recipe.train in ADAPTERS or quantized_by(config) else TRAINED_DTYPE
     student: Any = load_model(model, config, precision, place, hub)
     if coded:
+        if not isinstance(student, CodedGeneration):
+            raise UnreadableModelError(
+                f"model: the codec of {model} does not load, or is of other weights. Fit one to these weights by "
+                "mla-calibrate --refit."
+            )
         check_prompt("sequence_length", length, student.latent_codec.exact)
         if windows is not None:
             check_prompt("eval_length", windows.shape[1], student.latent_codec.exact)
@@ -178,13 +185,13 @@ def finetune(
     leading = arguments.process_index == 0
 
     def loss(model: Any, windows: Tensor) -> float:
-        return loss_as_used(model, teacher, windows) if coded else math.log(perplexity(model, windows))
+        return divergence_as_used(model, teacher, windows) if coded else math.log(perplexity(model, windows))
 
     source_perplexity = before = None
     if leading and windows is not None:
         before = math.exp(loss(student, windows))
         if coded:
-            source_perplexity = math.exp(loss(teacher, windows))
+            source_perplexity = 1.0
         elif source is not None:
             # A quantized teacher's perplexity is not that of the source.
             exact = taught_by is not None and recipe.teacher_bits == 16 and taught_by.same_files(source)
@@ -231,6 +238,8 @@ def finetune(
         trainee = prepared(load_model(model, config, precision, place if whole is None else "cpu", hub))
     # Merging and casting must not change what was trained.
     trained_dtype = torch.bfloat16 if quantized_by(config) else trainee.dtype
+    # Rounding to 16 bits moves predictions as much as good codes do, so that both ends are measured before it.
+    after = None if windows is None or not coded else math.exp(loss(trainee, windows))
     reference = reference_logits(trainee) if recipe.train in ADAPTERS else None
     final = finished(trainee, recipe, saved_dtype)
     whole_model = final.get_base_model() if recipe.train in ADAPTERS and not recipe.merge else final
@@ -239,7 +248,8 @@ def finetune(
         codec = moved_codec(whole_model, whole_model.latent_codec)
         whole_model.latent_codec = codec
         verify_codec(whole_model, codec, codec_reference(whole_model, codec))
-    after = math.exp(loss(final, windows)) if windows is not None else None
+    if windows is not None and not coded:
+        after = math.exp(loss(final, windows))
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
     report = RecoveryReport(
         model=model,
@@ -278,7 +288,8 @@ def finetune(
             tokenizer.save_pretrained(partial)
         # Before the report: a model that was trained before brings its own one along.
         # Each training has a section of its own, so that the card keeps their history.
-        card = f"{carried_card(model, partial, folder.name).rstrip()}\n\n{recovery_card(report)}"
+        carried = carried_card(model, partial, folder.name).replace(WEIGHTS_STAY, WEIGHTS_TRAINED)
+        card = f"{carried.rstrip()}\n\n{recovery_card(report)}"
         report.write(partial)
         loss_curve(report, partial / "loss.png")
         (partial / "README.md").write_text(card, encoding="utf-8")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from optimum_mla.cache.codec_layer import ExactTokens
 from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.core.progress import progress
-from optimum_mla.measure.quality import evaluating
-from optimum_mla.models.coded import CodedGeneration
+from optimum_mla.measure.quality import LARGEST_MEAN_LOSS, compare_decoding, evaluating
 from optimum_mla.recovery.distill import DistillationTrainer
 from optimum_mla.recovery.losses import IGNORED
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.stack import cache_argument
 
+PLAIN = "Train the model as any other, with its folder as it is, and then run mla-calibrate --refit."
 READ_AT_ONCE = 32
 """Number of tokens that go through the cache at a time where a model is measured."""
 
@@ -32,14 +32,13 @@ def check_as_used(recipe: Recipe, training: dict[str, Any]) -> None:
     Raises:
         InvalidValueError: An option does not go with a codec.
     """
-    plain = "Train the model as any other, with its folder as it is, and then run mla-calibrate --refit."
     if recipe.objective != "distill":
-        raise InvalidValueError("objective", recipe.objective, "distill for a model with a codec", plain)
+        raise InvalidValueError("objective", recipe.objective, "distill for a model with a codec", PLAIN)
     if recipe.stage1 != "none":
         raise InvalidValueError("stage1", recipe.stage1, "none for a model with a codec")
     for name in ("gradient_checkpointing", "fsdp", "deepspeed"):
         if training.get(name):
-            remedy = "Transformers drops the cache with it." if name == "gradient_checkpointing" else plain
+            remedy = "Transformers drops the cache with it." if name == "gradient_checkpointing" else PLAIN
             raise InvalidValueError(name, training[name], "none for a model with a codec", remedy)
 
 
@@ -54,37 +53,28 @@ def check_prompt(name: str, length: int, exact: ExactTokens) -> None:
         raise InvalidValueError(name, length, f"{least} or more, so that half of a row is a prompt with codes")
 
 
-@torch.no_grad()
-def loss_as_used(model: Any, teacher: Any, windows: Tensor) -> float:
-    """Return how well a model predicts what its teacher would say, as both are used: a mean cross-entropy in nats.
+def divergence_as_used(model: Any, teacher: Any, windows: Tensor) -> float:
+    """Return the divergence of a model's predictions from its teacher's, as both are used, in nats.
 
-    The second half of each window is read through the cache after the first one, by the teacher through its own. What
-    this is above the value of the teacher itself is the divergence of the model's predictions from the teacher's.
+    The second half of each window is read through the cache after the first one, by the teacher through its own.
 
     Args:
-        model: A model with a codec, adapters around it or not; or the teacher.
-        teacher: The teacher.
+        model: A model with a codec, adapters around it or not.
+        teacher: The teacher, which is read exactly, whether or not it has a codec too.
         windows: Token ids, [N, L].
     """
-    total, half = 0.0, windows.shape[1] // 2
-    with evaluating(model), evaluating(teacher):
-        for ids in progress(windows.split(1), "loss, through the cache"):
-            given = [(one, cache_argument(one, own_cache(one))) for one in (model, teacher)]
-            for one, cache in given:
-                one(ids[:, :half].to(one.device), **cache, use_cache=True, logits_to_keep=1)
-            for part in ids[:, half:].split(READ_AT_ONCE, dim=1):
-                found, wanted = (
-                    one(part.to(one.device), **cache, use_cache=True).logits.float().log_softmax(-1)
-                    for one, cache in given
-                )
-                total -= float((wanted.exp() * found.to(wanted.device)).sum())
-    return total / windows[:, half:].numel()
-
-
-def own_cache(model: Any) -> Cache:
-    """Return an empty cache as a model uses it: of codes, if it has a codec."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.make_cache() if isinstance(base, CodedGeneration) else DynamicCache(config=base.config)
+    found = compare_decoding(
+        model,
+        base.make_cache,
+        windows,
+        windows.shape[1] - windows.shape[1] // 2,
+        teacher,
+        lambda: DynamicCache(config=teacher.config),
+        READ_AT_ONCE,
+    )
+    # Callers take the exponential.
+    return math.inf if found.kl is None or found.kl > LARGEST_MEAN_LOSS else found.kl
 
 
 class AsUsedTrainer(DistillationTrainer):
@@ -96,11 +86,13 @@ class AsUsedTrainer(DistillationTrainer):
         model: The student, with its codec; see `DistillationTrainer` for the other arguments.
 
     Raises:
-        InvalidValueError: One process has several GPUs, over which the cache cannot be split.
+        InvalidValueError: The model is sharded, or one process has several GPUs, over which no cache can be split.
     """
 
     def __init__(self, model: Any, teacher: PreTrainedModel, **options: Any) -> None:
         super().__init__(model, teacher, **options)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InvalidValueError("fsdp", "FSDP or DeepSpeed", "none for a model with a codec", PLAIN)
         if self.args.n_gpu > 1:
             remedy = "Start it by torchrun with a process for each, or show it one by CUDA_VISIBLE_DEVICES."
             raise InvalidValueError("device", f"{self.args.n_gpu} GPUs in one process", "one GPU a process", remedy)
@@ -112,8 +104,10 @@ class AsUsedTrainer(DistillationTrainer):
         first, second = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]
         given = {**cache_argument(cached, cached.make_cache()), "use_cache": True}
         nothing = torch.empty(0, dtype=torch.long, device=ids.device)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(input_ids=first, **given, logits_to_keep=nothing)
+        # Autocast keeps the weights that it has cast, and these have no gradients.
+        torch.clear_autocast_cache()
         output = model(input_ids=second, **given, output_hidden_states=True, logits_to_keep=nothing)
         last = output.hidden_states[-1]
         return (torch.cat([last.new_zeros(*first.shape, last.shape[-1]), last], dim=1),)

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import check_finite
+from optimum_mla.models.family_table import FAMILIES
 from optimum_mla.recovery.held_out import HeldOutTrainer
-from optimum_mla.recovery.losses import distillation_loss, hidden_state_loss
+from optimum_mla.recovery.losses import Head, distillation_loss, hidden_state_loss
 
 HOTTEST = 1000.0
 """Temperatures are below this, because the loss is multiplied by their square."""
@@ -60,6 +61,13 @@ def check_loss(kl_weight: float, ce_weight: float, temperature: float) -> None:
     check_finite("temperature", temperature, above=True, below=HOTTEST)
 
 
+def logits_of(model: Any) -> Head:
+    """Return what makes a model's logits of the states after its last norm, with the factor or cap that it has."""
+    head: Any = model.get_output_embeddings()
+    family = next((one for one in FAMILIES.values() if model.config.model_type in one.model_types), None)
+    return head if family is None else lambda states: family.spec.logits(model.config, head(states))
+
+
 class DistillationTrainer(TeacherTrainer):
     """Minimizes the KL divergence from the teacher's next-token distribution, mixed with cross-entropy.
 
@@ -94,9 +102,9 @@ class DistillationTrainer(TeacherTrainer):
             hidden = self._hidden_states(model, inputs)[-1]
             found = distillation_loss(
                 hidden,
-                student.get_output_embeddings(),
+                logits_of(student),
                 self._taught(inputs).last_hidden_state,
-                self.teacher.get_output_embeddings(),
+                logits_of(self.teacher),
                 inputs["labels"],
                 **self.weights,
             )

@@ -176,9 +176,9 @@ the data's hash and the loss curve are in `recovery_report.json`.
 ![loss](loss.png)
 """
 TRAINED = {
-    "lora": "LoRA adapters on the latent projections",
-    "dora": "DoRA adapters on the latent projections",
-    "kv": "the latent projections alone",
+    "lora": "LoRA adapters on the {projections}",
+    "dora": "DoRA adapters on the {projections}",
+    "kv": "the {projections} alone",
     "attention": "the attention, everything else frozen",
     "full": "all parameters",
 }
@@ -188,7 +188,9 @@ def recovery_card(report: RecoveryReport) -> str:
     """Return the section that `mla-finetune` puts into a model card."""
     return RECOVERY_CARD.format(
         objective=report.recipe["objective"],
-        train=TRAINED[report.recipe["train"]],
+        train=TRAINED[report.recipe["train"]].format(
+            projections="projections of keys and values" if report.as_used else "latent projections"
+        ),
         tokens=report.tokens_seen,
         source=shown(report.data["train-data"]["source"]),
         teacher=f", taught by `{shown(report.teacher)}`" if report.teacher else "",

@@ -165,13 +165,15 @@ def next_coded(report: CodecReport, output: str) -> str:
     )
 
 
+WEIGHTS_STAY = "The weights are those of the source."
+WEIGHTS_TRAINED = "The weights were trained for the codes after the figures below were measured."
 CARD = """\
 ---
 {metadata}---
 
 # {name}
 
-{what} by optimum-mla {version}. The weights are the source's own. `generate` keeps old tokens as codes of few bits,
+{what} by optimum-mla {version}. {weights} `generate` keeps old tokens as codes of few bits,
 in the place of their keys and values. Prompts, first and newest tokens are read exactly.
 
 ```
@@ -233,6 +235,7 @@ def codec_card(report: CodecReport, name: str, source: dict[str, Any]) -> str:
         name=name,
         what=f"`{model}` with a coded cache," if whole else f"The codec of a cache for `{model}`, fitted",
         version=report.versions["optimum-mla"],
+        weights=WEIGHTS_STAY,
         table=codec_table(report),
         use=(MODEL_USE if whole else CODEC_USE).format(name=name, model=model),
     )

@@ -140,15 +140,9 @@ def quantization_table(report: QuantizationReport) -> str:
     return table(("", "before", "after"), rows)
 
 
-def divergence(report: RecoveryReport, perplexity: float | None) -> float | None:
-    """Return the divergence from the teacher, in nats, of a model with a codec that has such a perplexity.
-
-    Args:
-        report: A report of a training as used; see `RecoveryReport.as_used`.
-        perplexity: One of its perplexities, or None.
-    """
-    source = report.perplexity_source
-    return None if source is None or perplexity is None else max(0.0, math.log(perplexity / source))
+def divergence(perplexity: float | None) -> float | None:
+    """Return the divergence that a perplexity of a training as used stands for; see `RecoveryReport.as_used`."""
+    return None if perplexity is None else math.log(perplexity)
 
 
 def closed(report: RecoveryReport) -> float | None:
@@ -165,8 +159,8 @@ def recovery_table(report: RecoveryReport) -> str:
     closed_percent = "-" if share is None else number(100 * share, 1)
     if report.as_used:
         rows = [
-            ("divergence from the teacher before, nats", number(divergence(report, report.perplexity_converted), 4)),
-            ("  after", number(divergence(report, report.perplexity_recovered), 4)),
+            ("divergence from the teacher before, nats", number(divergence(report.perplexity_converted), 4)),
+            ("  after", number(divergence(report.perplexity_recovered), 4)),
             ("divergence closed, %", closed_percent),
         ]
     else:

@@ -264,9 +264,8 @@ class RecoveryReport(Report):
         perplexities: Entries with `step` (optimizer steps in all stages) and `perplexity`, measured on the way.
         kept_step: Optimizer steps of the saved weights, which were best on that text; 0 is the model as it was given.
             None if the last weights were saved without such a choice.
-        as_used: Whether the model has a codec. The perplexities are then those of the teacher's own predictions, for
-            text that follows a prompt and is read through the cache: exponentials of cross-entropies, so that the
-            logarithm of the ratio of two of them is a divergence.
+        as_used: Whether the model has a codec. The perplexities are then exponentials of the divergence from the
+            teacher, on text that follows a prompt and is read through the cache, and that of the source is 1.
         seconds: Wall time of the training alone.
         peak_memory_bytes: Highest memory of the process (on CUDA: of the allocator) during the training, with models.
         dtype: Dtype of the result.

@@ -130,7 +130,7 @@ def recovery_verdict(report: RecoveryReport) -> str:
     what = "divergence from the teacher through the cache" if report.as_used else "perplexity"
 
     def shown(perplexity: float) -> str:
-        return f"{divergence(report, perplexity):.4f} nats" if report.as_used else f"{perplexity:.2f}"
+        return f"{divergence(perplexity):.4f} nats" if report.as_used else f"{perplexity:.2f}"
 
     if report.kept_step == 0:
         best = min(measured, key=lambda step: measured[step])

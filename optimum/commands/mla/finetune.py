@@ -54,8 +54,9 @@ RECIPE_FLAGS: dict[str, tuple[type, str]] = {
     ),
     "train": (
         str,
-        "What to train: lora or dora (adapters on the latent projections), kv (the latent projections), attention (the "
-        "whole attention) or full (all parameters). Default: lora.",
+        "What to train: lora or dora (adapters on the latent projections, or on those of keys and values where the "
+        "model has a codec), kv (these projections), attention (the whole attention) or full (all parameters). "
+        "Default: lora.",
     ),
     "layers": (str, "Layers to train, such as 0-7 or 1,3,5. Default: all."),
     "lora_rank": (int, "Rank of the adapters. Default: 32."),
@@ -132,8 +133,9 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
         texts.add_argument(
             "--eval-data",
             metavar="TEXT",
-            help="Held-out text, in the same formats, on which the perplexity is measured before, during and after the "
-            "training; the best step is kept. Default: rows that are held back from the training text.",
+            help="Held-out text, in the same formats, on which the perplexity (with a codec, the divergence from the "
+            "teacher) is measured before, during and after the training; the best step is kept. Default: rows that are "
+            "held back from the training text.",
         )
         texts.add_argument(
             "--eval-samples", type=int, metavar="N", help="Largest number of windows of it to use. Default: 128."
