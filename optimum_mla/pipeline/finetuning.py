@@ -22,6 +22,7 @@ from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, kept_folder
 from optimum_mla.io.inputs import check_inputs_stay, fingerprint
 from optimum_mla.io.journal import Journal, as_kept, differing
+from optimum_mla.measure.as_used import divergence_as_used
 from optimum_mla.measure.codec_checks import codec_reference, verify_codec
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
@@ -40,7 +41,7 @@ from optimum_mla.pipeline.loading import (
 )
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
-from optimum_mla.recovery.as_used import check_as_used, check_prompt, divergence_as_used
+from optimum_mla.recovery.as_used import check_as_used, check_prompt
 from optimum_mla.recovery.data import hold_back, pack, preferences, stream
 from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.held_out import HeldOut

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from optimum_mla.cache.codec_layer import ExactTokens
 from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.measure.quality import LARGEST_MEAN_LOSS, compare_decoding, evaluating
 from optimum_mla.recovery.distill import DistillationTrainer
 from optimum_mla.recovery.losses import IGNORED
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.stack import cache_argument
 
 PLAIN = "Train the model as any other, with its folder as it is, and then run mla-calibrate --refit."
-READ_AT_ONCE = 32
-"""Number of tokens that go through the cache at a time where a model is measured."""
 
 
 def check_as_used(recipe: Recipe, training: dict[str, Any]) -> None:
@@ -53,30 +49,6 @@ def check_prompt(name: str, length: int, exact: ExactTokens) -> None:
         raise InvalidValueError(name, length, f"{least} or more, so that half of a row is a prompt with codes")
 
 
-def divergence_as_used(model: Any, teacher: Any, windows: Tensor) -> float:
-    """Return the divergence of a model's predictions from its teacher's, as both are used, in nats.
-
-    The second half of each window is read through the cache after the first one, by the teacher through its own.
-
-    Args:
-        model: A model with a codec, adapters around it or not.
-        teacher: The teacher, which is read exactly, whether or not it has a codec too.
-        windows: Token ids, [N, L].
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = compare_decoding(
-        model,
-        base.make_cache,
-        windows,
-        windows.shape[1] - windows.shape[1] // 2,
-        teacher,
-        lambda: DynamicCache(config=teacher.config),
-        READ_AT_ONCE,
-    )
-    # Callers take the exponential.
-    return math.inf if found.kl is None or found.kl > LARGEST_MEAN_LOSS else found.kl
-
-
 class AsUsedTrainer(DistillationTrainer):
     """Distils into a model that reads the first half of each row from its coded cache.
 
@@ -104,8 +76,11 @@ class AsUsedTrainer(DistillationTrainer):
         first, second = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :]
         given = {**cache_argument(cached, cached.make_cache()), "use_cache": True}
         nothing = torch.empty(0, dtype=torch.long, device=ids.device)
-        with torch.no_grad(), evaluating(model):
+        training = model.training
+        model.eval()  # A prompt is read without dropout.
+        with torch.no_grad():
             model(input_ids=first, **given, logits_to_keep=nothing)
+        model.train(training)
         # Autocast keeps the weights that it has cast, and these have no gradients.
         torch.clear_autocast_cache()
         output = model(input_ids=second, **given, output_hidden_states=True, logits_to_keep=nothing)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, TrainingArguments
 from optimum_mla import fit_codec
 from optimum_mla.cache.codec_layer import ExactTokens
 from optimum_mla.core.errors import InvalidValueError, UnreadableModelError
+from optimum_mla.measure.as_used import divergence_as_used
 from optimum_mla.models.coded import CodedGeneration, with_codec
 from optimum_mla.pipeline import TextOptions, convert, finetune
-from optimum_mla.recovery.as_used import AsUsedTrainer, divergence_as_used
+from optimum_mla.recovery.as_used import AsUsedTrainer
 from optimum_mla.recovery.parameters import kv_projections, prepare
 from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.report.codec import CodecReport
