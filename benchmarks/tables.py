@@ -76,6 +76,10 @@ def llama_cpp() -> str:
     return table(header, rows)
 
 
+ALL_LAYERS = "all-layers-"
+"""Beginning of the names of caches with axes of all layers together."""
+
+
 def engines() -> str:
     """Return the table of engines, with what was run of each and what was measured."""
     coded = next(row for row in result("exact_model")["rows"] if row.get("name") == "codes-12")
@@ -624,12 +628,19 @@ def coded_summary() -> str:
         if row.get("gain_groups") == 0:
             continue
         told, share = f"its own {row['cache'].split('-first')[0]} cache", row["percent_at_4096_tokens"]
+        if row["cache"].startswith(ALL_LAYERS):
+            told = all_layers_name(row["cache"])
         if row["cache"] == "codes":
             told = f"**codes, budget {100 * row['kv_cache_budget']:g} %**"
         cells = (f"{text['divergence']:.4f} ({text['same_guess_percent']:.1f} %)" for text in row["texts"].values())
         rows.append((told, f"{share:.1f} %", *cells))
     header = ("SmolLM2-135M-Instruct", "cache of 4,096 tokens", *names)
     return table(header, rows)
+
+
+def all_layers_name(cache: str) -> str:
+    """Return what the tables call a cache with axes of all layers together."""
+    return f"axes of all layers after KVTC, {cache.removeprefix(ALL_LAYERS)} %, no entropy coding"
 
 
 def exact_model() -> str:
@@ -642,8 +653,8 @@ def exact_model() -> str:
         told = row["cache"].replace("-first4", ", first 4 exact")
         if told == "codes":
             told = f"codes, budget {100 * row['kv_cache_budget']:g} %" + (", no gains" * (row.get("gain_groups") == 0))
-        if told.startswith("all-layers-"):
-            told = f"axes of all layers after KVTC, {told.removeprefix('all-layers-')} %, no entropy coding"
+        if told.startswith(ALL_LAYERS):
+            told = all_layers_name(told)
         long = f"{row['percent_at_4096_tokens']:.1f} %" if "percent_at_4096_tokens" in row else "-"
         cells = (f"{text['divergence']:.4f} / {text['same_guess_percent']:.1f} %" for text in row["texts"].values())
         rows.append((told, f"{row['percent']:.1f} %", long, *cells))

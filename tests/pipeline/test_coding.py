@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from optimum_mla import load_codec
+from optimum_mla.cache.settings import CacheSettings
 from optimum_mla.core.errors import (
     InvalidValueError,
     OptionError,
@@ -25,7 +26,7 @@ from optimum_mla.core.errors import (
 )
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import CodedGeneration
-from optimum_mla.pipeline import TextOptions, benchmark, calibrate, convert, finetune
+from optimum_mla.pipeline import TextOptions, benchmark, calibrate, convert, quantize
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.report.codec import CodecReport, codec_verdict
@@ -170,7 +171,7 @@ def test_a_benchmark_measures_the_codes_beside_the_source(coded: Path, tmp_path:
 
 def test_a_folder_with_a_codec_is_a_source_again(coded: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="has the weights of its source, and a codec beside them"):
-        finetune(str(coded), tmp_path / "trained", [1] * 2000)
+        quantize(str(coded), tmp_path / "quantized", CacheSettings(bits=4))
     report: Any = convert(str(coded), tmp_path / "out", options={"kv_cache_budget": 0.25}, texts=FEW)
     assert report.percent_of_long_caches == pytest.approx(25)
     convert(str(coded), tmp_path / "latent", "mha2mla", {"kv_cache_ratio": 0.5}, FEW)
