@@ -15,7 +15,7 @@ TESTS  := --numprocesses logical --maxprocesses 8 --dist worksteal
 RUN    := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup transformers-tests lock demo test test-slow test-oldest test-newest style check paper-tables tables bench-conversion bench-quality bench-factorization bench-decode \
-	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-fidelity bench-exact-model bench-trellis bench-real-abilities bench-real-speed bench-large bench-llama-cpp llama-cpp test-llama-cpp clean
+	bench-cache-quality bench-memory bench-export bench-recovery bench-recovery-2m bench-recovery-memory reference-model real-model bench-real-quality bench-fidelity bench-exact-model bench-real-abilities bench-real-speed bench-large bench-llama-cpp llama-cpp test-llama-cpp clean
 
 setup: $(STAMP)
 
@@ -145,9 +145,6 @@ bench-real-quality: real-model
 bench-exact-model: real-model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq]"
 	$(RUN) $(BIN)/python -m benchmarks.exact_model $(if $(ENCYCLOPEDIA),--encyclopedia $(ENCYCLOPEDIA))
-
-bench-trellis: bench-exact-model
-	$(RUN) $(BIN)/python -m benchmarks.trellis $(if $(ENCYCLOPEDIA),--encyclopedia $(ENCYCLOPEDIA))
 
 bench-fidelity: real-model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hqq]"
