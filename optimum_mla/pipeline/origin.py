@@ -147,7 +147,9 @@ def source_of(model: str, option: str, remedy: str) -> NamedModel:
     """
     source = recorded_source(model)
     if source is None:
-        allowed = "a hub id or folder, as the model has no conversion_report.json or codec_report.json that names its source"
+        allowed = (
+            "a hub id or folder, as the model has no conversion_report.json or codec_report.json that names its source"
+        )
         raise InvalidValueError(option, None, allowed)
     problem = mismatch(source)
     if problem is not None:
