@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import maybe_autocast
 
 from optimum_mla.codec import gains
 from optimum_mla.codec.layout import Layout
@@ -62,7 +63,7 @@ class VectorCodec:
     @torch.no_grad()
     def encode(self, vectors: Tensor) -> Tensor:
         """Return the codes of vectors [..., T, w], packed, [..., bytes_per_token, T] uint8."""
-        with torch.autocast(vectors.device.type, enabled=False):
+        with maybe_autocast(vectors.device.type, enabled=False):
             latents = (vectors.float() - self.centre) @ self.latent_down.mT
         return pack(gains.encode(latents, self.layout, self.weight), self.layout.stored)
 
@@ -71,5 +72,5 @@ class VectorCodec:
         """Return the vectors that packed codes [..., bytes_per_token, T] stand for, [..., T, w] float32."""
         shape = (*packed.shape[:-2], self.layout.num_channels + self.layout.gain_groups, packed.shape[-1])
         codes = unpack(packed, self.layout.stored, self.centre.new_empty(shape).mT)
-        with torch.autocast(packed.device.type, enabled=False):
+        with maybe_autocast(packed.device.type, enabled=False):
             return gains.decode(codes, self.layout) @ self.latent_up.mT + self.centre

@@ -110,3 +110,13 @@ def test_encoding_leaves_gains_within_their_bits() -> None:
     codes = gains.encode(latents, codec.layout, codec.weight)
     assert codes[:, codec.layout.num_channels :].max() == 3
     assert codes.isfinite().all()
+
+
+def test_codes_are_the_same_under_autocast_and_have_shapes_on_the_meta_device() -> None:
+    codec, some = VectorFit(axes(vectors()), vectors(), 20).codec(20), vectors(1)
+    packed = codec.encode(some)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(codec.encode(some), packed, rtol=0, atol=0)
+        read = codec.decode(packed)
+    torch.testing.assert_close(read, codec.decode(packed), rtol=0, atol=0)
+    assert codec.to("meta").encode(some.to("meta")).shape == packed.shape

@@ -26,6 +26,7 @@ from optimum.commands.mla.run import StepParser, parsed
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError, MLAError, OptionError, OutputError
 from optimum_mla.io.claim import claimed
+from optimum_mla.io.faults import check_json
 from optimum_mla.io.folder import kept_folder
 from optimum_mla.pipeline.recipes import INPUTS, JOURNAL, RunRecord, Start, Step, read_recipe
 from optimum_mla.report.schema import ConversionReport, QuantizationReport, RecoveryReport
@@ -382,6 +383,11 @@ def test_an_interrupted_run_goes_on_with_what_it_kept(
     run = tmp_path / "run"
     layers = run / ".1-convert.unfinished" / "journal.jsonl"
     checkpoint = run / ".2-finetune.training" / "distill" / "checkpoint-4" / "trainer_state.json"
+
+    def is_written() -> bool:
+        # The file stands before it is written in full, and a checkpoint without the whole of it does not count.
+        return checkpoint.is_file() and check_json(checkpoint) is None
+
     status, said = run_until(recipe, lambda: layers.is_file() and '"layer 0"' in layers.read_text(), signal.SIGINT)
     assert os.waitstatus_to_exitcode(status) == 130, said
     assert "interrupted: the steps that were done are kept; run the recipe again to go on" in said
@@ -398,7 +404,7 @@ def test_an_interrupted_run_goes_on_with_what_it_kept(
 
     built.touch()
     monkeypatch.setattr(Run, "_build", noting)
-    status, said = run_until(recipe, checkpoint.is_file, signal.SIGKILL)
+    status, said = run_until(recipe, is_written, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, said
     assert f"step 1 of 2: mla-convert -> {run / '1-convert'}, going on with what was kept of it" in said
     assert f"step 2 of 2: mla-finetune -> {run / '2-finetune'}\n" in said
