@@ -21,7 +21,7 @@ def run(config: dict[str, Any]) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_mla.calibrate.text import token_windows
-    from optimum_mla.convert.latent_norm import with_latent_norms
+    from optimum_mla.export.latent_norm import with_latent_norms
     from optimum_mla.measure.quality import perplexity
     from optimum_mla.pipeline import build_transformation
     from optimum_mla.pipeline.exporting import exported_model

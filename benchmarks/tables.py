@@ -519,6 +519,7 @@ ABILITIES = (
     ("lookup_50", "exact_match", "a name in a list of 50"),
     ("lookup_200", "exact_match", "in a list of 200"),
     ("copying", "same_words", "16 words copied"),
+    ("copying_later", "same_words", "8 words copied, 400 tokens later"),
     ("last_word", "acc", "last word of a passage"),
     ("agreement", "exact_match", "the source's answer, word for word"),
     ("agreement", "same_words", "its words before the first other one"),
@@ -528,15 +529,15 @@ ABILITIES = (
 
 def real_abilities() -> str:
     """Return what each model and cache answers right, in percent with standard errors."""
-    runs = result("real_abilities")["runs"]
-    cells = {
-        (run["model"], run["cache"]): {(row["task"], row["metric"]): row for row in run["metrics"]} for run in runs
-    }
+    cells: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for run in result("real_abilities")["runs"]:  # Some tasks were measured in runs of their own.
+        found = {(row["task"], row["metric"]): row for row in run["metrics"]}
+        cells.setdefault((run["model"], run["cache"]), {}).update(found)
     rows = []
     for task, metric, name in ABILITIES:
-        found = [side.get((task, metric)) for side in cells.values()]
-        shown = ["-" if row is None else f"{100 * row['value']:.1f} ± {100 * row['stderr']:.1f}" for row in found]
-        rows.append((name, str(next(row["documents"] for row in found if row)), *shown))
+        measured = [side.get((task, metric)) for side in cells.values()]
+        shown = ["-" if row is None else f"{100 * row['value']:.1f} ± {100 * row['stderr']:.1f}" for row in measured]
+        rows.append((name, str(next((row["documents"] for row in measured if row), "-")), *shown))
     names = [model if cache in ("16bit", "codes") else f"{model}, {cache}" for model, cache in cells]
     return table(("% right", "questions", *names), rows)
 
@@ -551,6 +552,7 @@ def real_depths() -> str:
             if row["task"].startswith("needle at ")
         }
         for run in runs
+        if any(row["task"].startswith("needle at ") for row in run["metrics"])
     }
     depths = list(next(iter(found.values())))
     rows = [

@@ -11,10 +11,8 @@ from optimum_mla import weights as weights
 from optimum_mla.cache import LatentCache
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import fit_codec
-from optimum_mla.convert.compose import compose
-from optimum_mla.convert.tracing import trace
+from optimum_mla.convert.transformation import MLATransformation, compose
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
-from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.gqa2mla import GQA2MLA
 from optimum_mla.methods.mha2mla import MHA2MLA
 from optimum_mla.methods.quantize_cache import QuantizeLatentCache
@@ -24,6 +22,7 @@ from optimum_mla.models import AttentionSpec, register_family, supported_model_t
 from optimum_mla.models.codec import ModelCodec
 from optimum_mla.models.coded import load_codec
 from optimum_mla.models.registry import register_installed_families
+from optimum_mla.models.tracing import trace
 
 # Last, because the packages that offer families import from this one.
 register_installed_families()

@@ -66,13 +66,22 @@ def lookup(pairs: int, documents: int, asked: int = 8, **_: Any) -> Split:
     return _split(found)
 
 
-def copying(words: int, documents: int, **_: Any) -> Split:
-    """Return documents that ask to copy a list of words of the novel in random order."""
+def copying(words: int, documents: int, between: int = 0, **_: Any) -> Split:
+    """Return documents that ask to copy a list of words of the novel in random order.
+
+    Args:
+        words: Words in the list.
+        documents: Number of documents.
+        between: Tokens of the novel between the list and its copy; without them caches that read recent tokens exactly
+            need not find anything in their codes.
+    """
     vocabulary = sorted(set(re.findall(r"\b[a-z]{4,9}\b", NOVEL.read_text(encoding="utf-8"))))
     found = []
     for index in range(documents):
-        listed = " ".join(random.Random(f"copying {index}").sample(vocabulary, words))
-        found.append({"text": f"The list: {listed}\n\nThe same list again:", "answer": listed})
+        rng = random.Random(f"copying {index}")
+        listed = " ".join(rng.sample(vocabulary, words))
+        later = f"{_haystack(rng, between)}\n\n" if between else ""
+        found.append({"text": f"The list: {listed}\n\n{later}The same list again:", "answer": listed})
     return _split(found)
 
 

@@ -12,6 +12,7 @@ from optimum_mla.calibrate.gradients import Gradients
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.calibrate.weighting import key_moments, value_moments
 from optimum_mla.calibrate.windows import check_tokens
 from optimum_mla.codec.fit_vectors import Axes, VectorFit
 from optimum_mla.codec.layout import GAIN_BITS, GAIN_GROUPS
@@ -24,7 +25,6 @@ from optimum_mla.core.progress import progress
 from optimum_mla.core.segments import GRANULE
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.families.spec import sliding_window
-from optimum_mla.methods.weighting import key_moments, value_moments
 from optimum_mla.models.checks import config_of
 from optimum_mla.models.codec import ModelCodec, probe_of
 from optimum_mla.models.family_table import family_of, is_converted

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -17,6 +17,7 @@ from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.calibrate.windows import check_tokens, deciding
 from optimum_mla.convert.balance import balanced
 from optimum_mla.convert.first_pass import FirstPass
+from optimum_mla.convert.method import ConversionMethod
 from optimum_mla.convert.probe import check_errors, probe_errors
 from optimum_mla.convert.record import LayerResult, Record
 from optimum_mla.convert.search import LayerSearch
@@ -27,13 +28,11 @@ from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import progress
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.families.verify import verify_family
-from optimum_mla.methods.base import MLATransformation
-from optimum_mla.methods.shared_rope import SharedRope
 from optimum_mla.models.assemble import assemble_model, converted_config, load_attention
 from optimum_mla.models.checks import converted_already
-from optimum_mla.models.family_table import Family
 from optimum_mla.models.layer_source import LayerSource, reading_weights
 from optimum_mla.nn import LatentAttention
+from optimum_mla.ops.shared_rope import SharedRope
 from optimum_mla.plan.allocation import allocate_ranks, scaled
 from optimum_mla.stack import remove_spread, returns_to_memory, spread
 
@@ -68,7 +67,7 @@ class Run:
 
     def __init__(
         self,
-        method: MLATransformation,
+        method: ConversionMethod,
         model: PreTrainedModel | GraphModule,
         record: Record | None = None,
         evaluation: Tensor | None = None,
@@ -264,11 +263,17 @@ class Run:
             assembled = assemble_model(model, self.family, config, attentions)
             spread(assembled, device_map)
             return assembled
-        for layer, node in attention_nodes(model, self.family, attentions):
-            model.set_submodule(str(node.target), attentions[layer])
-            self.method.mark_as_transformed(node)
+        for layer, attention in attentions.items():
+            model.set_submodule(self.family.spec.attention_path(layer), attention)
         model.meta["config"] = config
         return model
+
+    def attention_nodes(self) -> Iterator[torch.fx.Node]:
+        """Yield the `call_module` nodes of the converted attentions, for a model that is a graph."""
+        paths = {self.family.spec.attention_path(layer) for layer in self.layers}
+        for node in self.source.model.graph.nodes:
+            if node.op == "call_module" and node.target in paths:
+                yield node
 
     def _cast(self, source: SourceAttention, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a layer's tensors in the dtype and on the device of the source's weights, and refuse infinite ones."""
@@ -283,13 +288,3 @@ class Run:
                 f"{self.method.name}: {', '.join(broken)} left the range of {like.dtype}. {remedy}"
             )
         return cast
-
-
-def attention_nodes(
-    graph_module: GraphModule, family: Family, attentions: Mapping[int, nn.Module]
-) -> Iterator[tuple[int, torch.fx.Node]]:
-    """Yield the index of each layer and the `call_module` node of its attention."""
-    targets = {family.spec.attention_path(layer): layer for layer in attentions}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module" and node.target in targets:
-            yield targets[node.target], node

@@ -10,9 +10,9 @@ from torch import Tensor
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.statistics import StoredCalibration
+from optimum_mla.convert.method import ConversionMethod
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models import SourceAttention
 from optimum_mla.models.assemble import load_attention
 from optimum_mla.models.layer_source import LayerSource, for_walking
@@ -36,7 +36,7 @@ class LayerSearch:
         calibration: Measurements at the layer.
     """
 
-    method: MLATransformation
+    method: ConversionMethod
     model: LayerSource
     layer: int
     source: SourceAttention

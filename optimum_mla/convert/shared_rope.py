@@ -9,18 +9,18 @@ from torch import Tensor
 
 from optimum_mla.calibrate.statistics import StoredCalibration
 from optimum_mla.convert.first_pass import FirstPass
+from optimum_mla.convert.method import ConversionMethod
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.core.progress import progress
-from optimum_mla.methods.base import MLATransformation
-from optimum_mla.methods.shared_rope import SharedRope, irregular, regular_pairs
+from optimum_mla.ops.shared_rope import SharedRope, irregular, regular_pairs
 
 TINY = 1e-12
 """Added to errors and divergences, which are zero where nothing is lost."""
 
 
 def choose_shared_rope(
-    method: MLATransformation, first: FirstPass, plans: Mapping[int, MLAGeometry], processes: Processes = ALONE
+    method: ConversionMethod, first: FirstPass, plans: Mapping[int, MLAGeometry], processes: Processes = ALONE
 ) -> SharedRope:
     """Return the number of rotary dims with the least error, and the frequencies that would do the most damage.
 

@@ -1,8 +1,9 @@
-"""Checks that a numeric option holds a number, before anything compares it. Imports no torch."""
+"""Checks of the values of options, before anything compares them. Imports no torch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from optimum_mla.core.errors import InvalidValueError
@@ -11,6 +12,12 @@ LARGEST_COUNT = 2**63 - 1
 """The largest number that the libraries count with."""
 LARGEST_SEED = 2**32 - 1
 """The largest seed that all libraries take."""
+
+
+def check_choice(field: str, received: str, allowed: Sequence[str]) -> None:
+    """Raise `InvalidValueError` unless `received` is one of `allowed`."""
+    if received not in allowed:
+        raise InvalidValueError(field, received, ", ".join(allowed))
 
 
 def check_integer(field: str, received: object, allowed: str) -> None:

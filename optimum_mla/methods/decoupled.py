@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.calibrate.weighting import key_moments, value_moments
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.methods.weighting import key_moments, value_moments
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors
 from optimum_mla.ops.rope_split import RopeSplit

@@ -10,14 +10,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.calibrate.weighting import key_moments, value_moments
+from optimum_mla.convert.method import refuse_options
+from optimum_mla.convert.signature import MLAOptions
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.core.number_checks import check_integer
-from optimum_mla.methods.base import MLATransformation
+from optimum_mla.core.number_checks import check_choice, check_integer
 from optimum_mla.methods.mixed_heads import MixedHeads
-from optimum_mla.methods.options import check_choice, fitting, refuse_options
-from optimum_mla.methods.signature import MLAOptions
-from optimum_mla.methods.weighting import key_moments, value_moments
+from optimum_mla.methods.options import fitting
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy

@@ -9,10 +9,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.calibrate.weighting import STOPPED_WEIGHT
+from optimum_mla.convert.signature import MLAOptions
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_count
-from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.decoupled import (
     calibrated_factors,
     calibrated_problem,
@@ -22,8 +24,6 @@ from optimum_mla.methods.decoupled import (
     split_factors,
 )
 from optimum_mla.methods.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
-from optimum_mla.methods.signature import MLAOptions
-from optimum_mla.methods.weighting import STOPPED_WEIGHT
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import singular_values
 from optimum_mla.ops.rope_mix import identity_mix

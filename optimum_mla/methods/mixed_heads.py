@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.calibrate.weighting import STOPPED_WEIGHT, key_moments, value_moments
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.methods.decoupled import LatentFactors, latent_size, latent_tensors
-from optimum_mla.methods.shared_rope import SharedRope
-from optimum_mla.methods.weighting import STOPPED_WEIGHT, key_moments, value_moments
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.rope_mix import mixed_keys, query_map
+from optimum_mla.ops.shared_rope import SharedRope
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -11,34 +10,10 @@ from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.core.number_checks import check_integer
+from optimum_mla.core.number_checks import check_choice, check_integer
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.rope_mix import identity_mix
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
-
-CODED_OPTIONS = ("calibration", "kv_cache_budget", "layers")
-"""The options that a budget of bytes leaves room for."""
-
-
-def check_choice(field: str, received: str, allowed: Sequence[str]) -> None:
-    """Raise `InvalidValueError` unless `received` is one of `allowed`."""
-    if received not in allowed:
-        raise InvalidValueError(field, received, ", ".join(allowed))
-
-
-def refuse_options(given: Mapping[str, Any]) -> None:
-    """Refuse options about weights under a budget of bytes, which leaves the weights alone.
-
-    Args:
-        given: Options by name; None stands for one that was not given.
-
-    Raises:
-        InvalidValueError: One of them is about weights.
-    """
-    for name, value in given.items():
-        if name not in CODED_OPTIONS and value is not None and value is not False:
-            remedy = "It is about converted weights, and these stay. Leave it out, or give kv_cache_ratio."
-            raise InvalidValueError(name, value, "nothing with kv_cache_budget", remedy)
 
 
 def check_rope_dim(received: int | None, head_dim: int, default: int, only_divisors: bool = False) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.cache.backends import check_settings
+from optimum_mla.convert.transformation import ModelTransformation
 from optimum_mla.core.errors import UnsupportedModelError
-from optimum_mla.methods.transformation import ModelTransformation
 from optimum_mla.models import is_converted
 from optimum_mla.models.checks import config_of
 from optimum_mla.models.family_table import family_of
@@ -65,9 +65,4 @@ class QuantizeLatentCache(ModelTransformation):
         config = config_of(graph_module)
         self.check(config)
         config.latent_cache = self.settings.to_dict()
-        return graph_module
-
-    def reverse(self, graph_module: Any) -> Any:
-        """Let the caches of a model keep the model's own dtype again, and return the model."""
-        config_of(graph_module).latent_cache = None
         return graph_module

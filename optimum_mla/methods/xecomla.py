@@ -9,10 +9,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.convert.signature import MLAOptions
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_count, check_number
-from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.decoupled import (
     LatentFactors,
     calibrated_factors,
@@ -23,7 +24,6 @@ from optimum_mla.methods.decoupled import (
     reorder_query,
 )
 from optimum_mla.methods.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
-from optimum_mla.methods.signature import MLAOptions
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy

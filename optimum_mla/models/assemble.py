@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,11 +22,7 @@ NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version"
 
 
 def converted_config(
-    family: Family,
-    source: PreTrainedConfig,
-    plans: dict[int, MLAGeometry],
-    method: str,
-    restored: Collection[int] = (),
+    family: Family, source: PreTrainedConfig, plans: dict[int, MLAGeometry], method: str
 ) -> PreTrainedConfig:
     """Return the config of a model whose layers are converted as planned.
 
@@ -38,7 +34,6 @@ def converted_config(
         source: The config before the conversion.
         plans: The new shapes, by the index of the layer.
         method: Name of the method, which is recorded for each of these layers.
-        restored: The indices of converted layers that have the source's attention again.
     """
     layers: list[dict[str, Any]] = []
     for index, layer_config in enumerate(source.per_layer_config):
@@ -46,7 +41,7 @@ def converted_config(
             shape = plans[index]
             fields = {name: getattr(shape, name) for name in MLA_CONFIG_FIELDS if name != "mla_method"}
             layers.append({**fields, "mla_method": method})
-        elif is_converted(source) and layer_config.attention_form != "source" and index not in restored:
+        elif is_converted(source) and layer_config.attention_form != "source":
             layers.append({name: getattr(layer_config, name) for name in MLA_CONFIG_FIELDS})
         else:
             layers.append({"attention_form": "source"})
@@ -70,32 +65,6 @@ def converted_config(
         name_or_path=source.name_or_path,
         attn_implementation=source._attn_implementation,
         per_layer_config=per_layer or None,
-    )
-
-
-def restored_config(family: Family, converted: PreTrainedConfig, layers: Collection[int]) -> PreTrainedConfig:
-    """Return the config of a converted model in which some layers have the source's attention again.
-
-    It is a config of the source family if these are all converted layers.
-
-    Args:
-        family: The model's family.
-        converted: The config of the converted model.
-        layers: The indices of the layers.
-    """
-    left = [
-        index
-        for index, layer in enumerate(converted.per_layer_config)
-        if layer.attention_form != "source" and index not in layers
-    ]
-    if left:
-        return converted_config(family, converted, {}, "", restored=layers)
-    ours = (*NOT_CARRIED, *MLA_CONFIG_FIELDS, "latent_cache")
-    return family.source_config(
-        **{name: value for name, value in converted.to_dict().items() if name not in ours},
-        architectures=[family.source_model.__name__],
-        name_or_path=converted.name_or_path,
-        attn_implementation=converted._attn_implementation,
     )
 
 
@@ -134,7 +103,7 @@ def assemble_model(
     Args:
         model: A source model, or a model of which other layers are converted.
         family: The model's family.
-        config: The config that `converted_config` or `restored_config` returned.
+        config: The config that `converted_config` returned.
         attentions: The new attention modules, by the index of the layer.
     """
     with torch.device("meta"):

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from optimum_mla.calibrate.windows import HELD_BACK
-from optimum_mla.methods.base import MLATransformation
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import kept_layers, model_geometry
 from optimum_mla.report.pages import size

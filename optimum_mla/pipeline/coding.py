@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import codable_layers, fit_codec
+from optimum_mla.convert.method import refuse_options
 from optimum_mla.core.errors import OptionError, UnsupportedModelError
 from optimum_mla.core.number_checks import LARGEST_SEED, check_count
 from optimum_mla.core.processes import ALONE, Processes
@@ -30,7 +31,6 @@ from optimum_mla.measure.codec_checks import codec_reference, verify_codec
 from optimum_mla.measure.quality import compare_decoding
 from optimum_mla.measure.sizes import layer_numbers
 from optimum_mla.measure.stages import Stages
-from optimum_mla.methods.options import refuse_options
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import load_codec, name_codec, without_codec
 from optimum_mla.models.family_table import family_of

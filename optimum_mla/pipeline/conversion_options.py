@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import codable_layers
+from optimum_mla.convert.signature import whole_signature
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError, MLAError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
-from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.registry import transform_class
-from optimum_mla.methods.signature import whole_signature
 from optimum_mla.models.wrappers import wrapper_of
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
 from optimum_mla.plan.budget import DEFAULT_CACHE_BUDGET, DEFAULT_CACHE_RATIO

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate.sensitivity import SENSITIVITY_TOKENS, STREAM_NUMBERS
 from optimum_mla.convert.first_pass import ALLOCATION_WINDOWS
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.geometry import ModelGeometry
-from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models.family_table import family_of
 
 LIBRARIES_BYTES = 450e6

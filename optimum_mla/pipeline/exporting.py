@@ -13,17 +13,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate.text import token_windows, window_length
 from optimum_mla.calibrate.windows import check_tokens
-from optimum_mla.convert.latent_norm import check_layers, with_latent_norms
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import check_count
 from optimum_mla.export.checks import check_exportable, check_padding, different_frequencies, refuse
 from optimum_mla.export.deepseek import export_deepseek, planned_config
 from optimum_mla.export.gguf_file import check_file_type, check_gguf, check_writable, file_type_of, write_gguf
+from optimum_mla.export.latent_norm import check_layers, with_latent_norms
 from optimum_mla.export.tensors import rotated_pairs
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
-from optimum_mla.methods.base import MLATransformation
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.pipeline.loading import (
@@ -141,7 +141,7 @@ def export(
         pad_to: Rank of the latent and dims of the rotary key, such as `512+64`, to which all layers are padded by
             zeros; None adds none.
         latent_norm: Give a model that was converted without it a norm on its latents and no biases behind them, fitted
-            to `recover_data`; see `optimum_mla.convert.latent_norm`.
+            to `recover_data`; see `optimum_mla.export.latent_norm`.
         recover_data: What `optimum_mla.io.documents.read_documents` reads, or token ids.
         recover_samples: Windows of that text.
         recover_length: Tokens per window; None takes the shorter of 512 and the model's longest context.

@@ -15,12 +15,12 @@ from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.calibrate.windows import deciding_windows
 from optimum_mla.convert import Run
 from optimum_mla.convert.record import Record, SharedRecord
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import LARGEST_SEED, check_count
 from optimum_mla.core.processes import Processes
 from optimum_mla.export.checks import check_exportable
 from optimum_mla.export.gguf_file import check_writable
-from optimum_mla.methods.base import MLATransformation
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.coded import without_codec
 from optimum_mla.models.family_table import family_of

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.calibrate.text import token_windows
 from optimum_mla.convert.balance import balanced
-from optimum_mla.convert.latent_norm import with_latent_norms
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.export.latent_norm import with_latent_norms
 from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.projections import UP_PROJECTIONS
 from optimum_mla.recovery import mla_lora_config

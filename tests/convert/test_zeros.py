@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_mla import GQA2MLA, MHA2MLA, CalibrationStatistics, XEcoMLA
+from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import CorruptWeightsError
 from optimum_mla.measure.verify import verify
-from optimum_mla.methods.base import MLATransformation
 from tests.cases import source_model, token_ids
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8, "intermediate_size": 40}

@@ -141,19 +141,13 @@ def test_codes_for_a_wrapper_are_refused_in_a_line(name: str) -> None:
 
 
 @torch.no_grad()
-def test_layers_of_a_wrapper_are_converted_one_after_the_other_and_back() -> None:
+def test_layers_of_a_wrapper_are_converted_one_after_the_other() -> None:
     model = wrapper("llava")
     expected = model(input_ids=IDS).logits
     GQA2MLA(kv_cache_ratio=1.0, layers=[0])(model)
     both = compose(GQA2MLA(kv_cache_ratio=1.0, layers=[1]), GQA2MLA(kv_cache_ratio=1.0, layers=[2]))
     both(model)
     assert [layer.attention_form for layer in model.config.text_config.per_layer_config] == ["full"] * 3
-    torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    both(model, reverse=True)
-    assert [layer.attention_form for layer in model.config.text_config.per_layer_config] == ["full", "source", "source"]
-    GQA2MLA(layers=[0])(model, reverse=True)
-    assert type(model).__name__ == "LlavaForConditionalGeneration"
-    assert model.config.model_type == "llava"
     torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 

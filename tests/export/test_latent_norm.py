@@ -11,8 +11,8 @@ from torch import nn
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.calibrate.windows import deciding, fitted
-from optimum_mla.convert.latent_norm import with_latent_norms
 from optimum_mla.core.errors import MLAError
+from optimum_mla.export.latent_norm import with_latent_norms
 from optimum_mla.measure.quality import perplexity
 from tests.cases import source_model, token_ids
 

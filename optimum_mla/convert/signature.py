@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
-    from optimum_mla.core.layers import LayerChoice
+from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
+from optimum_mla.core.layers import LayerChoice
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

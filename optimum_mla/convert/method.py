@@ -1,81 +1,46 @@
-"""The base class of all methods, which holds their common options.
+"""What a conversion asks a method: the options that all methods share, and the questions that each one answers.
 
-A method is a subclass that implements `plan_layer`, which returns the shape that a layer gets, and `convert_layer`,
-which returns the layer's weights. `optimum_mla.convert.Run` applies it to a model.
+A method is a subclass of `MLATransformation` (`optimum_mla.convert.transformation`) that implements `plan_layer`, which
+returns the shape that a layer gets, and `convert_layer`, which returns the layer's weights. It holds options and
+nothing of a conversion: what `optimum_mla.convert.Run` finds, it keeps itself.
 """
 
 from __future__ import annotations
 
 import copy as copying
-import warnings
-from abc import abstractmethod
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+from typing_extensions import Self
 
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
-from optimum_mla.core.errors import InvalidValueError, UncalibratedWarning
+from optimum_mla.convert.signature import whole_signature
+from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.layers import LayerChoice, parse_layers
+from optimum_mla.core.number_checks import check_choice
 from optimum_mla.families.spec import full_layers
-from optimum_mla.methods.options import check_choice
-from optimum_mla.methods.shared_rope import SharedRope, regular_pairs
-from optimum_mla.methods.signature import whole_signature
-from optimum_mla.methods.transformation import ModelTransformation
 from optimum_mla.models import SourceAttention, family_of
 from optimum_mla.models.assemble import converted_config
 from optimum_mla.models.checks import converted_already
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS, fixed_pairs
 from optimum_mla.ops.rotary import PairTable
+from optimum_mla.ops.shared_rope import SharedRope, regular_pairs
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.plan.allocation import ALLOCATIONS
 from optimum_mla.plan.budget import RankBudget
 
+CODED_OPTIONS = ("calibration", "kv_cache_budget", "layers")
+"""The options that a budget of bytes leaves room for."""
 
-class MLATransformation(ModelTransformation):
-    """Converts attention layers to latent attention.
 
-    It applies to a `PreTrainedModel` or to a `GraphModule` that `optimum_mla.trace` returned. Both are changed in place
-    and returned. With `copy=True` the argument is left unchanged and a converted copy is returned.
-
-    Args:
-        kv_lora_rank: Size of the latent in numbers per token and layer.
-        kv_cache_ratio: Size of the cache, including the rotary key, relative to that of the source model.
-        energy: Share of the squared singular values that each layer keeps. The ranks then differ between layers.
-        kv_cache_budget: Bytes of the codes of an old token, relative to its keys and values in 16 bits. The weights
-            then stay as they are, so all other options but `layers` and `calibration` have no meaning; see
-            `optimum_mla.fit_codec`. Only methods with codes have it.
-        layers: `all`, a list such as `0-3,8`, the name of a preset, or indices; see `parse_layers`. Of a model in which
-            some layers have a sliding window, `all` means the others: a window bounds its cache by itself.
-        calibration: Token ids, [N, L], that are run through the model layer by layer; see `optimum_mla.calibrate.walk`.
-            Or `CalibrationStatistics` of the model, with which no layer is run and nothing can be refitted.
-        factorization: One of the method's `factorizations`. `calibrated` weighs errors by what the layer reads and
-            writes on the calibration tokens. It is the default with calibration tokens; otherwise the default is the
-            form of the method's paper.
-        heal: Whether to refit each layer's output projection in closed form, so that the hidden states come close to
-            the source's. A refit is kept if it helps on held-back windows. None refits with a calibrated factorization
-            and token ids.
-        rank_allocation: How the layers share the budget: `uniform`; `energy`, which minimizes the lost shares of the
-            layers' weighted energy; or `error`, which minimizes the measured errors. None takes `error` with a
-            calibrated factorization of a fixed rank, and `uniform` otherwise.
-        shared_rope: Whether all layers rotate the same number of dims at the same frequencies, which `deepseek_v3` and
-            inference engines need. With `regular` these are every so-many-th of the source's frequencies, each once,
-            which llama.cpp needs. Ranks are then uniform by default. Only methods with one rotary key have it.
-
-    The transformation holds options and nothing of a conversion: what `optimum_mla.convert.Run` finds, it keeps itself.
-
-    Raises:
-        InvalidValueError: An option is out of range. Limits that depend on the model are checked when the
-            transformation is applied.
-        UnsupportedModelError: The model's family or state does not allow a conversion.
-        CorruptWeightsError: A weight is not finite.
-        VerificationError: A converted layer computes something other than its factorization. The model is unchanged.
-    """
+class ConversionMethod(ABC):
+    """The options of a method, and the questions that it answers; `MLATransformation` describes the options."""
 
     name: ClassVar[str]
     """Name of the method on the command line, in configs and in reports."""
@@ -184,11 +149,6 @@ class MLATransformation(ModelTransformation):
         own = {name: value for name, value in vars(self).items() if name not in hidden}
         return {**own, **vars(self.budget)}
 
-    @property
-    def signature(self) -> int:
-        """Return a number that identifies the transformation on the graph nodes that it has changed."""
-        return hash((type(self), repr(sorted(self.options.items()))))
-
     @abstractmethod
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         """Return the shape that a layer gets.
@@ -267,8 +227,8 @@ class MLATransformation(ModelTransformation):
         """
         return None
 
-    def without_weights(self) -> MLATransformation:
-        """Return a copy of the transformation whose `plan_layer` reads no weights; `check` uses it."""
+    def without_weights(self) -> Self:
+        """Return a copy of the method whose `plan_layer` reads no weights; `check` uses it."""
         other = copying.copy(self)
         if self.budget.energy is not None:
             other.budget = RankBudget()
@@ -279,38 +239,11 @@ class MLATransformation(ModelTransformation):
         """Return whether layers are measured on the calibration tokens."""
         return self.factorization == "calibrated" or self.heal
 
-    def sharing(self, rope: SharedRope) -> MLATransformation:
-        """Return a copy of the transformation whose layers all have the given rotary dims."""
+    def sharing(self, rope: SharedRope) -> Self:
+        """Return a copy of the method whose layers all have the given rotary dims."""
         other = copying.copy(self)
         other.rope = rope
         return other
-
-    def transform(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
-        """Convert a model in place and return it. It is unchanged until all layers have been converted."""
-        # Imported here, because runs drive methods and not the other way round.
-        from optimum_mla.convert.wrapped import converted
-
-        if not self.needs_calibration and not self.preserves_computation:
-            warnings.warn(
-                f"{self.name} without calibration data below full rank: the result is of no use until it is trained. "
-                "Give token ids of ordinary text as calibration; optimum_mla.calibrate.built_in_windows returns some.",
-                UncalibratedWarning,
-                stacklevel=3,  # Behind `__call__`.
-            )
-        return converted(self, graph_module)
-
-    def reverse(self, graph_module: PreTrainedModel | GraphModule) -> PreTrainedModel | GraphModule:
-        """Give the chosen layers, if this method converted them, the attention of the source family again, in place.
-
-        Only layers whose keys rotate in all dims can go back. The result computes what the converted model computes,
-        and is the source itself where the conversion was exact. Under a budget of bytes the model loses its codec.
-
-        Raises:
-            UnsupportedModelError: A layer computes what no layer of the source family does.
-        """
-        from optimum_mla.convert.wrapped import converted
-
-        return converted(self, graph_module, reverse=True)
 
     def check(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Return the config that a conversion would give, judging by the source config alone.
@@ -332,3 +265,18 @@ class MLATransformation(ModelTransformation):
             source = SourceAttention(family.spec, nn.Module(), geometry, PairTable(geometry.head_dim), torch.empty(0))
             geometries[layer] = weightless.plan_layer(source)
         return converted_config(family, config, geometries, self.name)
+
+
+def refuse_options(given: Mapping[str, Any]) -> None:
+    """Refuse options about weights under a budget of bytes, which leaves the weights alone.
+
+    Args:
+        given: Options by name; None stands for one that was not given.
+
+    Raises:
+        InvalidValueError: One of them is about weights.
+    """
+    for name, value in given.items():
+        if name not in CODED_OPTIONS and value is not None and value is not False:
+            remedy = "It is about converted weights, and these stay. Leave it out, or give kv_cache_ratio."
+            raise InvalidValueError(name, value, "nothing with kv_cache_budget", remedy)

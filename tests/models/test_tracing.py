@@ -8,7 +8,6 @@ from optimum.fx.optimization import MergeLinears
 from torch.fx import GraphModule
 
 from optimum_mla import GQA2MLA, MHA2MLA, compose, trace
-from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from tests.cases import FAMILIES, FURTHER_FAMILIES, METHODS, SIZES, source_model, token_ids
 
@@ -40,11 +39,11 @@ def test_a_traced_model_converts_like_the_model(family: str, method: str) -> Non
     ids = token_ids()
     converted = METHODS[method](ids)(source_model(family))
     transformation = METHODS[method](ids)
-    run = Run(transformation, trace(source_model(family)))
-    traced = run.convert()
+    traced = transformation(trace(source_model(family)))
     assert isinstance(traced, GraphModule)
     assert traced.meta["config"].to_dict() == converted.config.to_dict()
-    assert len(transformation.get_transformed_nodes(traced)) == len(run.results)
+    nodes = transformation.get_transformed_nodes(traced)
+    assert len(nodes) == len(transformation.covered_layers(source_model(family).config))
     with torch.no_grad():
         assert torch.equal(traced(ids), converted(ids, use_cache=False).logits)
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from optimum_mla import GQA2MLA, MHA2MLA, MLATransformation, XEcoMLA
+from optimum_mla.convert.signature import MLAOptions
 from optimum_mla.core.errors import UncalibratedWarning
-from optimum_mla.methods.signature import MLAOptions
 from tests.cases import source_model, token_ids
 
 
