@@ -287,7 +287,7 @@ def test_a_form_that_cannot_be_exported_is_refused_before_any_work(tmp_path: Pat
 def test_what_will_not_export_is_not_converted(
     model: str, method: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["optimum_mla.pipeline.preparation"], "load_model", None)
+    monkeypatch.setattr("optimum_mla.pipeline.checkpoint.Checkpoint.load", None)
     with pytest.raises(UnsupportedModelError, match=message):
         convert(str(REFERENCE.parent / model), tmp_path / "out", method, export_format="deepseek_v3")
     assert list(tmp_path.iterdir()) == []

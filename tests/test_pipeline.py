@@ -196,8 +196,7 @@ def test_a_text_that_says_nothing_is_named_before_the_model_is_loaded(
     if isinstance(text, str):
         (tmp_path / "text.txt").write_text(text)
         text = str(tmp_path / "text.txt")
-    for module in ("loading", "preparation", "calibrating"):
-        monkeypatch.setattr(f"optimum_mla.pipeline.{module}.load_model", None)
+    monkeypatch.setattr("optimum_mla.pipeline.checkpoint.Checkpoint.load", None)
     texts = TextOptions(calibration_data=text, calibration_samples=4, calibration_length=64)
     with pytest.raises(CalibrationDataError, match=rf"^{words}.*\. Give ordinary text"):
         write(str(REFERENCE), tmp_path / "out", texts=texts)

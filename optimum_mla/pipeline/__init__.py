@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_mla.pipeline.conversion_options import build_transformation
 from optimum_mla.pipeline.convert import assist, convert
-from optimum_mla.pipeline.loading import TextOptions, load_source_config
+from optimum_mla.pipeline.loading import TextOptions
 from optimum_mla.pipeline.quantize import quantize
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ __all__ = [
     "export",
     "finetune",
     "inspect",
-    "load_source_config",
     "quantize",
     "refit",
 ]

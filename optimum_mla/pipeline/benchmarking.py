@@ -11,8 +11,8 @@ from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
 from optimum_mla.pipeline.cell_runs import Benchmark
-from optimum_mla.pipeline.loading import check_dtype
-from optimum_mla.pipeline.origin import NamedModel, named_model, recorded_source, source_of
+from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
+from optimum_mla.pipeline.origin import named_model, recorded_source, source_of
 from optimum_mla.report.pages import FORMATS, write_pages
 from optimum_mla.report.rows import BenchmarkReport
 
@@ -57,15 +57,15 @@ def benchmark(
     Raises:
         MLAError: An argument or an input file is invalid. `output` is then unchanged.
     """
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    checkpoint = Checkpoint.of(model, hub)
     check_dtype(dtype)
     formats = check_formats(formats)
     options = options or BenchmarkOptions()
-    chosen = find_baseline(model, baseline, baseline_revision)
+    chosen = find_baseline(checkpoint, baseline, baseline_revision)
     place = None if chosen is None else chosen.location
     inputs = {"model": model, "baseline": place, "eval-data": options.eval_data, "tasks-path": options.tasks_path}
     folder = check_report_folder(output, inputs, overwrite)
-    run = Benchmark(model, chosen, options, dtype, device, hub)
+    run = Benchmark(checkpoint, chosen, options, dtype, device)
     interrupted = True
     try:
         run.run()
@@ -79,7 +79,7 @@ def benchmark(
     return report
 
 
-def find_baseline(model: str, baseline: str | None, revision: str | None) -> NamedModel | None:
+def find_baseline(model: Checkpoint, baseline: str | None, revision: str | None) -> Checkpoint | None:
     """Return the model to compare with, or None for no comparison.
 
     Args:
@@ -94,7 +94,7 @@ def find_baseline(model: str, baseline: str | None, revision: str | None) -> Nam
         ReportError: The report of the conversion cannot be read.
     """
     if baseline not in (None, NO_BASELINE):
-        return named_model("baseline", str(baseline), revision)
+        return named_model("baseline", str(baseline), revision, model)
     if revision is not None:
         raise InvalidValueError("baseline_revision", revision, "None without a baseline", "Name one with --baseline.")
     source = recorded_source(model) if baseline is None else None

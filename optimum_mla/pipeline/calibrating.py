@@ -15,15 +15,8 @@ from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
-from optimum_mla.pipeline.loading import (
-    NO_TEXTS,
-    TextOptions,
-    check_dtype,
-    load_model,
-    load_source_config,
-    load_tokenizer,
-    read_texts,
-)
+from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, read_texts
 
 
 @claims_output()
@@ -51,19 +44,19 @@ def calibrate(
         MLAError: Bad input of any kind; `output` is as it was.
     """
     start = time.perf_counter()
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    checkpoint = Checkpoint.of(model, hub)
     check_dtype(dtype)
     inputs = {"model": model, "calibration-data": texts.calibration_data}
     folder = check_output(output, inputs, overwrite, (FILE_NAME,), "statistics")
-    config = load_source_config(model, hub)
-    tokenizer = load_tokenizer(model, hub, needed=True)
+    config = checkpoint.source_config()
+    tokenizer = checkpoint.tokenizer(needed=True)
     if texts.calibration_data is None:
         texts = replace(texts, calibration_data=str(BUILT_IN_TEXT))
     windows, _, data = read_texts(tokenizer, config, texts)
     if windows is None:
         raise RuntimeError("no calibration windows were read")
     with tempfile.TemporaryDirectory() as scratch:
-        source = load_model(model, config, dtype, device, hub, offload=Path(scratch))
+        source = checkpoint.load(dtype, device, Path(scratch))
         with atomic_folder(folder, overwrite=overwrite) as partial, reading_weights():
             verify_family(source, family_of(config).spec, range(config.num_hidden_layers))
             CalibrationStatistics.gather(source, windows, partial, data["calibration-data"])

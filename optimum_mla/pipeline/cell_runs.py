@@ -20,8 +20,7 @@ from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
 from optimum_mla.pipeline.cells import OUT_OF_MEMORY, CellError, run_cell
-from optimum_mla.pipeline.loading import load_config, load_tokenizer
-from optimum_mla.pipeline.origin import NamedModel
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.report.rows import (
     BASELINE,
     MODEL,
@@ -37,12 +36,11 @@ class Benchmark:
     """A run of measurements, which collects the rows of its report.
 
     Args:
-        model: The model to measure, as a hub id or a folder.
+        model: The model to measure.
         baseline: The model to compare with, or None.
         options: What to measure.
         dtype: `auto` for the dtype of each checkpoint, or `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
-        hub: Keyword arguments for loading: `revision`, `cache_dir`, `token` and `trust_remote_code`.
 
     Raises:
         MLAError: A model, a tokenizer, a text or a task cannot be used.
@@ -50,25 +48,23 @@ class Benchmark:
 
     def __init__(
         self,
-        model: str,
-        baseline: NamedModel | None,
+        model: Checkpoint,
+        baseline: Checkpoint | None,
         options: BenchmarkOptions,
         dtype: str,
         device: str | None,
-        hub: dict[str, Any],
     ) -> None:
         self.model, self.baseline, self.options = model, baseline, options
         self.common: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.hub = {MODEL: hub, BASELINE: {} if baseline is None else baseline.hub(hub)}
-        self.config = load_config(model, hub)
-        self.baseline_config = None if baseline is None else load_config(baseline.location, self.hub[BASELINE])
+        self.config = model.config
+        self.baseline_config = None if baseline is None else baseline.config
         self._check_caches()
-        self.windows, self.data, self.refusal = self._texts(hub)
+        self.windows, self.data, self.refusal = self._texts()
         if options.tasks:
             from optimum_mla.measure.tasks import task_manager
 
             task_manager(list(options.tasks), options.tasks_path)
-            load_tokenizer(model, hub, needed=True)
+            model.tokenizer(needed=True)
         self.memory: list[MemoryRow] = []
         self.speed: list[SpeedRow] = []
         self.quality: list[QualityRow] = []
@@ -86,7 +82,7 @@ class Benchmark:
                 kind = "has a codec" if coded else "is not converted"
                 raise InvalidValueError("cache", name, f"{', '.join(allowed)}, as the model {kind}", remedy)
 
-    def _texts(self, hub: dict[str, Any]) -> tuple[Tensor | None, dict[str, dict[str, Any]], str | None]:
+    def _texts(self) -> tuple[Tensor | None, dict[str, dict[str, Any]], str | None]:
         """Return the windows to score, their origin, and why the baseline cannot be scored on them.
 
         Returns:
@@ -100,7 +96,7 @@ class Benchmark:
         stride = max(1, length // 2) if options.stride is None else options.stride
         if not 1 <= stride < length:
             raise InvalidValueError("stride", stride, f"1 to {length - 1}, below the window of {length} tokens")
-        tokenizer = load_tokenizer(self.model, hub, needed=True)
+        tokenizer = self.model.tokenizer(needed=True)
         windows = token_windows(tokenizer, options.eval_data, length, options.eval_samples, "eval-data", stride=stride)
         data = {
             "eval-data": {
@@ -120,7 +116,7 @@ class Benchmark:
         sizes = [config.get_text_config().vocab_size for config in (self.config, self.baseline_config)]
         if sizes[0] != sizes[1]:
             return f"refused: the baseline has a vocabulary of {sizes[1]} tokens, the model of {sizes[0]}"
-        theirs = load_tokenizer(self.baseline.location, self.hub[BASELINE], needed=False)
+        theirs = self.baseline.tokenizer(needed=False)
         if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
             return "refused: the baseline has another tokenizer"
         return None
@@ -135,20 +131,17 @@ class Benchmark:
     def _roles(self) -> list[str]:
         return [MODEL] if self.baseline is None else [BASELINE, MODEL]
 
-    def _place(self, role: str) -> str | None:
-        """Return what to load for a role: a hub id or a folder; None for a baseline if there is none."""
-        if role == MODEL:
-            return self.model
-        return None if self.baseline is None else self.baseline.location
-
     def _one(self, role: str) -> dict[str, Any]:
         """Return the part of a request that says how to load the model of a role."""
-        return {"name": self._place(role), "hub": self.hub[role], **self.common}
+        model = self.model if role == MODEL else self.baseline
+        if model is None:
+            raise RuntimeError("a measurement of a baseline without one")
+        return {"name": model.location, "hub": model.hub, **self.common}
 
     def _both(self, baseline: bool) -> dict[str, Any]:
         """Return the part of a request that says how to load the model, and the baseline if it takes part."""
-        place = self._place(BASELINE) if baseline else None
-        return {**self._one(MODEL), "baseline": place, "baseline_hub": self.hub[BASELINE]}
+        theirs = self._one(BASELINE) if baseline else {"name": None, "hub": {}}
+        return {**self._one(MODEL), "baseline": theirs["name"], "baseline_hub": theirs["hub"]}
 
     def _caches(self, role: str) -> Iterable[str]:
         return self.options.caches if role == MODEL else self.options.baseline_caches
@@ -290,7 +283,7 @@ class Benchmark:
         if dtype == "auto":
             dtype = str(getattr(self.config, "dtype", None) or torch.float32).removeprefix("torch.")
         return BenchmarkReport(
-            model=self.model,
+            model=self.model.name,
             baseline=None if self.baseline is None else self.baseline.name,
             options={name: value for name, value in vars(options).items() if name != "memory_budget"},
             data=self.data,

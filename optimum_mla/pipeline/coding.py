@@ -19,8 +19,7 @@ from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import codable_layers, fit_codec
 from optimum_mla.convert.method import refuse_options
 from optimum_mla.core.errors import OptionError, UnsupportedModelError
-from optimum_mla.core.number_checks import LARGEST_SEED, check_count
-from optimum_mla.core.processes import ALONE, Processes
+from optimum_mla.core.processes import Processes
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.families.verify import verify_family
 from optimum_mla.io.claim import claims_output
@@ -36,19 +35,10 @@ from optimum_mla.models.coded import load_codec, name_codec, without_codec
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.wrappers import wrapper_of
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.conversion_options import calibrated_texts
-from optimum_mla.pipeline.loading import (
-    NO_TEXTS,
-    TextOptions,
-    check_dtype,
-    load_config,
-    load_model,
-    load_source_config,
-    load_tokenizer,
-    read_texts,
-)
-from optimum_mla.pipeline.origin import origin_fields, source_metadata
-from optimum_mla.pipeline.preparation import left_by
+from optimum_mla.pipeline.loading import TextOptions, read_texts
+from optimum_mla.pipeline.preparation import ConversionRequest, left_by
 from optimum_mla.report.codec import STATED_TOKENS, CodecLayerReport, CodecReport, codec_card
 from optimum_mla.report.pages import size
 
@@ -70,68 +60,43 @@ NOT_COPIED = ("conversion_report.json", "recovery_report.json", CodecReport.file
 
 @claims_output(distributed=True)
 def code_cache(
-    model: str,
-    output: str | Path,
-    options: dict[str, Any],
-    texts: TextOptions = NO_TEXTS,
-    dtype: str = "auto",
-    device: str | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    hub: dict[str, Any] | None = None,
-    codec_only: bool = False,
-    announce: Callable[[str], None] | None = None,
-    try_family: bool = False,
-    processes: Processes = ALONE,
+    asked: ConversionRequest, output: str | Path, announce: Callable[[str], None] | None, processes: Processes
 ) -> CodecReport:
     """Fit a codec to a checkpoint, and write it with the source's weights or alone, with a card and a report.
 
     Args:
-        model: A hub id or a folder. Its weights may be quantized.
+        asked: The request, with `kv_cache_budget` among its options, and `layers` if not all layers with full attention
+            are to be coded. Its weights may be quantized.
         output: Folder to write; it appears only when whole.
-        options: `kv_cache_budget`, and `layers` if not all layers with full attention are to be coded.
-        texts: Calibration and evaluation texts. Without calibration data, a text that comes with the package is taken.
-        dtype: The dtype in which the model is run; the weights are written as they are. See `convert`.
-        device: Torch device; None takes CUDA where it is available.
-        seed: For whatever draws random numbers.
-        overwrite: Replace `output` if it holds a model or a codec.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
-        codec_only: Write the codec without the model's weights.
         announce: Called with a few lines that say what will be done, before it starts.
-        try_family: Describe a family that is not known by what its names suggest, if the model confirms it.
         processes: The processes that share the fit. The others of them call `assist_codec`.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
     """
-    inputs = {
-        "model": model,
-        "calibration-data": texts.calibration_data,
-        "statistics": texts.statistics,
-        "eval-data": texts.eval_data,
-    }
-    folder = check_output(output, inputs, overwrite, CODEC_FILES)
-    config, hub, layers, budget = _checked(model, options, texts, dtype, seed, hub, try_family)
-    calibration, evaluation, data = _read(model, config, budget, texts, hub)
+    folder = check_output(output, asked.inputs, asked.overwrite, CODEC_FILES)
+    config, layers, budget = _checked(asked)
+    checkpoint, codec_only = asked.source, asked.codec_only
+    calibration, evaluation, texts, data = _read(asked, config)
     stages = Stages()
     with tempfile.TemporaryDirectory() as scratch:
         with stages.stage("load"):
-            source = without_codec(load_model(model, config, dtype, device, hub, Path(scratch)))
+            source = without_codec(checkpoint.load(asked.dtype, asked.device, Path(scratch)))
             if getattr(config, "quantization_config", None) is not None:
                 # Libraries find out at the first pass that weights are not those that the config describes.
-                with reading("weights", model, hub), torch.no_grad():
+                with reading("weights", checkpoint.location, checkpoint.hub), torch.no_grad():
                     source(torch.zeros(1, 2, dtype=torch.long, device=source.device))
-        source_files = [] if codec_only else _source_files(model, hub)
+        source_files = [] if codec_only else _source_files(checkpoint)
         check_space(folder, sum(path.stat().st_size for path in source_files))
         weights = sum(p.numel() * p.element_size() for p in source.parameters())
         if announce is not None:
-            announce(_announcement(model, source, budget, layers, data, weights))
+            announce(_announcement(checkpoint.name, source, budget, layers, data, weights))
         start = time.perf_counter()
         with stages.stage("fit"), reading_weights():
             verify_family(source, family_of(config).spec, layers)
             codec = fit_codec(source, calibration, budget, layers=layers, processes=processes)
         seconds = time.perf_counter() - start
-        with atomic_folder(folder, overwrite=overwrite) as partial:
+        with atomic_folder(folder, overwrite=asked.overwrite) as partial:
             with stages.stage("write"):
                 codec_bytes = codec.save(partial).stat().st_size
                 for path in source_files:
@@ -143,9 +108,9 @@ def code_cache(
                 if codec_only:
                     written = load_codec(source, partial)
                 else:
-                    own = {name: value for name, value in hub.items() if name == "trust_remote_code"}
-                    place = str(partial)
-                    written = load_model(place, load_config(place, own), dtype, device, own, Path(scratch) / "written")
+                    own = {name: value for name, value in checkpoint.hub.items() if name == "trust_remote_code"}
+                    offload = Path(scratch) / "written"
+                    written = Checkpoint(str(partial), own).load(asked.dtype, asked.device, offload)
                 verification = verify_codec(written, codec, reference)
             found, prompt = None, 0
             length = 0 if evaluation is None else evaluation.shape[1]
@@ -164,7 +129,7 @@ def code_cache(
                     )
             numbers = layer_numbers(config) or []
             report = CodecReport(
-                model=model,
+                model=checkpoint.name,
                 kv_cache_budget=budget,
                 data=data,
                 exact=asdict(codec.exact),
@@ -186,79 +151,54 @@ def code_cache(
                 conversion_seconds=seconds,
                 peak_memory_bytes=stages.peak(),
                 dtype=str(source.dtype).removeprefix("torch."),
-                seed=seed,
+                seed=asked.seed,
                 layers=_layer_reports(codec),
                 written_as="codec" if codec_only else "model",
                 verification=asdict(verification),
                 stages=stages.done,
-                **origin_fields(model, hub),  # type: ignore[arg-type]
+                **checkpoint.origin(),  # type: ignore[arg-type]
             )
             report.write(partial)
-            card = codec_card(report, folder.name, source_metadata(model, hub))
+            card = codec_card(report, folder.name, checkpoint.metadata())
             (partial / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
-def assist_codec(
-    processes: Processes,
-    model: str,
-    options: dict[str, Any],
-    texts: TextOptions = NO_TEXTS,
-    dtype: str = "auto",
-    device: str | None = None,
-    seed: int = 0,
-    hub: dict[str, Any] | None = None,
-    try_family: bool = False,
-) -> None:
+def assist_codec(asked: ConversionRequest, processes: Processes) -> None:
     """Do this process's share of a fit that the first of several processes runs and writes.
-
-    Args:
-        processes: The processes.
-        model, options, texts, dtype, device, seed, hub, try_family: As for `code_cache`.
 
     Raises:
         MLAError: Bad input of any kind.
     """
-    config, hub, layers, budget = _checked(model, options, texts, dtype, seed, hub, try_family)
-    calibration, _, _ = _read(model, config, budget, texts, hub)
+    config, layers, budget = _checked(asked)
+    calibration, *_ = _read(asked, config)
     with tempfile.TemporaryDirectory() as scratch:
-        source = without_codec(load_model(model, config, dtype, device, hub, Path(scratch)))
+        source = without_codec(asked.source.load(asked.dtype, asked.device, Path(scratch)))
         fit_codec(source, calibration, budget, layers=layers, processes=processes)
 
 
-def _checked(
-    model: str,
-    options: dict[str, Any],
-    texts: TextOptions,
-    dtype: str,
-    seed: int,
-    hub: dict[str, Any] | None,
-    try_family: bool,
-) -> tuple[PreTrainedConfig, dict[str, Any], tuple[int, ...], float]:
-    """Return the config of the source, the keywords for the hub, the layers to code and the budget, all checked."""
-    check_count("seed", seed, 0, LARGEST_SEED)
-    torch.manual_seed(seed)
-    check_dtype(dtype)
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
-    refuse_options(options)
-    if texts.uncalibrated:
+def _checked(asked: ConversionRequest) -> tuple[PreTrainedConfig, tuple[int, ...], float]:
+    """Return the config of the source, the layers to code and the budget, all checked."""
+    asked.check()
+    refuse_options(asked.options)
+    if asked.texts.uncalibrated:
         raise OptionError("--uncalibrated and --cache-budget exclude each other: codes are fitted to a text.")
-    config = load_source_config(model, hub, try_family, wrapped=True, quantized=True)
+    config = asked.source.source_config(asked.try_family, wrapped=True, quantized=True)
     if wrapper_of(config) is not None:
         raise UnsupportedModelError(
-            f"kv_cache_budget: {model} holds a language model (model_type {config.model_type}), allowed: a language "
-            "model itself. Extract it as docs/families.md shows, or give --kv-cache-ratio."
+            f"kv_cache_budget: {asked.source.name} holds a language model (model_type {config.model_type}), allowed: a "
+            "language model itself. Extract it as docs/families.md shows, or give --kv-cache-ratio."
         )
-    return config, hub, codable_layers(config, options.get("layers") or "all"), options["kv_cache_budget"]
+    return config, codable_layers(config, asked.options.get("layers") or "all"), asked.options["kv_cache_budget"]
 
 
 def _read(
-    model: str, config: PreTrainedConfig, budget: float, texts: TextOptions, hub: dict[str, Any]
-) -> tuple[Tensor | CalibrationStatistics, Tensor | None, dict[str, dict[str, Any]]]:
-    """Return what calibrates, the windows that are left to the report, and the origins of the texts."""
-    texts = calibrated_texts(texts, "gqa2mla", {"kv_cache_budget": budget})
+    asked: ConversionRequest, config: PreTrainedConfig
+) -> tuple[Tensor | CalibrationStatistics, Tensor | None, TextOptions, dict[str, dict[str, Any]]]:
+    """Return what calibrates, the windows that are left to the report, the texts, and the origins of the texts."""
+    texts = calibrated_texts(asked.texts, asked.method, asked.options)
     needed = isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
-    tokenizer = load_tokenizer(model, hub, needed=needed)
+    tokenizer = asked.source.tokenizer(needed)
     statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
     calibration, evaluation, data = read_texts(tokenizer, config, texts)
     if statistics is not None:
@@ -266,21 +206,19 @@ def _read(
         if tokenizer is not None and evaluation is None:
             evaluation, left = left_by(statistics, tokenizer, config, texts)
             data |= left
-        return statistics, evaluation, data
+        return statistics, evaluation, texts, data
     if calibration is None:
         raise RuntimeError("no calibration windows were read")
-    return calibration, evaluation, data
+    return calibration, evaluation, texts, data
 
 
-def _source_files(model: str, hub: dict[str, Any]) -> list[Path]:
+def _source_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the files of a checkpoint that make up the source: weights, configs, tokenizer, code and licence.
 
-    Args:
-        model: A hub id or a folder. Of a hub id the weights have been downloaded, because the model was loaded.
-        hub: Keyword arguments for loading from the hub.
+    Of a hub id the weights have been downloaded, because the model was loaded.
     """
-    folder = Path(model)
-    if not folder.is_dir():
+    folder, model, hub = checkpoint.folder, checkpoint.location, checkpoint.hub
+    if folder is None:
         from huggingface_hub import snapshot_download
 
         known = {name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub}

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 from transformers import PreTrainedModel
+from typing_extensions import Unpack
 
 from optimum_mla.core.errors import OptionError
 from optimum_mla.core.processes import ALONE, Processes
@@ -29,13 +30,13 @@ from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.pipeline.announcement import announcement
+from optimum_mla.pipeline.checkpoint import Checkpoint, load_written
 from optimum_mla.pipeline.coding import assist_codec, code_cache
 from optimum_mla.pipeline.estimate import PROBE_TOKENS, conversion_memory, conversion_seconds, probe, work_of
 from optimum_mla.pipeline.exporting import exported_model, write_export
 from optimum_mla.pipeline.history import Outcome, remember
-from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, load_written
-from optimum_mla.pipeline.origin import origin_fields, source_metadata
-from optimum_mla.pipeline.preparation import is_coded, prepare, sized
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
+from optimum_mla.pipeline.preparation import ConversionRequest, Settings, prepare
 from optimum_mla.pipeline.unfinished import VERSIONED, UnfinishedConversion, write_model
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
@@ -56,17 +57,9 @@ def convert(
     method: str = "gqa2mla",
     options: dict[str, Any] | None = None,
     texts: TextOptions = NO_TEXTS,
-    dtype: str = "auto",
-    device: str | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    hub: dict[str, Any] | None = None,
-    export_format: str | None = None,
-    resume: bool = False,
     announce: Callable[[str], None] | None = None,
-    try_family: bool = False,
     processes: Processes = ALONE,
-    codec_only: bool = False,
+    **settings: Unpack[Settings],
 ) -> ConversionReport | CodecReport:
     """Convert a checkpoint and write the result with its model card and its report.
 
@@ -79,81 +72,50 @@ def convert(
         options: Keyword arguments of the method. Without any size among them, `kv_cache_budget` is 0.25 where the cache
             can be coded, and `kv_cache_ratio` is 0.5 otherwise.
         texts: Calibration and evaluation texts. Without calibration data, a text that comes with the package is taken.
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; for the work, and for the result where
-            weights are converted.
-        device: Torch device; None takes CUDA where it is available.
-        seed: For whatever draws random numbers.
-        overwrite: Replace `output` if it is a model folder, and throw an unfinished conversion to it away.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
-        export_format: Write the result as `mla-export` does (`deepseek_v3`, `gguf`), with the options that this needs.
-        resume: Go on with an interrupted conversion to `output`, which must have had the same options. It gives what an
-            uninterrupted one gives. A codec is fitted in one pass and begins anew.
-        try_family: Describe a family that is not known by what its names suggest, if the model confirms it.
-        announce: Called with a few lines that say what will be done and how long it should take, before it starts.
+        announce: Called with a few lines that say what will be done, before it starts.
         processes: The processes that share the work. The first one of them calls this function, and the others call
             `assist`.
-        codec_only: Under a budget of bytes, write the codec without the model's weights.
+        **settings: See `Settings`.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
     """
-    given = sized(model, method, options, texts, hub, export_format, try_family)
-    common: dict[str, Any] = {"texts": texts, "dtype": dtype, "device": device, "seed": seed, "overwrite": overwrite}
-    common |= {"hub": hub, "announce": announce, "try_family": try_family, "processes": processes}
-    if is_coded(method, given):
+    asked = ConversionRequest.of(model, method, options, texts, settings)
+    if asked.coded:
         kept = kept_folder("mla-convert", located(output))
-        if kept.exists() and not overwrite:
+        if kept.exists() and not asked.overwrite:
             raise OptionError(
                 f"output: an unfinished conversion of weights lies in {kept}. Go on by --resume with its options, or "
                 "start anew by --overwrite."
             )
         shutil.rmtree(kept, ignore_errors=True)
-        return code_cache(model, output, given, codec_only=codec_only, **common)
-    if codec_only:
+        return code_cache(asked, output, announce, processes)
+    if asked.codec_only:
         raise OptionError("--codec-only needs --cache-budget: without one the weights are converted, and written.")
-    return convert_weights(model, output, method, given, export_format=export_format, resume=resume, **common)
+    return convert_weights(asked, output, announce, processes)
 
 
 @claims_output(distributed=True)
 def convert_weights(
-    model: str,
-    output: str | Path,
-    method: str,
-    options: dict[str, Any],
-    texts: TextOptions,
-    dtype: str,
-    device: str | None,
-    seed: int,
-    overwrite: bool,
-    hub: dict[str, Any] | None,
-    export_format: str | None,
-    resume: bool,
-    announce: Callable[[str], None] | None,
-    try_family: bool,
-    processes: Processes,
+    asked: ConversionRequest, output: str | Path, announce: Callable[[str], None] | None, processes: Processes
 ) -> ConversionReport:
     """Convert the attention of a checkpoint, and write the result; arguments and errors are those of `convert`."""
-    inputs = {
-        "model": model,
-        "calibration-data": texts.calibration_data,
-        "statistics": texts.statistics,
-        "eval-data": texts.eval_data,
-    }
-    folder = check_output(output, inputs, overwrite)
-    prepared = prepare(model, method, options, texts, dtype, hub, export_format, seed, try_family)
-    config, transformation, data, hub = prepared.config, prepared.transformation, prepared.data, prepared.hub
+    folder = check_output(output, asked.inputs, asked.overwrite)
+    prepared = prepare(asked)
+    model, method, export_format = asked.source.name, asked.method, asked.export_format
+    config, transformation, data = prepared.config, prepared.transformation, prepared.data
     tokenizer, windows, text = prepared.tokenizer, prepared.windows, prepared.text
     stages = Stages()
     made_from = {
-        **conversion_identity(model, hub),
-        **{"method": method, "dtype": dtype, "device": device, "seed": seed},
+        **conversion_identity(asked.source),
+        **{name: getattr(asked, name) for name in ("method", "dtype", "device", "seed")},
         "calibration data (SHA-256)": data.get("calibration-data", {}).get("sha256"),
         "statistics (SHA-256)": data.get("calibration-data", {}).get("statistics"),
         **transformation.options,
     }
-    with UnfinishedConversion(folder, made_from, resume, overwrite) as unfinished:
+    with UnfinishedConversion(folder, made_from, asked.resume, asked.overwrite) as unfinished:
         with stages.stage("load"):
-            source, wrapper = prepared.load(model, dtype, device, unfinished.folder)
+            source, wrapper = prepared.load(asked.dtype, asked.device, unfinished.folder)
         if export_format == "gguf":
             file_type_of(source.dtype)
         check_space(folder, max(0, weight_bytes(source) - unfinished.bytes))
@@ -176,28 +138,28 @@ def convert_weights(
             announce(announcement(model, source, transformation, prepared.planned, data, *predicted, wrapped=wrapped))
         few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
         speaks = tokenizer is not None and readable_at_once(source)
-        asked = prompts(tokenizer, config.vocab_size) if speaks else []
+        questions = prompts(tokenizer, config.vocab_size) if speaks else []
         with stages.stage("measure the source"), reading_weights():
             source_bytes = bytes_per_token(source, few)
-            said = answers(source, asked)
+            said = answers(source, questions)
             reference = reference_logits(source) if transformation.preserves_computation else None
         with stages.stage("convert"), expected_to_take(predicted_seconds):
             for layer, attention in run.steps():
                 unfinished.write_layer(run, layer, attention)
         before, after = run.perplexities or (None, None)
 
-        with atomic_folder(folder, overwrite=overwrite, within=unfinished.folder) as partial:
+        with atomic_folder(folder, overwrite=asked.overwrite, within=unfinished.folder) as partial:
             final = export_format is None and wrapper is None
             converted_folder = partial if final else unfinished.folder / "converted"
             with stages.stage("write"):
                 write_model(run, unfinished, converted_folder)
             with stages.stage("verify"):
                 offload = unfinished.folder if final else None
-                converted: Any = load_written(converted_folder, folder, device, offload)
+                converted: Any = load_written(converted_folder, folder, asked.device, offload)
                 verification = verify(converted, reference)
             with stages.stage("measure the result"):
                 cache_bytes = bytes_per_token(converted, few)
-                says = answers(converted, asked)  # in one batch, as those of the source
+                says = answers(converted, questions)  # in one batch, as those of the source
                 with reading_weights():
                     movement = moved(source, converted, said) if said else None
 
@@ -223,7 +185,7 @@ def convert_weights(
                 predicted_memory_bytes=predicted_bytes,
                 peak_memory_bytes=stages.peak(),
                 dtype=str(converted.dtype).removeprefix("torch."),
-                seed=seed,
+                seed=asked.seed,
                 layers=[_layer_report(layer, result) for layer, result in run.results.items()],
                 perplexity_text=None if windows is None else text,
                 written_as="wrapper" if wrapper is not None else export_format or "native",
@@ -243,7 +205,7 @@ def convert_weights(
                 **prepared.origin,
             )
             report = replace(report, quality_warning=quality_warning(report))
-            card = model_card(report, folder.name, source_metadata(model, hub), wrapped=wrapper is not None)
+            card = model_card(report, folder.name, asked.source.metadata(), wrapped=wrapper is not None)
             if export_format is not None:
                 exported, export_report = exported_model(model, converted, export_format, pad=True)
                 write_export(exported, export_format, partial, folder.name, tokenizer)
@@ -252,10 +214,10 @@ def convert_weights(
             elif tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if wrapper is not None:
-                write_wrapped(model, wrapper, converted, partial, folder, hub)
+                write_wrapped(asked.source, wrapper, converted, partial, folder)
             report.write(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
-    if not resume and processes.size == 1:
+    if not asked.resume and processes.size == 1:
         made = (predicted_seconds, report.conversion_seconds, predicted_bytes, report.peak_memory_bytes)
         remember(Outcome(model, method, *made))
     return report
@@ -267,46 +229,36 @@ def assist(
     method: str = "gqa2mla",
     options: dict[str, Any] | None = None,
     texts: TextOptions = NO_TEXTS,
-    dtype: str = "auto",
-    device: str | None = None,
-    seed: int = 0,
-    hub: dict[str, Any] | None = None,
-    export_format: str | None = None,
-    try_family: bool = False,
+    **settings: Unpack[Settings],
 ) -> None:
     """Do this process's share of a conversion that the first of several processes runs and writes.
 
     Args:
         processes: The processes.
-        model, method, options, texts, dtype, device, seed, hub, export_format, try_family: As for `convert`.
+        model, method, options, texts, **settings: As for `convert`.
 
     Raises:
         MLAError: Bad input of any kind.
     """
-    options = sized(model, method, options, texts, hub, export_format, try_family)
-    if is_coded(method, options):
-        assist_codec(processes, model, options, texts, dtype, device, seed, hub, try_family)
+    asked = ConversionRequest.of(model, method, options, texts, settings)
+    if asked.coded:
+        assist_codec(asked, processes)
         return
-    prepared = prepare(model, method, options, texts, dtype, hub, export_format, seed, try_family)
+    prepared = prepare(asked)
     with tempfile.TemporaryDirectory() as scratch:
-        source, _ = prepared.load(model, dtype, device, Path(scratch))
+        source, _ = prepared.load(asked.dtype, asked.device, Path(scratch))
         for _ in prepared.run(source, None, processes).steps():
             pass
 
 
-def conversion_identity(model: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """Return what tells a source model, and the software that converts it, from others, as values that JSON can hold.
-
-    Args:
-        model: Its hub id or folder.
-        hub: Keyword arguments for loading from the hub.
-    """
+def conversion_identity(source: Checkpoint) -> dict[str, Any]:
+    """Return what tells a source model, and the software that converts it, from others, as JSON can hold it."""
     versions = {name: version(name) for name in VERSIONED}
     files = {}
-    if Path(model).is_dir():
-        kept = (path for path in sorted(Path(model).iterdir()) if path.suffix in WEIGHT_SUFFIXES)
+    if source.folder is not None:
+        kept = (path for path in sorted(source.folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES)
         files = {f"file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in kept}
-    return {"model": model, **origin_fields(model, hub), **files, **versions}
+    return {"model": source.name, **source.origin(), **files, **versions}
 
 
 def readable_at_once(model: PreTrainedModel) -> bool:

@@ -26,14 +26,8 @@ from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.pipeline.loading import (
-    carried_card,
-    check_dtype,
-    load_config,
-    load_model,
-    load_tokenizer,
-    not_converted,
-)
+from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype, not_converted
+from optimum_mla.pipeline.loading import carried_card
 from optimum_mla.report.cards import export_card, with_section
 from optimum_mla.report.schema import ExportReport
 
@@ -156,19 +150,19 @@ def export(
         if format != "gguf":
             raise InvalidValueError("gguf_type", gguf_type, f"nothing with the format {format}")
     sizes = None if pad_to is None else _sizes(pad_to)
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    checkpoint = Checkpoint.of(model, hub)
     if latent_norm != (recover_data is not None):
         raise InvalidValueError(
             "latent_norm", latent_norm, "True together with recover_data", "Give --latent-norm and --recover-data TEXT."
         )
     folder = check_output(output, {"model": model, "recover-data": recover_data}, overwrite)
-    config = load_config(model, hub)
+    config = checkpoint.config
     if not is_converted(config):
         raise not_converted(model, config)
     layers = model_geometry(family_of(config).spec, config).layers
     if latent_norm:
         check_layers(layers)
-    tokenizer = load_tokenizer(model, hub, needed=latent_norm)
+    tokenizer = checkpoint.tokenizer(needed=latent_norm)
     if format == "gguf":
         check_writable(config, tokenizer)
     check_exportable(config, pad or sizes is not None)
@@ -180,7 +174,7 @@ def export(
         length = window_length(config, recover_length, "recover_length")
         windows = token_windows(tokenizer, recover_data, length, recover_samples, "recover-data")
         check_tokens(windows, config.vocab_size, "recover-data")
-    native = load_model(model, config, dtype, device, hub)
+    native = checkpoint.load(dtype, device)
     check_planned(format, config, rotated_pairs(native), sizes, latent_norm)
     if format == "gguf" and gguf_type is None:
         gguf_type = file_type_of(native.dtype)

@@ -28,17 +28,8 @@ from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
 from optimum_mla.models.coded import CodedGeneration
-from optimum_mla.pipeline.loading import (
-    NO_TEXTS,
-    TextOptions,
-    carried_card,
-    check_dtype,
-    has_codec,
-    load_converted_config,
-    load_model,
-    load_tokenizer,
-    read_texts,
-)
+from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype, has_codec
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card, read_texts
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
 from optimum_mla.recovery.as_used import check_as_used, check_prompt
@@ -114,11 +105,11 @@ def finetune(
         MLAError: Bad input of any kind, or a loss that diverged before the first checkpoint; `output` is as it was.
     """
     recipe, training = recipe or Recipe(), dict(training or {})
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    checkpoint = Checkpoint.of(model, hub)
     check_dtype(dtype)
     check_training(training)
     check_installed(recipe)
-    source = recorded_source(model)
+    source = recorded_source(checkpoint)
     inputs = {
         "model": model,
         "train-data": train_data,
@@ -127,12 +118,12 @@ def finetune(
         "model's source": None if source is None else source.location,
     }
     folder = check_output(output, inputs, overwrite, leading=int(os.environ.get("RANK", 0)) == 0)
-    config = load_converted_config(model, hub, coded=True)
+    config = checkpoint.converted_config(coded=True)
     coded = has_codec(config)
     if coded:
         check_as_used(recipe, training)
     check_quantized(recipe, config)
-    taught_by = find_teacher(model, recipe, teacher_revision)
+    taught_by = find_teacher(checkpoint, recipe, teacher_revision)
     origin = train_data if isinstance(train_data, str) else "token ids"
     run = {"model": model, "train_data": origin, **recipe.to_dict(), **training}
     run["eval_data"] = texts.eval_data if isinstance(texts.eval_data, str | None) else "token ids"
@@ -145,7 +136,7 @@ def finetune(
         run |= {f"{option} ({file}: bytes, time)": about for file, about in fingerprint(value).items()}
     work = working_folder(folder, run, resume, overwrite, inputs)
 
-    tokenizer = load_tokenizer(model, hub, needed=isinstance(train_data, str) or texts.eval_data is not None)
+    tokenizer = checkpoint.tokenizer(needed=isinstance(train_data, str) or texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
     length = window_length(config, recipe.sequence_length, "sequence_length")
     rows, description, held_back = training_data(tokenizer, train_data, recipe, length, evaluation is None)
@@ -171,7 +162,7 @@ def finetune(
         place = "cpu"  # it is sharded from there
 
     precision = "auto" if recipe.train in ADAPTERS or quantized_by(config) else TRAINED_DTYPE
-    student: Any = load_model(model, config, precision, place, hub)
+    student: Any = checkpoint.load(precision, place)
     if coded:
         if not isinstance(student, CodedGeneration):
             raise UnreadableModelError(
@@ -182,7 +173,7 @@ def finetune(
         if windows is not None:
             check_prompt("eval_length", windows.shape[1], student.latent_codec.exact)
     saved_dtype = getattr(torch, dtype) if dtype != "auto" else dtype_of(config, student)
-    teacher = None if taught_by is None else load_teacher(taught_by, recipe, config, tokenizer, place, hub)
+    teacher = None if taught_by is None else load_teacher(taught_by, recipe, config, tokenizer, place)
     leading = arguments.process_index == 0
 
     def loss(model: Any, windows: Tensor) -> float:
@@ -195,10 +186,10 @@ def finetune(
             source_perplexity = 1.0
         elif source is not None:
             # A quantized teacher's perplexity is not that of the source.
-            exact = taught_by is not None and recipe.teacher_bits == 16 and taught_by.same_files(source)
+            exact = taught_by is not None and recipe.teacher_bits == 16 and taught_by.is_same(source)
             loaded = teacher if exact else None
             if exact or evaluation is not None:  # It is not loaded for text that nobody asked to measure.
-                source_perplexity = perplexity_of_source(source, loaded, windows, place, hub)
+                source_perplexity = perplexity_of_source(source, loaded, windows, place)
 
     set_seed(arguments.seed)  # adapters begin with random numbers
 
@@ -229,14 +220,14 @@ def finetune(
     if not leading:
         return None
     if whole is not None:  # The other processes have returned, so nothing may be computed with the sharded one.
-        trainee = prepared(load_model(model, config, precision, "cpu", hub))
+        trainee = prepared(checkpoint.load(precision, "cpu"))
         trainee.load_state_dict(whole)
     if keeps_best and before is not None and windows is not None and done.kept is None:
         # No checkpoint was measured, as where none is saved or the first stage diverged.
         done.held_out[done.steps] = loss(trainee, windows)
         done.kept = done.steps if done.held_out[done.steps] < math.log(before) else 0
     if done.kept == 0:
-        trainee = prepared(load_model(model, config, precision, place if whole is None else "cpu", hub))
+        trainee = prepared(checkpoint.load(precision, place if whole is None else "cpu"))
     # Merging and casting must not change what was trained.
     trained_dtype = torch.bfloat16 if quantized_by(config) else trainee.dtype
     # Rounding to 16 bits moves predictions as much as good codes do, so that both ends are measured before it.

@@ -28,9 +28,9 @@ from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.ops.rotary import PairTable
+from optimum_mla.pipeline.checkpoint import RESIDENT_BYTES, Checkpoint
 from optimum_mla.pipeline.estimate import Work, conversion_memory, conversion_seconds, probe
 from optimum_mla.pipeline.history import accuracy, outcomes
-from optimum_mla.pipeline.loading import RESIDENT_BYTES, check_buildable, load_config
 from optimum_mla.pipeline.weight_headers import headers
 from optimum_mla.plan.budget import RankBudget
 from optimum_mla.report.break_even import break_even_tokens
@@ -78,11 +78,10 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         UnsupportedModelError: There is no such model, or it has no safetensors files.
         UnreadableModelError: A file of the model is broken.
     """
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    checkpoint = Checkpoint.of(model, hub)
     for ratio in ratios:
         check_finite("kv_cache_ratios", ratio, above=True)
-    config = load_config(model, hub)
-    tensors = headers(model, hub)
+    config, tensors = checkpoint.config, headers(checkpoint)
     kinds = [kind for kind, _ in tensors.values()]
     dtype = max(sorted(set(kinds)), key=kinds.count)
     parameters = sum(math.prod(shape) for _, shape in tensors.values())
@@ -98,7 +97,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
     )
     try:
         family = family_of(config)
-        check_buildable(model, config, hub)
+        checkpoint.check_buildable()
         geometry = model_geometry(family.spec, config)
     except UnreadableModelError:
         raise

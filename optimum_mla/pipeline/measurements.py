@@ -18,7 +18,7 @@ from optimum_mla.measure.sizes import predicted_cache_bytes
 from optimum_mla.measure.speed import Contender, spread, time_in_turn
 from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.models.family_table import is_converted
-from optimum_mla.pipeline.loading import load_config, load_model, load_tokenizer
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.report.rows import BASELINE, MODEL
 from optimum_mla.stack import cache_argument
 from optimum_mla.weights import weight_bytes
@@ -36,7 +36,7 @@ def load(request: dict[str, Any], name: str, hub: dict[str, Any] | None = None) 
         hub: Keyword arguments for loading it, if they are not those of the request.
     """
     hub = request["hub"] if hub is None else hub
-    return load_model(name, load_config(name, hub), request["dtype"], request["device"], hub)
+    return Checkpoint(name, hub).load(request["dtype"], request["device"])
 
 
 def cache_maker(model: PreTrainedModel, name: str) -> Callable[[], Cache]:
@@ -237,5 +237,5 @@ def tasks_cell(
     from optimum_mla.measure.tasks import evaluate_tasks, task_manager
 
     model = load(common, name)
-    tokenizer = load_tokenizer(name, common["hub"], needed=True)
+    tokenizer = Checkpoint(name, common["hub"]).tokenizer(needed=True)
     return {"rows": evaluate_tasks(model, tokenizer, task_manager(tasks, tasks_path), tasks, batch, limit)}

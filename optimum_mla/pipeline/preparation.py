@@ -1,10 +1,10 @@
-"""All that `mla-convert` decides before it loads a model's weights."""
+"""What a conversion was asked for, and all that `mla-convert` decides before it loads a model's weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from optimum_mla.models.coded import without_codec
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.wrappers import language_model, wrapper_of
+from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
 from optimum_mla.pipeline.conversion_options import (
     build_transformation,
     calibrated_texts,
@@ -33,19 +34,109 @@ from optimum_mla.pipeline.conversion_options import (
     default_size,
 )
 from optimum_mla.pipeline.exporting import check_method, check_planned, exportable_options
-from optimum_mla.pipeline.loading import (
-    TextOptions,
-    check_dtype,
-    load_model,
-    load_source_config,
-    load_tokenizer,
-    read_texts,
-)
-from optimum_mla.pipeline.origin import origin_fields
+from optimum_mla.pipeline.loading import TextOptions, read_texts
 
 RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "kv_cache_budget", "energy", "d_kv"}
 BUILT_IN_WINDOWS = 8
 """Largest number of windows of the built-in text on which an uncalibrated conversion without text is measured."""
+
+
+class Settings(TypedDict, total=False):
+    """How a conversion runs and what it writes.
+
+    Attributes:
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; for the work, and for the result where
+            weights are converted.
+        device: Torch device; None takes CUDA where it is available.
+        seed: For whatever draws random numbers.
+        overwrite: Replace `output` if it is a model folder, and throw an unfinished conversion to it away.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        export_format: Write the result as `mla-export` does (`deepseek_v3`, `gguf`), with the options that this needs.
+        resume: Go on with an interrupted conversion to `output`, which must have had the same options. It gives what an
+            uninterrupted one gives. A codec is fitted in one pass and begins anew.
+        try_family: Describe a family that is not known by what its names suggest, if the model confirms it.
+        codec_only: Under a budget of bytes, write the codec without the model's weights.
+    """
+
+    dtype: str
+    device: str | None
+    seed: int
+    overwrite: bool
+    hub: dict[str, Any] | None
+    export_format: str | None
+    resume: bool
+    try_family: bool
+    codec_only: bool
+
+
+@dataclass(frozen=True)
+class ConversionRequest:
+    """A conversion as it was asked for, which the command, the function and the other processes share.
+
+    Attributes:
+        source: The model to convert.
+        method: One of `available_transforms()`.
+        options: Keyword arguments of the method.
+        texts: Calibration and evaluation texts.
+        dtype, device, seed, overwrite, export_format, resume, try_family, codec_only: See `Settings`.
+    """
+
+    source: Checkpoint
+    method: str
+    options: dict[str, Any]
+    texts: TextOptions
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+    overwrite: bool = False
+    export_format: str | None = None
+    resume: bool = False
+    try_family: bool = False
+    codec_only: bool = False
+
+    @classmethod
+    def of(
+        cls, model: str, method: str, options: dict[str, Any] | None, texts: TextOptions, settings: Settings
+    ) -> ConversionRequest:
+        """Return the request of a user, with all options that an export needs, and with a size of the cache.
+
+        Raises:
+            MLAError: The model cannot be read, or cannot be exported so.
+        """
+        options = {name: value for name, value in (options or {}).items() if value is not None}
+        further = {name: value for name, value in settings.items() if name != "hub"}
+        asked = cls(Checkpoint.of(model, settings.get("hub")), method, options, texts, **further)  # type: ignore[arg-type]
+        if asked.export_format is not None:
+            options = exportable_options(asked.export_format, method, options)
+        if not options.keys() & RANK_OPTIONS:
+            config = asked.source.source_config(asked.try_family, wrapped=True, quantized=True)
+            options |= default_size(config, method, options, texts, asked.export_format is not None)
+        return replace(asked, options=options)
+
+    @property
+    def coded(self) -> bool:
+        """Return whether codes of old tokens are asked for, and the method has them."""
+        return "kv_cache_budget" in self.options and transform_class(self.method).has_codes
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Return what the conversion reads, by the name of the option, for the check that no output replaces it."""
+        return {
+            "model": self.source.location,
+            "calibration-data": self.texts.calibration_data,
+            "statistics": self.texts.statistics,
+            "eval-data": self.texts.eval_data,
+        }
+
+    def check(self) -> None:
+        """Refuse a seed or a dtype that does not exist, and set the seed.
+
+        Raises:
+            InvalidValueError: There is no such seed or dtype.
+        """
+        check_count("seed", self.seed, 0, LARGEST_SEED)
+        torch.manual_seed(self.seed)
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -53,7 +144,7 @@ class Preparation:
     """A conversion that can begin as soon as its model is loaded.
 
     Attributes:
-        hub: Keyword arguments for loading from the hub.
+        source: The model to convert.
         config: The config of the source model, or of the language model inside it.
         wrapper: The config of the source model if it is a wrapper around a language model, or None.
         origin: Where the source model is from, as fields of a report.
@@ -68,7 +159,7 @@ class Preparation:
             the calibration windows.
     """
 
-    hub: dict[str, Any]
+    source: Checkpoint
     config: PreTrainedConfig
     wrapper: PreTrainedConfig | None
     origin: dict[str, Any]
@@ -81,13 +172,11 @@ class Preparation:
     text: str
     measured_on: Tensor | None
 
-    def load(
-        self, model: str, dtype: str, device: str | None, offload: Path
-    ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-        """Return the source model, and the wrapper that it is in, or None; the arguments are those of `load_model`."""
+    def load(self, dtype: str, device: str | None, offload: Path) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+        """Return the source model, and the wrapper that it is in, or None; see `Checkpoint.load`."""
         if self.wrapper is None:
-            return without_codec(load_model(model, self.config, dtype, device, self.hub, offload)), None
-        whole = load_model(model, self.wrapper, dtype, device, self.hub, kind=AutoModelForImageTextToText)
+            return without_codec(self.source.load(dtype, device, offload)), None
+        whole = self.source.load(dtype, device, kind=AutoModelForImageTextToText)
         return language_model(whole), whole
 
     def run(self, source: PreTrainedModel, record: Record | None, processes: Processes) -> Run:
@@ -103,72 +192,28 @@ class Preparation:
         return Run(self.transformation, source, shared, self.measured_on, evaluate, processes)
 
 
-def sized(
-    model: str,
-    method: str,
-    options: dict[str, Any] | None,
-    texts: TextOptions,
-    hub: dict[str, Any] | None,
-    export_format: str | None,
-    try_family: bool,
-) -> dict[str, Any]:
-    """Return the options of a method with all that an export needs, and with a size of the cache.
-
-    The arguments are those of `convert`.
-
-    Raises:
-        MLAError: The model cannot be read, or cannot be exported so.
-    """
-    options = {name: value for name, value in (options or {}).items() if value is not None}
-    if export_format is not None:
-        options = exportable_options(export_format, method, options)
-    if options.keys() & RANK_OPTIONS:
-        return options
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
-    config = load_source_config(model, hub, try_family, wrapped=True, quantized=True)
-    return options | default_size(config, method, options, texts, export_format is not None)
-
-
-def is_coded(method: str, options: dict[str, Any]) -> bool:
-    """Return whether options ask for codes of old tokens, and the method has them."""
-    return "kv_cache_budget" in options and transform_class(method).has_codes
-
-
-def prepare(
-    model: str,
-    method: str,
-    options: dict[str, Any],
-    texts: TextOptions,
-    dtype: str,
-    hub: dict[str, Any] | None,
-    export_format: str | None,
-    seed: int,
-    try_family: bool,
-) -> Preparation:
-    """Read the texts and decide on the transformation; the arguments are those of `convert`, the options sized.
+def prepare(asked: ConversionRequest) -> Preparation:
+    """Read the texts and decide on the transformation.
 
     Raises:
         MLAError: Bad input of any kind.
     """
-    check_count("seed", seed, 0, LARGEST_SEED)
-    torch.manual_seed(seed)
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
-    check_dtype(dtype)
-    whole = load_source_config(model, hub, try_family, wrapped=True)
+    asked.check()
+    source, method, options, export_format = asked.source, asked.method, asked.options, asked.export_format
+    whole = source.source_config(asked.try_family, wrapped=True)
     config = whole if wrapper_of(whole) is None else whole.text_config
     if export_format is not None and config is not whole:
         remedy = "Extract the language model as docs/families.md shows, and export that."
         raise InvalidValueError("export_format", export_format, "None for a model around a language model", remedy)
-    origin: dict[str, Any] = origin_fields(model, hub)
-    texts = calibrated_texts(texts, method, options)
+    origin: dict[str, Any] = source.origin()
+    texts = calibrated_texts(asked.texts, method, options)
     given = texts.calibration_data is not None or texts.statistics is not None
     if export_format is not None and method == "gqa2mla" and not given:
         remedy = "Give calibration data, or take --method x-ecomla."
         raise InvalidValueError("export_format", export_format, "None for gqa2mla without calibration data", remedy)
 
-    tokenizer = load_tokenizer(
-        model, hub, needed=isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
-    )
+    needed = isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
+    tokenizer = source.tokenizer(needed)
     if export_format == "gguf":
         check_writable(config, tokenizer)
     statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
@@ -197,7 +242,7 @@ def prepare(
     elif evaluation is None and calibration is not None:
         windows, text = deciding_windows(calibration), "calibration"
     return Preparation(
-        hub=hub,
+        source=source,
         config=config,
         wrapper=None if config is whole else whole,
         origin=origin,

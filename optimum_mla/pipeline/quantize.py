@@ -18,16 +18,8 @@ from optimum_mla.measure.quality import decoding_perplexity
 from optimum_mla.measure.verify import tolerance_of, verify
 from optimum_mla.methods.quantize_cache import QuantizeLatentCache
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.pipeline.loading import (
-    NO_TEXTS,
-    TextOptions,
-    carried_card,
-    check_dtype,
-    load_converted_config,
-    load_model,
-    load_tokenizer,
-    read_texts,
-)
+from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card, read_texts
 from optimum_mla.report.cards import quantization_card, with_section
 from optimum_mla.report.schema import QuantizationReport
 from optimum_mla.weights import check_weights, quantize_weights, weight_bytes
@@ -65,19 +57,19 @@ def quantize(
         MLAError: Bad input of any kind; `output` is as it was.
     """
     start = time.perf_counter()
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    checkpoint = Checkpoint.of(model, hub)
     check_dtype(dtype)
     check_weights(weights)
     quantize_cache = QuantizeLatentCache(**(cache.to_dict() if cache else {}))
     folder = check_output(output, {"model": model, "eval-data": texts.eval_data}, overwrite)
-    config = load_converted_config(model, hub)
+    config = checkpoint.converted_config()
     quantize_cache.check(config)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"model: the weights of {model} are quantized. Name the unquantized model.")
-    tokenizer = load_tokenizer(model, hub, needed=texts.eval_data is not None)
+    tokenizer = checkpoint.tokenizer(needed=texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
 
-    loaded: Any = load_model(model, config, dtype, device, hub)
+    loaded: Any = checkpoint.load(dtype, device)
     context = min(LONGEST_PROBE, getattr(config, "max_position_embeddings", LONGEST_PROBE))
     probe = torch.zeros(1, context, dtype=torch.long)
     geometry = model_geometry(loaded.spec, loaded.config)

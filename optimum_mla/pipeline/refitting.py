@@ -20,16 +20,9 @@ from optimum_mla.measure.quality import compare_decoding
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import with_codec, without_codec
 from optimum_mla.models.layer_source import reading_weights
+from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
 from optimum_mla.pipeline.coding import SCORED_AT_ONCE, SCORED_WINDOWS
-from optimum_mla.pipeline.loading import (
-    NO_TEXTS,
-    TextOptions,
-    check_dtype,
-    load_model,
-    load_source_config,
-    load_tokenizer,
-    read_texts,
-)
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, read_texts
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ def refit(
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
     """
-    hub = {name: value for name, value in (hub or {}).items() if value is not None}
+    checkpoint = Checkpoint.of(model, hub)
     check_dtype(dtype)
     inputs = {"model": model, "refit": codec, "calibration-data": texts.calibration_data}
     folder = check_output(output, inputs, overwrite, (CODEC_FILE,), "codec")
@@ -84,8 +77,8 @@ def refit(
     if texts.chat_template and texts.calibration_data is None:
         raise OptionError("--chat-template is about calibration data. Give chats with --calibration-data.")
     old = ModelCodec.load(codec)
-    config = load_source_config(model, hub, quantized=True)
-    tokenizer = load_tokenizer(model, hub, needed=True)
+    config = checkpoint.source_config(quantized=True)
+    tokenizer = checkpoint.tokenizer(needed=True)
     if texts.calibration_data is None:
         texts = replace(texts, calibration_data=str(BUILT_IN_TEXT))
     windows, left, _ = read_texts(tokenizer, config, texts)
@@ -97,7 +90,7 @@ def refit(
             f"calibration_length: in windows of {length} tokens no prompt has codes to compare. Give longer ones."
         )
     with tempfile.TemporaryDirectory() as scratch:
-        source: Any = without_codec(load_model(model, config, dtype, device, hub, offload=Path(scratch)))
+        source: Any = without_codec(checkpoint.load(dtype, device, Path(scratch)))
         start = time.perf_counter()
         with reading_weights():
             codecs = [moved_codec(source, old), refit_codec(source, old, windows)]

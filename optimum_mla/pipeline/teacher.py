@@ -11,18 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.core.errors import InvalidValueError, MLAError
 from optimum_mla.measure.quality import perplexity
-from optimum_mla.pipeline.loading import (
-    load_config,
-    load_model,
-    load_tokenizer,
-)
-from optimum_mla.pipeline.origin import NamedModel, mismatch, named_model, source_of
+from optimum_mla.pipeline.checkpoint import Checkpoint
+from optimum_mla.pipeline.origin import mismatch, named_model, source_of
 from optimum_mla.recovery.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 
-def find_teacher(model: str, recipe: Recipe, revision: str | None) -> NamedModel | None:
+def find_teacher(model: Checkpoint, recipe: Recipe, revision: str | None) -> Checkpoint | None:
     """Return the teacher that the recipe names, or else the model that the conversion started from.
 
     Returns:
@@ -38,13 +34,13 @@ def find_teacher(model: str, recipe: Recipe, revision: str | None) -> NamedModel
             raise InvalidValueError("teacher_revision", revision, f"None, as {recipe.objective} has no teacher")
         return None
     if recipe.teacher is not None:
-        return named_model("teacher", recipe.teacher, revision)
+        return named_model("teacher", recipe.teacher, revision, model)
     source = source_of(model, "teacher", "Name the model to learn from with --teacher.")
-    return source if revision is None else named_model("teacher", source.location, revision)
+    return source if revision is None else named_model("teacher", source.location, revision, model)
 
 
 def load_teacher(
-    teacher: NamedModel, recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, place: str, hub: dict[str, Any]
+    teacher: Checkpoint, recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, place: str
 ) -> PreTrainedModel:
     """Return the teacher, which is of the student's vocabulary.
 
@@ -52,17 +48,16 @@ def load_teacher(
         InvalidValueError: Its vocabulary or its tokenizer is another one.
         UnsupportedModelError: It does not load.
     """
-    name, hub = teacher.location, teacher.hub(hub)
-    teacher_config = load_config(name, hub)
-    sizes = [c.get_text_config().vocab_size for c in (teacher_config, config)]
+    name = teacher.location
+    sizes = [c.get_text_config().vocab_size for c in (teacher.config, config)]
     if sizes[0] != sizes[1]:
         raise InvalidValueError(
             "teacher", name, f"models with a vocabulary of {sizes[1]} tokens, as the student has ({sizes[0]} here)"
         )
-    theirs = load_tokenizer(name, hub, needed=False)
+    theirs = teacher.tokenizer(needed=False)
     if tokenizer is not None and theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
         raise InvalidValueError("teacher", name, "models with the student's tokenizer", "Its tokens are other words.")
-    options = dict(hub)
+    options: dict[str, Any] = {}
     if recipe.teacher_bits != 16:
         from transformers import BitsAndBytesConfig
 
@@ -71,11 +66,11 @@ def load_teacher(
             if recipe.teacher_bits == 8
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         )
-    return load_model(name, teacher_config, "auto", place, options)
+    return teacher.load("auto", place, **options)
 
 
 def perplexity_of_source(
-    source: NamedModel, loaded: PreTrainedModel | None, windows: Tensor, place: str, hub: dict[str, Any]
+    source: Checkpoint, loaded: PreTrainedModel | None, windows: Tensor, place: str
 ) -> float | None:
     """Return the source model's perplexity; None, and one line on standard error, where it cannot be measured.
 
@@ -84,16 +79,13 @@ def perplexity_of_source(
         loaded: The source in full precision if it is in memory already, as the teacher.
         windows: Token ids [windows, tokens].
         place: Device to load it on.
-        hub: Keyword arguments for loading the command's own model.
     """
     if loaded is not None:
         return perplexity(loaded, windows)
     problem = mismatch(source)
     if problem is None:
-        options = source.hub(hub)
         try:
-            config = load_config(source.location, options)
-            return perplexity(load_model(source.location, config, "auto", place, options), windows)
+            return perplexity(source.load("auto", place), windows)
         except MLAError as error:
             problem = str(error)
         except torch.OutOfMemoryError:

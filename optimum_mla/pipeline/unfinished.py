@@ -19,7 +19,7 @@ from optimum_mla.io.journal import Journal, as_kept, differing
 from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, write_shard
 from optimum_mla.models.classes import is_tied
 from optimum_mla.nn import LatentAttention
-from optimum_mla.pipeline.loading import RESIDENT_BYTES
+from optimum_mla.pipeline.checkpoint import RESIDENT_BYTES
 
 logger = logging.getLogger(__name__)
 

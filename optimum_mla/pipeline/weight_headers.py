@@ -8,14 +8,14 @@ from typing import Any
 
 from optimum_mla.core.errors import UnsupportedModelError, first_line
 from optimum_mla.io.reading import reading
+from optimum_mla.pipeline.checkpoint import Checkpoint
 
 
-def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
+def headers(checkpoint: Checkpoint) -> dict[str, tuple[str, list[int]]]:
     """Return the dtype (as safetensors names it) and the shape of every tensor of a checkpoint by the tensor's name.
 
     Args:
-        model: The model, as a hub id or a folder.
-        hub: Keyword arguments for loading.
+        checkpoint: The model.
 
     Raises:
         UnsupportedModelError: There are no safetensors files.
@@ -23,7 +23,7 @@ def headers(model: str, hub: dict[str, Any]) -> dict[str, tuple[str, list[int]]]
     """
     from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
 
-    folder, files = Path(model) if Path(model).is_dir() else None, []
+    model, hub, folder, files = checkpoint.location, checkpoint.hub, checkpoint.folder, []
     if folder is None:
         try:
             found = get_safetensors_metadata(model, revision=hub.get("revision"), token=hub.get("token"))

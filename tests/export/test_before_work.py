@@ -53,8 +53,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were read")
 
-    for place in ("preparation", "exporting"):
-        monkeypatch.setattr(f"optimum_mla.pipeline.{place}.load_model", read)
+    monkeypatch.setattr("optimum_mla.pipeline.checkpoint.Checkpoint.load", read)
 
 
 BEYOND = (

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_mla import GQA2MLA
 from optimum_mla.export.deepseek import export_deepseek
-from optimum_mla.pipeline.loading import load_config, load_model
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from tests.cases import source_model, token_ids
 
 IDS = token_ids(2, 12)
@@ -73,7 +73,7 @@ def test_tensors_that_the_config_does_not_declare_are_named(tmp_path: Path, capl
     weights["model.layers.7.mlp.up_proj.weight"] = torch.ones(80, 64)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level(logging.WARNING):
-        load_model(str(tmp_path), load_config(str(tmp_path), {}), "auto", "cpu", {})
+        Checkpoint(str(tmp_path)).load("auto", "cpu")
     (line,) = [record.getMessage() for record in caplog.records if "does not declare" in record.getMessage()]
     assert "2 tensors" in line
     assert "model.layers.0.self_attn.q_proj.bias, model.layers.7.mlp.up_proj.weight" in line

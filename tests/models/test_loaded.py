@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from optimum_mla import GQA2MLA
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.weight_headers import headers
 from tests.cases import EXPERTS, source_model, token_ids
 from tests.models.test_wrappers import MODELS, with_image, wrapper
@@ -51,7 +52,7 @@ def check_round_trips(kind: Any, model: PreTrainedModel, inputs: dict[str, Tenso
     model.save_pretrained(folder / "first")
     first = loaded(kind, folder / "first")
     check_alike(first, inputs, expected)
-    assert headers(str(folder / "first"), {}).keys() <= model.state_dict().keys()
+    assert headers(Checkpoint(str(folder / "first"))).keys() <= model.state_dict().keys()
     first.save_pretrained(folder / "second", max_shard_size="50KB")
     assert (folder / "second" / "model.safetensors.index.json").is_file()
     check_alike(loaded(kind, folder / "second"), inputs, expected)
@@ -84,7 +85,7 @@ def check_adapters(kind: Any, model: PreTrainedModel, inputs: dict[str, Tensor],
 def test_a_loaded_wrapper_is_saved_and_loaded_whole(name: str, tied: bool, tmp_path: Path) -> None:
     kind, inputs = AutoModelForImageTextToText, with_image(name)
     wrapper(name, tie_word_embeddings=tied).save_pretrained(tmp_path / "source")
-    written = headers(str(tmp_path / "source"), {})
+    written = headers(Checkpoint(str(tmp_path / "source")))
     old = "language_model.model.layers.0.self_attn.q_proj.weight" in written
     assert old == (name in RENAMED_WRAPPERS)
     assert ("language_model.lm_head.weight" in written) == (old and not tied)
@@ -101,7 +102,9 @@ def test_a_loaded_wrapper_is_saved_and_loaded_whole(name: str, tied: bool, tmp_p
 def test_a_loaded_wrapper_around_experts_is_saved_and_loaded_whole(tmp_path: Path) -> None:
     kind, inputs = AutoModelForImageTextToText, with_image("internvl")
     wrapper("internvl", model_type="qwen3_moe", **EXPERTS).save_pretrained(tmp_path / "source")
-    assert "language_model.model.layers.0.mlp.experts.0.gate_proj.weight" in headers(str(tmp_path / "source"), {})
+    assert "language_model.model.layers.0.mlp.experts.0.gate_proj.weight" in headers(
+        Checkpoint(str(tmp_path / "source"))
+    )
     model = GQA2MLA(kv_cache_ratio=1.0)(loaded(kind, tmp_path / "source"))
     check_adapters(kind, check_round_trips(kind, model, inputs, tmp_path), inputs, tmp_path)
 
@@ -110,7 +113,7 @@ def test_a_loaded_wrapper_around_experts_is_saved_and_loaded_whole(tmp_path: Pat
 def test_a_loaded_model_is_saved_and_loaded_whole(family: str, tmp_path: Path) -> None:
     kind = AutoModelForCausalLM
     source_model(family).save_pretrained(tmp_path / "source")
-    written = headers(str(tmp_path / "source"), {})
+    written = headers(Checkpoint(str(tmp_path / "source")))
     assert NAMES_ON_DISK[family] in written
     model = loaded(kind, tmp_path / "source")
     with torch.no_grad():

@@ -28,6 +28,7 @@ from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.pipeline import TextOptions, benchmark, calibrate, convert, quantize
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.report.codec import CodecReport, codec_verdict
 from tests.cases import source_model, token_ids
@@ -69,7 +70,7 @@ def test_the_folder_is_the_source_with_a_codec(coded: Path) -> None:
     assert report.verification["largest_logit_difference"] == 0
     assert report.verification["cache_bytes_live"] == report.verification["cache_bytes_predicted"]
     assert sum(layer.bytes_per_token for layer in report.layers) == 192
-    source = recorded_source(str(coded))
+    source = recorded_source(Checkpoint(str(coded)))
     assert source is not None
     assert Path(source.location) == REFERENCE
 
@@ -180,7 +181,7 @@ def test_a_folder_with_a_codec_is_a_source_again(coded: Path, tmp_path: Path) ->
 
 
 def test_layers_on_the_disk_give_the_same_codec(coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum_mla.pipeline.loading.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("optimum_mla.pipeline.checkpoint.RESIDENT_BYTES", 0)
     convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_budget": 0.125}, texts=FEW)
     one, other = (load_file(folder / CODEC_FILE) for folder in (coded, tmp_path / "out"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from optimum_mla.core.errors import InvalidValueError, MLAError
 from optimum_mla.io.reading import reading
 from optimum_mla.pipeline import TextOptions, convert, export, finetune, inspect, quantize
-from optimum_mla.pipeline.loading import load_tokenizer
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from tests.cases import UNCALIBRATED, source_model
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
@@ -269,7 +269,7 @@ def test_a_broken_tokenizer_that_nothing_needs_is_said(
 ) -> None:
     words, harm = TOKENIZERS[case]
     model = broken(case, harm)
-    assert load_tokenizer(model, {}, needed=False) is None
+    assert Checkpoint(model).tokenizer(needed=False) is None
     (record,) = [record for record in caplog.records if record.name.startswith("optimum_mla")]
     assert re.search(words, record.getMessage()), record.getMessage()
     assert "goes on without a tokenizer" in record.getMessage()
@@ -279,7 +279,7 @@ def test_a_model_without_a_tokenizer_is_nothing_to_speak_of(
     broken: Callable[..., str], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     model = broken("bare", lambda f: [path.unlink() for path in f.glob("tokenizer*")])
-    assert load_tokenizer(model, {}, needed=False) is None
+    assert Checkpoint(model).tokenizer(needed=False) is None
     assert caplog.text == ""
     with pytest.raises(MLAError, match=r"broken has no tokenizer, which text needs\. Put"):
         convert(model, tmp_path / "out", texts=TEXTS)
@@ -287,7 +287,7 @@ def test_a_model_without_a_tokenizer_is_nothing_to_speak_of(
 
 def test_a_family_whose_tokenizer_is_made_of_nothing_has_none(tmp_path: Path) -> None:
     source_model("qwen2").save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path), {}, needed=False) is None
+    assert Checkpoint(str(tmp_path)).tokenizer(needed=False) is None
 
 
 COMMANDS: dict[str, Callable[[str, Path], Any]] = {

@@ -332,7 +332,7 @@ def test_too_little_space_is_said_before_the_work(model: Path, tmp_path: Path, m
 def test_a_model_on_the_disk_converts_to_the_same(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_mla.pipeline.loading.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("optimum_mla.pipeline.checkpoint.RESIDENT_BYTES", 0)
     report = run(model, tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(whole)
     expected = json.loads((whole / "conversion_report.json").read_text())
@@ -349,7 +349,7 @@ def test_a_model_on_the_disk_converts_to_the_same(
 def test_a_source_that_breaks_off_is_said_and_what_was_done_stays(
     model: Path, whole: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_mla.pipeline.loading.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("optimum_mla.pipeline.checkpoint.RESIDENT_BYTES", 0)
     source = tmp_path / "model"
     source_model("llama").save_pretrained(source)
     weights = source / "model.safetensors"

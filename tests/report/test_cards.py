@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from optimum_mla.pipeline import convert, quantize
-from optimum_mla.pipeline.origin import source_metadata
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.report.cards import renamed, shown, with_section
 from tests.cases import UNCALIBRATED
 
@@ -76,9 +76,9 @@ def test_the_card_of_a_conversion_carries_the_licence_and_no_path(tmp_path: Path
 
 
 def test_metadata_that_cannot_be_read_is_none(tmp_path: Path) -> None:
-    assert source_metadata(str(tmp_path), {}) == {}
+    assert Checkpoint(str(tmp_path)).metadata() == {}
     (tmp_path / "README.md").write_text("---\n[\n---\n")
-    assert source_metadata(str(tmp_path), {}) == {}
+    assert Checkpoint(str(tmp_path)).metadata() == {}
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'license': 'mit'})}---\n")
-    assert source_metadata(str(tmp_path), {}) == {"license": "mit"}
-    assert source_metadata("nobody/nothing", {}) == {}
+    assert Checkpoint(str(tmp_path)).metadata() == {"license": "mit"}
+    assert Checkpoint("nobody/nothing").metadata() == {}
