@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from optimum_mla.core.errors import MLAError, first_line, ran_out_of_memory
+from optimum_mla.stack.quiet import quiet_libraries
 
 BAD_INPUT = 2
 """Exit code of a command that was given bad input."""
@@ -66,16 +65,3 @@ def end(line: str, code: int) -> NoReturn:
             Path(report).write_text(json.dumps({"message": told}), encoding="utf-8")
     print(line, file=sys.stderr, flush=True)
     raise SystemExit(code) from None
-
-
-def quiet_libraries() -> None:
-    """Hide the warnings of the libraries, and their progress bars if standard error is not a terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    if int(os.environ.get("RANK", 0)):
-        logging.getLogger("optimum_mla").setLevel(logging.ERROR)  # The first process says the same.

@@ -1,51 +1,10 @@
-"""A file imports from its own room and from the rooms below it."""
+"""A file imports from its own room and from the rooms below it, and the page on the architecture says so."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
 
-import optimum_mla
-
-PACKAGE = Path(optimum_mla.__file__).parent
-FLOORS = (
-    {"core"},
-    {"ops", "codec"},
-    {"stack"},
-    {"nn", "cache"},
-    {"families", "io"},
-    {"models"},
-    {"weights"},
-    {"calibrate", "plan"},
-    {"convert", "export"},
-    {"methods"},
-    {"recovery", "report"},
-    {"measure"},
-    {"pipeline"},
-)
-"""The rooms from the lowest floor to the highest one."""
-FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-
-
-def imported_rooms(node: ast.AST) -> Iterator[str]:
-    """The rooms of this package that an import statement names."""
-    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optimum_mla."):
-        yield (node.module or "").split(".")[1]
-    elif isinstance(node, ast.Import):
-        yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("optimum_mla."))
-
-
-def upward_imports() -> list[str]:
-    """Imports, at the top of a file or inside a function, of rooms that do not lie below."""
-    found = []
-    for path in sorted(PACKAGE.glob("*/**/*.py")):
-        room = path.relative_to(PACKAGE).parts[0]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            for other in imported_rooms(node):
-                if other != room and FLOOR.get(other, -1) >= FLOOR[room]:
-                    found.append(f"{path.relative_to(PACKAGE)} imports {other}")
-    return found
+from tests.rooms import FLOOR, PACKAGE, PAGE, PICTURE, imports, picture
 
 
 def test_every_folder_is_a_room() -> None:
@@ -54,7 +13,28 @@ def test_every_folder_is_a_room() -> None:
 
 
 def test_imports_go_down() -> None:
-    assert upward_imports() == []
+    upward = [
+        f"{file} imports {other}"
+        for file, room, other in imports()
+        if other != room and FLOOR.get(other, -1) >= FLOOR[room]
+    ]
+    assert upward == []
+
+
+def test_the_picture_is_that_of_the_imports() -> None:
+    found = PICTURE.search(PAGE.read_text(encoding="utf-8"))
+    assert found is not None
+    assert found[0] == picture(), "python -m tests.rooms draws it again"
+
+
+def test_the_page_names_every_room_and_only_files_that_exist() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert [room for room in FLOOR if f"`{room}`" not in page] == []
+    named = {word for word in page.split("`")[1::2] if word.endswith(".py")}
+    assert named
+    assert [
+        name for name in sorted(named) if not (PACKAGE / name).is_file() and not (PAGE.parents[1] / name).is_file()
+    ] == []
 
 
 def test_nothing_that_only_one_system_has_is_imported_with_a_file() -> None:

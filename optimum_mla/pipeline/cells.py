@@ -83,7 +83,7 @@ def main() -> None:
     """Answer the request on standard input."""
     # The import registers the converted model classes, which running this module as a program does not do by itself.
     import optimum_mla  # noqa: F401
-    from optimum_mla.cli import quiet_libraries
+    from optimum_mla.stack.quiet import quiet_libraries
 
     quiet_libraries()
     asked = json.loads(sys.stdin.read())
