@@ -81,7 +81,7 @@ class Paragraphs(HTMLParser):
 
 
 def cut(text: str, start: int, characters: int) -> str:
-    """Return about so many characters of a text from the first paragraph behind `start` on, in whole lines."""
+    """Return about so many characters of a text from the first paragraph after `start` on, in whole lines."""
     begin = max(0, text.find("\n", start) + 1) if start else 0
     end = text.find("\n", begin + characters)
     return text[begin : len(text) if end < 0 else end].strip() + "\n\n"

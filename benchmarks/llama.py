@@ -76,7 +76,7 @@ class LlamaModel:
         return np.array(self.model.scores[: len(ids)])
 
     def greedy(self, ids: Sequence[int], new: int) -> list[int]:
-        """Return so many tokens behind a prompt, the likeliest at each step."""
+        """Return so many tokens after a prompt, the likeliest at each step."""
         self.model.reset()
         found: list[int] = []
         for token in self.model.generate(list(ids), temp=0.0, top_k=1, repeat_penalty=1.0):

@@ -127,7 +127,7 @@ class PrincipalCodes:
         self.layers = [(Axes.fit(keys), Axes.fit(values)) for keys, values in samples_of(model, windows)]
 
     def cache(self, share: float, sinks: int) -> Cache:
-        """Return an empty cache that codes every token behind the first ones in a share of its 16-bit bytes."""
+        """Return an empty cache that codes every token after the first ones in a share of its 16-bit bytes."""
         return Cache(layers=[PrincipalLayer(self.model, axes, share, sinks) for axes in self.layers])
 
 

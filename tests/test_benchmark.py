@@ -524,7 +524,7 @@ def test_bad_arguments_are_one_line(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_output_may_stand_behind_an_option_of_several_words(
+def test_the_output_may_stand_after_an_option_of_several_words(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = ["optimum-cli", "mla-benchmark", "-m", str(models / "converted"), "--baseline", "none"]

@@ -76,7 +76,7 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 
 def generated(folder: Path, prompt: str) -> str:
-    """What the model writes behind a prompt where nobody serves it."""
+    """What the model writes after a prompt where nobody serves it."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)

@@ -70,7 +70,7 @@ class CodecLayer(CacheLayerMixin):
         self, codec: VectorCodec, turns: Turns, order: Tensor | None = None, exact: ExactTokens = EXACT_TOKENS
     ) -> None:
         super().__init__()
-        self.codec, self.exact, self._turns, self._order = codec, exact, turns, order
+        self.codec, self.exact, self._cos_sin, self._order = codec, exact, turns, order
         self.starts: Tensor | None = None
         self._clear()
 
@@ -135,7 +135,7 @@ class CodecLayer(CacheLayerMixin):
                 for part, held in zip((keys, values), self.sinks, strict=True)
             ]
         )
-        cos, sin = (part.unsqueeze(1) for part in self._turns(slice(self.coded, self.coded + count), self.device))
+        cos, sin = (part.unsqueeze(1) for part in self._cos_sin(slice(self.coded, self.coded + count), self.device))
         keys = keys if self._order is None else keys[..., self._order.to(keys.device)]
         size = (cos.square() + sin.square()).repeat(1, 1, 1, 2)  # the square of the rotary embedding's attention factor
         plain = rotate(keys.float(), Rotation(cos, -sin)) / size
@@ -154,7 +154,7 @@ class CodecLayer(CacheLayerMixin):
         for start in range(0, self.coded, step):
             span = slice(start, min(start + step, self.coded))
             vectors = self.codec.decode(self.codes[..., span]).unflatten(-1, (2, heads, dim))  # [B, t, 2, G, D]
-            keys = rotate(vectors[:, :, 0], Rotation(*(part.unsqueeze(2) for part in self._turns(span, self.device))))
+            keys = rotate(vectors[:, :, 0], Rotation(*(part.unsqueeze(2) for part in self._cos_sin(span, self.device))))
             keys = keys if order is None else keys[..., order]
             opened[0, :, :, span] = keys.transpose(1, 2)
             opened[1, :, :, span] = vectors[:, :, 1].transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The positions of cached tokens, which keys that are rotated behind the cache need."""
+"""The positions of cached tokens, for keys that are rotated after they are read from the cache."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class CachedPositions:
         self._append(new, length)
 
     def _next(self, skipped: int = 0) -> int:
-        """Return the position behind the last one, past some tokens that nobody told of."""
+        """Return the position after the last one, past some tokens that nobody told of."""
         last = self.start + self.tokens - 1 if self.values is None else int(self.values[:, -1].max())
         return last + 1 + skipped
 

@@ -127,7 +127,7 @@ def source_cache(config: PreTrainedConfig, name: str) -> Cache:
 
     Args:
         config: The config of the model.
-        name: `default` for a `DynamicCache`, or `LAYOUT-intBITS`, with `-firstN` behind it to keep the first N tokens.
+        name: `default` for a `DynamicCache`, or `LAYOUT-intBITS`, with `-firstN` after it to keep the first N tokens.
 
     Raises:
         UnsupportedModelError: Transformers has no such cache for this model, as for those with sliding windows.

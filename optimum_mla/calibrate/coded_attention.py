@@ -55,7 +55,7 @@ class CodedAttention(nn.Module):
         old_key, old_value = (
             part.transpose(1, 2) for part in again.unflatten(-1, (2, g.num_key_value_heads, -1)).unbind(2)
         )
-        rotation = Rotation(*(part.unsqueeze(1) for part in source.pairs.turns(position_embeddings)))
+        rotation = Rotation(*(part.unsqueeze(1) for part in source.pairs.cos_sin(position_embeddings)))
         query = rotate(query, rotation).unflatten(1, (g.num_key_value_heads, -1))  # [B, G, H/G, L, D]
         places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         old = (places[:, None] - places >= self.exact.recent) & (places >= self.exact.sinks)

@@ -35,7 +35,7 @@ def rotary_damage(layer: LayerStates, mix: RopeMix) -> Tensor:
     first, second = torch.triu_indices(4, 4, device=walk.device)
     twice = torch.where(first == second, 1.0, 2.0).double()
     scaling = layer.source.attention_scaling
-    turns = torch.complex(*(part[0].double() for part in layer.turns))  # [L, D/2]
+    turns = torch.complex(*(part[0].double() for part in layer.cos_sin))  # [L, D/2]
 
     def sums(window: Tensor) -> tuple[Tensor]:
         total = torch.zeros(g.num_key_value_heads * pairs, dtype=torch.float64, device=walk.device)

@@ -1,4 +1,4 @@
-"""Over how many tokens the queries of a layer read its keys, and second moments turned over these distances.
+"""How far back each head attends, and the second moments of its queries, rotated by those distances.
 
 A query reads a key through the rotation by the distance between them, so the query that a key meets is R(Δ) q. Where
 attention reaches few tokens, slow pairs hardly turn, and their second moments keep the structure of the queries' own.

@@ -68,7 +68,7 @@ def gather_moments(layer: LayerStates) -> LayerMoments:
     inputs, mean, queries, apart, reached, key_scale, total, count = found
     mean = mean / total
     queries = queries / count
-    cos, sin = (part[0].double() / layer.source.attention_scaling for part in layer.turns)
+    cos, sin = (part[0].double() / layer.source.attention_scaling for part in layer.cos_sin)
     kept = apart.sum(1, keepdim=True)
     first = torch.zeros(1, dtype=torch.long, device=walk.device)
     nearest = torch.nn.functional.one_hot(first, apart.shape[1]).double()

@@ -1,4 +1,4 @@
-"""Perplexity from the hidden states behind the last layer, at both ends of a walk."""
+"""Perplexity from the hidden states after the last layer, at both ends of a walk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stream_perplexities(
     Every window starts from an empty context, and all its tokens but the first are predicted.
 
     Args:
-        walk: The walk, behind the last layer.
+        walk: The walk, after the last layer.
         windows: Indices of the windows that count; None takes all.
         title: What the progress of this is called.
     """
@@ -46,7 +46,7 @@ def stream_perplexities(
 
 
 def _loss(states: Tensor, head: nn.Module, targets: Tensor, logits: Callable[[Tensor], Tensor]) -> float:
-    """Return the sum of the negative log-likelihoods of targets [T] behind states [T, d].
+    """Return the sum of the negative log-likelihoods of targets [T] after states [T, d].
 
     The head is cast to the dtype of the states a part at a time, and `logits` makes the logits of what it returns.
     """

@@ -12,7 +12,7 @@ from optimum_mla.calibrate.walk import CalibrationWalk
 
 SENSITIVITY_TOKENS = 2048
 """Number of tokens whose predictions are compared, rounded down to whole windows, of which there is one at least. All
-layers behind a replaced one compute them again, so that the work grows with the square of the number of layers."""
+layers after a replaced one compute them again, so that the work grows with the square of the number of layers."""
 STREAM_NUMBERS = 2**28
 """Largest number of numbers in the streams of all layers together; there are fewer tokens where they would be more."""
 TOKENS_AT_ONCE = 256

@@ -59,13 +59,13 @@ class LayerStates:
         return HeadStates(normed, *self.source.project(normed))
 
     @property
-    def turns(self) -> tuple[Tensor, Tensor]:
+    def cos_sin(self) -> tuple[Tensor, Tensor]:
         """Return cos and sin of all pairs at the positions of a window, [1, L, D/2] each."""
-        return self.source.pairs.turns(self.walk.position_embeddings)
+        return self.source.pairs.cos_sin(self.walk.position_embeddings)
 
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the attention weights, [B, H, L, L], of queries [B, H, L, D] and keys [B, G, L, D]."""
-        rotation = Rotation(*(part.unsqueeze(1) for part in self.turns))
+        rotation = Rotation(*(part.unsqueeze(1) for part in self.cos_sin))
         query, key = rotate(query, rotation), rotate(key, rotation)
         share = query.shape[1] // key.shape[1]
         # The attention factor of the rotary embedding is already part of cos and sin.

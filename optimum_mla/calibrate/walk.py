@@ -1,8 +1,8 @@
 """A walk through the layers of a model that carries the hidden states of the source and of the converted model.
 
 At each layer, conversions measure on these states (`optimum_mla.calibrate.layer`). The only activations that the walk
-keeps are hidden states of its tokens, [N, L, d] in float32: those before and behind the layer and behind its attention
-in the source, and those before the layer in the converted model. Where the state behind the attention is not the one
+keeps are hidden states of its tokens, [N, L, d] in float32: those before and after the layer and after its attention
+in the source, and those before the layer in the converted model. Where the state after the attention is not the one
 before it plus a multiple of the attention's output, it also keeps this output. So its memory does not grow with the
 number of layers.
 One layer at a time is copied to float32, or to float64 if the model is in float64. N is the number of windows and L the
@@ -24,7 +24,7 @@ from optimum_mla.models.layer_source import LayerSource, for_walking
 from optimum_mla.stack import bare_copy
 
 BRANCH_TOLERANCE = 1e-4
-"""The largest relative difference between what a layer adds behind its attention and a multiple of its output."""
+"""The largest relative difference between what a layer adds after its attention and a multiple of its output."""
 TOKENS_PER_BATCH = 4096
 """Number of tokens that go through a layer in one batch."""
 
@@ -42,7 +42,7 @@ class CalibrationWalk:
         processes: The processes that share the work.
         layer: Index of the layer before which the walk stands.
         source: The source's states before the layer, [N, L, d].
-        middle: The source's states behind the layer's attention, [N, L, d].
+        after_attention: The source's states after the layer's attention, [N, L, d].
         converted: The converted model's states before the layer, [N, L, d].
         mask: Whether a token attends to another, [1, 1, L, L] boolean.
         position_embeddings: cos and sin of the rotary embedding as the layer gets them, [1, L, W] each.
@@ -52,7 +52,7 @@ class CalibrationWalk:
         self.model, self.windows, self.device, self.processes = model, windows, model.device, processes
         self.dtype = torch.promote_types(model.dtype, torch.float32)
         self.source = model.embed(windows.to(self.device)).to(self.dtype)
-        self.converted = self.middle = self._leaving = self.source
+        self.converted = self.after_attention = self._after_layer = self.source
         self.position_ids = torch.arange(windows.shape[1], device=self.device)[None]
         self._enter(0)
 
@@ -66,7 +66,7 @@ class CalibrationWalk:
         self.position_embeddings = self.model.table(layer, self.source[:1], self.position_ids)
 
     def _enter(self, layer: int) -> None:
-        """Take the source's states through the layer, and keep those behind its attention too."""
+        """Take the source's states through the layer, and keep those after its attention too."""
         self.stand_before(layer)
         if layer == self.model.num_layers:
             return
@@ -75,7 +75,7 @@ class CalibrationWalk:
         middles: list[Tensor] = []
 
         def stages(batch: Tensor) -> tuple[Tensor, ...]:
-            """Return the states behind the layer, the attention's output, and what the norm behind it gets, if any."""
+            """Return the states after the layer, the attention's output, and what the norm after it gets, if any."""
             outputs.clear()
             middles.clear()
             return self.after(own, batch), *outputs, *middles
@@ -83,17 +83,17 @@ class CalibrationWalk:
         with ExitStack() as stack:
             output = self.attention.register_forward_hook(lambda _, args, given: outputs.append(given[0]))
             stack.callback(output.remove)
-            behind = None if spec.behind_attention is None else getattr(own, spec.behind_attention, None)
-            if behind is not None:
-                hook = behind.register_forward_pre_hook(lambda _, args: middles.append(args[0]))
+            after = None if spec.after_attention is None else getattr(own, spec.after_attention, None)
+            if after is not None:
+                hook = after.register_forward_pre_hook(lambda _, args: middles.append(args[0]))
                 stack.callback(hook.remove)
             found = self.processes.each(self.batches(self.source), stages)
-            self._leaving, attended, *normed = (torch.cat(parts) for parts in zip(*found, strict=True))
+            self._after_layer, attended, *normed = (torch.cat(parts) for parts in zip(*found, strict=True))
         # Where the feed-forward part runs beside the attention, its norm gets the state before both, or there is none.
-        beside = not normed or torch.equal(normed[0], self.source)
-        self.middle = self.source + attended if beside else normed[0]
-        branch = _branch(self.middle[:1] - self.source[:1], attended[:1])
-        self._branch, self._attended = branch or 1.0, attended if branch is None else None
+        parallel = not normed or torch.equal(normed[0], self.source)
+        self.after_attention = self.source + attended if parallel else normed[0]
+        factor = _output_factor(self.after_attention[:1] - self.source[:1], attended[:1])
+        self._output_factor, self._attended = factor or 1.0, attended if factor is None else None
 
     def _mask(self, window: int | None) -> Tensor:
         """Return a mask that is True where a token attends to another, [1, 1, L, L].
@@ -127,14 +127,14 @@ class CalibrationWalk:
         return self.part(self.model.family.spec.attention)
 
     def input_norm(self, states: Tensor) -> Tensor:
-        """Return the inputs of that attention for states before the layer: behind the norm, if there is one."""
+        """Return the inputs of that attention for states before the layer: after the norm, if there is one."""
         name = self.model.family.spec.input_norm
         return states if name is None else self.part(name)(states)
 
     def wanted(self, windows: Tensor) -> Tensor:
         """Return the output that a converted attention should give on some windows, [B, L, d].
 
-        With it the hidden state behind the attention would be that of the source. Where the attention's output is
+        With it the hidden state after the attention would be that of the source. Where the attention's output is
         normed before it is added, no output does this exactly, and that of the source is wanted.
 
         Args:
@@ -142,7 +142,7 @@ class CalibrationWalk:
         """
         if self._attended is not None:
             return self._attended[windows]
-        return (self.middle[windows] - self.converted[windows]) / self._branch
+        return (self.after_attention[windows] - self.converted[windows]) / self._output_factor
 
     def batches(self, states: Tensor) -> tuple[Tensor, ...]:
         """Return states [N, L, ...], split along N into batches of at most `TOKENS_PER_BATCH` tokens or one window."""
@@ -169,11 +169,11 @@ class CalibrationWalk:
         states would dominate every measurement. Where the output is multiplied or normed before it is added, the error
         grows with it. Nothing can be relative to a state of zeros, so such a token has no weight.
         """
-        size = self.middle.square().mean(-1)
+        size = self.after_attention.square().mean(-1)
         weights = torch.where(size > 0, 1 / size, 0.0)
         if self._attended is None:
-            return weights * self._branch**2
-        added = (self.middle - self.source).square().mean(-1)
+            return weights * self._output_factor**2
+        added = (self.after_attention - self.source).square().mean(-1)
         return weights * added / self._attended.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
 
     @property
@@ -217,11 +217,11 @@ class CalibrationWalk:
             attention: The attention of the converted model in this layer; None takes that of the source.
         """
         if attention is None and self.converted is self.source:
-            self.converted = self._leaving
+            self.converted = self._after_layer
         else:
             layer = self.decoder_layer if attention is None else self.with_attention(attention)
             self.converted = self.through(layer, self.converted)
-        self.source = self._leaving
+        self.source = self._after_layer
         self._enter(self.layer + 1)
 
     def with_attention(self, attention: nn.Module) -> nn.Module:
@@ -232,7 +232,7 @@ class CalibrationWalk:
         return layer
 
     def through(self, layer: nn.Module, states: Tensor) -> Tensor:
-        """Return the states [B, L, d] behind a decoder layer at the walk's place, for states before it."""
+        """Return the states [B, L, d] after a decoder layer at the walk's place, for states before it."""
         found = self.processes.each(self.batches(states), lambda batch: (self.after(layer, batch),))
         return torch.cat([left for (left,) in found])
 
@@ -242,7 +242,7 @@ class CalibrationWalk:
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
-def _branch(added: Tensor, attended: Tensor) -> float | None:
+def _output_factor(added: Tensor, attended: Tensor) -> float | None:
     """Return the factor by which an attention's output is added to the hidden state, or None if it is not so added."""
     energy = float(attended.double().square().sum())
     if not energy:

@@ -11,19 +11,19 @@ from optimum_mla.core.segments import ChannelBits
 
 
 @lru_cache(maxsize=1024)
-def halves(channels: ChannelBits) -> tuple[int, ...]:
+def zero_points(channels: ChannelBits) -> tuple[int, ...]:
     """Return 2^(b-1) for the bits b of each channel, by which its smallest code is below zero."""
     return tuple(2 ** (bits - 1) for bits, count in channels for _ in range(count))
 
 
 @lru_cache(maxsize=1024)
 def _largest(channels: ChannelBits) -> tuple[int, ...]:
-    return tuple(half - 1 for half in halves(channels))
+    return tuple(half - 1 for half in zero_points(channels))
 
 
 @lru_cache(maxsize=1024)
 def _smallest(channels: ChannelBits) -> tuple[int, ...]:
-    return tuple(-half for half in halves(channels))
+    return tuple(-half for half in zero_points(channels))
 
 
 def code_bounds(channels: ChannelBits, like: Tensor) -> tuple[Tensor, Tensor]:

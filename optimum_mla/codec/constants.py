@@ -25,7 +25,7 @@ def constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
         return found
     with torch.inference_mode(False):  # A tensor made in inference mode could not take part in training later.
         made = torch.tensor(values, dtype=dtype, device=device)
-    if type(made) is Tensor:  # Under a mode that traces it is another type, and of no use behind it.
+    if type(made) is Tensor:  # Under a mode that traces it is another type, and of no use after the trace.
         if len(_KEPT) >= MOST_KEPT:
             _KEPT.clear()
         _KEPT[key] = made

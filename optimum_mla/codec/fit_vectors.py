@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_mla.codec.codes import halves
+from optimum_mla.codec.codes import zero_points
 from optimum_mla.codec.constants import constant
 from optimum_mla.codec.fit import MARGIN, CodeTable, allocate_bits
 from optimum_mla.codec.gains import GAIN_INDICES, decode, encode
@@ -120,7 +120,7 @@ def _refitted(latents: Tensor, steps: Tensor, costs: Tensor, layout: Layout) -> 
     """Return steps that leave less error with the gains that the encoder chooses with the given ones, [r]."""
     units = torch.where(steps > 0, 1 / steps, 0.0)
     chosen = encode(latents * units, layout, costs * steps.square())
-    half = constant(halves(layout.channels), torch.float32, latents.device)
+    half = constant(zero_points(layout.channels), torch.float32, latents.device)
     gains = decode(torch.cat([torch.zeros_like(latents), chosen[:, layout.num_channels :]], dim=1), layout) * 2
     least, best = torch.full_like(steps, torch.inf), steps
     for change in STEP_CHANGES:

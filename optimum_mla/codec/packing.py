@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimum_mla.codec.codes import code_bounds, halves
+from optimum_mla.codec.codes import code_bounds, zero_points
 from optimum_mla.codec.constants import constant
 from optimum_mla.core.segments import ChannelBits, total_bits, total_channels
 
@@ -134,7 +134,7 @@ def unpack(packed: Tensor, channels: ChannelBits, out: Tensor) -> Tensor:
             else:  # The planes of larger parts come first, and they hold the lowest bits.
                 whole[..., of, :] = piece
             start = stop
-    half = constant(halves(channels), torch.uint8, packed.device)
+    half = constant(zero_points(channels), torch.uint8, packed.device)
     whole -= half[:, None]  # Wraps around to the code's two's complement.
     out.mT.copy_(whole.view(torch.int8))
     return out

@@ -48,7 +48,7 @@ def probe_errors(
     before = _output(source.module, states, table, implementation)
     size = before.norm()
     predicted = reference_attention(
-        attention.geometry, tensors, states, source.pairs.turns(table), source.eps, LATENT_NORM_EPS
+        attention.geometry, tensors, states, source.pairs.cos_sin(table), source.eps, LATENT_NORM_EPS
     )
     errors = [
         (after - before).norm() / (size if size > 0 else 1.0)

@@ -1,7 +1,7 @@
 """DeepSeek's norm on the latents of a model that was converted without it, fitted layer by layer to a text.
 
-Engines for DeepSeek norm the latent and have no biases behind it. An export can make up for the norm by a constant
-channel, but not for engines that load no biases. Here the norm is real. The projections behind it are fitted, by ridge
+Engines for DeepSeek norm the latent and have no biases after it. An export can make up for the norm by a constant
+channel, but not for engines that load no biases. Here the norm is real. The projections after it are fitted, by ridge
 regression, to the keys and values of the model without the norm, and the output projections are refitted as in a
 conversion. One layer after the other is fitted on the states that the earlier ones leave.
 """
@@ -47,7 +47,7 @@ class Normed:
 
 @torch.no_grad()
 def with_latent_norms(model: PreTrainedModel, windows: Tensor) -> Normed:
-    """Return a copy of a converted model with a norm on the latent of every layer and no biases behind it.
+    """Return a copy of a converted model with a norm on the latent of every layer and no biases after it.
 
     Args:
         model: The converted model, whose layers have a cached rotary key; it is not changed.
@@ -125,7 +125,7 @@ def _latents(walk: CalibrationWalk, attention: Any, states: Tensor) -> Tensor:
 
 
 def _refitted_up(walk: CalibrationWalk, attention: Any) -> Healing:
-    """Return a refit of the projection behind the norm to the keys and values of the model without the norm.
+    """Return a refit of the projection after the norm to the keys and values of the model without the norm.
 
     Errors are relative to the size of a token's latent, because otherwise the first tokens would decide alone.
     """

@@ -11,5 +11,5 @@ SPEC = AttentionSpec(
     interleaved=True,
     interleaved_table=True,
     head_factor="logit_scale",
-    behind_attention=None,
+    after_attention=None,
 )

@@ -1,4 +1,4 @@
-"""Gemma 2: soft-capped logits, sliding windows in every second layer, further norms behind the parts."""
+"""Gemma 2: soft-capped logits, sliding windows in every second layer, further norms after the parts."""
 
 from optimum_mla.families.spec import AttentionSpec
 
@@ -11,5 +11,5 @@ SPEC = AttentionSpec(
     norm_offset=1.0,
     logit_cap="attn_logit_softcapping",
     head_cap="final_logit_softcapping",
-    behind_attention="pre_feedforward_layernorm",
+    after_attention="pre_feedforward_layernorm",
 )

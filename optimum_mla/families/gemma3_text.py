@@ -14,5 +14,5 @@ SPEC = AttentionSpec(
     key_norm="k_norm",
     norm_offset=1.0,
     head_cap="final_logit_softcapping",
-    behind_attention="pre_feedforward_layernorm",
+    after_attention="pre_feedforward_layernorm",
 )

@@ -43,7 +43,7 @@ def guessed_spec(config: Any, model: nn.Module) -> AttentionSpec:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     joint = norms[0] is not None and getattr(attention, norms[0]).weight.numel() > head_dim
     input_norm = "input_layernorm" if hasattr(layer, "input_layernorm") else None
-    behind = next((name for name in BESIDE if hasattr(layer, name)), None)
+    after = next((name for name in BESIDE if hasattr(layer, name)), None)
     return AttentionSpec(
         model_type=config.model_type,
         class_prefix=prefix,
@@ -57,7 +57,7 @@ def guessed_spec(config: Any, model: nn.Module) -> AttentionSpec:
         joint_norms=joint,
         fused=fused,
         input_norm=input_norm,
-        behind_attention=behind if input_norm is not None else "mlp",
+        after_attention=after if input_norm is not None else "mlp",
     )
 
 

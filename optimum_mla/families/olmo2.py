@@ -1,4 +1,4 @@
-"""OLMo 2: query and key norms over all heads together, norms behind the parts instead of before them."""
+"""OLMo 2: query and key norms over all heads together, norms after the parts instead of before them."""
 
 from optimum_mla.families.spec import AttentionSpec
 
@@ -12,5 +12,5 @@ SPEC = AttentionSpec(
     key_norm="k_norm",
     joint_norms=True,
     input_norm=None,
-    behind_attention="mlp",
+    after_attention="mlp",
 )

@@ -2,7 +2,7 @@
 
 Whatever a family does, here every head has D dims, dim i turns with dim i + D/2, and logits are products times D^-½.
 A family's own order of dims, its packing of projections, the gain of its norms and its factor on the logits become part
-of the weights that this module returns. So nothing behind it knows families.
+of the weights that this module returns. So nothing after it knows families.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class SourceAttention:
         """Return the heads of some tokens.
 
         Args:
-            states: Inputs of the attention, behind the norm before it, [B, S, d]. Heads have their dtype.
+            states: Inputs of the attention, after the norm before it, [B, S, d]. Heads have their dtype.
         """
 
         def heads(part: str) -> Tensor:

@@ -42,10 +42,10 @@ class AttentionSpec:
         head_cap: Name of the config field with the soft-cap of those logits, or None.
         llama_block: Whether all but the attention is named and computed as in Llama, so that an export takes it over.
         base, layers, attention, rotary: Attribute names on the way from the model to its attention.
-        embedding, norm: Attribute names, in the base model, of the token embedding and of the norm behind all layers.
+        embedding, norm: Attribute names, in the base model, of the token embedding and of the norm after all layers.
         head: Attribute name, in the model, of the language-model head.
         input_norm: Attribute name, in a decoder layer, of the norm before the attention, or None where there is none.
-        behind_attention: Attribute name, in a decoder layer, of a module whose input is the hidden state behind the
+        after_attention: Attribute name, in a decoder layer, of a module whose input is the hidden state after the
             attention, or None where the feed-forward part runs beside the attention.
         query, key, value, output: Attribute names of the four projections.
         fused: Attribute name of the one projection that gives queries, keys and values, or None.
@@ -81,7 +81,7 @@ class AttentionSpec:
     norm: str = "norm"
     head: str = "lm_head"
     input_norm: str | None = "input_layernorm"
-    behind_attention: str | None = "post_attention_layernorm"
+    after_attention: str | None = "post_attention_layernorm"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"

@@ -98,7 +98,7 @@ def _first_pass(
     """Run a few tokens through the model, and check what enters the first layer.
 
     Returns:
-        The input and the keywords of each layer, the states behind the last norm, and the logits.
+        The input and the keywords of each layer, the states after the last norm, and the logits.
     """
     embedding = spec.part(model, f"{spec.base}.{spec.embedding}", 0)
     weight = next(embedding.parameters())
@@ -222,7 +222,7 @@ def _differences(
 
 
 def _is_norm(spec: AttentionSpec, config: Any, source: SourceAttention, probe: AttentionProbe) -> bool:
-    """Return whether the attention's input is the layer's input behind a norm with the gain of the spec, and a bias."""
+    """Return whether the attention's input is the layer's input after a norm with the gain of the spec, and a bias."""
     x = probe.entering.double()
     eps = next((value for name in NORM_EPS_FIELDS if (value := getattr(config, name, None)) is not None), 1e-6)
     for centered in (x, x - x.mean(-1, keepdim=True)):
@@ -248,7 +248,7 @@ def expected_output(
     """
     g, x = source.geometry, normed.double()
     heads = source.project(x)
-    rotation = Rotation(*(part.double().unsqueeze(1) for part in source.pairs.turns(table)))
+    rotation = Rotation(*(part.double().unsqueeze(1) for part in source.pairs.cos_sin(table)))
     query, key = rotate(heads.query, rotation), rotate(heads.key, rotation)
     share = g.num_attention_heads // g.num_key_value_heads
     scores = capped(query @ key.repeat_interleave(share, dim=1).mT * g.head_dim**-0.5, g.logit_cap)

@@ -18,7 +18,7 @@ from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_choice, check_integer
 from optimum_mla.methods.mixed_heads import MixedHeads
-from optimum_mla.methods.options import fitting
+from optimum_mla.methods.options import shapes_that_fit
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
@@ -168,7 +168,9 @@ class GQA2MLA(MLATransformation):
             return [geometry]
         width = geometry.num_key_value_heads * geometry.head_dim
         ropes = dict.fromkeys(max(2, int(share * geometry.head_dim) // 2 * 2) for share in ROPE_CANDIDATES)
-        return fitting(lambda rope: self._with_rope(geometry, rope), [r for r in ropes if r <= width - 2]) or [geometry]
+        return shapes_that_fit(lambda rope: self._with_rope(geometry, rope), [r for r in ropes if r <= width - 2]) or [
+            geometry
+        ]
 
     def rotary_damage(self, source: SourceAttention, calibration: Calibration) -> Tensor:
         heads = MixedHeads.of(source, calibration).damage.unflatten(0, (source.geometry.num_key_value_heads, -1))

@@ -23,7 +23,7 @@ from optimum_mla.methods.decoupled import (
     reorder_query,
     split_factors,
 )
-from optimum_mla.methods.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
+from optimum_mla.methods.options import check_rope_dim, choose_selection, pair_scores, rope_dims, shapes_that_fit
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import singular_values
 from optimum_mla.ops.rope_mix import identity_mix
@@ -80,7 +80,7 @@ class MHA2MLA(MLATransformation):
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         if self.qk_rope_head_dim is not None:
             return [geometry]
-        return fitting(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
+        return shapes_that_fit(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
 
     def _shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
         g = source.geometry

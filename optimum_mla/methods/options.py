@@ -40,7 +40,7 @@ def check_rope_dim(received: int | None, head_dim: int, default: int, only_divis
     return received
 
 
-def fitting(shape: Callable[[int], MLAGeometry], rope_dims: Iterable[int]) -> list[MLAGeometry]:
+def shapes_that_fit(shape: Callable[[int], MLAGeometry], rope_dims: Iterable[int]) -> list[MLAGeometry]:
     """Return the shapes with these rotary dims, up to the first whose rotary key leaves no room for a latent.
 
     Args:

@@ -23,7 +23,7 @@ from optimum_mla.methods.decoupled import (
     latent_size,
     reorder_query,
 )
-from optimum_mla.methods.options import check_rope_dim, choose_selection, fitting, pair_scores, rope_dims
+from optimum_mla.methods.options import check_rope_dim, choose_selection, pair_scores, rope_dims, shapes_that_fit
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors, singular_values
 from optimum_mla.ops.rank_allocation import rank_for_energy
@@ -96,7 +96,7 @@ class XEcoMLA(MLATransformation):
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         if self.rope_dims is not None or self.rope_selection == "last":
             return [geometry]
-        return fitting(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
+        return shapes_that_fit(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
 
     def _shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
         g = source.geometry

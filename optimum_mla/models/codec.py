@@ -175,7 +175,7 @@ class ModelCodec:
                 # Without its factor, dims that do not turn have a cosine of 1, as in the keys that the model caches.
                 pairs = replace(pair_table(spec, config, index, rotary), scaling=1.0)
                 order = pairs.order(rotary_dims(rotary, of_type, pairs.head_dim))
-                turns = partial(_turns, rotary, pairs, by_layer_type(rotary, of_type), positions)
+                turns = partial(_cos_sin, rotary, pairs, by_layer_type(rotary, of_type), positions)
                 made.append(CodecLayer(self.layers[index], turns, order, self.exact))
             return made
 
@@ -206,7 +206,7 @@ def _read(file: Any, layer: str, name: str) -> Tensor:
     return tensor
 
 
-def _turns(
+def _cos_sin(
     rotary: nn.Module,
     pairs: PairTable,
     keywords: dict[str, Any],
@@ -219,9 +219,9 @@ def _turns(
     if held.consecutive:
         at = slice(held.start + span.start, held.start + span.stop)
         cos, sin = first_positions_table(rotary, like, at.stop, keywords)
-        return pairs.turns((cos[:, at], sin[:, at]))
+        return pairs.cos_sin((cos[:, at], sin[:, at]))
     places = held.last(held.tokens, device)[:, span]
-    return pairs.turns(rotary_table(rotary, like, places, keywords))
+    return pairs.cos_sin(rotary_table(rotary, like, places, keywords))
 
 
 class _TellsPositions:

@@ -103,7 +103,7 @@ class LayerSource:
         return "sdpa" if self.family.source_model._supports_sdpa else "eager"
 
     def final_norm(self) -> nn.Module:
-        """Return the norm behind the last layer."""
+        """Return the norm after the last layer."""
         return self._part(f"{self.family.spec.base}.{self.family.spec.norm}").to(self.device)
 
     def head(self) -> nn.Module:

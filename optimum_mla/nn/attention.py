@@ -115,7 +115,8 @@ class LatentAttention(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """Return context [B, H, S, v] and, if asked for, attention weights [B, H, S, T], computed in latent space.
 
-        Queries are rotated already where `frames` is None, that is, where no key is rotated behind the cache.
+        Queries are rotated already where `frames` is None, that is, where no key is rotated after it is read from the
+        cache.
         """
 
     @abstractmethod
@@ -156,7 +157,7 @@ class LatentAttention(nn.Module, ABC):
             UnknownKeywordError: A keyword that nothing here would use.
         """
         check_keywords(kwargs, self.known_keywords, type(self).__name__, self.config._attn_implementation)
-        rotation = self._rotation(self.pairs.turns(position_embeddings))
+        rotation = self._rotation(self.pairs.cos_sin(position_embeddings))
         queries, new = self._queries(hidden_states), self._latents(hidden_states, rotation)
         context, weights = self.attend(queries, new, rotation, attention_mask, cache, position_ids, **kwargs)
         return self.o_proj(context.flatten(2)), weights
@@ -257,7 +258,7 @@ class LatentAttention(nn.Module, ABC):
         stored: Any,
         relative: bool = True,
     ) -> RotaryFrames:
-        """Return where the cached tokens stand; relative to blocks if allowed and possible.
+        """Return the rotations of the cached keys, by the block where positions are consecutive and it is allowed.
 
         Args:
             stored: The positions that the cache holds, or None where it holds none.
@@ -265,13 +266,13 @@ class LatentAttention(nn.Module, ABC):
 
         def table(positions: Tensor) -> Rotation:
             tables = rotary_table(self.rotary, rotation.cos, positions, self.rotary_keywords)
-            return self._rotation(self.pairs.turns(tables))
+            return self._rotation(self.pairs.cos_sin(tables))
 
         device = rotation.cos.device
         if stored is not None and stored.consecutive and length == 1 and relative:
             longest = max(view.sizes)
             tables = first_positions_table(self.rotary, rotation.cos, longest, self.rotary_keywords)
-            turns = self.pairs.turns((tables[0][:, :longest], tables[1][:, :longest]))
+            turns = self.pairs.cos_sin((tables[0][:, :longest], tables[1][:, :longest]))
             distances = torch.tensor([[view.tokens - 1]], device=device)
             return RelativeFrames(table, self._rotation(turns), distances, view.sizes)
         if view.tokens == length:

@@ -1,4 +1,4 @@
-"""The full form: RoPE behind the up-projection; a key and a value latent, or one for both."""
+"""The full form: RoPE after the up-projection; a key and a value latent, or one for both."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class HeadRMSNorm(nn.Module):
         heads: Number of gain vectors, each of which serves as many consecutive heads.
         dim: Dims of a head.
         eps: Added to the mean square.
-        normed_dim: The root mean square is that of the first so many dims, the source head's own; dims behind them are
+        normed_dim: The root mean square is that of the first so many dims, the source head's own; dims after them are
             linear combinations of those and get the same factor. None takes all.
         joint: Whether the root mean square is that of all heads together.
     """

@@ -102,7 +102,7 @@ def _projected(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class ShiftedLatents(Latents):
-    """Vectors in groups of numbers that share a shift, which is stored behind the numbers and not added to them.
+    """Vectors in groups of numbers that share a shift, which is stored after the numbers and not added to them.
 
     Adding the shifts would take as long as all the rest of decoding. Instead, the shift of a group is multiplied by the
     sum of the query's numbers in that group.
@@ -111,7 +111,7 @@ class ShiftedLatents(Latents):
         vectors: The numbers of all groups, then the shifts of the groups, [B, T, groups·g + shifts].
         shifts: Number of shifts, which is the number of groups, or 0 without shifts.
         group: Numbers in a group, g.
-        width: Width of the original vectors, w; the numbers behind it are padding of the last group.
+        width: Width of the original vectors, w; the numbers after it are padding of the last group.
     """
 
     def __init__(self, vectors: Tensor, shifts: int, group: int, width: int) -> None:

@@ -110,7 +110,7 @@ def _flash(queries: Tensor, keys: Tensor, scaling: float, added: Tensor | None) 
 
 
 def _lowered(sums: Sums, latents: Latents) -> Sums:
-    """Turn sums of stored vectors, perhaps with a rotary key behind them, into sums of latents."""
+    """Turn sums of stored vectors, perhaps with a rotary key after them, into sums of latents."""
     return sums._replace(context=latents.lower(sums.context[..., : latents.vectors.shape[-1]]))
 
 

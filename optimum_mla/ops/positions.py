@@ -25,7 +25,7 @@ def cached_positions(
     sum of the mask) made them: in rows with masked tokens between others, such as right-padded prompts that are then
     decoded. How far the last position lags behind its slot tells which of the two rules made it. Masked slots get an
     arbitrary position, because nothing attends to them. The new tokens are at the end of the cache, or right
-    behind the tokens already seen in a static cache that is not yet full.
+    after the tokens already seen in a static cache that is not yet full.
 
     A layer with a sliding window does not see the padding before its window: there, every lag tells of padding.
 

@@ -50,7 +50,7 @@ class PairTable:
     rotates: bool = True
     scaling: float = 1.0
 
-    def turns(self, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the pairs, [B, S, D/2] each, of the family's tables [B, S, W] with W rotary dims."""
         if not self.rotates:
             shape = (*table[0].shape[:-1], self.head_dim // 2)

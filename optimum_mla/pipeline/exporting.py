@@ -134,7 +134,7 @@ def export(
         gguf_type: Type of the matrices in a GGUF file, one of `FILE_TYPES`; None takes that of the model's dtype.
         pad_to: Rank of the latent and dims of the rotary key, such as `512+64`, to which all layers are padded by
             zeros; None adds none.
-        latent_norm: Give a model that was converted without it a norm on its latents and no biases behind them, fitted
+        latent_norm: Give a model that was converted without it a norm on its latents and no biases after them, fitted
             to `recover_data`; see `optimum_mla.export.latent_norm`.
         recover_data: What `optimum_mla.io.documents.read_documents` reads, or token ids.
         recover_samples: Windows of that text.

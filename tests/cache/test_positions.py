@@ -1,4 +1,4 @@
-"""Keys that are rotated behind the cache get the positions that their tokens were given, whatever these are."""
+"""Keys that are rotated after the cache get the positions that their tokens were given, whatever these are."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from tests.calibrate.walked import (
     LAYERS,
     Walked,
     disturbed,
-    middle_states,
     sources_of,
+    states_after_attention,
     walk_through,
 )
 from tests.cases import source_model
@@ -97,8 +97,8 @@ def test_the_refit_is_ridge_regression() -> None:
     hook = attention.o_proj.register_forward_pre_hook(lambda _, args: contexts.append(args[0]))
     walked.walk.output(attention, walked.converted)
     hook.remove()
-    target = middle_states(walked.model, 1) - walked.converted
-    root = (1 / middle_states(walked.model, 1).square().mean(-1)).sqrt()[..., None]
+    target = states_after_attention(walked.model, 1) - walked.converted
+    root = (1 / states_after_attention(walked.model, 1).square().mean(-1)).sqrt()[..., None]
     x, y = contexts[0] * root, target * root
     weight = attention.o_proj.weight
 

@@ -22,8 +22,8 @@ from tests.calibrate.walked import (
     PAIRS,
     Walked,
     disturbed,
-    middle_states,
     sources_of,
+    states_after_attention,
     walk_through,
 )
 from tests.cases import source_model, token_ids
@@ -111,7 +111,7 @@ def test_error_is_relative_to_the_states_of_the_held_back_windows(family: str) -
     walked = Walked(family)
     candidate = disturbed(walked.model, 1)
     candidate.model.layers[0] = walked.changed.model.layers[0]
-    target, actual = middle_states(walked.model, 1)[HELD], middle_states(candidate, 1)[HELD]
+    target, actual = states_after_attention(walked.model, 1)[HELD], states_after_attention(candidate, 1)[HELD]
     relative = (actual - target).square().sum(-1) / target.square().sum(-1)
     error = walked.calibration.error(candidate.model.layers[1].self_attn)
     assert error == pytest.approx(float(relative.mean().sqrt()), rel=1e-8)

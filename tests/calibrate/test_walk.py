@@ -14,8 +14,8 @@ from tests.calibrate.walked import (
     LAYERS,
     disturbed,
     layer_inputs,
-    middle_states,
     sources_of,
+    states_after_attention,
     walk_through,
 )
 from tests.cases import source_model
@@ -30,7 +30,7 @@ def test_the_walk_passes_through_the_models_own_states(family: str) -> None:
         assert walk.converted is walk.source
         assert torch.allclose(walk.source, states, rtol=1e-5, atol=1e-5)
         if layer < LAYERS:
-            assert torch.allclose(walk.middle, middle_states(model, layer), rtol=1e-5, atol=1e-5)
+            assert torch.allclose(walk.after_attention, states_after_attention(model, layer), rtol=1e-5, atol=1e-5)
             walk.advance()
     final = model(IDS, output_hidden_states=True).hidden_states[-1]
     assert torch.allclose(model.model.norm(walk.source), final, rtol=1e-5, atol=1e-5)

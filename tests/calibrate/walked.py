@@ -46,8 +46,8 @@ def layer_inputs(model: PreTrainedModel, ids: Tensor = IDS) -> list[Tensor]:
     return found
 
 
-def middle_states(model: PreTrainedModel, layer: int, ids: Tensor = IDS) -> Tensor:
-    """The states behind a layer's attention, as the model itself has them."""
+def states_after_attention(model: PreTrainedModel, layer: int, ids: Tensor = IDS) -> Tensor:
+    """The states after a layer's attention, as the model itself has them."""
     found: list[Tensor] = []
     norm = model.model.layers[layer].post_attention_layernorm
     hook = norm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
@@ -76,7 +76,7 @@ class Walked:
         self.calibration = LayerCalibration(self.walk, sources_of(self.model)[1])
         self.layer: Any = self.model.model.layers[1]
         self.converted = layer_inputs(self.changed, ids)[1]
-        sizes = middle_states(self.model, 1, ids).square().mean(-1)
+        sizes = states_after_attention(self.model, 1, ids).square().mean(-1)
         self.row_weights = 1 / sizes / (1 / sizes).mean()  # [N, L]
 
 
@@ -118,7 +118,7 @@ class Heads:
 
 
 def normed(norm: Any, heads: Tensor) -> Tensor:
-    """Heads [..., D] behind an RMSNorm in their own dtype; Transformers' norms compute in float32."""
+    """Heads [..., D] after an RMSNorm in their own dtype; Transformers' norms compute in float32."""
     return heads * (heads.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt() * norm.weight
 
 

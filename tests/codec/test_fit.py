@@ -82,6 +82,6 @@ def test_bits_are_as_good_as_any_others(units: int, seed: int) -> None:
     assert best <= found <= spent + 1e-12
 
 
-def test_channels_behind_the_last_whole_group_get_no_bits() -> None:
+def test_channels_after_the_last_whole_group_get_no_bits() -> None:
     errors = torch.ones(13, 9, dtype=torch.float64).cumsum(1).flip(1)
     assert allocate_bits(errors, 10_000).tolist() == [8] * 8 + [0] * 5

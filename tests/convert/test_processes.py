@@ -27,7 +27,7 @@ WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "key norms": ("qwen3", "gqa2mla", {"kv_cache_ratio": 0.5}),
     "one rope for all": ("llama", "gqa2mla", {"kv_cache_ratio": 0.5, "rope_cache": "cached", "shared_rope": True}),
     "contribution": ("llama", "mha2mla", {"kv_cache_ratio": 0.5, "rope_selection": "contribution"}),
-    "norms behind": ("olmo2", "gqa2mla", {"kv_cache_ratio": 0.5}),
+    "norms after": ("olmo2", "gqa2mla", {"kv_cache_ratio": 0.5}),
     "resumed": ("llama", "gqa2mla", {"kv_cache_ratio": 0.5}),
 }
 """Name -> family, method and its options."""

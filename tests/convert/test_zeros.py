@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
     "one value head": ("llama", zeros("self_attn.v_proj", rows=HEAD)),
     "norm before": ("llama", zeros("input_layernorm")),
     "constant inputs": ("stablelm", constant_inputs),
-    "norm behind": ("olmo2", zeros("post_attention_layernorm")),
+    "norm after": ("olmo2", zeros("post_attention_layernorm")),
     "norm of the keys": ("qwen3", zeros("self_attn.k_norm")),
     "norm of the queries": ("qwen3", zeros("self_attn.q_norm")),
 }

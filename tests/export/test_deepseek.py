@@ -272,7 +272,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str, dict[str, Any]]] = {
     "norms on keys": ("qwen3", lambda: XEcoMLA(kv_cache_ratio=0.5), r"norms its queries and keys", {}),
     "a sliding window": ("mistral with a window", lambda: XEcoMLA(kv_cache_ratio=0.5), r"sliding window", {}),
     "a hybrid": ("llama", lambda: XEcoMLA(kv_cache_ratio=0.5, layers=[0, 2]), r"layer 1 keeps.*Convert all", {}),
-    "biases behind a norm": (
+    "biases after a norm": (
         "qwen2",
         lambda: XEcoMLA(kv_cache_ratio=0.5, latent_norm=True),
         r"no place for biases\. Convert without the latent norm",

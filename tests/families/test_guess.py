@@ -41,7 +41,7 @@ def test_guesses_are_what_the_families_are_described_by(family: str) -> None:
     model = source_model(family)
     spec = family_of(model.config).spec
     guess = guessed_spec(model.config, model)
-    for name in ("fused", "query_norm", "key_norm", "joint_norms", "input_norm", "behind_attention", "class_prefix"):
+    for name in ("fused", "query_norm", "key_norm", "joint_norms", "input_norm", "after_attention", "class_prefix"):
         assert getattr(guess, name) == getattr(spec, name)
     assert guess.geometry(model.config) == spec.geometry(model.config)
 

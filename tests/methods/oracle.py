@@ -51,7 +51,7 @@ class NaiveAttention(nn.Module):
         self.normed_anew = normed_anew
 
     def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: str) -> Tensor:
-        """[S, heads, D], behind the family's head norm."""
+        """[S, heads, D], after the family's head norm."""
         heads = torch.einsum("sd,hed->she", x, weight.to(x))
         if bias is not None:
             heads = heads + bias.reshape(heads.shape[1:])

@@ -103,7 +103,7 @@ def test_pairs_are_half_split() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
-def test_keys_may_have_any_dims_behind(shape: tuple[int, ...]) -> None:
+def test_keys_may_have_any_dims_after(shape: tuple[int, ...]) -> None:
     heads, pairs = 2, 3
     keys, mix = torch.randn(heads, 2 * pairs, *shape, dtype=torch.float64), random_mix(2, 3)
     mixed = mixed_keys(mix, keys).unflatten(0, (heads, pairs))

@@ -54,7 +54,7 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
             metavar="NAMES",
             help="What to compare with, separated by commas: source (the baseline, always measured), and the baseline "
             "with a quantized cache of Transformers: source-hqq-int8, -int4, -int2, source-quanto-int4, -int2, "
-            "source-kivi-int4, -int2 (keys in groups over tokens). -first4 behind a name keeps the first 4 tokens. "
+            "source-kivi-int4, -int2 (keys in groups over tokens). -first4 after a name keeps the first 4 tokens. "
             "Default: source, and source-hqq-int4 if hqq is installed.",
         )
         parser.add_argument(
@@ -207,7 +207,7 @@ def listed(text: str) -> tuple[str, ...]:
 def give_back(args: Namespace, field: str, known: tuple[str, ...]) -> None:
     """Set the output to the last word of an option that takes several words, if that word is none of its own.
 
-    The parser cannot tell where such an option ends, so it also takes an OUTPUT that stands behind it.
+    The parser cannot tell where such an option ends, so it also takes an OUTPUT that stands after it.
 
     Args:
         args: The parsed arguments; changed in place.
@@ -220,7 +220,7 @@ def give_back(args: Namespace, field: str, known: tuple[str, ...]) -> None:
 
 
 def integers(args: Namespace, field: str) -> tuple[int, ...] | None:
-    """Return the numbers of an option that takes several, and set the output to the word behind them, if there is one.
+    """Return the numbers of an option that takes several, and set the output to the word after them, if there is one.
 
     Raises:
         InvalidValueError: A word is not an integer.

@@ -201,7 +201,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             const="calibrated",
             metavar="calibrated",
             help="x-ecomla, and gqa2mla with --rope-cache cached: put an RMSNorm with calibrated gain on the latents "
-            "and no biases behind them, for engines that load no biases.",
+            "and no biases after them, for engines that load no biases.",
         )
         other.add_argument(
             "--q-lora-rank",

@@ -62,7 +62,7 @@ class MLAExportCommand(BaseOptimumCLICommand):
         norm.add_argument(
             "--latent-norm",
             action="store_true",
-            help="Give a model that was converted without --latent-norm a norm on its latents and no biases behind "
+            help="Give a model that was converted without --latent-norm a norm on its latents and no biases after "
             "them, for engines that load no biases. It is fitted to --recover-data layer by layer.",
         )
         norm.add_argument("--recover-data", metavar="TEXT", help=f"Text to fit the norms to: {TEXT_HELP}.")
