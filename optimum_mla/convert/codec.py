@@ -153,7 +153,7 @@ class LayerFits:
 
     def codecs(self, processes: Processes = ALONE) -> dict[int, VectorCodec]:
         """Return the codec of each layer, with the bytes of all shared out so that the sum of errors is small."""
-        shares = processes.told(allocate_ranks(self._errors, sum(self._sizes.values())))
+        shares = processes.broadcast(allocate_ranks(self._errors, sum(self._sizes.values())))
         return {layer: fit.codec(shares[layer]) for layer, fit in self._fits.items()}
 
 

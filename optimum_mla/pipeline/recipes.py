@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from optimum_mla.core.errors import InvalidValueError, OptionError, OutputError
-from optimum_mla.io.folder import KEPT, kept_folder, located, told
+from optimum_mla.io.folder import KEPT, as_output_error, kept_folder, located
 from optimum_mla.io.inputs import fingerprint
 from optimum_mla.io.journal import Journal
 
@@ -171,7 +171,7 @@ class RunRecord:
 
     def __init__(self, folder: Path, overwrite: bool = False) -> None:
         path = folder / JOURNAL
-        with told(folder):
+        with as_output_error(folder):
             if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
                 old = " that this version can go on with" if (folder / "run.json").is_file() else ""
                 raise OutputError(f"output: {folder} exists and holds no run{old}. Name another folder.")
@@ -216,5 +216,5 @@ class RunRecord:
         self._note("done", step)
 
     def _note(self, word: str, step: Step) -> None:
-        with told(self._journal.path):
+        with as_output_error(self._journal.path):
             self._journal.add(f"{word} {step.output.name}", self._digest)
