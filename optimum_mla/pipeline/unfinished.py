@@ -56,8 +56,7 @@ class UnfinishedConversion(Record):
         self._start = time.monotonic()
         self._above = parents(output)
         self._path, self._options = self.folder / "journal.jsonl", options
-        with as_output_error(output):
-            entries = Journal(self._path).entries
+        entries = Journal(self._path).entries
         if resume and entries:
             self._check_options(entries)
         elif not overwrite and len(entries) > 1:
@@ -136,8 +135,7 @@ class UnfinishedConversion(Record):
 
     def keep(self, key: str, value: Any) -> None:
         """Keep a value under a key."""
-        with as_output_error(self.output):
-            self._journal.add(key, value)
+        self._journal.add(key, value)
 
     def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
         """Return the tensors of a layer's converted attention and its result; None if it was not kept, or not whole."""
