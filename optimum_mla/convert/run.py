@@ -34,7 +34,7 @@ from optimum_mla.models.checks import converted_already
 from optimum_mla.models.family_table import Family
 from optimum_mla.models.layer_source import LayerSource, reading_weights
 from optimum_mla.nn import LatentAttention
-from optimum_mla.plan.allocation import allocate_ranks, scaled
+from optimum_mla.plan.allocation import allocate, scaled
 from optimum_mla.stack import remove_spread, returns_to_memory, spread
 
 
@@ -206,7 +206,7 @@ class Run:
             self.record.keep("divergences", divergences)
         for layer, divergence in divergences:
             curves[layer] = scaled(curves[layer], uniform[layer], divergence)
-        shares = self.processes.broadcast(allocate_ranks(curves, sum(uniform.values())))
+        shares = self.processes.broadcast(allocate(curves, sum(uniform.values())))
         return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in shares.items()}
 
     def _layer(

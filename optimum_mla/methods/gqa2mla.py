@@ -19,8 +19,7 @@ from optimum_mla.methods.options import check_choice, fitting, refuse_options
 from optimum_mla.methods.signature import MLAOptions
 from optimum_mla.methods.weighting import key_moments, value_moments
 from optimum_mla.models import SourceAttention
-from optimum_mla.ops.low_rank import low_rank_factors, singular_values
-from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.ops.low_rank import low_rank_factors, rank_for_energy, singular_values
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2, 3, 4)
