@@ -30,7 +30,7 @@ from optimum_mla.models.codec import ModelCodec, probe_of
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layer_source import LayerSource
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
-from optimum_mla.plan.allocation import allocate_ranks, scaled
+from optimum_mla.plan.allocation import allocate, scaled
 from optimum_mla.stack import rope_type
 
 LARGEST_BUDGET = 0.5
@@ -153,7 +153,7 @@ class LayerFits:
 
     def codecs(self, processes: Processes = ALONE) -> dict[int, VectorCodec]:
         """Return the codec of each layer, with the bytes of all shared out so that the sum of errors is small."""
-        shares = processes.told(allocate_ranks(self._errors, sum(self._sizes.values())))
+        shares = processes.broadcast(allocate(self._errors, sum(self._sizes.values())))
         return {layer: fit.codec(shares[layer]) for layer, fit in self._fits.items()}
 
 

@@ -72,11 +72,11 @@ class SharedRecord(Record):
         self._own, self._processes = own, processes
 
     def known(self, key: str) -> Any:
-        return self._processes.told(self._own.known(key) if self._processes.leads else None)
+        return self._processes.broadcast(self._own.known(key) if self._processes.leads else None)
 
     def keep(self, key: str, value: Any) -> None:
         if self._processes.leads:
             self._own.keep(key, value)
 
     def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
-        return self._processes.told(self._own.layer(index) if self._processes.leads else None)
+        return self._processes.broadcast(self._own.layer(index) if self._processes.leads else None)

@@ -33,7 +33,7 @@ from optimum_mla.models.checks import converted_already
 from optimum_mla.models.layer_source import LayerSource, reading_weights
 from optimum_mla.nn import LatentAttention
 from optimum_mla.ops.shared_rope import SharedRope
-from optimum_mla.plan.allocation import allocate_ranks, scaled
+from optimum_mla.plan.allocation import allocate, scaled
 from optimum_mla.stack import remove_spread, returns_to_memory, spread
 
 
@@ -176,7 +176,7 @@ class Run:
 
     def _best_shape(self, search: LayerSearch, geometry: MLAGeometry) -> MLAGeometry:
         """Return the shape that the first process chooses, because the last digits of predictions may differ."""
-        return self.processes.told(search.best_shape(geometry))
+        return self.processes.broadcast(search.best_shape(geometry))
 
     def _first_pass(self) -> FirstPass:
         return FirstPass(self.source, self.tokens, self._search, self.processes)
@@ -205,7 +205,7 @@ class Run:
             self.record.keep("divergences", divergences)
         for layer, divergence in divergences:
             curves[layer] = scaled(curves[layer], uniform[layer], divergence)
-        shares = self.processes.told(allocate_ranks(curves, sum(uniform.values())))
+        shares = self.processes.broadcast(allocate(curves, sum(uniform.values())))
         return {layer: replace(plans[layer], kv_lora_rank=rank) for layer, rank in shares.items()}
 
     def _layer(

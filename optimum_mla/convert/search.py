@@ -17,8 +17,8 @@ from optimum_mla.models import SourceAttention
 from optimum_mla.models.assemble import load_attention
 from optimum_mla.models.layer_source import LayerSource, for_walking
 from optimum_mla.nn import LatentAttention
-from optimum_mla.ops.rank_allocation import rank_for_energy
-from optimum_mla.plan.allocation import bent, rank_range
+from optimum_mla.ops.low_rank import rank_for_energy
+from optimum_mla.plan.allocation import fit_power_law, rank_range
 
 GOOD_ENOUGH = 1.02
 """A cheaper shape is preferred if its error is within this factor of the least error."""
@@ -128,4 +128,4 @@ class LayerSearch:
             return {rank: weight * problem.error(rank) for rank in range(low, high + 1)}
         measured = {rank: self.error(replace(geometry, kv_lora_rank=rank)) ** 2 for rank in {low, high}}
         predicted = {rank: problem.error(rank) for rank in range(low, high + 1)}
-        return bent(predicted, measured)
+        return fit_power_law(predicted, measured)

@@ -44,7 +44,7 @@ def choose_shared_rope(
         tried = first.search(layer)
         damages[layer] = method.rotary_damage(tried.source, tried.calibration)
         shapes = method.candidates(tried.source, plans[layer])
-        errors[layer] = processes.told({shape.qk_rope_head_dim: tried.squared_error(shape) for shape in shapes})
+        errors[layer] = processes.broadcast({shape.qk_rope_head_dim: tried.squared_error(shape) for shape in shapes})
         best = min(shapes, key=lambda shape: errors[layer][shape.qk_rope_head_dim])
         if isinstance(tried.calibration, StoredCalibration):
             weights[layer] = tried.calibration.state_weight

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 
 from optimum_mla.core.progress import progress
@@ -74,41 +75,27 @@ class Processes:
             total = list(part) if not number else [have + term for have, term in zip(total, part, strict=True)]
         return tuple(total)
 
-    def _sent(self, terms: Terms, sender: int) -> Terms:
-        """Return the tensors and numbers of one process, each on the device that they have there."""
-        sends = self.rank == sender
-        told: list[Any] = [[_form(term) for term in terms] if sends else None]
-        dist.broadcast_object_list(told, sender)
-        found = [
-            torch.empty(form.shape, dtype=form.dtype, device=form.device) if isinstance(form, _Form) else form
-            for form in told[0]
-        ]
-        for place, term in enumerate(found):
-            if isinstance(term, Tensor):
-                found[place] = terms[place].contiguous() if sends else term
-                dist.broadcast(found[place], sender)
-        return tuple(found)
+    def broadcast(self, value: T, sender: int = 0) -> T:
+        """Return the value that one process gives in every process; those of the others are not used.
 
-    def told(self, value: T) -> T:
-        """Return the value that the first process gives; those of the others are not used."""
+        Args:
+            value: A value that can be pickled.
+            sender: The number of the process that gives it.
+        """
         if self.size == 1:
             return value
-        box = [value if self.leads else None]
-        dist.broadcast_object_list(box, 0)
-        return box[0]  # type: ignore[return-value]
+        return broadcast_object_list([value if self.rank == sender else None], sender)[0]  # type: ignore[no-any-return]
 
+    def _sent(self, terms: Terms, sender: int) -> Terms:
+        """Return the tensors and numbers of one process, each on the device that they have there.
 
-class _Form(NamedTuple):
-    """The form of a tensor that another process sends, and the type of the device on which each has it."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: str
-
-
-def _form(term: Any) -> Any:
-    """Return the form of a tensor, and a number as it is."""
-    return _Form(term.shape, term.dtype, term.device.type) if isinstance(term, Tensor) else term
+        Tensors go from device to device, without the copies that pickling makes.
+        """
+        forms = [(x.shape, x.dtype, x.device.type) if isinstance(x, Tensor) else x for x in terms]
+        forms = self.broadcast(forms, sender)
+        if self.rank != sender:
+            terms = tuple(torch.empty(x[0], dtype=x[1], device=x[2]) if isinstance(x, tuple) else x for x in forms)
+        return tuple(broadcast(x.contiguous(), sender) if isinstance(x, Tensor) else x for x in terms)
 
 
 ALONE = Processes()
@@ -121,14 +108,12 @@ def joined_processes() -> Iterator[Processes]:
 
     Where there are GPUs, each process takes that of its number on its machine.
     """
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not torch.distributed.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT)
-    yield Processes(dist.get_rank(), dist.get_world_size())
-    # After an error nobody waits: torchrun ends the other processes.
-    dist.destroy_process_group()
+    gpus = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    state = PartialState(cpu=not gpus, backend=backend, timeout=LONGEST_WAIT)
+    yield Processes(state.process_index, state.num_processes)
+    # Not in a `finally`: after an error nobody waits, because torchrun ends the other processes.
+    state.destroy_process_group()

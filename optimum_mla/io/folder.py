@@ -48,7 +48,7 @@ def check_output(
         OutputError: It is or holds an input, it exists (without `overwrite`), it does not hold what may be replaced, or
             the file system does not allow to put a folder there.
     """
-    with told(output):
+    with as_output_error(output):
         folder = located(output)
         if not leading:
             return folder
@@ -139,7 +139,7 @@ def atomic_folder(
         OutputError: There is too little space, before or while writing; then `output` is as it was. Or the finished
             folder could not take its name; then it is kept, and the message says where.
     """
-    with told(output), parents(output):
+    with as_output_error(output), parents(output):
         check_space(output, needed_bytes)
         partial = beside(output, within)
         try:
@@ -201,7 +201,7 @@ def bring_back(retired: Path, output: Path, also: str = "") -> None:
 
 
 @contextmanager
-def told(output: str | Path) -> Iterator[None]:
+def as_output_error(output: str | Path) -> Iterator[None]:
     """Turn an error of the file system into one line about `output`."""
     try:
         yield

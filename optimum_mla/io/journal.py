@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from optimum_mla.io.folder import as_output_error
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,36 +24,29 @@ class Journal:
         path: The file, which need not exist.
 
     Attributes:
+        path: The file.
         entries: What the lines say, by their keys.
+
+    Raises:
+        OutputError: The file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, Any] = {}
-        if not path.exists():
-            return
         whole = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not self._read(line):
-                    logger.warning(
-                        "warning: %s is damaged from line %d on. What it said from there on is done again.",
-                        path,
-                        number,
-                    )
+        with as_output_error(path):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            for number, line in enumerate(lines, 1):
+                try:
+                    entry: Any = json.loads(line) if line.endswith(b"\n") else None
+                    self.entries[entry["key"]] = entry["value"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    said = "warning: %s is damaged from line %d on. What it said from there on is done again."
+                    logger.warning(said, path, number)
+                    os.truncate(path, whole)
                     break
                 whole += len(line)
-        if whole < path.stat().st_size:
-            os.truncate(path, whole)
-
-    def _read(self, line: bytes) -> bool:
-        """Take up what a line says, and return whether it is whole."""
-        try:
-            entry: Any = json.loads(line) if line.endswith(b"\n") else None
-            self.entries[entry["key"]] = entry["value"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return False
-        return True
 
     def add(self, key: str, value: Any) -> None:
         """Write a line, and return when it is on the disk.
@@ -59,9 +54,12 @@ class Journal:
         Args:
             key: What the line is about, in a few words.
             value: What `as_kept` takes; numbers come back as they are.
+
+        Raises:
+            OutputError: The file cannot be written.
         """
         kept = as_kept(value)
-        with self.path.open("ab") as file:
+        with as_output_error(self.path), self.path.open("ab") as file:
             file.write(json.dumps({"key": key, "value": kept}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -20,8 +20,7 @@ from optimum_mla.core.number_checks import check_choice, check_integer
 from optimum_mla.methods.mixed_heads import MixedHeads
 from optimum_mla.methods.options import shapes_that_fit
 from optimum_mla.models import SourceAttention
-from optimum_mla.ops.low_rank import low_rank_factors, singular_values
-from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.ops.low_rank import low_rank_factors, rank_for_energy, singular_values
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 ROPE_CANDIDATES = (0.25, 0.5, 1, 1.5, 2, 3, 4)

@@ -25,8 +25,7 @@ from optimum_mla.methods.decoupled import (
 )
 from optimum_mla.methods.options import check_rope_dim, choose_selection, pair_scores, rope_dims, shapes_that_fit
 from optimum_mla.models import SourceAttention
-from optimum_mla.ops.low_rank import low_rank_factors, singular_values
-from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.ops.low_rank import low_rank_factors, rank_for_energy, singular_values
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs, split_last_columns
 from optimum_mla.ops.weighted import WeightedFactorization
 from optimum_mla.plan.budget import DEFAULT_CACHE_RATIO, RankBudget

@@ -37,6 +37,20 @@ def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
 
 
+def rank_for_energy(singular_values: Tensor, energy: float) -> int:
+    """Return the smallest rank whose squared singular values hold the share `energy` of their sum.
+
+    This is the dynamic rank selection of X-EcoMLA (arXiv 2503.11132, section 3.2).
+
+    Args:
+        singular_values: Singular values in falling order, [k].
+        energy: Share to keep, above 0 and up to 1.
+    """
+    held = singular_values.double().square().cumsum(0)
+    # The share is taken of the last cumulative sum, because rounding may make another total larger than it.
+    return min(int(torch.searchsorted(held, energy * held[-1]).item()) + 1, len(held))
+
+
 def low_rank_factors(matrix: Tensor, rank: int) -> LowRankFactors:
     """Return the best factors of `matrix` [m, d] of rank `rank`; both sides carry the root of the singular values.
 

@@ -34,9 +34,8 @@ from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
 from optimum_mla.recovery.as_used import check_as_used, check_prompt
 from optimum_mla.recovery.data import hold_back, pack, preferences, stream
-from optimum_mla.recovery.distributed import full_state
 from optimum_mla.recovery.held_out import HeldOut
-from optimum_mla.recovery.parameters import ADAPTERS, parameter_counts, prepare
+from optimum_mla.recovery.parameters import ADAPTERS, full_state, parameter_counts, prepare
 from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
 from optimum_mla.report.cards import recovery_card

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from optimum_mla.core.errors import InvalidValueError, OptionError, OutputError
-from optimum_mla.io.folder import KEPT, kept_folder, located, told
+from optimum_mla.io.folder import KEPT, as_output_error, kept_folder, located
 from optimum_mla.io.inputs import fingerprint
 from optimum_mla.io.journal import Journal
 
@@ -171,12 +171,11 @@ class RunRecord:
 
     def __init__(self, folder: Path, overwrite: bool = False) -> None:
         path = folder / JOURNAL
-        with told(folder):
+        with as_output_error(folder):
             if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
-                old = " that this version can go on with" if (folder / "run.json").is_file() else ""
-                raise OutputError(f"output: {folder} exists and holds no run{old}. Name another folder.")
+                raise OutputError(f"output: {folder} exists and holds no run. Name another folder.")
             folder.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(path)
+        self._journal = Journal(path)
         self._overwrite = overwrite
         self._digest, self._pending = "", False
 
@@ -208,13 +207,9 @@ class RunRecord:
                 start = Start(False, f", begun anew, without what was kept of it: {asked}")
         elif done not in (None, self._digest):
             start = Start(False, ", done again: its options, model or text have changed")
-        self._note("begun", step)
+        self._journal.add(f"begun {step.output.name}", self._digest)
         return start
 
     def end(self, step: Step) -> None:
         """Record that the step that was begun last is done."""
-        self._note("done", step)
-
-    def _note(self, word: str, step: Step) -> None:
-        with told(self._journal.path):
-            self._journal.add(f"{word} {step.output.name}", self._digest)
+        self._journal.add(f"done {step.output.name}", self._digest)

@@ -14,7 +14,7 @@ from torch import Tensor
 from optimum_mla.convert.record import LayerResult, Record
 from optimum_mla.convert.run import Run
 from optimum_mla.core.errors import MLAError, OptionError, OutputError, UnreadableModelError, VerificationError
-from optimum_mla.io.folder import kept_folder, parents, told
+from optimum_mla.io.folder import as_output_error, kept_folder, parents
 from optimum_mla.io.journal import Journal, as_kept, differing
 from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, write_shard
 from optimum_mla.models.classes import is_tied
@@ -56,8 +56,7 @@ class UnfinishedConversion(Record):
         self._start = time.monotonic()
         self._above = parents(output)
         self._path, self._options = self.folder / "journal.jsonl", options
-        with told(output):
-            entries = Journal(self._path).entries
+        entries = Journal(self._path).entries
         if resume and entries:
             self._check_options(entries)
         elif not overwrite and len(entries) > 1:
@@ -71,7 +70,7 @@ class UnfinishedConversion(Record):
     def __enter__(self) -> UnfinishedConversion:
         self._above.__enter__()
         try:
-            with told(self.output):
+            with as_output_error(self.output):
                 self.folder.mkdir(exist_ok=True)
                 for left in self.folder.glob("*/"):  # of a process that was killed while it wrote the result
                     shutil.rmtree(left)
@@ -136,8 +135,7 @@ class UnfinishedConversion(Record):
 
     def keep(self, key: str, value: Any) -> None:
         """Keep a value under a key."""
-        with told(self.output):
-            self._journal.add(key, value)
+        self._journal.add(key, value)
 
     def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
         """Return the tensors of a layer's converted attention and its result; None if it was not kept, or not whole."""
@@ -171,7 +169,7 @@ class UnfinishedConversion(Record):
             prefix = f"{spec.attention_path(index)}."
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
             tensors |= attention.state_dict(prefix=prefix)
-        with told(self.output):
+        with as_output_error(self.output):
             digest = write_shard(self.shard(index), tensors)
         result = run.results[index].to_dict() if index in run.results else None
         self.keep(

@@ -1,4 +1,4 @@
-"""Distribution of a budget of ranks over calibrated layers."""
+"""Distribution of a budget of ranks, or of bytes of codes, over calibrated layers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ def rank_range(rank: int, largest: int) -> tuple[int, int]:
     return low, high
 
 
-def bent(predicted: dict[int, float], measured: dict[int, float]) -> dict[int, float]:
+def fit_power_law(predicted: dict[int, float], measured: dict[int, float]) -> dict[int, float]:
     """Return predicted errors by rank, to a power and times a factor that make them the measured ones at both ends.
+
+    Where either does not fall, or falls to zero, there is no such power, and the measured errors are returned.
 
     Args:
         predicted: Predicted squared errors, by rank.
@@ -40,15 +42,15 @@ def scaled(curve: dict[int, float], rank: int, error: float) -> dict[int, float]
     return {one: value * error / held if held > 0 else error for one, value in curve.items()}
 
 
-def allocate_ranks(curves: dict[int, dict[int, float]], total: int) -> dict[int, int]:
-    """Return ranks by layer that make the sum of errors small and add up to `total`, as far as the curves reach.
+def allocate(curves: dict[int, dict[int, float]], total: int) -> dict[int, int]:
+    """Return sizes by layer that make the sum of errors small and add up to `total`, as far as the curves reach.
 
-    Ranks are given out one at a time to the layer whose error falls most, which is optimal if the curves are convex.
-    Between measured ranks the logarithm of the error is interpolated linearly.
+    A size is a rank, or a number of bytes. It is given out one at a time to the layer whose error falls most, which is
+    optimal if the curves are convex. Between measured sizes the logarithm of the error is interpolated linearly.
 
     Args:
-        curves: The squared errors of each layer by rank, by the index of the layer.
-        total: Sum of the ranks.
+        curves: The squared errors of each layer by size, by the index of the layer.
+        total: Sum of the sizes.
     """
     floor = max(1, math.floor(SMALLEST_SHARE * total / len(curves)))
     tables = {layer: _every_rank(curve) for layer, curve in curves.items()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.number_checks import check_count, check_number
-from optimum_mla.ops.rank_allocation import rank_for_energy
+from optimum_mla.ops.low_rank import rank_for_energy
 
 DEFAULT_CACHE_RATIO = 0.5
 """Share of the source's cache that a conversion keeps where nobody asks for a size."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,32 +35,22 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         self.parts: list[Optimizer] = []
-        super().__init__([*matrices, *others], {"lr": lr})
         if matrices:
             self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.parts.append(AdamW(others, lr=lr, weight_decay=0.0, betas=betas))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Return the parameter groups of both optimizers, in which schedules set the learning rates."""
-        return [group for part in self.parts for group in part.param_groups]
+    def _share(self) -> None:
+        """Let both optimizers work on this one's groups and state, which schedules set and checkpoints hold."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Ignore what the base class sets when it is made, because both optimizers keep their own groups."""
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """Return the state of both optimizers."""
-        both: defaultdict[Tensor, Any] = defaultdict(dict)
-        for part in self.parts:
-            both.update(part.state)
-        return both
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        """Ignore what the base class sets when it is made, because both optimizers keep their own state."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take loaded groups and states."""
+        super().__setstate__(state)
+        self._share()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters."""
@@ -69,15 +58,6 @@ class MuonAdamW(Optimizer):
         for part in self.parts:
             part.step()
         return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of both optimizers, in order."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the states that `state_dict` returned."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
 
 
 def muon(
@@ -87,19 +67,13 @@ def muon(
 
     Token embeddings and the output head are left to AdamW although they are matrices.
     """
-    tables = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None:
-        tables |= {id(parameter) for parameter in head.parameters()}
-    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [p for p in training if p.ndim == 2 and id(p) not in tables]
-    chosen = {id(p) for p in matrices}
-    return MuonAdamW(matrices, [p for p in training if id(p) not in chosen], lr, weight_decay, betas)
+    apart = {id(p) for module in (*tables, head) if module is not None for p in module.parameters()}
+    training = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in training if p.ndim == 2 and id(p) not in apart]
+    others = [p for p in training if p.ndim != 2 or id(p) in apart]
+    return MuonAdamW(matrices, others, lr, weight_decay, betas)
 
 
 def trainer_options(name: str, arguments: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Choice of the parameters of a converted model that train."""
+"""The parameters of a converted model that train, and the whole state of a sharded one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
@@ -195,3 +197,15 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
             total += numbers
             trainable += numbers if tensor.requires_grad else 0
     return trainable, total
+
+
+def full_state(model: nn.Module) -> dict[str, Any] | None:
+    """Return the whole state of a model that is sharded over processes, which all have to call this.
+
+    Returns:
+        All tensors on the CPU in the first process, and an empty dictionary in the others. None if the model is not
+        sharded.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

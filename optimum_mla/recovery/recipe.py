@@ -17,7 +17,6 @@ from optimum_mla.core.number_checks import LARGEST_COUNT, LARGEST_SEED, check_co
 from optimum_mla.recovery.distill import check_loss
 from optimum_mla.recovery.optimizers import OPTIMIZERS
 from optimum_mla.recovery.parameters import ADAPTERS, TRAIN_CHOICES
-from optimum_mla.recovery.schedules import scheduler_arguments
 
 OBJECTIVES = ("distill", "sft", "dpo")
 STAGES = ("none", "layerwise")
@@ -26,6 +25,10 @@ LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "kv": 5e-4, "attention": 5e-4, "fu
 DPO_SHARE = 0.01
 """Factor of the default learning rates for DPO."""
 SCHEDULE = "cosine"
+MHA2MLA_SCHEDULE = "mha2mla"
+"""The schedule of MHA2MLA (arXiv 2502.14837, section 4.1): linear warmup, constant, and a decay of 1 - sqrt."""
+DECAY_SHARE = 0.1
+"""Share of the steps over which that schedule decays."""
 BATCH_SIZE = 8
 WARMUP_SHARE = 0.05
 LOGS, CHECKPOINTS = 50, 5
@@ -224,6 +227,7 @@ def training_arguments(
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": batch,
         "learning_rate": rate,
+        "lr_scheduler_type": SCHEDULE,
         "max_steps": steps,
         "warmup_steps": max(1, round(WARMUP_SHARE * steps)),
         "logging_steps": max(1, steps // LOGS),
@@ -242,9 +246,9 @@ def training_arguments(
     if held_out and saves != "no":
         chosen |= {"eval_strategy": "steps" if saves == "best" else saves, "eval_steps": chosen["save_steps"]}
         chosen["load_best_model_at_end"] = True
-    chosen.update(scheduler_arguments(training.get("lr_scheduler_type", SCHEDULE), steps))
-    if "lr_scheduler_kwargs" in training:
-        chosen["lr_scheduler_kwargs"] = training["lr_scheduler_kwargs"]
+    if chosen["lr_scheduler_type"] == MHA2MLA_SCHEDULE:
+        decay = {"num_decay_steps": max(1, round(DECAY_SHARE * steps)), "decay_type": "1-sqrt"}
+        chosen = {"lr_scheduler_kwargs": decay, **chosen, "lr_scheduler_type": "warmup_stable_decay"}
     if recipe.objective == "dpo":
         # TRL turns both on by default, and it refuses bfloat16 on some devices.
         chosen = {"bf16": False, "gradient_checkpointing": False, **chosen}

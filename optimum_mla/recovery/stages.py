@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from optimum_mla.core.errors import InvalidValueError, MLAError, TrainingError, 
 from optimum_mla.io.faults import check_json
 from optimum_mla.recovery.as_used import AsUsedTrainer
 from optimum_mla.recovery.distill import DistillationTrainer, LayerwiseTrainer
-from optimum_mla.recovery.dpo import dpo_trainer
 from optimum_mla.recovery.guard import DivergenceGuard
 from optimum_mla.recovery.held_out import HeldOut, HeldOutTrainer
 from optimum_mla.recovery.optimizers import trainer_options
@@ -148,6 +148,28 @@ def make_trainer(
     weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight, "temperature": recipe.temperature}
     kind = AsUsedTrainer if hasattr(model, "latent_codec") else DistillationTrainer
     return kind(model, teacher, **weights, **common)
+
+
+def dpo_trainer(model: Any, pairs: Any, tokenizer: Any, options: dict[str, Any]) -> Trainer:
+    """Return TRL's trainer for direct preference optimization (Rafailov et al., arXiv 2305.18290).
+
+    Its reference is the model in its present state: a frozen copy, or the model without its adapters if it has some.
+
+    Args:
+        model: The model, prepared for training.
+        pairs: Rows of `prompt`, `chosen` and `rejected`.
+        tokenizer: The tokenizer of the model; without a padding token the end-of-text token pads.
+        options: Fields of TRL's `DPOConfig`.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOTrainer(
+        model=model,
+        ref_model=None if hasattr(model, "disable_adapter") else copy.deepcopy(model).requires_grad_(False).eval(),
+        args=DPOConfig(**options),
+        train_dataset=pairs,
+        processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token.
+    )
 
 
 def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> None:

@@ -36,7 +36,7 @@ with joined_processes() as processes:
     total = processes.summed(items, work)
     assert torch.equal(total[0], expected[0]) and total[1:] == tuple(expected[1:]) and type(total[2]) is int
     assert list(processes.each([], work)) == []
-    assert processes.told({"rank": processes.rank}) == {"rank": 0}
+    assert processes.broadcast({"rank": processes.rank}) == {"rank": 0}
     assert processes.leads == (processes.rank == 0) and processes.size == 2
     print("passed", flush=True)
 """
@@ -51,7 +51,7 @@ def test_one_process_does_all_in_order(items: list[float]) -> None:
         expected += item
     tensor, number, count = ALONE.summed(items, lambda item: (torch.tensor([item], dtype=torch.float64), item, 1))
     assert (float(tensor), number, count) == (expected, expected, len(items))
-    assert ALONE.told("word") == "word"
+    assert ALONE.broadcast("word") == "word"
 
 
 def test_two_processes_give_what_one_does_to_the_last_bit(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optimum_mla.core.errors import OutputError
 from optimum_mla.io.journal import Journal, differing
 
 VALUES = st.recursive(
@@ -96,3 +97,10 @@ def test_a_value_equals_what_a_journal_kept_of_it(given: Any, other: Any, tmp_pa
     assert differing(kept, {"one": kept["one"], "same": 1.0}) == []
     assert differing(kept, {"one": other, "same": 1}) == ["one"]
     assert differing(kept, {"more": 0, "one": given}) == ["more", "same"]
+
+
+def test_a_file_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"output: .* cannot be written: Is a directory"):
+        Journal(tmp_path)
+    with pytest.raises(OutputError, match=r"output: .*journal\.jsonl cannot be written: No such file"):
+        Journal(tmp_path / "missing" / "journal.jsonl").add("layer 0", 0)

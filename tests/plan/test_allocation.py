@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_mla.plan.allocation import SMALLEST_SHARE, allocate_ranks, bent, rank_range, scaled
+from optimum_mla.plan.allocation import SMALLEST_SHARE, allocate, fit_power_law, rank_range, scaled
 
 Curves = dict[int, dict[int, float]]
 
@@ -43,7 +43,7 @@ def test_ranks_add_up_and_lie_within_the_curves(errors: list[list[float]], rank:
     # In any order, and some are zero: what is measured is noisy.
     curves = {3 * layer: dict(zip(grid, row, strict=False)) for layer, row in enumerate(errors)}
     total = rank * len(curves)
-    ranks = allocate_ranks(curves, total)
+    ranks = allocate(curves, total)
     assert ranks.keys() == curves.keys()
     assert sum(ranks.values()) == total
     assert all(min(curves[layer]) <= ranks[layer] <= max(curves[layer]) for layer in curves)
@@ -54,7 +54,7 @@ def test_ranks_add_up_and_lie_within_the_curves(errors: list[list[float]], rank:
 def test_layers_whose_error_would_stay_larger_get_more(start: float, slow: float, ratio: float, rank: int) -> None:
     grid = rank_grid(rank, 2 * rank)
     # The same fall per number, relatively: the larger error falls faster.
-    ranks = allocate_ranks({0: falling(grid, start, slow), 1: falling(grid, ratio * start, slow)}, 2 * rank)
+    ranks = allocate({0: falling(grid, start, slow), 1: falling(grid, ratio * start, slow)}, 2 * rank)
     assert ranks[1] >= ranks[0]
     gap = math.log(ratio) / slow
     assert ranks[1] - ranks[0] == pytest.approx(min(gap, 2 * (rank - grid[0]), 2 * (grid[-1] - rank)), abs=2)
@@ -63,14 +63,14 @@ def test_layers_whose_error_would_stay_larger_get_more(start: float, slow: float
 def test_a_flat_layer_gives_to_a_steep_one() -> None:
     grid = rank_grid(20, 100)
     flat, steep = dict.fromkeys(grid, 1.0), falling(grid, 1.0, 0.1)
-    assert allocate_ranks({0: flat, 1: steep}, 40) == {0: 10, 1: 30}
-    assert allocate_ranks({0: steep, 1: flat}, 40) == {0: 30, 1: 10}
+    assert allocate({0: flat, 1: steep}, 40) == {0: 10, 1: 30}
+    assert allocate({0: steep, 1: flat}, 40) == {0: 30, 1: 10}
 
 
 @given(layers=st.integers(1, 6), start=STARTS, speed=SPEEDS, rank=st.integers(1, 60))
 def test_equal_curves_get_equal_ranks(layers: int, start: float, speed: float, rank: int) -> None:
     curve = falling(rank_grid(rank, 100), start, speed)
-    ranks = allocate_ranks({layer: dict(curve) for layer in range(layers)}, layers * rank)
+    ranks = allocate({layer: dict(curve) for layer in range(layers)}, layers * rank)
     assert set(ranks.values()) == {rank}
 
 
@@ -93,7 +93,7 @@ def test_convex_curves_are_shared_as_brute_force_does(
 ) -> None:
     curves = {layer: falling(list(range(1, largest + 1)), *shape) for layer, shape in enumerate(shapes)}
     total = len(curves) + int(share * len(curves) * (largest - 1))
-    ranks = allocate_ranks(curves, total)
+    ranks = allocate(curves, total)
     assert sum(ranks.values()) == total
     assert min(ranks.values()) >= floor_of(total, len(curves))
     error = sum(curves[layer][rank] for layer, rank in ranks.items())
@@ -102,27 +102,27 @@ def test_convex_curves_are_shared_as_brute_force_does(
 
 def test_the_floor_holds_where_another_layer_would_take_all() -> None:
     curves = {0: falling(list(range(1, 41)), 1e-6, 0.01), 1: falling(list(range(1, 41)), 1e6, 0.01)}
-    assert allocate_ranks(curves, 40) == {0: 5, 1: 35}
+    assert allocate(curves, 40) == {0: 5, 1: 35}
 
 
 def test_a_layer_smaller_than_the_floor_gets_all_that_it_can_hold() -> None:
     curves = {0: {1: 1.0, 2: 0.5}, 1: falling(list(range(1, 101)), 1.0, 0.01)}
-    assert allocate_ranks(curves, 60) == {0: 2, 1: 58}
+    assert allocate(curves, 60) == {0: 2, 1: 58}
 
 
 def test_more_than_all_layers_can_hold_fills_them() -> None:
-    assert allocate_ranks({0: {1: 1.0, 3: 0.5}, 1: {1: 1.0, 4: 0.5}}, 100) == {0: 3, 1: 4}
+    assert allocate({0: {1: 1.0, 3: 0.5}, 1: {1: 1.0, 4: 0.5}}, 100) == {0: 3, 1: 4}
 
 
 def test_between_measured_ranks_the_logarithm_is_linear() -> None:
     sparse = {0: falling([1, 9], 1.0, 0.3), 1: falling([1, 3, 9], 5.0, 0.2)}
     dense = {0: falling(list(range(1, 10)), 1.0, 0.3), 1: falling(list(range(1, 10)), 5.0, 0.2)}
     for total in range(2, 19):
-        assert allocate_ranks(sparse, total) == allocate_ranks(dense, total)
+        assert allocate(sparse, total) == allocate(dense, total)
 
 
 def test_errors_of_zero_are_allowed() -> None:
-    assert allocate_ranks({0: {1: 1.0, 5: 0.0}, 1: {1: 0.0, 5: 0.0}}, 6) == {0: 5, 1: 1}
+    assert allocate({0: {1: 1.0, 5: 0.0}, 1: {1: 0.0, 5: 0.0}}, 6) == {0: 5, 1: 1}
 
 
 @given(rank=st.integers(1, 4096), largest=st.integers(1, 4096))
@@ -138,14 +138,14 @@ def test_a_prediction_is_bent_to_what_was_measured(
 ) -> None:
     predicted = falling(list(range(1, high + 1)), start, speed)
     truth = {rank: factor * error**power for rank, error in predicted.items()}
-    curve = bent(predicted, {rank: truth[rank] for rank in (1, high)})
+    curve = fit_power_law(predicted, {rank: truth[rank] for rank in (1, high)})
     assert curve.keys() == truth.keys()
     assert all(curve[rank] == pytest.approx(truth[rank], rel=1e-6) for rank in truth)
 
 
 @pytest.mark.parametrize("measured", [{1: 1.0, 3: 1.0}, {1: 0.5, 3: 1.0}, {1: 1.0, 3: 0.0}], ids=str)
 def test_what_does_not_fall_is_taken_as_it_is(measured: dict[int, float]) -> None:
-    assert bent({1: 4.0, 2: 2.0, 3: 1.0}, measured) == measured
+    assert fit_power_law({1: 4.0, 2: 2.0, 3: 1.0}, measured) == measured
 
 
 def test_a_curve_is_scaled_at_a_rank_between_its_own() -> None:

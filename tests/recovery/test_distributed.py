@@ -140,7 +140,7 @@ SHARDED = """
 
     import optimum_mla
     from optimum_mla.recovery import DistillationTrainer, prepare
-    from optimum_mla.recovery.distributed import full_state
+    from optimum_mla.recovery.parameters import full_state
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)
