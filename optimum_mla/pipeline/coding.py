@@ -49,8 +49,9 @@ from optimum_mla.pipeline.loading import (
 )
 from optimum_mla.pipeline.origin import origin_fields, source_metadata
 from optimum_mla.pipeline.preparation import left_by
-from optimum_mla.report.codec import STATED_TOKENS, CodecLayerReport, CodecReport, codec_card
-from optimum_mla.report.pages import size
+from optimum_mla.report.cards import model_card
+from optimum_mla.report.render import size
+from optimum_mla.report.schema import STATED_TOKENS, CodecLayerReport, CodecReport
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ def code_cache(
                 **origin_fields(model, hub),  # type: ignore[arg-type]
             )
             report.write(partial)
-            card = codec_card(report, folder.name, source_metadata(model, hub))
+            card = model_card(report, folder.name, source_metadata(model, hub))
             (partial / "README.md").write_text(card, encoding="utf-8")
     return report
 

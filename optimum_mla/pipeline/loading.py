@@ -42,8 +42,7 @@ from optimum_mla.models.coded import CONFIG_ENTRY
 from optimum_mla.models.registry import try_family
 from optimum_mla.models.wrappers import wrapper_of
 from optimum_mla.report.cards import renamed, shown
-from optimum_mla.report.codec import CodecReport
-from optimum_mla.report.schema import ConversionReport, RecoveryReport
+from optimum_mla.report.schema import CodecReport, ConversionReport, RecoveryReport
 
 logger = logging.getLogger(__name__)
 

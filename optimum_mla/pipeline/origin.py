@@ -11,8 +11,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.io.reading import local_folder
-from optimum_mla.report.codec import CodecReport
-from optimum_mla.report.schema import ConversionReport
+from optimum_mla.report.schema import CodecReport, ConversionReport
 
 CONFIG_FILES = ("config.json", "adapter_config.json")
 """Files that say what model a folder holds; the first one that is there is hashed."""

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from optimum_mla.measure.sizes import budget_rows
-from optimum_mla.report.pages import html, markdown, size, terminal, write_pages
+from optimum_mla.report.pages import html, markdown, terminal, write_pages
 from optimum_mla.report.plots import COLOURS
+from optimum_mla.report.render import cell
 from optimum_mla.report.rows import BenchmarkReport, MemoryRow, QualityRow, SpeedRow, TaskRow
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -46,13 +47,25 @@ def report(name: str = "model <b>bold</b>", flagged: bool = True) -> BenchmarkRe
     ]
     text = {"source": "book", "windows": 2, "tokens_per_window": 64, "stride_tokens": 50, "sha256": "0"}
     return BenchmarkReport(
-        name, "source", {"batch_sizes": [1]}, {"eval-data": text}, "bfloat16", "cpu", 64.0, 256.0, 4096, 10**9,
-        memory, budget_rows(memory, 10**9), speed, quality, [TaskRow("model", "count", "acc", 0.5, 0.1)], threads=2,
-    )  # fmt: skip
+        model=name,
+        baseline="source",
+        options={"batch_sizes": [1]},
+        data={"eval-data": text},
+        dtype="bfloat16",
+        device="cpu",
+        model_max_context_tokens=4096,
+        memory_budget_bytes=10**9,
+        memory=memory,
+        budget=budget_rows(memory, 10**9),
+        speed=speed,
+        quality=quality,
+        tasks=[TaskRow("model", "count", "acc", 0.5, 0.1)],
+        threads=2,
+    )
 
 
 def test_sizes_are_short() -> None:
-    assert [size(v) for v in (None, 7, 999.4, 1536, 10_600_000, 25_300_000_000, 2.5e13)] == [
+    assert [cell(v, "bytes") for v in (None, 7, 999.4, 1536, 10_600_000, 25_300_000_000, 2.5e13)] == [
         *("-", "7 B", "999 B", "1.54 kB", "10.6 MB", "25.3 GB", "25,000 GB")
     ]
 
@@ -77,7 +90,7 @@ def test_markdown_holds_every_table() -> None:
 
 
 def test_only_what_was_measured_is_shown() -> None:
-    empty = BenchmarkReport("m", None, {"batch_sizes": [1]}, {}, "float32", "cpu", None, None, None, 1)
+    empty = replace(report(), data={}, memory=[], budget=[], speed=[], quality=[], tasks=[])
     text = markdown([("run", empty)])
     assert "## Memory" not in text
     assert "## What was measured" in text
