@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from optimum_mla.report.render import Table, cell, duration, size
+from optimum_mla.report.render import Table, cell, duration, fill
 
 WIDE = {"float32": 2, "float64": 4}
 """Dtypes of more than 16 bits, and how many times as large their numbers are."""
@@ -63,45 +63,21 @@ class Inspection:
 
 def inspection_text(found: Inspection) -> str:
     """Return the text that `mla-inspect` prints."""
-    first = f"{found.model_type}, {found.parameters:,} parameters, {size(found.weight_bytes)}, {found.dtype}"
-    lines = [f"{found.model}: {first}", f"{found.state}: {found.reason}" if found.reason else found.state]
-    if found.layers is None:
-        return "\n".join(lines)
-    heads = f"{found.num_attention_heads} query and {found.num_key_value_heads} key/value heads"
-    shape = f"{found.layers} layers, hidden size {found.hidden_size}, {heads} of {found.head_dim} dims"
-    caches = f"the source caches {found.source_cache_bytes_per_token:,.0f} bytes per token in 16 bits"
-    if found.state == "converted":
-        caches += f", this model {found.cache_bytes_per_token:,.0f}"
-    if found.dtype in WIDE:
-        caches += f"; numbers that are kept in {found.dtype} take {WIDE[found.dtype]} times as much"
-    lines += ["; ".join(filter(None, (shape, ", ".join(found.features)))), caches]
-    if found.choices:
-        rows = [
-            (
-                f"{row.method}, {row.kv_cache_ratio:g}",
-                cell(row.cache_numbers_per_token, ","),
-                cell(row.cache_bytes_per_token, ",.0f"),
-                cell(row.cache_percent_of_source, ".1f"),
-                " to ".join(f"{n:+,}" for n in dict.fromkeys((row.parameters_added, row.parameters_added_most))),
-                "never" if row.break_even_tokens is None else f"{row.break_even_tokens:,}",
-            )
-            for row in found.choices
-            if row.problem is None
-        ]
-        columns = ("method, ratio", "numbers/token", "bytes/token", "% of source", "parameters", "pays from, tokens")
-        lines += [
-            f"\n{Table(columns, rows)}",
-            "pays from: so many tokens in the cache, all rows together, save more memory than the added parameters "
-            "take",
-            *(f"{row.method}, {row.kv_cache_ratio:g}: {row.problem}" for row in found.choices if row.problem),
-        ]
-    lines.append("")
-    for engine in found.engines:
-        share = engine.cache_percent_of_source
-        can = engine.options if share is None else f"{engine.options}: {share:.1f} % of the source's cache"
-        lines.append(f"{engine.engine}: " + (f"no, {'; '.join(engine.blockers)}" if engine.blockers else can))
-    if found.conversion_memory_bytes is not None:
-        time = "" if found.conversion_seconds is None else f" and {duration(found.conversion_seconds)} here"
-        memory = size(found.conversion_memory_bytes)
-        lines += ["", f"a conversion with default options needs about {memory} of memory{time}"]
-    return "\n".join([*lines, *filter(None, [found.earlier_predictions])])
+    rows = [
+        (
+            f"{row.method}, {row.kv_cache_ratio:g}",
+            cell(row.cache_numbers_per_token, ","),
+            cell(row.cache_bytes_per_token, ",.0f"),
+            cell(row.cache_percent_of_source, ".1f"),
+            " to ".join(f"{n:+,}" for n in dict.fromkeys((row.parameters_added, row.parameters_added_most))),
+            "never" if row.break_even_tokens is None else f"{row.break_even_tokens:,}",
+        )
+        for row in found.choices
+        if row.problem is None
+    ]
+    columns = ("method, ratio", "numbers/token", "bytes/token", "% of source", "parameters", "pays from, tokens")
+    seconds = found.conversion_seconds
+    time = None if seconds is None else duration(seconds)
+    return fill(
+        "inspection.txt", found=found, table=Table(columns, rows), wide=WIDE.get(found.dtype), time=time
+    ).strip()

@@ -31,8 +31,8 @@ NOTES = {
 TITLES = {"budget": "What it buys"}
 """Titles of tables that are not those of their fields."""
 FORMS = {"bytes": "bytes", "tokens": ",", "percent": ".2f", "nats": ".4f", "second": ",.1f", "baseline": ".2f"}
-FORMS |= {"token": ",.0f", "perplexity": ".3f", "batch": ",", "value": ".4f", "stderr": ".4f", "bits": "bytes"}
-"""How cells show a number, by the last word of its field, which is its unit."""
+FORMS |= {"token": ",.0f", "perplexity": ".3f", "batch": ",", "value": ".4f", "stderr": ".4f"}
+"""How cells show a number, by the last of these words in the name of its field, which is its unit."""
 HIDDEN = ("role", "cache", "flags", "problem")
 """Fields that are no columns of their own: they are in the first and in the last column."""
 
@@ -139,8 +139,9 @@ def _tables(reports: Named) -> Iterable[Table]:
         measured = [name for name in measured if any(getattr(row, name) is not None for _, row in found)]
         flags = [getattr(row, "flags", []) for _, row in found]
         notes = [getattr(row, "problem", None) or "; ".join(why) for (_, row), why in zip(found, flags, strict=True)]
+        forms = {name: ["", *(FORMS[word] for word in name.split("_") if word in FORMS)][-1] for name in measured}
         rows = [
-            [title + row.name, *(cell(getattr(row, name), FORMS.get(name.split("_")[-1], "")) for name in measured)]
+            [title + row.name, *(cell(getattr(row, name), form) for name, form in forms.items())]
             for title, row in found
         ]
         header = ["", *(name.replace("_", " ") for name in measured)]

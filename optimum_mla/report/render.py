@@ -182,17 +182,15 @@ def codec_table(report: CodecReport) -> Table:
 
 def quantization_table(report: QuantizationReport) -> Table:
     """Return the table that `mla-quantize` prints at its end."""
+    cached = report.cache_bytes_before / 1e6, report.cache_bytes_after / 1e6
+    weights = report.weight_bytes_before / 1e6, report.weight_bytes_after / 1e6
+    percents = report.cache_percent_before, report.cache_percent_after
+    perplexities = report.perplexity_before, report.perplexity_after
     rows = [
-        (
-            f"cache of {report.context_tokens} tokens in {report.dtype}, MB",
-            *(cell(count / 1e6, ".3f") for count in (report.cache_bytes_before, report.cache_bytes_after)),
-        ),
-        (
-            "  % of the source model's, in 16 bits",
-            *(cell(percent, ".1f") for percent in (report.cache_percent_before, report.cache_percent_after)),
-        ),
-        ("weights, MB", cell(report.weight_bytes_before / 1e6, ".2f"), cell(report.weight_bytes_after / 1e6, ".2f")),
-        ("perplexity, token by token", cell(report.perplexity_before, ".3f"), cell(report.perplexity_after, ".3f")),
+        (f"cache of {report.context_tokens} tokens in {report.dtype}, MB", *(cell(one, ".3f") for one in cached)),
+        ("  % of the source model's, in 16 bits", *(cell(one, ".1f") for one in percents)),
+        ("weights, MB", *(cell(one, ".2f") for one in weights)),
+        ("perplexity, token by token", *(cell(one, ".3f") for one in perplexities)),
     ]
     return Table(("", "before", "after"), rows)
 

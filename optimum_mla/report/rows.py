@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from optimum_mla.report.schema import Report
 
@@ -124,7 +124,7 @@ class TaskRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkReport(Report):
+class BenchmarkReport(Report, file_name="report.json", command="mla-benchmark"):
     """The report of one run of `mla-benchmark`."""
 
     baseline: str | None = None
@@ -144,6 +144,3 @@ class BenchmarkReport(Report):
     quality: list[QualityRow] = field(default_factory=list)
     tasks: list[TaskRow] = field(default_factory=list)
     interrupted: bool = False  # whether the run was stopped, so that only what was measured before is here
-
-    file_name: ClassVar[str] = "report.json"
-    command: ClassVar[str] = "mla-benchmark"

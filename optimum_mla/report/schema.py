@@ -79,13 +79,15 @@ class Report:
     """Base of the reports, which are dataclasses that are saved as one JSON file each."""
 
     file_name: ClassVar[str]
-    command: ClassVar[str]
-    """Name of the command that writes the report."""
+    command: ClassVar[str]  # which writes the report
 
     model: str  # as the user named it
     dtype: str  # of the weights that are saved, or in which the model computes where none are saved
     machine: str = field(default_factory=this_machine)
     versions: dict[str, str] = field(default_factory=installed_versions)
+
+    def __init_subclass__(cls, file_name: str = "", command: str = "") -> None:
+        cls.file_name, cls.command = file_name, command
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -98,12 +100,11 @@ class Report:
         try:
             return checked(cls, json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not JSON in UTF-8"
-            why = str(error) if isinstance(error, ReportError) else why
-            said = f"report: {path} is no report of {cls.command} that this version reads: {why}"
-            raise ReportError(
-                f"{said}. Name a folder that optimum-cli {cls.command} wrote, or run it again."
-            ) from error
+            why = str(error) if isinstance(error, ReportError) else "it is not JSON in UTF-8"
+            why = error.strerror or why if isinstance(error, OSError) else why
+            remedy = f"Name a folder that optimum-cli {cls.command} wrote, or run it again."
+            said = f"{path} is no report of {cls.command} that this version reads: {why}. {remedy}"
+            raise ReportError(f"report: {said}") from error
 
     def write(self, folder: Path) -> None:
         """Save the report as `file_name` in a folder."""
@@ -158,7 +159,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionReport(SourceReport):
+class ConversionReport(SourceReport, file_name="conversion_report.json", command="mla-convert"):
     """The report of one conversion to latent attention.
 
     `perplexity_text` names the text of both perplexities: `evaluation`, the user's; `held-back calibration`, windows of
@@ -186,9 +187,6 @@ class ConversionReport(SourceReport):
     layers: list[LayerReport]
     written_as: str = "native"  # `native`, `wrapper` (inside a model that reads images), `deepseek_v3` or `gguf`
 
-    file_name: ClassVar[str] = "conversion_report.json"
-    command: ClassVar[str] = "mla-convert"
-
     @property
     def shared_bytes(self) -> tuple[float, float]:
         """Return the bytes per token of the source and of the result of which the share is made."""
@@ -208,7 +206,7 @@ class CodecLayerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecReport(SourceReport):
+class CodecReport(SourceReport, file_name="codec_report.json", command="mla-convert"):
     """The report of a codec that `mla-convert --cache-budget` fitted: weights stay, and old tokens become codes.
 
     The perplexities and the divergence are those of the tokens that were scored after a prompt in each window.
@@ -233,12 +231,9 @@ class CodecReport(SourceReport):
     layers: list[CodecLayerReport]
     written_as: str  # `model`, a folder with the weights, or `codec`, the codec alone
 
-    file_name: ClassVar[str] = "codec_report.json"
-    command: ClassVar[str] = "mla-convert"
-
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizationReport(Report):
+class QuantizationReport(Report, file_name="quantization_report.json", command="mla-quantize"):
     """The report of one run of `mla-quantize`, whose figures are those before and after the quantization.
 
     The percentages are of the source model's 16-bit cache, with numbers of wider dtypes counted in 16 bits. The
@@ -264,12 +259,9 @@ class QuantizationReport(Report):
     peak_memory_bytes: int  # of the whole process
     verification: dict[str, Any] | None = None  # results of the checks before writing
 
-    file_name: ClassVar[str] = "quantization_report.json"
-    command: ClassVar[str] = "mla-quantize"
-
 
 @dataclass(frozen=True, kw_only=True)
-class RecoveryReport(Report):
+class RecoveryReport(Report, file_name="recovery_report.json", command="mla-finetune"):
     """The report of one run of `mla-finetune`.
 
     `as_used` says that the model has a codec. The perplexities are then exponentials of the divergence from the
@@ -300,12 +292,9 @@ class RecoveryReport(Report):
     peak_memory_bytes: int  # of the process (on CUDA: of the allocator) during the training, with models
     verification: dict[str, Any] | None = None  # results of the checks before writing
 
-    file_name: ClassVar[str] = "recovery_report.json"
-    command: ClassVar[str] = "mla-finetune"
-
 
 @dataclass(frozen=True, kw_only=True)
-class ExportReport(Report):
+class ExportReport(Report, file_name="export_report.json", command="mla-export"):
     """The report of one export.
 
     The perplexities are those of the converted model without and with latent norms that the export added, on held-back
@@ -323,6 +312,3 @@ class ExportReport(Report):
     perplexity_without_norm: float | None = None
     perplexity_with_norm: float | None = None
     verification: dict[str, Any] | None = None  # results of the checks before writing
-
-    file_name: ClassVar[str] = "export_report.json"
-    command: ClassVar[str] = "mla-export"

@@ -22,6 +22,11 @@ JUDGEMENTS = {
     LARGE: "That is a large loss: {remedy}.",
     BROKEN: "The model is broken: {remedy}.",
 }
+CODEC_JUDGEMENTS = {
+    NOTHING: JUDGEMENTS[NOTHING],
+    SMALL: "That is a small loss: a few answers will differ.",
+    LARGE: "That is a large loss: give a larger --cache-budget, or calibration text like what the model will read.",
+}
 REMEDIES = {
     "native": "train the model with mla-finetune before you use it, or keep more of the cache",
     "wrapper": "keep more of the cache, or convert the language model alone and train it with mla-finetune",
@@ -83,26 +88,19 @@ def quality_warning(report: ConversionReport) -> str | None:
 
 def codec_verdict(report: CodecReport) -> str:
     """Return a few sentences that say what a codec saves, what it costs, and what that means."""
-    exact = report.exact
+    first, newest, together = (report.exact[name] for name in ("sinks", "recent", "together"))
     saved = (
-        f"Prompts, the first {exact['sinks']} tokens and the newest {exact['recent']} to "
-        f"{exact['recent'] + exact['together'] - 1} are read exactly. With {report.stated_tokens:,} tokens the cache "
-        f"takes {report.percent_at_stated_tokens:.3g} % of the source's in 16 bits, and "
-        f"{report.percent_of_long_caches:.3g} % when it is long."
+        f"Prompts, the first {first} tokens and the newest {newest} to {newest + together - 1} are read exactly. With "
+        f"{report.stated_tokens:,} tokens the cache takes {report.percent_at_stated_tokens:.3g} % of the source's in "
+        f"16 bits, and {report.percent_of_long_caches:.3g} % when it is long."
     )
     if report.divergence_nats is None:
         return f"{saved} What that costs in quality was not measured, as there was no text in windows long enough."
-    meaning = {
-        NOTHING: JUDGEMENTS[NOTHING],
-        SMALL: "That is a small loss: a few answers will differ.",
-    }.get(
-        _level(report.divergence_nats, DIVERGENCES),
-        "That is a large loss: give a larger --cache-budget, or calibration text like what the model will read.",
-    )
+    level = min(_level(report.divergence_nats, DIVERGENCES), LARGE)
     return (
         f"{saved} After a prompt of {report.prompt_tokens} tokens of the {report.quality_text} text the predictions "
         f"moved by {report.divergence_nats:.2g} nats, and {100 - (report.same_guess_percent or 0):.1f} % of the first "
-        f"guesses changed. {meaning}"
+        f"guesses changed. {CODEC_JUDGEMENTS[level]}"
     )
 
 

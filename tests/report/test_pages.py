@@ -89,6 +89,30 @@ def test_markdown_holds_every_table() -> None:
     assert all(line.replace("\\|", "").count("|") > 2 for line in tables)
 
 
+def table_of(text: str, title: str) -> list[list[str]]:
+    """The cells of the table below a heading of a Markdown page, without the line under its header."""
+    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    return [[part.strip() for part in line[1:-1].split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_columns_are_the_fields_with_a_value_in_their_units() -> None:
+    text = markdown([("run", report())])
+    header, first, *_ = table_of(text, "Speed")
+    shown = dict(zip(header, first, strict=True))
+    assert (shown["prefill tokens per second"], shown["prefill spread percent"]) == ("1,000.0", "2.00")
+    assert (shown["attention percent of decode"], shown["decode ratio to baseline"]) == ("40.00", "-")
+    assert table_of(text, "Quality")[0] == ["", "perplexity", "agreement percent", "kl nats", "scored tokens"]
+    measured = replace(report(), quality=[QualityRow("model", "default", 10.5, 95.25, 0.0123, 100, None, 0.0014)])
+    table = table_of(markdown([("run", measured)]), "Quality")
+    assert table == [
+        ["", "perplexity", "agreement percent", "kl nats", "scored tokens", "kl stderr nats"],
+        ["model", "10.500", "95.25", "0.0123", "100", "0.0014"],
+    ]
+    assert table_of(text, "Tasks")[1] == ["model", "count", "acc", "0.5000", "0.1000"]
+    (budget,) = [row for row in table_of(text, "What it buys") if row[0] == "baseline"]
+    assert budget[:5] == ["baseline", "1,000", "0 B", "100 MB", "900,000"]
+
+
 def test_only_what_was_measured_is_shown() -> None:
     empty = replace(report(), data={}, memory=[], budget=[], speed=[], quality=[], tasks=[])
     text = markdown([("run", empty)])
