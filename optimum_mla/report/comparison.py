@@ -70,7 +70,7 @@ class Place:
             said.append(f"a divergence of {self.divergence:.2g}{error} nats")
         if self.speed is not None:
             said.append(f"{self.speed:.2f} × the source's decoding speed")
-        return " and ".join([*filter(None, [", ".join(said[:-1])]), said[-1]])
+        return ", ".join(said[:-1]) + f" and {said[-1]}" if len(said) > 1 else said[0]
 
 
 def _sign(difference: float, unsure: float) -> int:
@@ -115,12 +115,9 @@ def verdict(report: BenchmarkReport) -> str:
     near = min(preferable or theirs, key=lambda one: (abs(one.percent - best.percent), one.perplexity))
     differences = best.beside(near)
     said = [(value, words[value]) for value, words in zip(differences, WORDS, strict=True) if value is not None]
-    good, bad = (
-        ", ".join(word for value, word in said if value >= 0),
-        ", ".join(word for value, word in said if value < 0),
-    )
-    text += f" {near.name} keeps {near.cost(whole)}. Beside it, the model is "
-    text += " but ".join(filter(None, (good, bad)))
+    good, bad = [word for value, word in said if value >= 0], [word for value, word in said if value < 0]
+    apart = " but ".join(", ".join(words) for words in (good, bad) if words)
+    text += f" {near.name} keeps {near.cost(whole)}. Beside it, the model is {apart}"
     if differences[1] is None:
         return f"{text}. Quality is not compared: it needs more than one window and the same tokens."
     if preferable:

@@ -23,7 +23,8 @@ NOTES = {
     "speed": "Medians of tokens per second, all rows together. Spreads are distances between the quartiles in percent "
     "of the median. The baseline was timed in turn in the same process. Loading, tokenizing and sampling are not "
     "timed. Attention is the share of a decoding step that its modules take, projections included.",
-    "quality": "One token at a time through the live cache, in {windows}. Only the last tokens of a window are scored.",
+    "quality": "One token at a time through the live cache, in {windows}. Only the last tokens of a window are scored. "
+    "Standard errors are those over the windows; that of the loss is of its difference to the baseline's.",
     "tasks": "Measured by lm_eval. Generated answers come through the model's own cache. Given answers are scored in "
     "one pass with their question, which does not read quantized tokens.",
 }

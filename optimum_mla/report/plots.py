@@ -69,8 +69,12 @@ def benchmark_plots(reports: Sequence[tuple[str, BenchmarkReport]]) -> dict[str,
         "Cache against context": (caches, CONTEXT, "cache, bytes"),
         "Decoding against context": (speeds, CONTEXT, "decoding, tokens per second"),
     }
-    several = {title: {x for points in what[0].values() for x, _ in points} for title, what in drawn.items()}
-    return {title: _svg(title, *what) for title, what in drawn.items() if len(several[title]) > 1}
+    return {title: _svg(title, *what) for title, what in drawn.items() if len(_across(what[0])) > 1}
+
+
+def _across(lines: Lines) -> list[float]:
+    """Return the places on the horizontal axis at which some line has a point."""
+    return sorted({x for points in lines.values() for x, _ in points})
 
 
 def _svg(title: str, lines: Lines, across: str, up: str) -> str:
@@ -95,8 +99,7 @@ def _svg(title: str, lines: Lines, across: str, up: str) -> str:
             axes.plot(xs, ys, label=name, color=colour, marker="o", linestyle="--" if plain else "-")
         axes.set_xscale("log", base=2 if across == CONTEXT else 10)
         if across == CONTEXT:
-            ticks = sorted({x for points in lines.values() for x, _ in points})
-            axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+            axes.set_xticks(_across(lines), [f"{x:,}" for x in _across(lines)])
             axes.minorticks_off()
             axes.set_yscale("log")
         axes.set(xlabel=across, ylabel=up)

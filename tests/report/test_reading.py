@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from optimum_mla.core.errors import ReportError
 from optimum_mla.pipeline import benchmark, compare, convert, finetune, inspect
 from optimum_mla.report.rows import BenchmarkReport, MemoryRow
-from optimum_mla.report.schema import ConversionReport, LayerReport
+from optimum_mla.report.schema import ConversionReport, LayerReport, Report, SourceReport
 from tests.cases import UNCALIBRATED, source_model
 
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
@@ -94,6 +95,15 @@ def test_a_newer_version_may_say_more_and_an_older_one_less(tmp_path: Path) -> N
     saved["cache_bytes_per_token"] = 48  # a whole number, as some programs write it
     (tmp_path / "conversion_report.json").write_text(json.dumps(saved))
     assert ConversionReport.read(tmp_path) == CONVERSION
+
+
+@pytest.mark.parametrize("kind", [*Report.__subclasses__(), *SourceReport.__subclasses__(), LayerReport, MemoryRow])
+def test_what_may_be_none_may_be_missing(kind: type) -> None:
+    """Reports of older versions lack fields that were added since."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if NoneType in get_args(hints[field.name]):
+            assert field.default is None, field.name
 
 
 JSON = st.recursive(
