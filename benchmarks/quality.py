@@ -142,7 +142,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def summary(result: dict[str, Any]) -> str:
     """Return the mean excess log-perplexity over the seeds by model and line, with one column per ratio."""
-    from optimum_mla.report.render import table
+    from optimum_mla.report.render import Table
 
     lines = []
     groups = dict.fromkeys((r["part"], r["model"], r["label"]) for r in result["runs"])
@@ -158,7 +158,7 @@ def summary(result: dict[str, Any]) -> str:
             ]
             cells.append(f"{sum(found) / len(found):.4f}" if found else "-")
         lines.append([f"{Path(model).name}: {label}", *cells])
-    return table(["excess log-perplexity at", *[f"{100 * ratio:g} %" for ratio in ratios]], lines)
+    return str(Table(["excess log-perplexity at", *[f"{100 * ratio:g} %" for ratio in ratios]], lines))
 
 
 def _key(run: dict[str, Any]) -> tuple[Any, ...]:

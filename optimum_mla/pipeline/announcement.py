@@ -10,8 +10,7 @@ from optimum_mla.calibrate.windows import HELD_BACK
 from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import kept_layers, model_geometry
-from optimum_mla.report.pages import size
-from optimum_mla.report.render import duration
+from optimum_mla.report.render import duration, size
 
 SMALL_CACHE_RATIO = 0.1
 """Share of the source's cache below which a conversion is announced with a warning."""

@@ -39,8 +39,9 @@ from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.conversion_options import calibrated_texts
 from optimum_mla.pipeline.loading import TextOptions, read_texts
 from optimum_mla.pipeline.preparation import ConversionRequest, left_by
-from optimum_mla.report.codec import STATED_TOKENS, CodecLayerReport, CodecReport, codec_card
-from optimum_mla.report.pages import size
+from optimum_mla.report.cards import model_card
+from optimum_mla.report.render import size
+from optimum_mla.report.schema import STATED_TOKENS, CodecLayerReport, CodecReport
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def code_cache(
                 **checkpoint.origin(),  # type: ignore[arg-type]
             )
             report.write(partial)
-            card = codec_card(report, folder.name, checkpoint.metadata())
+            card = model_card(report, folder.name, checkpoint.metadata())
             (partial / "README.md").write_text(card, encoding="utf-8")
     return report
 

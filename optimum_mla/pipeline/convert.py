@@ -41,8 +41,7 @@ from optimum_mla.pipeline.unfinished import VERSIONED, UnfinishedConversion, wri
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
-from optimum_mla.report.codec import CodecReport
-from optimum_mla.report.schema import ConversionReport, LayerReport
+from optimum_mla.report.schema import CodecReport, ConversionReport, LayerReport
 from optimum_mla.report.verdict import quality_warning
 
 CACHE_PROBE_TOKENS = 64

@@ -38,8 +38,7 @@ from optimum_mla.recovery.held_out import HeldOut
 from optimum_mla.recovery.parameters import ADAPTERS, full_state, parameter_counts, prepare
 from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
-from optimum_mla.report.cards import recovery_card
-from optimum_mla.report.codec import WEIGHTS_STAY, WEIGHTS_TRAINED
+from optimum_mla.report.cards import WEIGHTS_STAY, WEIGHTS_TRAINED, recovery_card
 from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.schema import RecoveryReport
 from optimum_mla.report.verdict import recovery_verdict

@@ -21,8 +21,7 @@ from optimum_mla.calibrate.text import text_beginning, token_windows, window_len
 from optimum_mla.calibrate.windows import check_ids, check_tokens, split_for_report, windows_to_read
 from optimum_mla.core.number_checks import check_count
 from optimum_mla.report.cards import renamed, shown
-from optimum_mla.report.codec import CodecReport
-from optimum_mla.report.schema import ConversionReport, RecoveryReport
+from optimum_mla.report.schema import CodecReport, ConversionReport, RecoveryReport
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.pipeline.checkpoint import Checkpoint, config_sha256
-from optimum_mla.report.codec import CodecReport
-from optimum_mla.report.schema import ConversionReport
+from optimum_mla.report.schema import CodecReport, ConversionReport
 
 
 def named_model(option: str, location: str, revision: str | None, model: Checkpoint) -> Checkpoint:

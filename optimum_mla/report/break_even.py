@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-NEVER = "never"
-
 
 def break_even_tokens(added_bytes: float, saved_bytes_per_token: float) -> int | None:
     """Return how many tokens a cache must hold until what it saves is more than what the weights have grown by.
@@ -23,8 +21,3 @@ def break_even_tokens(added_bytes: float, saved_bytes_per_token: float) -> int |
     if added_bytes <= 0:
         return 0
     return math.ceil(added_bytes / saved_bytes_per_token) if saved_bytes_per_token > 0 else None
-
-
-def tokens_text(tokens: int | None) -> str:
-    """Return a break-even context as words for a table."""
-    return NEVER if tokens is None else f"{tokens:,}"

@@ -11,21 +11,13 @@ from optimum_mla.stack import FIXED_ROPE_TYPES
 
 @dataclass(frozen=True)
 class Engine:
-    """The shapes that the latent attention of an engine supports.
-
-    Attributes:
-        name: Name of the engine.
-        kv_lora_ranks: Supported ranks of the latent; None stands for all.
-        qk_rope_head_dim: Supported number of rotary dims; None stands for all.
-        plain_keys: Whether biases on queries, keys and values are not supported.
-        format: The format of `mla-export` that it loads; None for native models of this package.
-    """
+    """The shapes that the latent attention of an engine supports."""
 
     name: str
-    kv_lora_ranks: tuple[int, ...] | None = None
-    qk_rope_head_dim: int | None = None
-    plain_keys: bool = True
-    format: str | None = "deepseek_v3"
+    kv_lora_ranks: tuple[int, ...] | None = None  # None stands for all
+    qk_rope_head_dim: int | None = None  # None stands for all
+    plain_keys: bool = True  # whether biases on queries, keys and values are not supported
+    format: str | None = "deepseek_v3"  # of `mla-export` that it loads; None for native models of this package
 
 
 ENGINES = (
@@ -49,28 +41,26 @@ def blockers(engine: Engine, layers: Sequence[MLAGeometry], rope_type: str, wind
     """
     if engine is OWN:
         return []
-    found = source_blockers(engine, layers[0], rope_type, windows)
-    if any(layer.attention_form != "decoupled" for layer in layers):
-        found.append("layers without a decoupled rotary key")
-    if any(layer.num_rope_heads != 1 for layer in layers):
-        found.append("a rotary key per head")
-    if any(layer.attention_form == "decoupled" and layer.rope_cache == "rebuilt" for layer in layers):
-        found.append("a rotary key that is rebuilt from the latent")
-    if engine.format == "gguf" and any(
-        layer.attention_form == "decoupled" and not layer.latent_norm for layer in layers
-    ):
-        found.append("latents without a norm")
+    decoupled = [layer for layer in layers if layer.attention_form == "decoupled"]
+    reasons = {
+        "layers without a decoupled rotary key": len(decoupled) < len(layers),
+        "a rotary key per head": any(layer.num_rope_heads != 1 for layer in layers),
+        "a rotary key that is rebuilt from the latent": any(layer.rope_cache == "rebuilt" for layer in decoupled),
+        "latents without a norm": engine.format == "gguf" and not all(layer.latent_norm for layer in decoupled),
+    }
+    found = source_blockers(engine, layers[0], rope_type, windows) + [why for why, holds in reasons.items() if holds]
     shapes = {(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in layers}
     if len(shapes) > 1:
-        found.append("layers of different ranks")
-    elif not found:
-        ((rank, rope),) = shapes
-        if engine.kv_lora_ranks is not None and rank not in engine.kv_lora_ranks:
-            found.append(f"rank {rank} (it supports {' or '.join(map(str, engine.kv_lora_ranks))})")
-        if engine.qk_rope_head_dim is not None and rope != engine.qk_rope_head_dim:
-            found.append(f"{rope} rotary dims (it supports {engine.qk_rope_head_dim})")
-        if found and (size := padding(engine, layers[0])) is not None:
-            found[-1] += f", which mla-export --pad-to {size} gives"
+        return [*found, "layers of different ranks"]
+    if found:
+        return found
+    ((rank, rope),) = shapes
+    if engine.kv_lora_ranks is not None and rank not in engine.kv_lora_ranks:
+        found.append(f"rank {rank} (it supports {' or '.join(map(str, engine.kv_lora_ranks))})")
+    if engine.qk_rope_head_dim is not None and rope != engine.qk_rope_head_dim:
+        found.append(f"{rope} rotary dims (it supports {engine.qk_rope_head_dim})")
+    if found and (size := padding(engine, layers[0])) is not None:
+        found[-1] += f", which mla-export --pad-to {size} gives"
     return found
 
 
@@ -86,21 +76,17 @@ def source_blockers(engine: Engine, layer: MLAGeometry, rope_type: str, windows:
     """Return the reasons why an engine cannot run any conversion of a source model.
 
     Args:
-        engine: One of `ENGINES`.
+        engine, rope_type, windows: As for `blockers`.
         layer: Shape of a layer of the source model.
-        rope_type: Type of the rotary embedding, as in the config.
-        windows: Whether some layer has a sliding window.
     """
     if engine is OWN:
         return []
-    found = []
-    if layer.key_norm:
-        found.append("norms on queries and keys")
-    if windows:
-        found.append("sliding windows")
     # llama.cpp computes the frequencies of this format from one base, and the export folds scaling into factors.
-    if rope_type not in (("default",) if engine.format == "gguf" else FIXED_ROPE_TYPES):
-        found.append(f"{rope_type} rotary scaling")
-    if engine.plain_keys and (layer.query_bias or layer.key_value_bias):
-        found.append("biases on queries, keys or values")
-    return found
+    rope_types = ("default",) if engine.format == "gguf" else FIXED_ROPE_TYPES
+    reasons = {
+        "norms on queries and keys": layer.key_norm,
+        "sliding windows": windows,
+        f"{rope_type} rotary scaling": rope_type not in rope_types,
+        "biases on queries, keys or values": engine.plain_keys and (layer.query_bias or layer.key_value_bias),
+    }
+    return [why for why, holds in reasons.items() if holds]

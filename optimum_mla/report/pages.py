@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from optimum_mla.report.comparison import break_even, verdict
-from optimum_mla.report.render import number, table
+from optimum_mla.report.plots import benchmark_plots
+from optimum_mla.report.render import Table, cell, fill, size
 from optimum_mla.report.rows import BASELINE, BenchmarkReport
 
 FORMATS = ("json", "md", "html")
 Named = Sequence[tuple[str, BenchmarkReport]]
 """Reports with the names by which their rows are told apart."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table of a page.
-
-    Attributes:
-        title: Heading above the table.
-        note: A sentence on what the table shows.
-        header: Names of the columns.
-        rows: Cells of the rows.
-        flagged: Indices of the rows that a reader must look at.
-    """
-
-    title: str
-    note: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    flagged: frozenset[int] = frozenset()
+NOTES = {
+    "memory": "Live bytes are those of all tensors that the cache object holds after a step, each whole storage "
+    "counted once. Peaks are those of the whole process (on CUDA: of the allocator). Each row was measured in a "
+    "process of its own.",
+    "budget": "Computed from the measured bytes for {budgets} minus the weights. Activations are not counted.",
+    "speed": "Medians of tokens per second, all rows together. Spreads are distances between the quartiles in percent "
+    "of the median. The baseline was timed in turn in the same process. Loading, tokenizing and sampling are not "
+    "timed. Attention is the share of a decoding step that its modules take, projections included.",
+    "quality": "One token at a time through the live cache, in {windows}. Only the last tokens of a window are scored. "
+    "Standard errors are those over the windows; that of the loss is of its difference to the baseline's.",
+    "tasks": "Measured by lm_eval. Generated answers come through the model's own cache. Given answers are scored in "
+    "one pass with their question, which does not read quantized tokens.",
+}
+"""The tables after the summary, by the field of a report whose rows they show, and what they show."""
+TITLES = {"budget": "What it buys"}
+"""Titles of tables that are not those of their fields."""
+FORMS = {"bytes": "bytes", "tokens": ",", "percent": ".2f", "nats": ".4f", "second": ",.1f", "baseline": ".2f"}
+FORMS |= {"token": ",.0f", "perplexity": ".3f", "batch": ",", "value": ".4f", "stderr": ".4f"}
+"""How cells show a number, by the last of these words in the name of its field, which is its unit."""
+HIDDEN = ("role", "cache", "flags", "problem")
+"""Fields that are no columns of their own: they are in the first and in the last column."""
 
 
 def write_pages(reports: Named, folder: Path, formats: Iterable[str]) -> None:
@@ -45,275 +46,125 @@ def write_pages(reports: Named, folder: Path, formats: Iterable[str]) -> None:
         (folder / "report.html").write_text(html(reports), encoding="utf-8")
 
 
-def size(value: float | None) -> str:
-    """Return a number of bytes in decimal units with three digits, such as `1.54 GB`, or `-` for None."""
-    if value is None:
-        return "-"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value / scale:,.0f} {unit}"
-    return f"{value:.0f} B"
-
-
-def label(role: str, cache: str) -> str:
-    """Return the name of a model with its cache in a table."""
-    return role if cache == "default" else f"{role}, {cache}"
-
-
-def sections(reports: Named) -> list[Section]:
-    """Return all tables that have rows, the summary first."""
-    made = [summary(reports), memory(reports), budget(reports), speed(reports), quality(reports), tasks(reports)]
-    return [section for section in made if section.rows]
-
-
-def _rows(reports: Named, name: str) -> list[tuple[str, BenchmarkReport, Any]]:
-    """Return the rows of one field of all reports, each with its report and the prefix that tells reports apart."""
-    several = len(reports) > 1
-    return [
-        (f"{title}: " if several else "", report, row) for title, report in reports for row in getattr(report, name)
-    ]
-
-
-def summary(reports: Named) -> Section:
-    """Return the summary, which has one line for each model and cache."""
-    lines: list[tuple[str, ...]] = []
-    flagged: set[int] = set()
-    for title, report in reports:
-        keys = [(row.role, row.cache) for rows in (report.budget, report.quality, report.speed) for row in rows]
-        own = next((row for row in report.budget if (row.role, row.cache) == (BASELINE, "default")), None)
-        for role, cache in sorted(dict.fromkeys(keys), key=lambda key: key[0] != BASELINE):
-            fits = next((row for row in report.budget if (row.role, row.cache) == (role, cache)), None)
-            scored = next((row for row in report.quality if (row.role, row.cache) == (role, cache)), None)
-            timed = [row for row in report.speed if (row.role, row.cache) == (role, cache) and row.problem is None]
-            fastest = max(timed, key=lambda row: (row.context_tokens, -row.batch_size), default=None)
-            ratio = None if fastest is None else fastest.decode_ratio_to_baseline
-            if any((row.role, row.cache) == (role, cache) and row.flags for row in report.memory):
-                flagged.add(len(lines))
-            lines.append(
-                (
-                    f"{title}: {label(role, cache)}" if len(reports) > 1 else label(role, cache),
-                    size(fits.cache_bytes_per_token) if fits else "-",
-                    number(100 * fits.shared_bytes / own.shared_bytes, 1) if fits and own else "-",
-                    longest_context(fits.longest_context_tokens, report.model_max_context_tokens) if fits else "-",
-                    f"{fits.largest_batch:,}" if fits else "-",
-                    number(None if scored is None else scored.perplexity, 3),
-                    number(None if scored is None else scored.agreement_percent, 1),
-                    "-" if ratio is None or fastest is None else f"{ratio:.2f} × at {fastest.context_tokens:,}",
-                )
-            )
-    budgets = ", ".join(dict.fromkeys(size(report.memory_budget_bytes) for _, report in reports))
-    note = f"Longest context (batch 1) and largest batch (8192 tokens a row) that fit {budgets} beside the weights."
-    if any(report.dtype == "float32" for _, report in reports):
-        note += " Shares count numbers in 16 bits, also those that a float32 model keeps in 32."
-    header = (
-        "",
-        "cache/token",
-        "% of baseline",
-        "longest context",
-        "batch at 8k",
-        "perplexity",
-        "agreement %",
-        "decoding",
-    )
-    return Section("Summary", note, header, lines, frozenset(flagged))
-
-
-def longest_context(fitting: int, limit: int | None) -> str:
-    """Return the longest context that fits, or the model's own limit if that is shorter."""
-    return f"{fitting:,}" if limit is None or fitting <= limit else f"{limit:,} (its limit)"
-
-
-def memory(reports: Named) -> Section:
-    """Return the table of live and predicted cache bytes."""
-    header = (
-        "",
-        "context",
-        "batch",
-        "predicted",
-        "live",
-        "live/predicted %",
-        "prefill peak",
-        "step peak",
-        "weights",
-        "note",
-    )
-    rows: list[tuple[str, ...]] = []
-    flagged: set[int] = set()
-    for prefix, _, row in _rows(reports, "memory"):
-        if row.flags:
-            flagged.add(len(rows))
-        rows.append(
-            (
-                prefix + label(row.role, row.cache),
-                f"{row.context_tokens:,}",
-                str(row.batch_size),
-                size(row.predicted_cache_bytes),
-                size(row.live_cache_bytes),
-                number(row.live_percent_of_predicted, 1),
-                size(row.prefill_peak_bytes),
-                size(row.decode_step_peak_bytes),
-                size(row.weight_bytes),
-                row.problem or "; ".join(row.flags),
-            )
-        )
-    note = (
-        "Live bytes are those of all tensors that the cache object holds after a step, each whole storage counted "
-        "once. Peaks are those of the whole process (on CUDA: of the allocator). Each cell ran in a process of its own."
-    )
-    return Section("Memory", note, header, rows, frozenset(flagged))
-
-
-def budget(reports: Named) -> Section:
-    """Return the table of contexts and batches that fit the memory budget."""
-    header = ("", "bytes/token", "fixed", "weights", "longest context", "batch at 8k", "the model's own limit")
-    rows = [
-        (
-            prefix + label(row.role, row.cache),
-            f"{row.cache_bytes_per_token:,.0f}",
-            size(row.cache_fixed_bytes),
-            size(row.weight_bytes),
-            f"{row.longest_context_tokens:,}",
-            f"{row.largest_batch:,}",
-            f"{report.model_max_context_tokens:,}" if report.model_max_context_tokens else "-",
-        )
-        for prefix, report, row in _rows(reports, "budget")
-    ]
-    budgets = ", ".join(dict.fromkeys(size(report.memory_budget_bytes) for _, report in reports))
-    note = f"Computed from the measured bytes for {budgets} minus the weights. Activations are not counted."
-    return Section("What it buys", note, header, rows)
-
-
-def speed(reports: Named) -> Section:
-    """Return the table of prefill and decoding speeds."""
-    header = ("", "context", "batch", "prefill/s", "± %", "×", "decode/s", "± %", "×", "attention %", "note")
-    rows = [
-        (
-            prefix + label(row.role, row.cache),
-            f"{row.context_tokens:,}",
-            str(row.batch_size),
-            number(row.prefill_tokens_per_second, 0),
-            number(row.prefill_spread_percent, 0),
-            number(row.prefill_ratio_to_baseline),
-            number(row.decode_tokens_per_second, 1),
-            number(row.decode_spread_percent, 0),
-            number(row.decode_ratio_to_baseline),
-            number(row.attention_percent_of_decode, 0),
-            row.problem or "",
-        )
-        for prefix, _, row in _rows(reports, "speed")
-    ]
-    note = (
-        "Medians of tokens per second, all rows together. ± is the distance between the quartiles. × is the speed "
-        "divided by that of the baseline, which was timed in turn in the same process. Loading, tokenizing and "
-        "sampling are not timed. Attention is the share of a decoding step that its modules take, projections included."
-    )
-    return Section("Speed", note, header, rows)
-
-
-def quality(reports: Named) -> Section:
-    """Return the table of perplexity, agreement and divergence."""
-    header = ("", "perplexity", "same next token %", "KL, nats", "tokens", "note")
-    rows = [
-        (
-            prefix + label(row.role, row.cache),
-            number(row.perplexity, 3),
-            number(row.agreement_percent, 2),
-            number(row.kl_nats, 4) + ("" if row.kl_stderr_nats is None else f" ± {row.kl_stderr_nats:.4f}"),
-            "-" if row.scored_tokens is None else f"{row.scored_tokens:,}",
-            row.problem or "",
-        )
-        for prefix, _, row in _rows(reports, "quality")
-    ]
-    texts = [report.data["eval-data"] for _, report in reports if report.data]
-    windows = "; ".join(
-        dict.fromkeys(
-            f"windows of {text['tokens_per_window']} tokens, stride {text['stride_tokens']}" for text in texts
-        )
-    )
-    note = f"One token at a time through the live cache, in {windows}. Only the last tokens of a window are scored."
-    return Section("Quality", note, header, rows)
-
-
-def tasks(reports: Named) -> Section:
-    """Return the table of `lm_eval` tasks."""
-    rows = [
-        (prefix + row.role, row.task, row.metric, number(row.value, 4), number(row.stderr, 4), row.problem or "")
-        for prefix, _, row in _rows(reports, "tasks")
-    ]
-    note = (
-        "Measured by lm_eval. Generated answers come through the model's own cache. Given answers are scored in one "
-        "pass with their question, which does not read quantized tokens."
-    )
-    return Section("Tasks", note, ("", "task", "metric", "value", "±", "note"), rows)
-
-
-def facts(reports: Named) -> list[tuple[str, str]]:
-    """Return what was measured and on which machine, as names and texts."""
-    found = []
-    for title, report in reports:
-        prefix = f"{title}: " if len(reports) > 1 else ""
-        found += [
-            (f"{prefix}model", report.model),
-            (f"{prefix}baseline", report.baseline or "none"),
-            (f"{prefix}machine", f"{report.machine}, {report.device}, {report.threads} threads, {report.dtype}"),
-            (f"{prefix}versions", ", ".join(f"{name} {what}" for name, what in report.versions.items())),
-        ]
-        if report.interrupted:
-            found.append((f"{prefix}interrupted", "the run was stopped, and this is what had been measured before"))
-    return found
-
-
-def heading(reports: Named) -> str:
-    """Return the title of the page."""
-    names = [title for title, _ in reports]
-    return names[0] if len(names) == 1 else f"{len(names)} reports compared"
-
-
-def verdicts(reports: Named) -> list[str]:
-    """Return the verdict and the break-even of each report that has them, with its name where there are several."""
-    found = [(title, text) for title, report in reports for text in (verdict(report), break_even(report))]
-    return [f"{title}: {text}" if len(reports) > 1 else text for title, text in found if text]
-
-
 def terminal(reports: Named) -> str:
     """Return the summary and the verdict as plain text for a terminal."""
-    section = summary(reports)
-    return "\n".join([table(section.header, section.rows), section.note, *verdicts(reports)])
+    table = summary(reports)
+    return "\n".join([str(table), table.note, *_verdicts(reports)])
 
 
 def markdown(reports: Named) -> str:
     """Return the content of `report.md`."""
-    lines = [f"# {heading(reports)}", ""]
-    for text in verdicts(reports):
-        lines += [text, ""]
-    for section in sections(reports):
-        lines += [f"## {section.title}", "", section.note, ""]
-        lines += [_line(section.header), "|".join(["", "---", *["---:"] * (len(section.header) - 1), ""])]
-        lines += [
-            _line([f"**{row[0]}**", *row[1:]]) if i in section.flagged else _line(row)
-            for i, row in enumerate(section.rows)
-        ]
-        lines.append("")
-    lines += ["## What was measured", "", *[f"- {name}: {text}" for name, text in facts(reports)], ""]
-    return "\n".join(lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return fill("report.md", **_content(reports))
 
 
 def html(reports: Named) -> str:
     """Return the content of `report.html`, which holds its styles and plots and loads nothing."""
-    from optimum_mla.report.plots import benchmark_plots
+    return fill("report.html", plots=benchmark_plots(_titled(reports)), **_content(reports))
 
-    environment = Environment(
-        loader=PackageLoader("optimum_mla.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+
+def _content(reports: Named) -> dict[str, Any]:
+    """Return what both pages show: the heading, the verdicts, the tables that have rows, and what was measured."""
+    return {
+        "heading": reports[0][0] if len(reports) == 1 else f"{len(reports)} reports compared",
+        "verdicts": _verdicts(reports),
+        "tables": [table for table in (summary(reports), *_tables(reports)) if table.rows],
+        "facts": _facts(reports),
+    }
+
+
+def _titled(reports: Named) -> list[tuple[str, BenchmarkReport]]:
+    """Return the reports, each with what goes in front of its lines: its name where there are several."""
+    return [(f"{name}: " if len(reports) > 1 else "", report) for name, report in reports]
+
+
+def _verdicts(reports: Named) -> list[str]:
+    """Return the verdict and the break-even of each report that has them."""
+    found = [(title, text) for title, report in _titled(reports) for text in (verdict(report), break_even(report))]
+    return [title + text for title, text in found if text]
+
+
+def _budgets(reports: Named) -> str:
+    return ", ".join(dict.fromkeys(size(report.memory_budget_bytes) for _, report in reports))
+
+
+def summary(reports: Named) -> Table:
+    """Return the summary, which has one line for each model and cache."""
+    lines: list[tuple[str, ...]] = []
+    flagged: set[int] = set()
+    for title, report in _titled(reports):
+        budget, quality = {row.key: row for row in report.budget}, {row.key: row for row in report.quality}
+        own = budget.get((BASELINE, "default"))
+        rows = {row.key: row for row in (*report.budget, *report.quality, *report.speed)}
+        for key in sorted(rows, key=lambda key: key[0] != BASELINE):
+            fits, scored = budget.get(key), quality.get(key)
+            timed = [row for row in report.speed if row.key == key and row.problem is None]
+            last = max(timed, key=lambda row: (row.context_tokens, -row.batch_size), default=None)
+            ratio = None if last is None else last.decode_ratio_to_baseline
+            if any(row.flags for row in report.memory if row.key == key):
+                flagged.add(len(lines))
+            lines.append(
+                (
+                    title + rows[key].name,
+                    cell(fits and fits.cache_bytes_per_token, "bytes"),
+                    cell(100 * fits.shared_bytes / own.shared_bytes if fits and own else None, ".1f"),
+                    "-" if fits is None else _context(fits.longest_context_tokens, report.model_max_context_tokens),
+                    cell(fits and fits.largest_batch, ","),
+                    cell(scored and scored.perplexity, ".3f"),
+                    cell(scored and scored.agreement_percent, ".1f"),
+                    "-" if ratio is None or last is None else f"{ratio:.2f} × at {last.context_tokens:,}",
+                )
+            )
+    note = (
+        "Longest context (batch 1) and largest batch (8192 tokens a row) that fit "
+        f"{_budgets(reports)} beside the weights."
     )
-    template = environment.get_template("report.html.jinja")
-    return template.render(
-        heading=heading(reports),
-        verdicts=verdicts(reports),
-        sections=sections(reports),
-        plots=benchmark_plots(reports),
-        facts=facts(reports),
-    )
+    if any(report.dtype == "float32" for _, report in reports):
+        note += " Shares count numbers in 16 bits, also those that a float32 model keeps in 32."
+    columns = ",cache/token,% of baseline,longest context,batch at 8k,perplexity,agreement %,decoding"
+    return Table(columns.split(","), lines, "Summary", note, frozenset(flagged))
+
+
+def _context(fitting: int, limit: int | None) -> str:
+    """Return the longest context that fits, or the model's own limit if that is shorter."""
+    return f"{fitting:,}" if limit is None or fitting <= limit else f"{limit:,} (its limit)"
+
+
+def _tables(reports: Named) -> Iterable[Table]:
+    """Yield a table for each list of rows that is not empty, with a column for each field that some row has."""
+    texts = [report.data["eval-data"] for _, report in reports if report.data]
+    windows = [f"windows of {text['tokens_per_window']} tokens, stride {text['stride_tokens']}" for text in texts]
+    said = {"budgets": _budgets(reports), "windows": "; ".join(dict.fromkeys(windows))}
+    for field, note in NOTES.items():
+        found = [(title, row) for title, report in _titled(reports) for row in getattr(report, field)]
+        measured = [one.name for one in fields(found[0][1]) if one.name not in HIDDEN] if found else []
+        measured = [name for name in measured if any(getattr(row, name) is not None for _, row in found)]
+        flags = [getattr(row, "flags", []) for _, row in found]
+        notes = [getattr(row, "problem", None) or "; ".join(why) for (_, row), why in zip(found, flags, strict=True)]
+        forms = {name: ["", *(FORMS[word] for word in name.split("_") if word in FORMS)][-1] for name in measured}
+        rows = [
+            [title + row.name, *(cell(getattr(row, name), form) for name, form in forms.items())]
+            for title, row in found
+        ]
+        header = ["", *(name.replace("_", " ") for name in measured)]
+        if any(notes):
+            header.append("note")
+            rows = [[*row, note] for row, note in zip(rows, notes, strict=True)]
+        marked = frozenset(index for index, why in enumerate(flags) if why)
+        if found:
+            yield Table(header, rows, TITLES.get(field, field.capitalize()), note.format(**said), marked)
+
+
+def _facts(reports: Named) -> list[tuple[str, str]]:
+    """Return what was measured and on which machine, as names and texts."""
+    found = []
+    for title, report in _titled(reports):
+        limit = report.model_max_context_tokens
+        found += [
+            (f"{title}model", report.model + (f", with contexts of up to {limit:,} tokens" if limit else "")),
+            (f"{title}baseline", report.baseline or "none"),
+            (f"{title}machine", f"{report.machine}, {report.device}, {report.threads} threads, {report.dtype}"),
+            (f"{title}versions", ", ".join(f"{name} {what}" for name, what in report.versions.items())),
+        ]
+        if report.interrupted:
+            found.append((f"{title}interrupted", "the run was stopped, and this is what had been measured before"))
+    return found

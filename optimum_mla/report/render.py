@@ -1,61 +1,16 @@
-"""Reports as text: the tables that commands print, and the model cards that they write."""
+"""Reports as text: numbers in cells, tables for terminals, and what commands print about a result."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from optimum_mla.report.schema import ConversionReport, ExportReport, QuantizationReport, RecoveryReport
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-SUMMARY_HEADER = (
-    "method",
-    "numbers/token/layer",
-    "bytes/token",
-    "% of source",
-    "perplexity before",
-    "after",
-    "seconds",
-    "peak MB",
-)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a plain-text table with the first column left-aligned and the others right-aligned."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Return a number as it is shown in a table, or `-` for one that was not measured."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def summary_row(report: ConversionReport) -> tuple[str, ...]:
-    """Return the cells of one conversion, whose columns are those of `SUMMARY_HEADER`."""
-    return (
-        report.method,
-        f"{report.cache_numbers_per_token_per_layer:g}",
-        f"{report.shared_bytes[1]:g}",
-        number(report.cache_percent_of_source, 1),
-        number(report.perplexity_before),
-        number(report.perplexity_after),
-        number(report.conversion_seconds, 1),
-        number(report.peak_memory_bytes / 1e6, 0),
-    )
-
-
-def summary_table(reports: Iterable[ConversionReport]) -> str:
-    """Return the table that a conversion prints at its end, below the warnings about quality, if there are any."""
-    reports = list(reports)
-    warned = [report for report in reports if report.quality_warning is not None]
-    lines = [f"{report.method}: {report.quality_warning}" for report in warned]
-    return "\n".join([*lines, table(SUMMARY_HEADER, [summary_row(report) for report in reports])])
-
+from optimum_mla.report.schema import CodecReport, ConversionReport, ExportReport, QuantizationReport, RecoveryReport
 
 FORM_RULES = {
     "full": "each decoding step up-projects every cached key, which suits quality, short contexts and batch work",
@@ -67,40 +22,125 @@ FORM_RULES = {
 """Advice on each form, by `LayerReport.rope_cache` or, without a decoupled rotary key, by `attention_form`."""
 
 
-def _span(values: Iterable[float], digits: int | None = None) -> str:
-    """Return the lowest and the highest of several values as text, or one value if they are equal."""
-    show = (lambda v: f"{v:g}") if digits is None else (lambda v: f"{v:.{digits}f}")
-    low, high = min(values := list(values)), max(values)
-    return show(low) if low == high else f"{show(low)} to {show(high)}"
+@dataclass(frozen=True)
+class Table:
+    """A table, whose text is that for a terminal; the templates show it in Markdown and HTML.
+
+    Attributes:
+        header: Names of the columns.
+        rows: Cells of the rows; see `cell`.
+        title: Heading above the table on a page.
+        note: A sentence on what the table shows.
+        flagged: Indices of the rows that a reader must look at.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+    flagged: frozenset[int] = frozenset()
+
+    def __str__(self) -> str:
+        """Return the table for a terminal, with the first column left-aligned and the others right-aligned."""
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        sides = "<" + ">" * (len(widths) - 1)
+        first, *rest = [
+            "  ".join(f"{text:{side}{width}}" for text, width, side in zip(line, widths, sides, strict=True))
+            for line in lines
+        ]
+        return "\n".join([first, "-" * len(first), *rest])
 
 
-def wider(report: ConversionReport) -> str | None:
-    """Return a line that names the bytes of a cache in a dtype of more than 16 bits, or None for one of 16 bits."""
-    source, result = report.source_cache_bytes_per_token, report.cache_bytes_per_token
-    if (source, result) == report.shared_bytes:
-        return None
-    return (
-        f"bytes are those in 16 bits; in {report.dtype} the result takes {result:g} a token and the source {source:g}."
+def cell(value: Any, form: str = "") -> str:
+    """Return a value as it is shown in a table, or `-` for one that was not measured.
+
+    Args:
+        value: A number, a text or None.
+        form: Its format, such as `.2f`, or `bytes`; see `size`.
+    """
+    return "-" if value is None else size(value) if form == "bytes" else f"{value:{form}}"
+
+
+def size(value: float) -> str:
+    """Return a number of bytes in decimal units with three digits, such as `1.54 GB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value / scale:,.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words that do not promise more than an estimate can, such as `about 3 minutes`."""
+    if seconds < 10:
+        return "a few seconds"
+    if seconds < 90:
+        return f"about {10 * round(seconds / 10)} seconds"
+    if seconds < 5400:
+        return f"about {round(seconds / 60)} minutes"
+    return f"about {seconds / 3600:.1f} hours"
+
+
+@cache
+def _templates() -> Environment:
+    """Return the templates, of which those of HTML escape what they are given."""
+    made = Environment(
+        loader=PackageLoader("optimum_mla.report"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
+    made.filters["cell"] = cell
+    return made
+
+
+def fill(template: str, **values: Any) -> str:
+    """Return a page, a model card or a section of one, made of the template of that name."""
+    return _templates().get_template(f"{template}.jinja").render(**values)
+
+
+def summary_table(reports: Iterable[ConversionReport]) -> str:
+    """Return the table that a conversion prints at its end, below the warnings about quality, if there are any."""
+    reports = list(reports)
+    columns = "method,numbers/token/layer,bytes/token,% of source,perplexity before,after,seconds,peak MB"
+    rows = [
+        (
+            report.method,
+            cell(report.cache_numbers_per_token_per_layer, "g"),
+            cell(report.shared_bytes[1], "g"),
+            cell(report.cache_percent_of_source, ".1f"),
+            cell(report.perplexity_before, ".2f"),
+            cell(report.perplexity_after, ".2f"),
+            cell(report.conversion_seconds, ".1f"),
+            cell(report.peak_memory_bytes / 1e6, ".0f"),
+        )
+        for report in reports
+    ]
+    warnings = [f"{report.method}: {report.quality_warning}" for report in reports if report.quality_warning]
+    return "\n".join([*warnings, str(Table(columns.split(","), rows))])
 
 
 def choices(report: ConversionReport) -> str:
     """Return a few lines on what was chosen for the layers and why."""
-    layers = report.layers
-    form = layers[0].rope_cache or layers[0].attention_form
-    if layers[0].num_rope_heads > 1 and form == "cached":
-        form = "per head"
-    lines = [line for line in (wider(report), f"form: {form}; {FORM_RULES[form]}.") if line is not None]
+    layers, lines, first = report.layers, [], report.layers[0]
+    source, result = report.source_cache_bytes_per_token, report.cache_bytes_per_token
+    if (source, result) != report.shared_bytes:
+        own = f"in {report.dtype} the result takes {result:g} a token and the source {source:g}."
+        lines.append(f"bytes are those in 16 bits; {own}")
+    form = first.rope_cache or first.attention_form
+    form = "per head" if form == "cached" and first.num_rope_heads > 1 else form
+    lines.append(f"form: {form}; {FORM_RULES[form]}.")
     if any(layer.rope_cache for layer in layers):
-        rotary = _span(layer.qk_rope_head_dim for layer in layers)
-        searched = not report.options.get("qk_rope_head_dim") and layers[0].state_error is not None
+        searched = not report.options.get("qk_rope_head_dim") and first.state_error is not None
         why = ", chosen on the calibration text" if searched else ""
-        lines.append(f"latent {_span(layer.kv_lora_rank for layer in layers)}, rotary dims {rotary}{why}.")
-    before = [layer.state_error for layer in layers if layer.state_error is not None]
-    after = [layer.healed_error for layer in layers if layer.healed_error is not None]
+        ranks, rotary = ([getattr(one, name) for one in layers] for name in ("kv_lora_rank", "qk_rope_head_dim"))
+        lines.append(f"latent {_span(ranks, 'g')}, rotary dims {_span(rotary, 'g')}{why}.")
+    before = [100 * layer.state_error for layer in layers if layer.state_error is not None]
+    after = [100 * layer.healed_error for layer in layers if layer.healed_error is not None]
     if before:
-        healed = f"; refitted output projections make that {_span([100 * v for v in after], 2)} %" if after else ""
-        lines.append(f"error in the hidden state, layer by layer: {_span([100 * v for v in before], 2)} %{healed}.")
+        healed = f"; refitted output projections make that {_span(after, '.2f')} %" if after else ""
+        lines.append(f"error in the hidden state, layer by layer: {_span(before, '.2f')} %{healed}.")
     else:
         lines.append("there were no calibration data; with them the same cache gives far better quality.")
     if report.break_even_tokens:
@@ -113,31 +153,46 @@ def choices(report: ConversionReport) -> str:
     return "\n".join(lines)
 
 
+def _span(values: Sequence[float], form: str) -> str:
+    """Return the lowest and the highest of several values as text, or one value if they are equal."""
+    low, high = min(values), max(values)
+    return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
+
+
 def sample_lines(report: ConversionReport) -> str:
     """Return what the source model and the result say to the same prompt, as lines of text."""
-    if report.sample is None:
-        return ""
-    said = {name: " ".join(text.split()) for name, text in report.sample.items()}
-    return f"\nprompt: {said['prompt']}\nsource: {said['source']}\nresult: {said['result']}"
+    said = report.sample or {}
+    return "".join(f"\n{name}: {' '.join(said[name].split())}" for name in ("prompt", "source", "result") if said)
 
 
-def quantization_table(report: QuantizationReport) -> str:
-    """Return the table that `mla-quantize` prints at its end."""
+def codec_table(report: CodecReport) -> Table:
+    """Return the table that a run prints at its end, and the model card holds."""
+    before, after = report.source_bytes_per_token, report.coded_bytes_per_token
+    stated = f"  % of a cache of {report.stated_tokens:,} tokens"
     rows = [
-        (
-            f"cache of {report.context_tokens} tokens in {report.dtype}, MB",
-            number(report.cache_bytes_before / 1e6, 3),
-            number(report.cache_bytes_after / 1e6, 3),
-        ),
-        (
-            "  % of the source model's, in 16 bits",
-            number(report.cache_percent_before, 1),
-            number(report.cache_percent_after, 1),
-        ),
-        ("weights, MB", number(report.weight_bytes_before / 1e6), number(report.weight_bytes_after / 1e6)),
-        ("perplexity, token by token", number(report.perplexity_before, 3), number(report.perplexity_after, 3)),
+        ("bytes of an old token", cell(before, ","), cell(after, ",")),
+        (stated, "100.0", cell(report.percent_at_stated_tokens, ".1f")),
+        ("  % of long caches", "100.0", cell(report.percent_of_long_caches, ".1f")),
+        ("perplexity after a prompt", cell(report.perplexity_before, ".3f"), cell(report.perplexity_after, ".3f")),
+        ("divergence, nats", "0", cell(report.divergence_nats, ".4f")),
+        ("same first guess, %", "100.0", cell(report.same_guess_percent, ".1f")),
     ]
-    return table(("", "before", "after"), rows)
+    return Table(("", "source", "coded"), rows)
+
+
+def quantization_table(report: QuantizationReport) -> Table:
+    """Return the table that `mla-quantize` prints at its end."""
+    cached = report.cache_bytes_before / 1e6, report.cache_bytes_after / 1e6
+    weights = report.weight_bytes_before / 1e6, report.weight_bytes_after / 1e6
+    percents = report.cache_percent_before, report.cache_percent_after
+    perplexities = report.perplexity_before, report.perplexity_after
+    rows = [
+        (f"cache of {report.context_tokens} tokens in {report.dtype}, MB", *(cell(one, ".3f") for one in cached)),
+        ("  % of the source model's, in 16 bits", *(cell(one, ".1f") for one in percents)),
+        ("weights, MB", *(cell(one, ".2f") for one in weights)),
+        ("perplexity, token by token", *(cell(one, ".3f") for one in perplexities)),
+    ]
+    return Table(("", "before", "after"), rows)
 
 
 def divergence(perplexity: float | None) -> float | None:
@@ -153,54 +208,43 @@ def closed(report: RecoveryReport) -> float | None:
     return 1 - math.log(recovered / source) / math.log(converted / source)
 
 
-def recovery_table(report: RecoveryReport) -> str:
+def recovery_table(report: RecoveryReport) -> Table:
     """Return the table that `mla-finetune` prints at its end."""
     share = closed(report)
-    closed_percent = "-" if share is None else number(100 * share, 1)
+    closed_percent = cell(None if share is None else 100 * share, ".1f")
     if report.as_used:
         rows = [
-            ("divergence from the teacher before, nats", number(divergence(report.perplexity_converted), 4)),
-            ("  after", number(divergence(report.perplexity_recovered), 4)),
+            ("divergence from the teacher before, nats", cell(divergence(report.perplexity_converted), ".4f")),
+            ("  after", cell(divergence(report.perplexity_recovered), ".4f")),
             ("divergence closed, %", closed_percent),
         ]
     else:
         rows = [
-            ("perplexity of the source model", number(report.perplexity_source, 3)),
-            ("  converted", number(report.perplexity_converted, 3)),
-            ("  recovered", number(report.perplexity_recovered, 3)),
+            ("perplexity of the source model", cell(report.perplexity_source, ".3f")),
+            ("  converted", cell(report.perplexity_converted, ".3f")),
+            ("  recovered", cell(report.perplexity_recovered, ".3f")),
             ("excess log-perplexity closed, %", closed_percent),
         ]
     rows += [
         ("tokens seen", f"{report.tokens_seen:,}"),
         ("parameters trained", f"{report.trainable_parameters:,} ({report.trainable_percent:.1f} %)"),
-        ("seconds", number(report.seconds, 1)),
-        ("peak MB", number(report.peak_memory_bytes / 1e6, 0)),
+        ("seconds", f"{report.seconds:.1f}"),
+        ("peak MB", f"{report.peak_memory_bytes / 1e6:.0f}"),
     ]
-    return table(("", f"{report.recipe['objective']}, {report.recipe['train']}"), rows)
+    return Table(("", f"{report.recipe['objective']}, {report.recipe['train']}"), rows)
 
 
-def export_table(report: ExportReport) -> str:
+def export_table(report: ExportReport) -> Table:
     """Return the table that an export prints at its end."""
     rows = [
         ("latent, rotary dims", f"{report.kv_lora_rank} + {report.qk_rope_head_dim}"),
-        ("query latent", "-" if report.q_lora_rank is None else str(report.q_lora_rank)),
+        ("query latent", cell(report.q_lora_rank)),
         ("cache, numbers per token", f"{report.cache_numbers_per_token:,}"),
         ("parameters more than converted", f"{report.parameters_added:+,}"),
         (f"largest logit difference, {report.dtype}", f"{report.largest_logit_difference:.2g}"),
         ("  largest logit", f"{report.largest_logit:.2g}"),
     ]
     if report.perplexity_with_norm is not None:
-        rows.append(("perplexity without latent norms", number(report.perplexity_without_norm)))
-        rows.append(("  with latent norms", number(report.perplexity_with_norm)))
-    return table(("", report.format), rows)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words that do not promise more than an estimate can, such as `about 3 minutes`."""
-    if seconds < 10:
-        return "a few seconds"
-    if seconds < 90:
-        return f"about {10 * round(seconds / 10)} seconds"
-    if seconds < 5400:
-        return f"about {round(seconds / 60)} minutes"
-    return f"about {seconds / 3600:.1f} hours"
+        rows.append(("perplexity without latent norms", cell(report.perplexity_without_norm, ".2f")))
+        rows.append(("  with latent norms", cell(report.perplexity_with_norm, ".2f")))
+    return Table(("", report.format), rows)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from optimum_mla import MHA2MLA
 from optimum_mla.measure.memory import live_cache_bytes, measured_cache_bytes_per_token, peak_memory_bytes
 from optimum_mla.measure.quality import perplexity
-from optimum_mla.report.render import table
+from optimum_mla.report.render import Table
 from tests.cases import source_model, token_ids
 
 
@@ -69,4 +69,4 @@ def test_peak_memory_is_at_least_what_is_resident() -> None:
 
 
 def test_tables_are_aligned() -> None:
-    assert table(("a", "bb"), [("ccc", "d")]).splitlines() == ["a    bb", "-------", "ccc   d"]
+    assert str(Table(("a", "bb"), [("ccc", "d")])).splitlines() == ["a    bb", "-------", "ccc   d"]

@@ -30,7 +30,8 @@ from optimum_mla.pipeline import TextOptions, benchmark, calibrate, convert, qua
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
 from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.origin import recorded_source
-from optimum_mla.report.codec import CodecReport, codec_verdict
+from optimum_mla.report.schema import CodecReport
+from optimum_mla.report.verdict import codec_verdict
 from tests.cases import source_model, token_ids
 
 ROOT = Path(__file__).resolve().parents[2]

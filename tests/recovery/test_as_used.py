@@ -23,8 +23,7 @@ from optimum_mla.pipeline import TextOptions, convert, finetune
 from optimum_mla.recovery.as_used import AsUsedTrainer
 from optimum_mla.recovery.parameters import kv_projections, prepare
 from optimum_mla.recovery.recipe import Recipe
-from optimum_mla.report.codec import CodecReport
-from optimum_mla.report.schema import RecoveryReport
+from optimum_mla.report.schema import CodecReport, RecoveryReport
 from optimum_mla.report.verdict import recovery_verdict
 from optimum_mla.stack import cache_argument
 from tests.cases import source_model, token_ids

@@ -22,7 +22,8 @@ def report(rows: dict[tuple[str, str], Row]) -> BenchmarkReport:
         if more[2:]:
             speed.append(SpeedRow(role, cache, 1024, 1, decode_ratio_to_baseline=more[2], decode_spread_percent=1.0))
     return BenchmarkReport(
-        "m", "s", {}, {}, "bfloat16", "cpu", None, None, None, 1, budget=budget, quality=quality, speed=speed, threads=1
+        **{"model": "m", "baseline": "s", "options": {}, "data": {}, "dtype": "bfloat16", "device": "cpu"},
+        **{"memory_budget_bytes": 1, "budget": budget, "quality": quality, "speed": speed},
     )
 
 

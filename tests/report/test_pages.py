@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from optimum_mla.measure.sizes import budget_rows
-from optimum_mla.report.pages import html, markdown, size, terminal, write_pages
+from optimum_mla.report.pages import html, markdown, terminal, write_pages
 from optimum_mla.report.plots import COLOURS
+from optimum_mla.report.render import cell
 from optimum_mla.report.rows import BenchmarkReport, MemoryRow, QualityRow, SpeedRow, TaskRow
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -46,13 +47,25 @@ def report(name: str = "model <b>bold</b>", flagged: bool = True) -> BenchmarkRe
     ]
     text = {"source": "book", "windows": 2, "tokens_per_window": 64, "stride_tokens": 50, "sha256": "0"}
     return BenchmarkReport(
-        name, "source", {"batch_sizes": [1]}, {"eval-data": text}, "bfloat16", "cpu", 64.0, 256.0, 4096, 10**9,
-        memory, budget_rows(memory, 10**9), speed, quality, [TaskRow("model", "count", "acc", 0.5, 0.1)], threads=2,
-    )  # fmt: skip
+        model=name,
+        baseline="source",
+        options={"batch_sizes": [1]},
+        data={"eval-data": text},
+        dtype="bfloat16",
+        device="cpu",
+        model_max_context_tokens=4096,
+        memory_budget_bytes=10**9,
+        memory=memory,
+        budget=budget_rows(memory, 10**9),
+        speed=speed,
+        quality=quality,
+        tasks=[TaskRow("model", "count", "acc", 0.5, 0.1)],
+        threads=2,
+    )
 
 
 def test_sizes_are_short() -> None:
-    assert [size(v) for v in (None, 7, 999.4, 1536, 10_600_000, 25_300_000_000, 2.5e13)] == [
+    assert [cell(v, "bytes") for v in (None, 7, 999.4, 1536, 10_600_000, 25_300_000_000, 2.5e13)] == [
         *("-", "7 B", "999 B", "1.54 kB", "10.6 MB", "25.3 GB", "25,000 GB")
     ]
 
@@ -76,8 +89,32 @@ def test_markdown_holds_every_table() -> None:
     assert all(line.replace("\\|", "").count("|") > 2 for line in tables)
 
 
+def table_of(text: str, title: str) -> list[list[str]]:
+    """The cells of the table below a heading of a Markdown page, without the line under its header."""
+    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    return [[part.strip() for part in line[1:-1].split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_columns_are_the_fields_with_a_value_in_their_units() -> None:
+    text = markdown([("run", report())])
+    header, first, *_ = table_of(text, "Speed")
+    shown = dict(zip(header, first, strict=True))
+    assert (shown["prefill tokens per second"], shown["prefill spread percent"]) == ("1,000.0", "2.00")
+    assert (shown["attention percent of decode"], shown["decode ratio to baseline"]) == ("40.00", "-")
+    assert table_of(text, "Quality")[0] == ["", "perplexity", "agreement percent", "kl nats", "scored tokens"]
+    measured = replace(report(), quality=[QualityRow("model", "default", 10.5, 95.25, 0.0123, 100, None, 0.0014)])
+    table = table_of(markdown([("run", measured)]), "Quality")
+    assert table == [
+        ["", "perplexity", "agreement percent", "kl nats", "scored tokens", "kl stderr nats"],
+        ["model", "10.500", "95.25", "0.0123", "100", "0.0014"],
+    ]
+    assert table_of(text, "Tasks")[1] == ["model", "count", "acc", "0.5000", "0.1000"]
+    (budget,) = [row for row in table_of(text, "What it buys") if row[0] == "baseline"]
+    assert budget[:5] == ["baseline", "1,000", "0 B", "100 MB", "900,000"]
+
+
 def test_only_what_was_measured_is_shown() -> None:
-    empty = BenchmarkReport("m", None, {"batch_sizes": [1]}, {}, "float32", "cpu", None, None, None, 1)
+    empty = replace(report(), data={}, memory=[], budget=[], speed=[], quality=[], tasks=[])
     text = markdown([("run", empty)])
     assert "## Memory" not in text
     assert "## What was measured" in text

@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -17,40 +18,45 @@ from hypothesis import strategies as st
 
 from optimum_mla.core.errors import ReportError
 from optimum_mla.pipeline import benchmark, compare, convert, finetune, inspect
-from optimum_mla.report.reading import read_report
 from optimum_mla.report.rows import BenchmarkReport, MemoryRow
-from optimum_mla.report.schema import ConversionReport, LayerReport
+from optimum_mla.report.schema import ConversionReport, LayerReport, Report, SourceReport
 from tests.cases import UNCALIBRATED, source_model
 
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
-LAYER = LayerReport(0, "decoupled", 8, 8, 8, None, 4, 1, 12, 0.5)
+LAYER = LayerReport(
+    layer=0, attention_form="decoupled", kv_lora_rank=8, k_lora_rank=8, v_lora_rank=8, qk_rope_head_dim=4,
+    num_rope_heads=1, cache_numbers_per_token=12, output_error=0.5,
+)  # fmt: skip
 CONVERSION = ConversionReport(
-    *("source", "x-ecomla", {"energy": 0.5}, {}, 12.0, 48.0, 96.0, 48.0, 50.0, 0, None, None, 1.5, 1000),
-    *("float32", 0, [LAYER]),
-)
+    model="source", method="x-ecomla", options={"energy": 0.5}, data={}, cache_numbers_per_token_per_layer=12.0,
+    cache_bytes_per_token=48.0, source_cache_bytes_per_token=96.0, predicted_cache_bytes_per_token=48.0,
+    cache_percent_of_source=50.0, parameters_added=0, conversion_seconds=1.5, peak_memory_bytes=1000, dtype="float32",
+    seed=0, layers=[LAYER],
+)  # fmt: skip
 BENCHMARK = BenchmarkReport(
-    "model", None, {}, {}, "float32", "cpu", 12.0, None, None, 10**9, memory=[MemoryRow("model", "default", 8, 1)]
-)
+    model="model", options={}, data={}, dtype="float32", device="cpu", cache_numbers_per_token=12.0,
+    memory_budget_bytes=10**9, memory=[MemoryRow("model", "default", 8, 1)],
+)  # fmt: skip
 SAVED = asdict(CONVERSION)
 
 BROKEN: dict[str, tuple[str, str]] = {
     "no JSON": ("model: source", "is not JSON in UTF-8"),
     "empty": ("", "is not JSON in UTF-8"),
-    "a list": ("[]", "its content is a list"),
-    "a number": ("3", "its content is a int"),
+    "a list": ("[]", r"its content is \[\], not an object"),
+    "a number": ("3", "its content is 3, not an object"),
     "another program's": ('{"name": "x"}', "the field model is missing"),
     "a field is missing": (
         json.dumps({k: v for k, v in SAVED.items() if k != "layers"}),
         "the field layers is missing",
     ),
-    "a number for a name": (json.dumps({**SAVED, "model": 3}), "the field model is a int"),
-    "a word for the layers": (json.dumps({**SAVED, "layers": "all"}), "the field layers is a str"),
-    "a layer that is none": (json.dumps({**SAVED, "layers": [3]}), r"layers\[0\] is a int"),
+    "a number for a name": (json.dumps({**SAVED, "model": 3}), "the field model is 3, not a text"),
+    "a word for the layers": (json.dumps({**SAVED, "layers": "all"}), "the field layers is 'all', not a list"),
+    "a layer that is none": (json.dumps({**SAVED, "layers": [3]}), r"the field layers\[0\] is 3, not an object"),
     "half a layer": (
         json.dumps({**SAVED, "layers": [SAVED["layers"][0], {"layer": 1}]}),
         r"the field layers\[1\]\.attention_form is missing",
     ),
-    "a list of options": (json.dumps({**SAVED, "options": []}), "the field options is a list"),
+    "a list of options": (json.dumps({**SAVED, "options": []}), r"the field options is \[\], not an object"),
 }
 
 
@@ -68,9 +74,11 @@ def test_what_is_no_report_is_named(case: str, tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=words) as caught:
         ConversionReport.read(tmp_path)
     assert str(caught.value).startswith(f"report: {path} ")
-    assert "mla-convert again" in str(caught.value)
+    assert "optimum-cli mla-convert wrote, or run it again" in str(caught.value)
     path.unlink()
-    with pytest.raises(ReportError, match=r"holds no conversion_report\.json.*mla-convert wrote"):
+    with pytest.raises(
+        ReportError, match=r"No such file or directory\. Name a folder that optimum-cli mla-convert wrote"
+    ):
         ConversionReport.read(tmp_path)
 
 
@@ -89,6 +97,15 @@ def test_a_newer_version_may_say_more_and_an_older_one_less(tmp_path: Path) -> N
     assert ConversionReport.read(tmp_path) == CONVERSION
 
 
+@pytest.mark.parametrize("kind", [*Report.__subclasses__(), *SourceReport.__subclasses__(), LayerReport, MemoryRow])
+def test_what_may_be_none_may_be_missing(kind: type) -> None:
+    """Reports of older versions lack fields that were added since."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if NoneType in get_args(hints[field.name]):
+            assert field.default is None, field.name
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -104,7 +121,7 @@ def test_any_value_is_taken_as_it_is_or_refused(
     path.write_text(json.dumps({**SAVED, field: value}))
     report = said = None
     try:
-        report = read_report(ConversionReport, path, "mla-convert")
+        report = ConversionReport.read(path.parent)
     except ReportError as error:
         said = str(error)
     if report is None:

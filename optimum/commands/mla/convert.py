@@ -257,8 +257,8 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             from optimum_mla.core.errors import InvalidValueError
             from optimum_mla.core.processes import joined_processes
             from optimum_mla.pipeline import TextOptions, assist, convert
-            from optimum_mla.report.codec import CodecReport, codec_table, codec_verdict, next_coded
-            from optimum_mla.report.render import choices, sample_lines, summary_table
+            from optimum_mla.report.render import choices, codec_table, sample_lines, summary_table
+            from optimum_mla.report.schema import CodecReport
             from optimum_mla.report.verdict import next_command, verdict
 
             args = self.args
@@ -296,12 +296,11 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                     codec_only=args.codec_only,
                 )
             if isinstance(report, CodecReport):
-                print(f"{codec_table(report)}\n\n{codec_verdict(report)}\nSaved to {args.output}")
-                print(f"Next: {next_coded(report, args.output)}")
-                return
-            print(summary_table([report]))
-            print(choices(report))
-            print(sample_lines(report))
+                print(codec_table(report))
+            else:
+                print(summary_table([report]))
+                print(choices(report))
+                print(sample_lines(report))
             print(f"\n{verdict(report)}")
             print(f"Saved to {args.output}")
             command = next_command(report, args.output)

@@ -45,6 +45,7 @@ class MLAInspectCommand(BaseOptimumCLICommand):
 
         with exit_on_bad_input():
             import json
+            from dataclasses import asdict
 
             from optimum_mla.core.errors import OptionError
             from optimum_mla.pipeline.inspecting import RATIOS, inspect
@@ -54,4 +55,4 @@ class MLAInspectCommand(BaseOptimumCLICommand):
             if len(names) != 1:
                 raise OptionError("one MODEL is needed. Name it with -m.")
             found = inspect(names[0], tuple(self.args.kv_cache_ratios or RATIOS), hub_options(self.args))
-            print(json.dumps(found.to_dict(), indent=2) if self.args.json else inspection_text(found))
+            print(json.dumps(asdict(found), indent=2) if self.args.json else inspection_text(found))
