@@ -46,6 +46,8 @@ BOOKS = (
     *("war-of-the-worlds", "paradise-lost", "a-vindication-of-the-rights-of-woman", "roughing-it", "frankenstein"),
     "the-guide-for-the-perplexed",
 )
+CODE_COMMIT = "18b44eb"
+"""The state of this project whose code the text has: files that change or go do not change it."""
 CODE = (
     *("optimum_mla/ops/low_rank.py", "optimum_mla/ops/rotary.py", "optimum_mla/io/faults.py", "optimum_mla/cli.py"),
     *("optimum_mla/nn/norm.py", "optimum_mla/measure/sizes.py", "optimum_mla/io/text_files.py"),
@@ -119,8 +121,8 @@ def code_passages(sqlite: Path) -> Iterator[tuple[str, str]]:
     """Yield (source, text) of passages of program code."""
     header = sqlite.read_text(encoding="utf-8")
     for number, name in enumerate(CODE, 1):
-        own = (HERE.parent / name).read_text(encoding="utf-8")
-        yield f"optimum-mla, {name} (Apache-2.0)", cut(own, 0, CODE_CHARACTERS)
+        shown = subprocess.run(["git", "show", f"{CODE_COMMIT}:{name}"], cwd=HERE, check=True, capture_output=True)
+        yield f"optimum-mla, {name} (Apache-2.0)", cut(shown.stdout.decode("utf-8"), 0, CODE_CHARACTERS)
         yield "sqlite3.h (public domain)", cut(header, number * len(header) // 9, CODE_CHARACTERS)
 
 

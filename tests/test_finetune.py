@@ -294,7 +294,7 @@ def test_report_tells_what_the_saved_model_measures(
 
 def test_first_losses_are_the_models_own(models: Path, train: Callable[..., RecoveryReport]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    ids = pack(tokenizer, models / "train.txt", 32, 128).ids
+    ids = pack(tokenizer, models / "train.txt", 32, 128)[:]["input_ids"]
     assert ids.shape == (4, 32)
     # One batch is all the data, so its order does not matter.
     once = {"max_steps": 1, "per_device_train_batch_size": 4}
@@ -404,10 +404,8 @@ def test_streaming_reads_the_same_rows_in_order(
     models: Path, train: Callable[..., RecoveryReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    packed = pack(tokenizer, models / "train.txt", 32)
-    assert torch.equal(
-        torch.stack([row["input_ids"] for row in stream(tokenizer, models / "train.txt", 32)]), packed.ids
-    )
+    packed = pack(tokenizer, models / "train.txt", 32)[:]["input_ids"]
+    assert torch.equal(torch.stack([row["input_ids"] for row in stream(tokenizer, models / "train.txt", 32)]), packed)
 
     seen: list[Tensor] = []
     original = STAGES.DistillationTrainer.compute_loss
@@ -418,13 +416,13 @@ def test_streaming_reads_the_same_rows_in_order(
 
     monkeypatch.setattr(STAGES.DistillationTrainer, "compute_loss", spy)
     report = train(streaming=True, train="kv")
-    assert torch.equal(torch.cat(seen), packed.ids[:12])
+    assert torch.equal(torch.cat(seen), packed[:12])
     assert report.tokens_seen == 12 * 32
     seen.clear()
     # Without max_steps the tokens say when to end.
     report = train("tokens", streaming=True, train="kv", train_tokens=4 * 2 * 32, training={"max_steps": -1})
     assert report.steps == 4
-    assert torch.equal(torch.cat(seen), packed.ids[:8])
+    assert torch.equal(torch.cat(seen), packed[:8])
 
 
 def test_epochs_go_over_all_the_data(models: Path, train: Callable[..., RecoveryReport]) -> None:
@@ -955,7 +953,7 @@ def test_rows_are_held_back_where_there_is_no_evaluation_text(
     reference: Path, models: Path, train: Callable[..., RecoveryReport]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    rows = pack(tokenizer, models / "train.txt", 32).ids
+    rows = pack(tokenizer, models / "train.txt", 32)
     report = train(texts=TextOptions(), train="kv", objective="sft", **LEARNS)
     assert report.perplexity_text == "held-back training"
     count = report.data["held-back"]["windows"]
@@ -981,15 +979,15 @@ def test_rows_are_held_back_where_there_is_no_evaluation_text(
 BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
     "unconverted model": (r"source is not converted\. Run optimum-cli mla-convert", {"model": "{models}/source"}),
     "no such model": (r"model: .*no such folder", {"model": "{models}/nowhere"}),
-    "no such data": (r"no file .*nowhere\.txt", {"train_data": "{models}/nowhere.txt"}),
+    "no such data": (r"nowhere\.txt could not be read: .*No such file", {"train_data": "{models}/nowhere.txt"}),
     "empty data": (
         r"train-data: .*empty\.txt holds fewer tokens than one row of 32",
         {"train_data": "{bad}/empty.txt"},
     ),
-    "no JSON": (r"line 2 of .*malformed\.jsonl is not JSON", {"train_data": "{bad}/malformed.jsonl"}),
-    "no text": (r"line 2 of .*pairless\.jsonl has no str 'text'", {"train_data": "{bad}/pairless.jsonl"}),
+    "no JSON": (r"malformed\.jsonl could not be read after row 1", {"train_data": "{bad}/malformed.jsonl"}),
+    "no text": (r"row 2 of .*pairless\.jsonl has no str 'text'", {"train_data": "{bad}/pairless.jsonl"}),
     "pairs without a column": (
-        r"line 3 of .*lacking\.jsonl has no str 'rejected'",
+        r"row 3 of .*lacking\.jsonl has no str 'rejected'",
         {"train_data": "{bad}/lacking.jsonl", "objective": "dpo"},
     ),
     "no pairs": (r"empty\.jsonl holds no rows", {"train_data": "{bad}/empty.jsonl", "objective": "dpo"}),

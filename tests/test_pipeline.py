@@ -286,7 +286,7 @@ BAD_INPUT: dict[str, tuple[type[MLAError], str, dict[str, Any]]] = {
     "text too short": (CalibrationDataError, "fewer than one sample", {"texts": TextOptions(eval_data="SHORT")}),
     "no text file": (
         CalibrationDataError,
-        "no file missing.txt",
+        "missing.txt could not be read: .*No such file",
         {"texts": TextOptions(calibration_data="missing.txt")},
     ),
     "window beyond the context": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -13,12 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from optimum_mla.core.errors import CalibrationDataError, InvalidValueError, first_line
-from optimum_mla.io.documents import read_chats, read_documents
+from optimum_mla.io.documents import read_documents, read_rows
 
 DEFAULT_WINDOW = 512
 """Tokens of a window where the user gives no length and the model can take so many."""
-IDS_PER_PIECE = 16_384
-"""Token ids that are taken at once from an iterable of them."""
+PIECE_CHARACTERS = 65_536
+"""A text is tokenized in pieces of at most so many characters."""
+CUTS = tuple(re.compile(f".*[^\\W_](?={after})", re.DOTALL) for after in (r" [^\W_]", r"\s", r"\W"))
+"""Expressions that match a text up to the last good place for a cut, the best kind of place first.
+
+Tokenizers split a text between a word and white space before they look for tokens, so a cut there changes no token.
+One space with a word after it is best, because a tokenizer that puts a space in front of every text restores it. In
+a script without spaces a cut after a word has to do.
+"""
 
 
 def context_limit(config: PreTrainedConfig) -> int | None:
@@ -65,9 +73,9 @@ def token_windows(
         length: Tokens per window.
         samples: At most so many windows are returned; None takes the whole text.
         field: The name of the option that gave `source`, for the error message.
-        chats: `source` is what `optimum_mla.io.documents.read_chats` reads, to be rendered by the tokenizer's chat
-            template.
-        stride: Let windows overlap: each starts so many tokens of text behind the one before it.
+        chats: `source` is what `optimum_mla.io.documents.read_rows` reads, whose `messages` the tokenizer's chat
+            template renders.
+        stride: Let windows overlap: each starts so many tokens of text after the one before it.
 
     Raises:
         CalibrationDataError: The text is missing, malformed or shorter than one window, or a chat does not render.
@@ -129,10 +137,13 @@ def token_documents(
     if not isinstance(source, str | Path):
         if chats:
             raise CalibrationDataError("chat-template: got token ids, allowed: a file, folder or dataset of chats.")
-        return [], iter([_given_ids(source)])
+        try:
+            return [], iter([iter([[operator.index(token) for token in source]])])
+        except TypeError as error:
+            raise CalibrationDataError(f"text: token ids have to be integers: {first_line(error)}") from error
     beginning = text_beginning(tokenizer)
     if not chats:
-        return beginning, (_tokens_of_pieces(tokenizer, document) for document in read_documents(source))
+        return beginning, (_tokens_of_document(tokenizer, document) for document in read_documents(source))
     rendered = _rendered_chats(tokenizer, source)
     first = next(rendered, [])
     # A chat begins as its template begins it.
@@ -151,30 +162,38 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _given_ids(source: Iterable[int]) -> Iterator[list[int]]:
-    ids = iter(source)
-    try:
-        while piece := [operator.index(token) for token in islice(ids, IDS_PER_PIECE)]:
-            yield piece
-    except TypeError as error:
-        raise CalibrationDataError(f"text: token ids have to be integers: {first_line(error)}") from error
-
-
-def _tokens_of_pieces(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
+def _tokens_of_document(tokenizer: Any, blocks: Iterable[str]) -> Iterator[list[int]]:
     # A tokenizer that puts a space in front of every text would double the one that a piece begins with.
     spaced: bool | None = None
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(text_pieces(blocks)):
         if number and spaced is None:
             spaced = _ids(tokenizer, "a a") == 2 * _ids(tokenizer, "a")
         yield _ids(tokenizer, piece.removeprefix(" ") if spaced else piece)
 
 
+def text_pieces(blocks: Iterable[str]) -> Iterator[str]:
+    """Yield a text in pieces of at most `PIECE_CHARACTERS` characters, cut where no token spans the cut.
+
+    The pieces are the same however the text comes in blocks, and no more blocks are read than they need.
+    """
+    rest = ""
+    for block in blocks:
+        rest += block
+        while len(rest) >= PIECE_CHARACTERS:
+            found = (cut.match(rest, PIECE_CHARACTERS // 2, PIECE_CHARACTERS) for cut in CUTS)
+            end = next((match.end() for match in found if match), PIECE_CHARACTERS)
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
 def _rendered_chats(tokenizer: Any, source: str | Path) -> Iterator[list[int]]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationDataError("chat-template: the model's tokenizer has none. Give plain text instead.")
-    for messages in read_chats(source):
+    for row in read_rows(source, {"messages": list}):
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
             ids = _ids(tokenizer, text)
         except Exception as error:  # Templates are programs, which raise anything.
             raise CalibrationDataError(

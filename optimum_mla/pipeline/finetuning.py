@@ -33,7 +33,7 @@ from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card, re
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
 from optimum_mla.recovery.as_used import check_as_used, check_prompt
-from optimum_mla.recovery.data import hold_back, pack, preferences, stream
+from optimum_mla.recovery.data import describe, hold_back, pack, preferences, stream
 from optimum_mla.recovery.held_out import HeldOut
 from optimum_mla.recovery.parameters import ADAPTERS, full_state, parameter_counts, prepare
 from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
@@ -367,7 +367,7 @@ def training_data(
     held: Tensor | None = None
     if holds_back:
         rows, held = hold_back(rows)
-    return rows, rows.describe(), held
+    return rows, describe(rows, length), held
 
 
 def make_arguments(chosen: dict[str, Any]) -> TrainingArguments:

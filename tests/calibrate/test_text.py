@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from optimum_mla.calibrate.text import cut_windows, text_beginning, token_windows, window_length
+from optimum_mla.calibrate.text import (
+    PIECE_CHARACTERS,
+    cut_windows,
+    text_beginning,
+    text_pieces,
+    token_windows,
+    window_length,
+)
 from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
-from optimum_mla.io import text_files
-from optimum_mla.io.documents import read_chats, read_documents
-from optimum_mla.io.text_files import PIECE_CHARACTERS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 REFERENCE = BENCHMARKS / "reference_model"
@@ -95,17 +99,6 @@ def test_windows_of_token_ids() -> None:
     assert torch.equal(token_windows(None, range(7), length=3), torch.arange(6).view(2, 3))
 
 
-def test_a_local_dataset_is_streamed(tmp_path: Path) -> None:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    datasets.Dataset.from_dict({"text": ["abc", "def"]}).to_parquet(folder / "train.parquet")
-    (tmp_path / "wrong").mkdir()
-    datasets.Dataset.from_dict({"body": ["abc"]}).to_parquet(tmp_path / "wrong" / "train.parquet")
-    assert ["".join(document) for document in read_documents(f"{folder}:default:train")] == ["abc", "def"]
-    with pytest.raises(CalibrationDataError, match="only: body"):
-        list(read_documents(f"{tmp_path / 'wrong'}:default"))
-
-
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("")
@@ -113,15 +106,41 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     for source, words in (
         (tmp_path / "latin.txt", "not UTF-8"),
         (tmp_path / "empty.txt", "0 tokens"),
-        (tmp_path / "none", r"holds no \.txt"),
-        (tmp_path / "missing.txt", "there is no file"),
-        ("no-such/dataset", "did not load as a dataset"),
+        (tmp_path / "none", "kinds none"),
+        (tmp_path / "missing.txt", "No such file"),
+        ("no-such/dataset", "no-such/dataset could not be read"),
         ([1.5, 2], "have to be integers"),
     ):
         with pytest.raises(CalibrationDataError, match=words):
             token_windows(Letters(), source, length=2)
     with pytest.raises(CalibrationDataError, match=r"eval-data: .* fewer than one sample of 9"):
         token_windows(Letters(), [1, 2], length=9, field="eval-data")
+
+
+@given(
+    words=st.lists(st.text(st.sampled_from("ab 7_\n\u2028\u0085\x0c，漢字"), max_size=9), min_size=1),
+    fill=st.text("xy z"),
+    block=st.integers(1000, 2 * PIECE_CHARACTERS),
+)
+def test_pieces_are_the_text_however_it_is_read(words: list[str], fill: str, block: int) -> None:
+    unit = "".join(words) + fill
+    text = unit * (2 * PIECE_CHARACTERS // max(1, len(unit)))
+    pieces = list(text_pieces(text[start : start + block] for start in range(0, len(text), block)))
+    assert pieces == list(text_pieces([text]))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= PIECE_CHARACTERS for piece in pieces)
+    assert len(pieces) <= 1 + len(text) // (PIECE_CHARACTERS // 2)
+
+
+@pytest.mark.parametrize(
+    ("unit", "before", "after"),
+    [("ab. cd\n\nef gh\n", "f", " g"), ("ab.\n\ncd\n", "d", "\n"), ("ab.;\u0301", "b", ".;"), ("漢字，", "字", "，")],
+)
+def test_cuts_are_where_tokenizers_split(unit: str, before: str, after: str) -> None:
+    pieces = list(text_pieces([unit * PIECE_CHARACTERS]))
+    assert len(pieces) > 2
+    assert pieces[0].endswith(before)
+    assert pieces[1].startswith(after)
 
 
 @pytest.mark.parametrize("style", ["bytes", "normalizer", "always", "first"])
@@ -134,7 +153,7 @@ def test_pieces_give_the_tokens_of_the_whole(
     file = tmp_path_factory.mktemp("text") / "a.txt"
     file.write_text(text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "PIECE_CHARACTERS", 200)
+        patch.setattr("optimum_mla.calibrate.text.PIECE_CHARACTERS", 200)
         windows = token_windows(tokenizer, file, 1)
     assert windows.flatten().tolist() == tokenizer(text)["input_ids"]
 
@@ -214,7 +233,6 @@ def test_chats_are_rendered_by_the_template(tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text("\n".join([lines[0], "", lines[1]]))
     datasets.Dataset.from_dict({"messages": CHATS}).to_parquet(tmp_path / "corpus" / "train.parquet")
     for source in (str(tmp_path / "chats.jsonl"), f"{tmp_path / 'corpus'}:default"):
-        assert list(read_chats(source)) == CHATS
         windows = token_windows(tokenizer, source, length=3, chats=True)
         rendered = "user: Who is there? user: I. "
         assert rendered.startswith(tokenizer.decode(windows.flatten()))
@@ -245,15 +263,16 @@ def test_chats_that_cannot_be_rendered_are_named(tmp_path: Path) -> None:
         token_windows(tokenizer, good, length=3, chats=True)
     with pytest.raises(CalibrationDataError, match="token ids"):
         token_windows(tokenizer, [1, 2, 3], length=3, chats=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
     for text, words in (
-        ("{", "line 1 .* not JSON"),
-        ('{"text": "a"}', "line 1 .* no list 'messages'"),
-        ('{"messages": ["Who?"]}', "messages that are no objects"),
+        ("{", r"bad\.jsonl could not be read: Expecting"),
+        ('{"text": "a"}', r"row 1 of .*bad\.jsonl has no list 'messages', only text \(str\)"),
+        ('{"messages": ["Who?"]}', r"a chat of .*bad\.jsonl does not render"),
     ):
         bad = tmp_path / "bad.jsonl"
         bad.write_text(text)
         with pytest.raises(CalibrationDataError, match=words):
-            list(read_chats(bad))
+            token_windows(tokenizer, bad, length=3, chats=True)
 
 
 def test_a_window_has_512_tokens_or_as_many_as_the_model_takes() -> None:

@@ -59,8 +59,8 @@ def test_ctrl_c_says_what_was_written(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_missing_package_names_the_extra_that_brings_it() -> None:
-    error = MissingDependencyError("datasets", "train", "read 'books'")
-    assert str(error) == "datasets is needed to read 'books'. Install it with: pip install 'optimum-mla[train]'"
+    error = MissingDependencyError("trl", "train", "train with DPO")
+    assert str(error) == "trl is needed to train with DPO. Install it with: pip install 'optimum-mla[train]'"
 
 
 def test_a_lack_of_memory_is_bad_input_and_other_errors_are_not(capsys: pytest.CaptureFixture[str]) -> None:
