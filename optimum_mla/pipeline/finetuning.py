@@ -1,42 +1,38 @@
-"""`mla-finetune`: load, train, measure, write."""
+"""`mla-finetune`: plan, load, train, measure, write."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from typing_extensions import Unpack
 
-from optimum_mla.calibrate.text import window_length
 from optimum_mla.convert.refit import moved_codec
-from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, UnreadableModelError, first_line
+from optimum_mla.core.errors import MLAError, UnreadableModelError
 from optimum_mla.io.claim import claims_output
-from optimum_mla.io.folder import atomic_folder, check_output, kept_folder
-from optimum_mla.io.inputs import check_inputs_stay, fingerprint
-from optimum_mla.io.journal import Journal, as_kept, differing
+from optimum_mla.io.folder import atomic_folder
+from optimum_mla.io.journal import Journal
 from optimum_mla.measure.as_used import divergence_as_used
 from optimum_mla.measure.codec_checks import codec_reference, verify_codec
 from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
 from optimum_mla.models.coded import CodedGeneration
-from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype, has_codec
-from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card, read_texts
-from optimum_mla.pipeline.origin import recorded_source
-from optimum_mla.pipeline.teacher import find_teacher, load_teacher, perplexity_of_source
-from optimum_mla.recovery.as_used import check_as_used, check_prompt
-from optimum_mla.recovery.data import describe, hold_back, pack, preferences, stream
+from optimum_mla.pipeline.checkpoint import Checkpoint
+from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card
+from optimum_mla.pipeline.teacher import load_teacher, perplexity_of_source
+from optimum_mla.pipeline.training_plan import RUN_FILE, Settings, TrainingPlan, plan_training
+from optimum_mla.recovery.as_used import check_prompt
 from optimum_mla.recovery.held_out import HeldOut
 from optimum_mla.recovery.parameters import ADAPTERS, full_state, parameter_counts, prepare
-from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
+from optimum_mla.recovery.recipe import Recipe
 from optimum_mla.recovery.stages import CHECKPOINTS, run_stages
 from optimum_mla.report.cards import WEIGHTS_STAY, WEIGHTS_TRAINED, recovery_card
 from optimum_mla.report.plots import loss_curve
@@ -48,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 TRAINED_DTYPE = "float32"
 """The dtype of parameters that train: AdamW's steps are mostly below the precision of 16 bits."""
-RUN_FILE = "run.jsonl"
-"""The journal of a run beside its checkpoints, which holds its settings."""
 
 
 @claims_output(distributed=True)
@@ -60,12 +54,7 @@ def finetune(
     recipe: Recipe | None = None,
     training: dict[str, Any] | None = None,
     texts: TextOptions = NO_TEXTS,
-    dtype: str = "auto",
-    device: str | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    hub: dict[str, Any] | None = None,
-    teacher_revision: str | None = None,
+    **settings: Unpack[Settings],
 ) -> RecoveryReport | None:
     """Train a converted checkpoint, or one with a codec, and write the result.
 
@@ -88,13 +77,7 @@ def finetune(
         recipe: What trains, and against what; None takes the defaults.
         training: Fields of `transformers.TrainingArguments`; `lr_scheduler_type` may also be `mha2mla`.
         texts: Its evaluation text, if any; the largest number and the length of its windows.
-        dtype: Of the result: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
-        device: Torch device; None takes CUDA where it is available.
-        overwrite: Replace `output` if it is a model folder, and drop the checkpoints of an interrupted run.
-        resume: Go on from the newest checkpoint of an interrupted run.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading. The revision is that of `model` alone.
-        teacher_revision: Branch, tag or commit of the teacher on the hub; None takes the main branch, or for the
-            model that the conversion started from the commit that was converted.
+        **settings: See `Settings`.
 
     Returns:
         The report; None in processes that write nothing.
@@ -102,284 +85,195 @@ def finetune(
     Raises:
         MLAError: Bad input of any kind, or a loss that diverged before the first checkpoint; `output` is as it was.
     """
+    checkpoint = Checkpoint.of(model, settings.get("hub"))
     recipe, training = recipe or Recipe(), dict(training or {})
-    checkpoint = Checkpoint.of(model, hub)
-    check_dtype(dtype)
-    check_training(training)
-    check_installed(recipe)
-    source = recorded_source(checkpoint)
-    inputs = {
-        "model": model,
-        "train-data": train_data,
-        "eval-data": texts.eval_data,
-        "teacher": recipe.teacher,
-        "model's source": None if source is None else source.location,
-    }
-    folder = check_output(output, inputs, overwrite, leading=int(os.environ.get("RANK", 0)) == 0)
-    config = checkpoint.converted_config(coded=True)
-    coded = has_codec(config)
-    if coded:
-        check_as_used(recipe, training)
-    check_quantized(recipe, config)
-    taught_by = find_teacher(checkpoint, recipe, teacher_revision)
-    origin = train_data if isinstance(train_data, str) else "token ids"
-    run = {"model": model, "train_data": origin, **recipe.to_dict(), **training}
-    run["eval_data"] = texts.eval_data if isinstance(texts.eval_data, str | None) else "token ids"
-    run |= {name: getattr(texts, name) for name in ("eval_samples", "eval_length")}
-    if teacher_revision is not None:
-        run["teacher_revision"] = teacher_revision
-    teaching = None if taught_by is None else taught_by.location
-    read = {"model": model, "train_data": train_data, "eval_data": texts.eval_data, "teacher": teaching}
-    for option, value in read.items():
-        run |= {f"{option} ({file}: bytes, time)": about for file, about in fingerprint(value).items()}
-    work = working_folder(folder, run, resume, overwrite, inputs)
-
-    tokenizer = checkpoint.tokenizer(needed=isinstance(train_data, str) or texts.eval_data is not None)
-    _, evaluation, data = read_texts(tokenizer, config, texts)
-    length = window_length(config, recipe.sequence_length, "sequence_length")
-    rows, description, held_back = training_data(tokenizer, train_data, recipe, length, evaluation is None)
-    data["train-data"] = {"source": origin, **description}
-    windows, text = (evaluation, "evaluation") if held_back is None else (held_back, "held-back training")
-    if held_back is not None:
-        data["held-back"] = {"windows": len(held_back), "tokens_per_window": length}
-    # DPO is not after the likelihood of text.
-    keeps_best = (
-        windows is not None and recipe.objective != "dpo" and bool(training.get("load_best_model_at_end", True))
-    )
-
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    size = None if recipe.streaming else len(rows)
-    chosen = training_arguments(recipe, training, work, size, length, world, keeps_best)
-    if device is not None and device.partition(":")[0] == "cpu":
-        chosen["use_cpu"] = True
-    arguments = make_arguments(chosen)
-    if arguments.fsdp and recipe.optimizer == "muon":
-        raise InvalidValueError("optimizer", "muon", "adamw for a sharded model", "Its steps need whole matrices.")
-    place = device if world == 1 and device is not None else str(arguments.device)
-    if arguments.fsdp:
-        place = "cpu"  # it is sharded from there
-
-    precision = "auto" if recipe.train in ADAPTERS or quantized_by(config) else TRAINED_DTYPE
-    student: Any = checkpoint.load(precision, place)
-    if coded:
-        if not isinstance(student, CodedGeneration):
-            raise UnreadableModelError(
-                f"model: the codec of {model} does not load, or is of other weights. Fit one to these weights by "
-                "mla-calibrate --refit."
-            )
-        check_prompt("sequence_length", length, student.latent_codec.exact)
-        if windows is not None:
-            check_prompt("eval_length", windows.shape[1], student.latent_codec.exact)
-    saved_dtype = getattr(torch, dtype) if dtype != "auto" else dtype_of(config, student)
-    teacher = None if taught_by is None else load_teacher(taught_by, recipe, config, tokenizer, place)
-    leading = arguments.process_index == 0
-
-    def loss(model: Any, windows: Tensor) -> float:
-        return divergence_as_used(model, teacher, windows) if coded else math.log(perplexity(model, windows))
-
-    source_perplexity = before = None
-    if leading and windows is not None:
-        before = math.exp(loss(student, windows))
-        if coded:
-            source_perplexity = 1.0
-        elif source is not None:
-            # A quantized teacher's perplexity is not that of the source.
-            exact = taught_by is not None and recipe.teacher_bits == 16 and taught_by.is_same(source)
-            loaded = teacher if exact else None
-            if exact or evaluation is not None:  # It is not loaded for text that nobody asked to measure.
-                source_perplexity = perplexity_of_source(source, loaded, windows, place)
-
-    set_seed(arguments.seed)  # adapters begin with random numbers
-
-    def prepared(model: PreTrainedModel) -> Any:
-        lora = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout
-        return prepare(model, recipe.train, recipe.layers, *lora)
-
-    trainee = prepared(student)
-    counts = parameter_counts(trainee)
-    if leading:
-        work.mkdir(parents=True, exist_ok=True)
-        Journal(work / RUN_FILE).add("run", run)
-    peak = PeakMemory(student.device)
-    peak.reset()
-    held_out = None
-    if keeps_best and windows is not None:
-        start = None if before is None else math.log(before)
-        held_out = HeldOut(windows, lambda model: loss(model, windows), start)
-    try:
-        done = run_stages(trainee, teacher, rows, tokenizer, recipe, chosen, work, held_out)
-    except MLAError:
-        if leading and not any(work.glob(CHECKPOINTS)):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    peak_bytes = peak.bytes()
-    teacher = teacher if coded else None
-    whole = full_state(trainee)
-    if not leading:
+    run = Training(plan_training(checkpoint, output, train_data, recipe, training, texts, settings))
+    run.measure_source()
+    trained = run.train()
+    if trained is None:
         return None
-    if whole is not None:  # The other processes have returned, so nothing may be computed with the sharded one.
-        trainee = prepared(checkpoint.load(precision, "cpu"))
-        trainee.load_state_dict(whole)
-    if keeps_best and before is not None and windows is not None and done.kept is None:
-        # No checkpoint was measured, as where none is saved or the first stage diverged.
-        done.held_out[done.steps] = loss(trainee, windows)
-        done.kept = done.steps if done.held_out[done.steps] < math.log(before) else 0
-    if done.kept == 0:
-        trainee = prepared(checkpoint.load(precision, place if whole is None else "cpu"))
-    # Merging and casting must not change what was trained.
-    trained_dtype = torch.bfloat16 if quantized_by(config) else trainee.dtype
-    # Rounding to 16 bits moves predictions as much as good codes do, so that both ends are measured before it.
-    after = None if windows is None or not coded else math.exp(loss(trainee, windows))
-    reference = reference_logits(trainee) if recipe.train in ADAPTERS else None
-    final = finished(trainee, recipe, saved_dtype)
-    whole_model = final.get_base_model() if recipe.train in ADAPTERS and not recipe.merge else final
-    verification = verify(whole_model, reference, tolerance_of(trained_dtype, saved_dtype))
-    if coded:
-        codec = moved_codec(whole_model, whole_model.latent_codec)
-        whole_model.latent_codec = codec
-        verify_codec(whole_model, codec, codec_reference(whole_model, codec))
-    if windows is not None and not coded:
-        after = math.exp(loss(final, windows))
-    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
-    report = RecoveryReport(
-        model=model,
-        recipe=recipe.to_dict(),
-        training={name: value for name, value in chosen.items() if name != "output_dir"},
-        teacher=None if taught_by is None else taught_by.name,
-        data=data,
-        steps=done.steps,
-        tokens_seen=done.steps * per_step * length if recipe.objective != "dpo" else done.pair_tokens,
-        trainable_parameters=counts[0],
-        total_parameters=counts[1],
-        trainable_percent=100 * counts[0] / counts[1],
-        losses=done.losses,
-        resumed_at_step=done.resumed_at,
-        diverged_at_step=done.diverged_at,
-        perplexity_source=source_perplexity,
-        perplexity_converted=before,
-        perplexity_recovered=after,
-        seconds=done.seconds,
-        peak_memory_bytes=peak_bytes,
-        dtype=str(saved_dtype).removeprefix("torch."),
-        seed=arguments.seed,
-        verification=asdict(verification),
-        perplexity_text=None if windows is None else text,
-        perplexities=[{"step": step, "perplexity": math.exp(loss)} for step, loss in done.held_out.items()],
-        kept_step=done.kept,
-        as_used=coded,
-    )
-    verdict = recovery_verdict(report)
-    if verdict.startswith("warning"):
-        logger.warning(verdict)
-    weights = sum(p.numel() * p.element_size() for p in final.parameters())
-    with atomic_folder(folder, weights, overwrite) as partial:
-        final.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        # Before the report: a model that was trained before brings its own one along.
-        # Each training has a section of its own, so that the card keeps their history.
-        carried = carried_card(model, partial, folder.name).replace(WEIGHTS_STAY, WEIGHTS_TRAINED)
-        card = f"{carried.rstrip()}\n\n{recovery_card(report)}"
-        report.write(partial)
-        loss_curve(report, partial / "loss.png")
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(work, ignore_errors=True)
+    report = run.finish(trained)
+    run.write(report)
     return report
 
 
-def check_quantized(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse what cannot be done to quantized weights.
-
-    Raises:
-        InvalidValueError: Training them, or merging adapters into them.
-    """
-    method = quantized_by(config)
-    if method is None:
-        return
-    if recipe.train not in ADAPTERS:
-        raise InvalidValueError(
-            "train", recipe.train, " or ".join(ADAPTERS), f"The model's weights are quantized ({method})."
-        )
-    if recipe.merge:
-        raise InvalidValueError(
-            "merge", True, f"off, as the weights are quantized ({method})",
-            "Keep the adapters, or train the unquantized model and quantize the result.",
-        )  # fmt: skip
-
-
-def working_folder(
-    folder: Path, run: dict[str, Any], resume: bool, overwrite: bool, inputs: Mapping[str, object]
-) -> Path:
-    """Return the folder of the checkpoints of a run, beside its output.
-
-    Raises:
-        OutputError: It holds one of the run's inputs; it holds the checkpoints of an interrupted run, and neither
-            `resume` nor `overwrite` is asked for; or `resume` is, and no record tells what run they are of.
-        InvalidValueError: The run to go on with had other settings, or its model or text has changed since.
-    """
-    work, leading = kept_folder("mla-finetune", folder), int(os.environ.get("RANK", 0)) == 0
-    check_inputs_stay(work, inputs)
-    before = Journal(work / RUN_FILE).entries.get("run") if resume else None
-    if before is not None:
-        for name in differing(before, run):
-            raise InvalidValueError(
-                name,
-                as_kept(run).get(name),
-                f"{before.get(name)}, as in the interrupted run",
-                "Start over with --overwrite.",
-            )
-        return work
-    if leading and any(work.glob(CHECKPOINTS)):
-        if resume:
-            raise OutputError(
-                f"output: {work} holds checkpoints of an interrupted run, but no {RUN_FILE} that tells its settings. "
-                "Start over with --overwrite instead of --resume."
-            )
-        if not overwrite:
-            raise OutputError(
-                f"output: {work} holds checkpoints of an interrupted run. "
-                "Go on with it by --resume, or start over with --overwrite."
-            )
-    if leading:
-        shutil.rmtree(work, ignore_errors=True)
-    return work
-
-
-def training_data(
-    tokenizer: Any, source: Any, recipe: Recipe, length: int, holds_back: bool
-) -> tuple[Any, dict[str, Any], Tensor | None]:
-    """Return the rows to train on, what the report says about them, and rows that are held back, if any.
+class Training:
+    """One training: loads its models, and holds what is measured on the way.
 
     Args:
-        tokenizer: The tokenizer of the model.
-        source: The training data.
-        recipe: The recipe.
-        length: Tokens per row.
-        holds_back: Whether rows of a text are to be held back, as far as there are enough.
+        plan: What was decided before.
+
+    Attributes:
+        leads: Whether this process measures and writes.
+        before: Perplexity of the model as it was given, or the exponential of its divergence from the teacher; None if
+            it was not measured.
+        source_perplexity: The same of what it was converted from.
     """
-    if recipe.objective == "dpo":
-        pairs = preferences(source)
-        return pairs, {"rows": len(pairs), "tokens_per_row": None, "sha256": pairs._fingerprint}, None
-    if recipe.streaming:
-        rows: Any = stream(tokenizer, source, length, recipe.chat_template)
-    else:
-        rows = pack(tokenizer, source, length, recipe.train_tokens, recipe.chat_template)
-    held: Tensor | None = None
-    if holds_back:
-        rows, held = hold_back(rows)
-    return rows, describe(rows, length), held
 
+    def __init__(self, plan: TrainingPlan) -> None:
+        self.plan, self.leads = plan, plan.arguments.process_index == 0
+        recipe, quantized = plan.recipe, quantized_by(plan.config)
+        self.precision = "auto" if recipe.train in ADAPTERS or quantized else TRAINED_DTYPE
+        self.student: Any = plan.checkpoint.load(self.precision, plan.place)
+        if plan.coded:
+            self._check_codec()
+        self.dtype = getattr(torch, plan.dtype) if plan.dtype != "auto" else dtype_of(plan.config, self.student)
+        self.teacher: Any = None
+        if plan.teacher is not None:
+            self.teacher = load_teacher(plan.teacher, recipe, plan.config, plan.tokenizer, plan.place)
+        self.before: float | None = None
+        self.source_perplexity: float | None = None
 
-def make_arguments(chosen: dict[str, Any]) -> TrainingArguments:
-    """Return `TrainingArguments`, and turn what it complains of into an error with one line.
+    def _check_codec(self) -> None:
+        """Refuse a codec that did not load, and rows or windows of which no token is read from codes."""
+        plan = self.plan
+        if not isinstance(self.student, CodedGeneration):
+            raise UnreadableModelError(
+                f"model: the codec of {plan.checkpoint.name} does not load, or is of other weights. Fit one to these "
+                "weights by mla-calibrate --refit."
+            )
+        check_prompt("sequence_length", plan.length, self.student.latent_codec.exact)
+        if plan.windows is not None:
+            check_prompt("eval_length", plan.windows.shape[1], self.student.latent_codec.exact)
 
-    Raises:
-        InvalidValueError: A value that it refuses.
-    """
-    try:
-        return TrainingArguments(**chosen)
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise InvalidValueError("training", first_line(error), "what transformers.TrainingArguments takes") from error
+    def loss(self, model: Any, windows: Tensor) -> float:
+        """Return the loss of a model on windows [N, L]: its log-perplexity, or as used its divergence, in nats."""
+        if self.plan.coded:
+            return divergence_as_used(model, self.teacher, windows)
+        return math.log(perplexity(model, windows))
+
+    def measure_source(self) -> None:
+        """Measure the model as it was given, and what it was converted from."""
+        plan, windows, source = self.plan, self.plan.windows, self.plan.source
+        if not self.leads or windows is None:
+            return
+        self.before = math.exp(self.loss(self.student, windows))
+        if plan.coded:
+            self.source_perplexity = 1.0
+        elif source is not None:
+            # A quantized teacher's perplexity is not that of the source.
+            exact = plan.teacher is not None and plan.recipe.teacher_bits == 16 and plan.teacher.is_same(source)
+            if exact or plan.text == "evaluation":  # It is not loaded for text that nobody asked to measure.
+                loaded = self.teacher if exact else None
+                self.source_perplexity = perplexity_of_source(source, loaded, windows, plan.place)
+
+    def prepared(self, model: PreTrainedModel) -> Any:
+        """Return a model in which only what the recipe says trains."""
+        recipe = self.plan.recipe
+        return prepare(model, recipe.train, recipe.layers, recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
+
+    def train(self) -> Any:
+        """Train, and return the model of the kept step; None in processes that write nothing."""
+        plan, work = self.plan, self.plan.work
+        set_seed(plan.arguments.seed)  # adapters begin with random numbers
+        trainee = self.prepared(self.student)
+        self.counts = parameter_counts(trainee)
+        if self.leads:
+            work.mkdir(parents=True, exist_ok=True)
+            Journal(work / RUN_FILE).add("run", plan.run)
+        peak = PeakMemory(self.student.device)
+        peak.reset()
+        held_out = None
+        if plan.keeps_best and plan.windows is not None:
+            start = None if self.before is None else math.log(self.before)
+            windows = plan.windows
+            held_out = HeldOut(windows, lambda model: self.loss(model, windows), start)
+        try:
+            self.done = run_stages(
+                trainee, self.teacher, plan.rows, plan.tokenizer, plan.recipe, plan.chosen, work, held_out
+            )
+        except MLAError:
+            if self.leads and not any(work.glob(CHECKPOINTS)):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        self.peak_bytes = peak.bytes()
+        self.teacher = self.teacher if plan.coded else None
+        whole = full_state(trainee)
+        return self._kept(trainee, whole) if self.leads else None
+
+    def _kept(self, trainee: Any, whole: dict[str, Any] | None) -> Any:
+        """Return the model of the kept step.
+
+        Args:
+            trainee: The model after the last step.
+            whole: Its weights if it is sharded, or None.
+        """
+        plan, done, place = self.plan, self.done, self.plan.place if whole is None else "cpu"
+        if whole is not None:  # The other processes have returned, so nothing may be computed with the sharded one.
+            trainee = self.prepared(plan.checkpoint.load(self.precision, "cpu"))
+            trainee.load_state_dict(whole)
+        if plan.keeps_best and self.before is not None and plan.windows is not None and done.kept is None:
+            # No checkpoint was measured, as where none is saved or the first stage diverged.
+            done.held_out[done.steps] = self.loss(trainee, plan.windows)
+            done.kept = done.steps if done.held_out[done.steps] < math.log(self.before) else 0
+        return self.prepared(plan.checkpoint.load(self.precision, place)) if done.kept == 0 else trainee
+
+    def finish(self, trained: Any) -> RecoveryReport:
+        """Merge and cast the trained model, check that this changed nothing, measure it, and return the report."""
+        plan, recipe, windows = self.plan, self.plan.recipe, self.plan.windows
+        # Merging and casting must not change what was trained.
+        trained_dtype = torch.bfloat16 if quantized_by(plan.config) else trained.dtype
+        # Rounding to 16 bits moves predictions as much as good codes do, so that both ends are measured before it.
+        after = None if windows is None or not plan.coded else math.exp(self.loss(trained, windows))
+        reference = reference_logits(trained) if recipe.train in ADAPTERS else None
+        self.final = finished(trained, recipe, self.dtype)
+        whole = self.final.get_base_model() if recipe.train in ADAPTERS and not recipe.merge else self.final
+        verification = verify(whole, reference, tolerance_of(trained_dtype, self.dtype))
+        if plan.coded:
+            whole.latent_codec = moved_codec(whole, whole.latent_codec)
+            verify_codec(whole, whole.latent_codec, codec_reference(whole, whole.latent_codec))
+        elif windows is not None:
+            after = math.exp(self.loss(self.final, windows))
+        done, arguments = self.done, plan.arguments
+        per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * plan.world
+        return RecoveryReport(
+            model=plan.checkpoint.name,
+            recipe=recipe.to_dict(),
+            training={name: value for name, value in plan.chosen.items() if name != "output_dir"},
+            teacher=None if plan.teacher is None else plan.teacher.name,
+            data=plan.data,
+            steps=done.steps,
+            tokens_seen=done.steps * per_step * plan.length if recipe.objective != "dpo" else done.pair_tokens,
+            trainable_parameters=self.counts[0],
+            total_parameters=self.counts[1],
+            trainable_percent=100 * self.counts[0] / self.counts[1],
+            losses=done.losses,
+            resumed_at_step=done.resumed_at,
+            diverged_at_step=done.diverged_at,
+            perplexity_source=self.source_perplexity,
+            perplexity_converted=self.before,
+            perplexity_recovered=after,
+            seconds=done.seconds,
+            peak_memory_bytes=self.peak_bytes,
+            dtype=str(self.dtype).removeprefix("torch."),
+            seed=arguments.seed,
+            verification=asdict(verification),
+            perplexity_text=None if windows is None else plan.text,
+            perplexities=[{"step": step, "perplexity": math.exp(loss)} for step, loss in done.held_out.items()],
+            kept_step=done.kept,
+            as_used=plan.coded,
+        )
+
+    def write(self, report: RecoveryReport) -> None:
+        """Write the result with its card, its loss curve and its report, and remove the checkpoints."""
+        plan = self.plan
+        verdict = recovery_verdict(report)
+        if verdict.startswith("warning"):
+            logger.warning(verdict)
+        weights = sum(p.numel() * p.element_size() for p in self.final.parameters())
+        with atomic_folder(plan.folder, weights, plan.overwrite) as partial:
+            self.final.save_pretrained(partial)
+            if plan.tokenizer is not None:
+                plan.tokenizer.save_pretrained(partial)
+            # Before the report: a model that was trained before brings its own one along.
+            # Each training has a section of its own, so that the card keeps their history.
+            carried = carried_card(plan.checkpoint.location, partial, plan.folder.name)
+            carried = carried.replace(WEIGHTS_STAY, WEIGHTS_TRAINED)
+            report.write(partial)
+            loss_curve(report, partial / "loss.png")
+            card = f"{carried.rstrip()}\n\n{recovery_card(report)}"
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(plan.work, ignore_errors=True)
 
 
 def finished(model: Any, recipe: Recipe, dtype: torch.dtype) -> Any:

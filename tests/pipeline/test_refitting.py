@@ -58,8 +58,7 @@ def test_the_refitted_codec_has_the_same_bytes_and_moves_less(folders: tuple[Pat
 
 def test_the_better_one_is_written(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained, before = folders
-    monkeypatch.setattr("optimum_mla.pipeline.loading.load_tokenizer", lambda *args, **kwargs: None)
-    monkeypatch.setattr("optimum_mla.pipeline.refitting.load_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr("optimum_mla.pipeline.checkpoint.Checkpoint.tokenizer", lambda *args, **kwargs: None)
     found = refit(str(trained), str(before), tmp_path / "out", TEXTS)
     assert found.refitted == (found.divergence_after < found.divergence_before)
     assert found.refitted
