@@ -1,13 +1,11 @@
 """optimum-mla: convert pretrained decoder LLMs to Multi-head Latent Attention.
 
-Importing the package registers the classes of converted models with the Transformers Auto classes, and the quantization
-of their weights with its quantizers.
+Importing the package registers the classes of converted models with the Transformers Auto classes.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from optimum_mla import models as models
-from optimum_mla import weights as weights
 from optimum_mla.cache import LatentCache
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import fit_codec

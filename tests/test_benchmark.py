@@ -212,9 +212,9 @@ def test_the_table_of_angles_is_nothing_kept_beside_the_cache(tmp_path: Path) ->
     assert row["flags"] == []
 
 
-@pytest.mark.parametrize("weights", ["quanto-int8", "hqq-int4"])
+@pytest.mark.parametrize("weights", ["bnb-int8", "bnb-nf4"])
 def test_quantized_weights_are_nothing_kept_beside_the_cache(weights: str, models: Path, tmp_path: Path) -> None:
-    """Their libraries keep scales and zeros where no other model has tensors."""
+    """bitsandbytes keeps scales where no other model has tensors."""
     quantize(str(models / "converted"), tmp_path / "out", weights=weights)
     row = memory_cell(str(tmp_path / "out"), "default", 1, 1, **COMMON)
     assert row["flags"] == []

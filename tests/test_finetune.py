@@ -1166,7 +1166,7 @@ def test_a_model_without_its_report_needs_a_teacher(models: Path, tmp_path: Path
 # Quantized weights
 
 
-@pytest.mark.parametrize("weights", ["hqq-int4", "bnb-nf4", pytest.param("quanto-int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights", ["bnb-nf4", "bnb-int8"])
 def test_adapters_on_quantized_weights(weights: str, models: Path, tmp_path: Path) -> None:
     quantize(str(models / "converted"), tmp_path / "quantized", weights=weights)
     call = (str(tmp_path / "quantized"), tmp_path / "out", str(models / "train.txt"))

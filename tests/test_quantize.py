@@ -69,7 +69,7 @@ def test_report_tells_what_the_saved_model_measures(converted: Path, tmp_path: P
     assert "4 bits per number of the latent (hqq, groups of 32)" in card
 
 
-@pytest.mark.parametrize("weights", ["bnb-int8", "hqq-int4"])
+@pytest.mark.parametrize("weights", ["bnb-int8", "bnb-nf4"])
 def test_weights_and_cache_in_one_go(weights: str, converted: Path, tmp_path: Path) -> None:
     report = quantize(str(converted), tmp_path / "out", weights=weights, texts=FEW_WINDOWS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -95,8 +95,8 @@ def test_what_cannot_be_quantized_leaves_nothing_behind(converted: Path, tmp_pat
         quantize(str(converted), out, CacheSettings(bits=3, backend="quanto"))
     with pytest.raises(InvalidValueError, match="float8"):
         quantize(str(converted), out, dtype="float8")
-    with pytest.raises(InvalidValueError, match="Did you mean hqq-int8"):
-        quantize(str(converted), out, weights="hqq-int5")
+    with pytest.raises(InvalidValueError, match="Did you mean bnb-int8"):
+        quantize(str(converted), out, weights="bnb-int4")
     with pytest.raises(OutputError, match="input model"):
         quantize(str(converted), converted)
     assert list(tmp_path.iterdir()) == []
@@ -114,7 +114,7 @@ def test_command_prints_before_and_after(converted: Path, tmp_path: Path) -> Non
         "--rope-bits",
         "8",
         "--weights",
-        "quanto-int8",
+        "bnb-int8",
     ]
     text = ["--eval-data", EVALUATION, "--eval-samples", "2", "--eval-length", "32"]
     done = subprocess.run(

@@ -44,6 +44,12 @@ class MLAConfigMixin(PreTrainedConfig):
                 "model: its weights were converted for codes by an older version. Convert its source again with "
                 "mla-convert --cache-budget, which leaves the weights alone and loses less."
             )
+        quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") in ("mla_hqq", "mla_quanto"):
+            raise UnsupportedModelError(
+                "model: its weights were quantized with HQQ or Quanto by an older version. Run mla-quantize --weights "
+                "bnb-nf4 or bnb-int8 on the unquantized model."
+            )
         super().__post_init__(**kwargs)
         prefix = type(self).__name__.removesuffix("MLAConfig")
         # Lets `trust_remote_code=True` load the folder where optimum-mla is installed but was not imported.

@@ -38,7 +38,7 @@ from optimum_mla.report.cards import WEIGHTS_STAY, WEIGHTS_TRAINED, recovery_car
 from optimum_mla.report.plots import loss_curve
 from optimum_mla.report.schema import RecoveryReport
 from optimum_mla.report.verdict import recovery_verdict
-from optimum_mla.weights.choices import quantized_by
+from optimum_mla.weights import quantized_by
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card, read_texts
 from optimum_mla.report.cards import quantization_card, with_section
 from optimum_mla.report.schema import QuantizationReport
-from optimum_mla.weights import check_weights, quantize_weights, weight_bytes
+from optimum_mla.weights import bitsandbytes_config, check_weights, quantized_by, weight_bytes
 
 LONGEST_PROBE = 4096
 """Tokens, at most, in the caches that are weighed."""
@@ -64,7 +64,7 @@ def quantize(
     folder = check_output(output, {"model": model, "eval-data": texts.eval_data}, overwrite)
     config = checkpoint.converted_config()
     quantize_cache.check(config)
-    if getattr(config, "quantization_config", None) is not None:
+    if quantized_by(config) is not None:
         raise UnsupportedModelError(f"model: the weights of {model} are quantized. Name the unquantized model.")
     tokenizer = checkpoint.tokenizer(needed=texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
@@ -75,18 +75,22 @@ def quantize(
     geometry = model_geometry(loaded.spec, loaded.config)
     kind = loaded.dtype
 
-    def measured() -> tuple[int, int, float | None, float]:
-        quality = None if evaluation is None else decoding_perplexity(loaded, evaluation, loaded.make_cache)
-        cache = filled_cache(loaded, probe, loaded.make_cache())
+    def measured(model: Any) -> tuple[int, int, float | None, float]:
+        quality = None if evaluation is None else decoding_perplexity(model, evaluation, model.make_cache)
+        cache = filled_cache(model, probe, model.make_cache())
         share = live_cache_bytes(cache, in_16_bits=True) / (2 * geometry.source_cache_numbers * context)
-        return live_cache_bytes(cache), weight_bytes(loaded), quality, 100 * share
+        return live_cache_bytes(cache), weight_bytes(model), quality, 100 * share
 
-    before = measured()
+    before = measured(loaded)
     quantize_cache(loaded)
-    quantize_weights(loaded, weights)
+    if weights != "none":
+        config = loaded.config
+        del loaded
+        quantization = bitsandbytes_config(config, weights)
+        loaded = load_model(model, config, dtype, device, {**hub, "quantization_config": quantization})
     # Kernels for quantized weights round activations to 16 bits or fewer.
     verification = verify(loaded, tolerance=tolerance_of(kind if weights == "none" else torch.bfloat16))
-    after = measured()
+    after = measured(loaded)
     report = QuantizationReport(
         model=model,
         cache=quantize_cache.settings.to_dict(),

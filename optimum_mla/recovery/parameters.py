@@ -18,15 +18,13 @@ from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.projections import LATENT_PROJECTIONS
-from optimum_mla.weights.choices import quantized_by
+from optimum_mla.weights import quantized_by
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 TRAIN_CHOICES = ("lora", "dora", "kv", "attention", "full")
 ADAPTERS = ("lora", "dora")
-PACKED = "W_q"
-"""The name under which HQQ stores a weight, which is a buffer."""
 
 
 def converted_attentions(model: nn.Module, layers: LayerChoice = "all") -> dict[str, LatentAttention]:
@@ -186,13 +184,12 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     seen: set[int] = set()
     for module in model.modules():
-        packed = {name: tensor for name, tensor in module.named_buffers(recurse=False) if name == PACKED}
-        for name, tensor in {**dict(module.named_parameters(recurse=False)), **packed}.items():
+        for name, tensor in module.named_parameters(recurse=False):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             numbers = tensor.numel()
-            if name in ("weight", PACKED) and hasattr(module, "in_features"):
+            if name == "weight" and hasattr(module, "in_features"):
                 numbers = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
             total += numbers
             trainable += numbers if tensor.requires_grad else 0

@@ -1,122 +1,105 @@
-"""Choice of the library and the layers for the quantization of weights."""
+"""The choices of `--weights`, and the config of Transformers' quantizer for each of them."""
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
-from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
+from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.models.family_table import family_of, is_converted
-from optimum_mla.weights.library import WeightLibrary, make_library
+from optimum_mla.nn.projections import UP_PROJECTIONS
+
+logger = logging.getLogger(__name__)
 
 FIELD = "weights"
-CHOICES: dict[str, tuple[str, int]] = {
-    "bnb-nf4": ("bitsandbytes", 4),
-    "bnb-int8": ("bitsandbytes", 8),
-    "hqq-int4": ("hqq", 4),
-    "hqq-int8": ("hqq", 8),
-    "quanto-int4": ("quanto", 4),
-    "quanto-int8": ("quanto", 8),
-}
-"""Library and bits per code, by the name that users give."""
-WEIGHT_CHOICES = ("none", *CHOICES)
-UP_PROJECTIONS = ("kv_b_proj", "k_b_proj", "v_b_proj", "k_rope_proj")
-"""Layers behind the cache, which are never quantized: see `quantize_weights`."""
+WEIGHT_CHOICES = ("none", "bnb-nf4", "bnb-int8")
+GROUP = 64
+"""Numbers of a row that share a scale in bnb-nf4."""
 
 
 def check_weights(choice: str) -> None:
-    """Refuse a choice that does not exist or whose library is not installed.
+    """Refuse a choice that does not exist or that bitsandbytes is missing for.
 
     Raises:
         InvalidValueError: There is no such choice.
-        MissingDependencyError: The library is not installed.
+        MissingDependencyError: bitsandbytes is not installed.
     """
     if choice not in WEIGHT_CHOICES:
-        raise InvalidValueError(FIELD, choice, ", ".join(WEIGHT_CHOICES), did_you_mean(choice, WEIGHT_CHOICES))
-    if choice != "none":
-        make_library(CHOICES[choice][0])
+        remedy = did_you_mean(choice, WEIGHT_CHOICES)
+        if choice in ("hqq-int4", "hqq-int8", "quanto-int4", "quanto-int8"):
+            instead = "bnb-nf4" if choice.endswith("4") else "bnb-int8"
+            remedy = f"Take {instead}: Transformers cannot save and load weights of HQQ and Quanto."
+        raise InvalidValueError(FIELD, choice, ", ".join(WEIGHT_CHOICES), remedy)
+    if choice != "none" and find_spec("bitsandbytes") is None:
+        raise MissingDependencyError("bitsandbytes", "bitsandbytes", "quantize weights")
 
 
-def quantize_weights(model: PreTrainedModel, choice: str) -> PreTrainedModel:
-    """Quantize the linear layers of a converted model, in place.
+def bitsandbytes_config(config: PreTrainedConfig, choice: str) -> BitsAndBytesConfig:
+    """Return what `from_pretrained(quantization_config=...)` takes to quantize the weights of a converted model.
 
-    The model is then saved and loaded like any other (`import optimum_mla`, `AutoModelForCausalLM.from_pretrained`),
-    with the same logits. Its checkpoint is as small as the model, because weights are stored as packed codes with
-    their scales.
+    `bnb-nf4` is NF4 in groups of 64 numbers (QLoRA, arXiv 2305.14314). `bnb-int8` is LLM.int8() with a scale for each
+    row (arXiv 2208.07339), which also rounds the inputs of the layers to 8 bits at each call.
 
-    These parts are not quantized:
-      - embeddings, `lm_head`, norms and biases;
-      - the up-projections of the attention (`UP_PROJECTIONS`), whose weights decoding in latent space reads directly.
-        With quantized ones it would have to expand the whole cache to keys and values at every token;
-      - layers whose sizes the library cannot group (`unquantized_layers` returns their names).
-
-    A scale belongs to 64 numbers of a row, or to a whole row for bnb-int8 and quanto-int8. bnb-int8 also rounds the
-    inputs of the layers to 8 bits at each call.
+    These linear layers are left as they are, as embeddings, norms and biases are:
+      - the language-model head;
+      - the up-projections of the attention, whose weights decoding in latent space reads directly. With quantized ones
+        it would have to expand the whole cache to keys and values at every token;
+      - for bnb-nf4, layers whose rows are no multiple of 64 numbers. A warning names them.
 
     Args:
-        model: A converted model. Quantized parameters cannot train, but adapters on them can.
-        choice: One of `WEIGHT_CHOICES`; `none` leaves the model as it is.
-
-    Returns:
-        The same model.
+        config: The config of the converted model, whose `dtype` is that in which the layers compute.
+        choice: `bnb-nf4` or `bnb-int8`.
 
     Raises:
-        InvalidValueError: There is no such choice, or the weights are already quantized.
-        UnsupportedModelError: The model is not converted, or the sizes of none of its layers fit.
-        MissingDependencyError: The library is not installed.
+        InvalidValueError: There is no such choice.
+        UnsupportedModelError: The model is not converted, its weights are quantized already, or no layer is left.
+        MissingDependencyError: bitsandbytes is not installed.
     """
     check_weights(choice)
     if choice == "none":
-        return model
-    if not isinstance(model, PreTrainedModel) or not is_converted(model.config):
+        raise InvalidValueError(FIELD, choice, " or ".join(WEIGHT_CHOICES[1:]))
+    if not is_converted(config):
         raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
-    if quantized_by(model.config) is not None:
-        raise InvalidValueError(
-            FIELD, choice, f"none, because the weights are already quantized ({quantized_by(model.config)})"
-        )
-    name, bits = CHOICES[choice]
-    library = make_library(name)
-    linears = _candidates(model)
-    chosen = {path: linear for path, linear in linears.items() if library.fits(linear, bits)}
-    if not chosen:
-        raise UnsupportedModelError(f"model: no layer has the sizes that {choice} needs: {library.constraint(bits)}.")
-    skipped = ["lm_head", *UP_PROJECTIONS, *(path for path in linears if path not in chosen)]
-    _quantize(model, library, bits, chosen, skipped)
-    return model
-
-
-def _quantize(
-    model: PreTrainedModel, library: WeightLibrary, bits: int, chosen: dict[str, nn.Linear], skipped: list[str]
-) -> None:
-    config = library.config(bits, skipped, model.dtype)
-    for path, linear in chosen.items():
-        quantized = library.quantized(linear, bits).requires_grad_(False)
-        model.set_submodule(path, quantized.train(linear.training))
-    # `from_pretrained` sets these on a quantized model, and `save_pretrained` reads them.
-    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    model.is_quantized, model.quantization_method = True, config.quant_method
-    model.hf_quantizer.postprocess_model(model)
-
-
-def _candidates(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Return the layers that may be quantized and are not yet, by name: those of decoder layers but up-projections."""
-    spec = family_of(model.config).spec
-    return {
+    if (method := quantized_by(config)) is not None:
+        raise UnsupportedModelError(f"model: its weights are quantized already ({method}). Name the unquantized model.")
+    family = family_of(config)
+    spec = family.spec
+    with torch.device("meta"):
+        modules = dict(family.model(config).named_modules())
+    layers = {
         path: module
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear
-        and path.startswith(f"{spec.base}.{spec.layers}.")
-        and path.rpartition(".")[2] not in UP_PROJECTIONS
+        for path, module in modules.items()
+        if type(module) is nn.Linear and path.rpartition(".")[2] not in (spec.head, *UP_PROJECTIONS)
     }
-
-
-def unquantized_layers(model: PreTrainedModel) -> list[str]:
-    """Return the names of the layers that `quantize_weights` did not quantize because their sizes do not fit."""
-    return list(_candidates(model))
+    unfit = [path for path, layer in layers.items() if choice == "bnb-nf4" and layer.in_features % GROUP]
+    if len(unfit) == len(layers):
+        raise UnsupportedModelError(
+            f"model: it has no layer that {choice} can quantize, which needs in_features divisible by {GROUP}. "
+            "Take bnb-int8."
+        )
+    if unfit:
+        logger.warning(
+            "warning: %s leaves %d layers as they are, whose in_features are not divisible by %d: %s.",
+            choice,
+            len(unfit),
+            GROUP,
+            ", ".join(unfit),
+        )
+    skipped = [spec.head, *UP_PROJECTIONS, *unfit]
+    if choice == "bnb-int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=config.dtype,
+        llm_int8_skip_modules=skipped,
+    )
 
 
 def quantized_by(config: Any) -> str | None:

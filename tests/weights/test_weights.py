@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +14,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from optimum_mla import models
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
-from optimum_mla.weights import WEIGHT_CHOICES, quantize_weights, unquantized_layers, weight_bytes
-from optimum_mla.weights.choices import UP_PROJECTIONS
+from optimum_mla.nn.projections import UP_PROJECTIONS
+from optimum_mla.weights import WEIGHT_CHOICES, bitsandbytes_config, check_weights, weight_bytes
 from tests.cases import SIZES, token_ids
 from tests.nn.test_attention import FORMS, latent_attentions
 
@@ -59,6 +59,13 @@ def build(
     return AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype)
 
 
+def quantized(model: PreTrainedModel, choice: str, folder: Path) -> PreTrainedModel:
+    """The model with quantized weights, by Transformers."""
+    model.save_pretrained(folder / "plain")
+    config = bitsandbytes_config(model.config, choice)
+    return AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=config)
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     return model(token_ids(2, 12)).logits.float()
@@ -93,28 +100,24 @@ def test_quantized_weights_are_close_small_and_survive_saving(choice: str, dtype
         tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]
     )
 
-    assert quantize_weights(model, choice) is model
+    model = quantized(model, choice, tmp_path)
     four = choice.endswith("4")
     for name, weight in weights.items():
         module, inputs = model.get_submodule(name), torch.randn(40, weight.shape[1]).to(dtype)
         bias = 0 if module.bias is None else module.bias
         error = relative((module(inputs) - bias).float() - inputs.float() @ weight.float().T, inputs @ weight.T)
         assert (0.05 if four else 0.002) < error < (0.13 if four else 0.02), name
-    assert not unquantized_layers(model)
+    assert not linears(model)
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
     assert all(attention._absorbable() for attention in latent_attentions(model))
     after = logits(model)
     assert (1e-2 if four else 1e-3) < relative(after - before, before) < (0.6 if four else 0.1)
 
-    # Codes; scales (and zeros) a group; at most 320 bytes of tables and flags a layer.
+    # Codes; scales in float32, one a group or a row; at most 320 bytes of tables and flags a layer.
     numbers, rows = sum(w.numel() for w in weights.values()), sum(w.shape[0] for w in weights.values())
     size = dtype.itemsize
-    parameters = {
-        "bnb-nf4": numbers // 64 * 4,
-        "bnb-int8": rows * 4,
-        "quanto-int8": rows * size,
-    }.get(choice, numbers // 64 * 2 * size)
+    parameters = {"bnb-nf4": numbers // 64 * 4, "bnb-int8": rows * 4}[choice]
     stored = weight_bytes(model) - (bytes_before - numbers * size)
     assert 0 <= stored - (numbers // (2 if four else 1) + parameters) <= 320 * len(weights)
 
@@ -137,7 +140,7 @@ def test_quantized_weights_are_close_small_and_survive_saving(choice: str, dtype
 def test_fresh_process_loads_and_generates(tmp_path: Path) -> None:
     folders, expected = [], {}
     for choice in QUANTIZED:
-        model = quantize_weights(build(tmp_path, family="Qwen3", dtype=torch.bfloat16), choice)
+        model = quantized(build(tmp_path, family="Qwen3", dtype=torch.bfloat16), choice, tmp_path)
         folder = str(tmp_path / choice)
         model.save_pretrained(folder)
         folders.append(folder)
@@ -159,7 +162,7 @@ def test_every_form_saves_and_loads(choice: str, form: str, tmp_path: Path) -> N
     model = build(tmp_path, form, family="Llama", attention_bias=True)
     names = list(linears(model))
     assert any("k_proj" in name for name in names) == (form == "hybrid")
-    quantize_weights(model, choice)
+    model = quantized(model, choice, tmp_path)
     assert not linears(model)
     model.save_pretrained(tmp_path / "quantized")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
@@ -168,21 +171,23 @@ def test_every_form_saves_and_loads(choice: str, form: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("choice", QUANTIZED)
-def test_layers_of_unfit_sizes_stay(choice: str, tmp_path: Path) -> None:
+def test_layers_of_unfit_sizes_stay(choice: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = build(tmp_path, dtype=torch.bfloat16, intermediate_size=72)
     downs = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
-    quantize_weights(model, choice)
-    assert unquantized_layers(model) == ([] if choice == "bnb-int8" else downs)
+    with caplog.at_level(logging.WARNING, "optimum_mla"):
+        model = quantized(model, choice, tmp_path)
+    assert list(linears(model)) == ([] if choice == "bnb-int8" else downs)
+    assert caplog.text.count("down_proj") == len(linears(model))
     model.save_pretrained(tmp_path / "quantized")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
-    assert unquantized_layers(loaded) == unquantized_layers(model)
+    assert linears(loaded).keys() == linears(model).keys()
     assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.compat
 @pytest.mark.parametrize("choice", QUANTIZED)
 def test_adapters_train_on_quantized_weights(choice: str, tmp_path: Path) -> None:
-    model = quantize_weights(build(tmp_path), choice)
+    model = quantized(build(tmp_path), choice, tmp_path)
     before = logits(model)
     adapted = get_peft_model(model, LoraConfig(target_modules=["o_proj", "up_proj"], r=2))
     assert torch.equal(logits(adapted), before)
@@ -191,22 +196,6 @@ def test_adapters_train_on_quantized_weights(choice: str, tmp_path: Path) -> Non
     assert len(trained) == 2 * 2 * 3
     assert all(parameter.grad is not None for parameter in trained)
     assert any(parameter.grad.abs().max() > 0 for parameter in trained)
-
-
-def test_hqq_weights_move_with_the_model(tmp_path: Path) -> None:
-    model = quantize_weights(build(tmp_path), "hqq-int8")
-    before = logits(model)
-    model.to(torch.bfloat16)
-    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
-    assert relative(logits(model) - before, before) < 0.1
-    assert {tensor.device.type for tensor in model.to("meta").state_dict().values()} == {"meta"}
-
-
-def test_none_changes_nothing(tmp_path: Path) -> None:
-    model = build(tmp_path)
-    before = weight_bytes(model)
-    assert quantize_weights(model, "none") is model
-    assert weight_bytes(model) == before
 
 
 def test_weight_bytes_counts_tied_weights_once(tmp_path: Path) -> None:
@@ -218,51 +207,53 @@ def test_weight_bytes_counts_tied_weights_once(tmp_path: Path) -> None:
 def test_errors_name_the_way_out(tmp_path: Path) -> None:
     model = build(tmp_path)
     with pytest.raises(InvalidValueError, match="Did you mean bnb-nf4") as caught:
-        quantize_weights(model, "nf4")
+        bitsandbytes_config(model.config, "nf4")
     assert all(choice in str(caught.value) for choice in WEIGHT_CHOICES)
-    source = LlamaForCausalLM(LlamaConfig(**SIZES))
+    with pytest.raises(InvalidValueError, match="allowed: bnb-nf4 or bnb-int8"):
+        bitsandbytes_config(model.config, "none")
     with pytest.raises(UnsupportedModelError, match="mla-convert"):
-        quantize_weights(source, "hqq-int4")
-    quantize_weights(model, "quanto-int8")
-    model.save_pretrained(tmp_path / "quantized")
-    for quantized in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")):
-        with pytest.raises(InvalidValueError, match=r"already quantized \(mla_quanto\)"):
-            quantize_weights(quantized, "hqq-int4")
+        bitsandbytes_config(LlamaConfig(**SIZES), "bnb-nf4")
+    saved = quantized(model, "bnb-int8", tmp_path)
+    saved.save_pretrained(tmp_path / "quantized")
+    for config in (saved.config, AutoConfig.from_pretrained(tmp_path / "quantized")):
+        with pytest.raises(UnsupportedModelError, match=r"quantized already \(bitsandbytes\)"):
+            bitsandbytes_config(config, "bnb-nf4")
     sizes = {"hidden_size": 72, "intermediate_size": 72, "num_attention_heads": 2}
     unfit = build(tmp_path, "shared rotary key", **sizes)
     with pytest.raises(UnsupportedModelError, match="in_features divisible by 64"):
-        quantize_weights(unfit, "quanto-int4")
+        bitsandbytes_config(unfit.config, "bnb-nf4")
 
 
 @pytest.mark.parametrize(
-    ("choice", "package", "module"),
-    [
-        ("bnb-nf4", "bitsandbytes", "bnb"),
-        ("hqq-int4", "hqq.core.quantize", "hqq"),
-        ("quanto-int8", "optimum.quanto", "quanto"),
-    ],
+    ("choice", "instead"),
+    [("hqq-int4", "bnb-nf4"), ("hqq-int8", "bnb-int8"), ("quanto-int4", "bnb-nf4"), ("quanto-int8", "bnb-int8")],
 )
-def test_missing_library_is_named(
-    choice: str, package: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, saved = build(tmp_path), build(tmp_path)
-    quantize_weights(saved, choice).save_pretrained(tmp_path / "quantized")
-    name = f"optimum_mla.weights.{module}"
-    assert importlib.import_module(name)
-    monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    extra = "bitsandbytes" if module == "bnb" else module
-    with pytest.raises(MissingDependencyError, match=rf"optimum-mla\[{extra}\]"):
-        quantize_weights(model, choice)
-    if module != "bnb":
-        with pytest.raises(MissingDependencyError, match="pip install"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+def test_choices_that_are_gone_say_what_to_take(choice: str, instead: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"got '{choice}', allowed: none, .* Take {instead}:"):
+        check_weights(choice)
+
+
+@pytest.mark.parametrize("method", ["mla_hqq", "mla_quanto"])
+def test_checkpoints_of_methods_that_are_gone_are_refused(method: str, tmp_path: Path) -> None:
+    """Transformers skips a method that it does not know, and would fill the weights with random numbers."""
+    build(tmp_path)
+    path = tmp_path / "source" / "config.json"
+    quantization = {"quant_method": method, "bits": 4, "modules_to_not_convert": ["lm_head"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    for load in (AutoModelForCausalLM.from_pretrained, models.Qwen2MLAForCausalLM.from_pretrained):
+        with pytest.raises(UnsupportedModelError, match="Run mla-quantize --weights bnb-nf4 or bnb-int8 on the unq"):
+            load(tmp_path / "source")
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tmp_path)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingDependencyError, match=r"optimum-mla\[bitsandbytes\]"):
+        bitsandbytes_config(model.config, "bnb-nf4")
 
 
 def test_importing_the_models_imports_no_library() -> None:
-    # HQQ itself is imported by Transformers where it is installed.
     code = (
-        "import optimum_mla, optimum_mla.models, sys;"
-        "assert not {'optimum.quanto', 'bitsandbytes', 'optimum_mla.weights.hqq'} & set(sys.modules)"
+        "import optimum_mla, optimum_mla.weights, sys;assert not {'optimum.quanto', 'bitsandbytes'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -80,8 +80,8 @@ class MLAQuantizeCommand(BaseOptimumCLICommand):
             "--weights",
             default="none",
             metavar="NAME",
-            help="How to quantize the weights of the linear layers: none, bnb-nf4, bnb-int8, hqq-int4, hqq-int8, "
-            "quanto-int4 or quanto-int8. Default: none.",
+            help="How to quantize the weights of the linear layers by bitsandbytes: none, bnb-nf4 (4 bits) or bnb-int8 "
+            "(8 bits). Default: none.",
         )
 
         evaluation = parser.add_argument_group("evaluation")
