@@ -182,6 +182,7 @@ class Checkpoint:
         device: str | None = None,
         offload: Path | None = None,
         kind: Any = AutoModelForCausalLM,
+        config: PreTrainedConfig | None = None,
         **more: Any,
     ) -> PreTrainedModel:
         """Return the model in evaluation mode, on its device.
@@ -193,6 +194,7 @@ class Checkpoint:
                 on the disk until they are used, if the model is of a supported family and has more than
                 `RESIDENT_BYTES`.
             kind: The Auto class of the model.
+            config: A config to take instead of the checkpoint's own.
             **more: Further keyword arguments of `from_pretrained`.
 
         Raises:
@@ -200,7 +202,7 @@ class Checkpoint:
             UnreadableModelError: Its weights or its generation config do not load.
             CorruptWeightsError: Weights are missing, or their shapes are not those of the config.
         """
-        model, config, hub = self.location, self.config, self.hub
+        model, config, hub = self.location, config or self.config, self.hub
         check_dtype(dtype)
         try:
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -87,7 +87,7 @@ def quantize(
         config = loaded.config
         del loaded
         quantization = bitsandbytes_config(config, weights)
-        loaded = load_model(model, config, dtype, device, {**hub, "quantization_config": quantization})
+        loaded = checkpoint.load(dtype, device, config=config, quantization_config=quantization)
     # Kernels for quantized weights round activations to 16 bits or fewer.
     verification = verify(loaded, tolerance=tolerance_of(kind if weights == "none" else torch.bfloat16))
     after = measured(loaded)
