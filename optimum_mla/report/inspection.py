@@ -7,7 +7,7 @@ from typing import Any
 
 from optimum_mla.report.break_even import tokens_text
 from optimum_mla.report.pages import size
-from optimum_mla.report.render import duration, number, table
+from optimum_mla.report.render import number, table
 
 WIDE = {"float32": 2, "float64": 4}
 """Dtypes of more than 16 bits, and how many times as large their numbers are."""
@@ -78,8 +78,6 @@ class Inspection:
         features: Properties that matter for a conversion: biases, norms, windows, rotary scaling.
         source_cache_bytes_per_token: Bytes that the unconverted model caches per token, with numbers in 16 bits.
         cache_bytes_per_token: Bytes that the model caches per token as it is, with numbers in 16 bits.
-        conversion_seconds: Estimated seconds of a conversion with default options on this machine, or None.
-        earlier_predictions: How good such estimates were for earlier conversions on this machine, or None.
         conversion_memory_bytes: Estimated peak memory of a conversion with default options, or None.
         choices: Results of each method at each size.
         engines: Engines that could run the result.
@@ -101,8 +99,6 @@ class Inspection:
     source_cache_bytes_per_token: float | None = None
     cache_bytes_per_token: float | None = None
     conversion_memory_bytes: int | None = None
-    conversion_seconds: float | None = None
-    earlier_predictions: str | None = None
     choices: list[Choice] = field(default_factory=list)
     engines: list[EngineChoice] = field(default_factory=list)
 
@@ -161,10 +157,6 @@ def inspection_text(found: Inspection) -> str:
         can = engine.options if share is None else f"{engine.options}: {share:.1f} % of the source's cache"
         lines.append(f"{engine.engine}: " + (f"no, {'; '.join(engine.blockers)}" if engine.blockers else can))
     if found.conversion_memory_bytes is not None:
-        needs = f"a conversion with default options needs about {size(found.conversion_memory_bytes)} of memory"
-        if found.conversion_seconds is not None:
-            needs += f" and {duration(found.conversion_seconds)} here"
-        lines += ["", needs]
-    if found.earlier_predictions is not None:
-        lines.append(found.earlier_predictions)
+        memory = size(found.conversion_memory_bytes)
+        lines += ["", f"a conversion of the weights with default options needs about {memory} of memory"]
     return "\n".join(lines)

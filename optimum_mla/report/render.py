@@ -193,14 +193,3 @@ def export_table(report: ExportReport) -> str:
         rows.append(("perplexity without latent norms", number(report.perplexity_without_norm)))
         rows.append(("  with latent norms", number(report.perplexity_with_norm)))
     return table(("", report.format), rows)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words that do not promise more than an estimate can, such as `about 3 minutes`."""
-    if seconds < 10:
-        return "a few seconds"
-    if seconds < 90:
-        return f"about {10 * round(seconds / 10)} seconds"
-    if seconds < 5400:
-        return f"about {round(seconds / 60)} minutes"
-    return f"about {seconds / 3600:.1f} hours"

@@ -112,8 +112,7 @@ class ConversionReport(Report):
         perplexity_before: The source model's perplexity on the text that `perplexity_text` names; None without any.
         perplexity_after: The converted model's perplexity on the same text.
         conversion_seconds: Wall time of the transformation alone.
-        predicted_seconds: What was predicted for it before it started.
-        predicted_memory_bytes: Peak memory that was predicted.
+        predicted_memory_bytes: Peak memory that was predicted before the conversion started.
         peak_memory_bytes: Highest memory of the whole process, with model and libraries.
         dtype: Dtype of the saved weights.
         seed: Seed that the user gave.
@@ -155,7 +154,6 @@ class ConversionReport(Report):
     dtype: str
     seed: int
     layers: list[LayerReport]
-    predicted_seconds: float | None = None
     predicted_memory_bytes: int | None = None
     perplexity_text: str | None = None
     written_as: str = "native"
