@@ -109,23 +109,20 @@ def run(config: dict[str, Any], layers: int) -> dict[str, Any]:
     return {"layers": layers, "weight_bytes": weight_bytes, **found}
 
 
-def expectation(shape: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return the size of a model and the time and memory that a conversion of it is predicted to take.
+def expectation(shape: dict[str, Any], dtype: str) -> dict[str, int]:
+    """Return the size of a model and the memory that a conversion of its weights is predicted to take.
 
     Args:
         shape: Arguments of its `LlamaConfig`.
         dtype: Dtype of its weights.
     """
-    from optimum_mla.models.family_table import family_of
-    from optimum_mla.models.layers import model_geometry
-    from optimum_mla.pipeline.inspecting import prediction
+    from optimum_mla.pipeline.inspecting import default_memory
 
     config = LlamaConfig(**shape, dtype=dtype)
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
     bytes_ = numbers * getattr(torch, dtype).itemsize
-    found = prediction(config, model_geometry(family_of(config).spec, config), bytes_)
-    return {"weight_bytes": bytes_, **{name: found[f"conversion_{name}"] for name in ("seconds", "memory_bytes")}}
+    return {"weight_bytes": bytes_, "memory_bytes": default_memory(config, bytes_)}
 
 
 def main() -> None:

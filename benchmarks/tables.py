@@ -336,12 +336,12 @@ def large() -> str:
 
 
 def large_computed() -> str:
-    """Return what is predicted for conversions of other models with default options."""
+    """Return the memory that is predicted for conversions of other models with default options."""
     rows = [
-        (name, f"{one['weight_bytes'] / 1e9:.0f}", f"{one['seconds'] / 3600:.1f}", f"{one['memory_bytes'] / 1e9:.0f}")
+        (name, f"{one['weight_bytes'] / 1e9:.1f}", f"{one['memory_bytes'] / 1e9:.1f}")
         for name, one in result("large")["computed"].items()
     ]
-    return table(("model of Llama's shapes", "weights, GB", "hours", "memory, GB"), rows)
+    return table(("model of Llama's shapes", "weights, GB", "memory, GB"), rows)
 
 
 def recovery_runs() -> dict[tuple[str, str], dict[str, Any]]:

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -17,23 +16,6 @@ DELAY_SECONDS = 2.0
 """Work that takes less time shows no bar."""
 LINE_SECONDS = 30.0
 """Seconds between two lines where there is no terminal."""
-
-_ends: list[float] = []
-"""When the work should be done that `expected_to_take` was told of, on the clock of `time.monotonic`."""
-
-
-@contextmanager
-def expected_to_take(seconds: float) -> Iterator[None]:
-    """Let the lines of progress inside the context also say how much is left of the whole work.
-
-    Args:
-        seconds: How long all stages together should take.
-    """
-    _ends.append(time.monotonic() + seconds)
-    try:
-        yield
-    finally:
-        _ends.pop()
 
 
 def progress(items: Iterable[T], description: str, main: bool = False) -> Iterable[T]:
@@ -64,7 +46,7 @@ def _with_lines(items: Iterable[T], description: str, total: int | None, seconds
         now = time.monotonic()
         if done and now - last >= seconds:
             last, said = now, True
-            print(f"{description}: {_state(done, total, now - start, now)}", file=sys.stderr, flush=True)
+            print(f"{description}: {_state(done, total, now - start)}", file=sys.stderr, flush=True)
         yield item
         done += 1
     if said:
@@ -75,12 +57,9 @@ def _count(done: int, total: int | None) -> str:
     return f"{done:,}" if total is None else f"{done:,} of {total:,}"
 
 
-def _state(done: int, total: int | None, seconds: float, now: float) -> str:
+def _state(done: int, total: int | None, seconds: float) -> str:
     """Return what is done, for how long it took, and how long the rest takes at this pace."""
     text = f"{_count(done, total)}, {seconds:.0f} s"
     if total is None:
         return text
-    left = seconds / done * (total - done)
-    if not _ends:
-        return f"{text}, about {left:.0f} s left"
-    return f"{text}, about {left:.0f} s left here, {max(left, _ends[-1] - now):.0f} s in all"
+    return f"{text}, about {seconds / done * (total - done):.0f} s left"

@@ -10,7 +10,7 @@ from optimum_mla.calibrate.windows import HELD_BACK
 from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import kept_layers, model_geometry
-from optimum_mla.report.render import duration, size
+from optimum_mla.report.render import size
 
 SMALL_CACHE_RATIO = 0.1
 """Share of the source's cache below which a conversion is announced with a warning."""
@@ -22,11 +22,10 @@ def announcement(
     transformation: MLATransformation,
     planned: Any,
     data: dict[str, dict[str, Any]],
-    seconds: float,
     memory: int,
     wrapped: bool = False,
 ) -> str:
-    """Return a few lines that say what a conversion will do, and about how long and with how much memory.
+    """Return a few lines that say what a conversion will do, and with how much memory.
 
     Args:
         model: Name of the model.
@@ -34,8 +33,7 @@ def announcement(
         transformation: The transformation, with its calibration tokens.
         planned: The config that the conversion will give.
         data: The origins of the texts, as in the report.
-        seconds: How long it should take.
-        memory: How many bytes of memory it should take.
+        memory: Bytes of memory that it should take.
         wrapped: Whether the model is the language model inside another one.
     """
     parameters = sum(p.numel() for p in source.parameters())
@@ -73,4 +71,5 @@ def announcement(
             f"warning: {100 * geometry.cache_ratio:.2g} % of the cache is less than models of today can do with; "
             "expect to train the result, or take --kv-cache-ratio 0.25 with mla-quantize --cache-bits 4 behind it."
         )
-    return "\n".join([*lines, f"This should take {duration(seconds)} and {size(memory)} of memory.", ""])
+    lines.append(f"This should take {size(memory)} of memory. How long it takes is said after the first layer.")
+    return "\n".join([*lines, ""])

@@ -17,24 +17,20 @@ from typing_extensions import Unpack
 
 from optimum_mla.core.errors import OptionError
 from optimum_mla.core.processes import ALONE, Processes
-from optimum_mla.core.progress import expected_to_take
 from optimum_mla.export.gguf_file import file_type_of
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space, kept_folder, located
 from optimum_mla.measure.answers import answers, moved, prompts, text_of
 from optimum_mla.measure.memory import bytes_per_token
-from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.measure.stages import Stages
 from optimum_mla.measure.verify import reference_logits, verify
-from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.pipeline.announcement import announcement
 from optimum_mla.pipeline.checkpoint import Checkpoint, load_written
 from optimum_mla.pipeline.coding import assist_codec, code_cache
-from optimum_mla.pipeline.estimate import PROBE_TOKENS, conversion_memory, conversion_seconds, probe, work_of
+from optimum_mla.pipeline.estimate import conversion_memory
 from optimum_mla.pipeline.exporting import exported_model, write_export
-from optimum_mla.pipeline.history import Outcome, remember
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
 from optimum_mla.pipeline.preparation import ConversionRequest, Settings, prepare
 from optimum_mla.pipeline.unfinished import VERSIONED, UnfinishedConversion, write_model
@@ -119,22 +115,18 @@ def convert_weights(
             file_type_of(source.dtype)
         check_space(folder, max(0, weight_bytes(source) - unfinished.bytes))
         run = prepared.run(source, unfinished, processes)
-        work = work_of(transformation, len(run.layers), prepared.measured_on)
-        speed = probe(config, source.device, prepared.window_length or PROBE_TOKENS)
-        predicted_seconds = conversion_seconds(speed, work, processes.size)
+        given = transformation.calibration if transformation.needs_calibration else None
         predicted_bytes = conversion_memory(
             config,
-            model_geometry(family_of(config).spec, config),
             weight_bytes(source),
-            work.tokens,
-            0 if windows is None else min(windows.numel(), TOKENS_PER_BATCH),
+            given.numel() if isinstance(given, torch.Tensor) else 0,
+            0 if windows is None else windows.numel(),
             any(parameter.is_meta for parameter in source.parameters()),
-            work.compared_tokens,
         )
         if announce is not None:
-            predicted = (predicted_seconds, predicted_bytes)
             wrapped = wrapper is not None
-            announce(announcement(model, source, transformation, prepared.planned, data, *predicted, wrapped=wrapped))
+            planned = prepared.planned
+            announce(announcement(model, source, transformation, planned, data, predicted_bytes, wrapped=wrapped))
         few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
         speaks = tokenizer is not None and readable_at_once(source)
         questions = prompts(tokenizer, config.vocab_size) if speaks else []
@@ -142,7 +134,7 @@ def convert_weights(
             source_bytes = bytes_per_token(source, few)
             said = answers(source, questions)
             reference = reference_logits(source) if transformation.preserves_computation else None
-        with stages.stage("convert"), expected_to_take(predicted_seconds):
+        with stages.stage("convert"):
             for layer, attention in run.steps():
                 unfinished.write_layer(run, layer, attention)
         before, after = run.perplexities or (None, None)
@@ -180,7 +172,6 @@ def convert_weights(
                 perplexity_before=before,
                 perplexity_after=after,
                 conversion_seconds=unfinished.seconds,
-                predicted_seconds=predicted_seconds,
                 predicted_memory_bytes=predicted_bytes,
                 peak_memory_bytes=stages.peak(),
                 dtype=str(converted.dtype).removeprefix("torch."),
@@ -216,9 +207,6 @@ def convert_weights(
                 write_wrapped(asked.source, wrapper, converted, partial, folder)
             report.write(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
-    if not asked.resume and processes.size == 1:
-        made = (predicted_seconds, report.conversion_seconds, predicted_bytes, report.peak_memory_bytes)
-        remember(Outcome(model, method, *made))
     return report
 
 

@@ -12,25 +12,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from optimum_mla.calibrate.sensitivity import SENSITIVITY_TOKENS
 from optimum_mla.calibrate.text import window_length
 from optimum_mla.calibrate.windows import windows_to_read
 from optimum_mla.convert.codec import codable_layers
-from optimum_mla.convert.first_pass import ALLOCATION_WINDOWS
 from optimum_mla.core.errors import MLAError, UnreadableModelError, first_line
 from optimum_mla.core.geometry import MLAGeometry, ModelGeometry
 from optimum_mla.core.number_checks import check_finite
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.families.spec import AttentionSpec, sliding_window
-from optimum_mla.measure.quality import TOKENS_PER_BATCH
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.ops.rope_split import SCORED_SELECTIONS
 from optimum_mla.ops.rotary import PairTable
 from optimum_mla.pipeline.checkpoint import RESIDENT_BYTES, Checkpoint
-from optimum_mla.pipeline.estimate import Work, conversion_memory, conversion_seconds, probe
-from optimum_mla.pipeline.history import accuracy, outcomes
+from optimum_mla.pipeline.estimate import conversion_memory
 from optimum_mla.pipeline.weight_headers import headers
 from optimum_mla.plan.budget import RankBudget
 from optimum_mla.report.break_even import break_even_tokens
@@ -63,10 +59,9 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 
 def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | None = None) -> Inspection:
-    """Return what conversions of a model would give and how long they take here, without loading its weights.
+    """Return what conversions of a model would give, without loading its weights.
 
-    Only the config and the headers of the safetensors files are read. For the time, the speed of this machine is
-    measured for a few seconds, with a decoder layer of random weights.
+    Only the config and the headers of the safetensors files are read.
 
     Args:
         model: The model, as a hub id or a folder.
@@ -136,7 +131,7 @@ def inspect(model: str, ratios: Sequence[float] = RATIOS, hub: dict[str, Any] | 
         state="convertible",
         choices=choices,
         engines=engine_choices(family.spec, geometry, rope, windows),
-        **prediction(config, geometry, weight_bytes),
+        conversion_memory_bytes=default_memory(config, weight_bytes),
     )
 
 
@@ -325,31 +320,15 @@ def engine_choices(spec: AttentionSpec, source: ModelGeometry, rope: str, window
     return found
 
 
-def prediction(config: PreTrainedConfig, geometry: ModelGeometry, weight_bytes: int) -> dict[str, Any]:
-    """Return the time and the memory of a conversion with default options, and how good earlier predictions were.
+def default_memory(config: PreTrainedConfig, weight_bytes: int) -> int:
+    """Return an estimate of the highest memory, in bytes, of a conversion of the weights with default options.
 
     Args:
         config: The config of the source model.
-        geometry: Shape of the source model.
         weight_bytes: Bytes of its weights.
     """
     length = window_length(config, None, "calibration_length")
-    tokens = CALIBRATION_WINDOWS * length
-    first = min(ALLOCATION_WINDOWS, CALIBRATION_WINDOWS) * length
-    work = Work(
-        len(geometry.layers),
-        tokens,
-        first,
-        True,
-        evaluated_tokens=(windows_to_read(CALIBRATION_WINDOWS) - CALIBRATION_WINDOWS) * length,
-        compared_tokens=min(SENSITIVITY_TOKENS, first),
+    evaluated = (windows_to_read(CALIBRATION_WINDOWS) - CALIBRATION_WINDOWS) * length
+    return conversion_memory(
+        config, weight_bytes, CALIBRATION_WINDOWS * length, evaluated, offloaded=weight_bytes > RESIDENT_BYTES
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    offloaded = weight_bytes > RESIDENT_BYTES
-    return {
-        "conversion_seconds": conversion_seconds(probe(config, device, length), work),
-        "conversion_memory_bytes": conversion_memory(
-            config, geometry, weight_bytes, tokens, TOKENS_PER_BATCH, offloaded, work.compared_tokens
-        ),
-        "earlier_predictions": accuracy(outcomes()),
-    }

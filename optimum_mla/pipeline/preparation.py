@@ -152,7 +152,6 @@ class Preparation:
         transformation: The transformation, with its calibration tokens or statistics.
         planned: The config that it will give.
         data: The origins of the texts, as in the report.
-        window_length: Tokens in a calibration window, or None without calibration text.
         windows: Token ids on which the perplexity is reported, or None.
         text: What these windows are.
         measured_on: Token ids that are run through both models for the perplexity alone, or None where it is that of
@@ -167,7 +166,6 @@ class Preparation:
     transformation: MLATransformation
     planned: PreTrainedConfig
     data: dict[str, dict[str, Any]]
-    window_length: int | None
     windows: Tensor | None
     text: str
     measured_on: Tensor | None
@@ -250,7 +248,6 @@ def prepare(asked: ConversionRequest) -> Preparation:
         transformation=transformation,
         planned=planned,
         data=data,
-        window_length=None if calibration is None else calibration.shape[1],
         windows=windows,
         text=text,
         measured_on=evaluation if transformation.needs_calibration else windows,

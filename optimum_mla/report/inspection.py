@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from optimum_mla.report.render import Table, cell, duration, fill
+from optimum_mla.report.render import Table, cell, fill
 
 WIDE = {"float32": 2, "float64": 4}
 """Dtypes of more than 16 bits, and how many times as large their numbers are."""
@@ -55,8 +55,6 @@ class Inspection:
     source_cache_bytes_per_token: float | None = None  # of the unconverted model, with numbers in 16 bits
     cache_bytes_per_token: float | None = None  # of the model as it is, with numbers in 16 bits
     conversion_memory_bytes: int | None = None  # estimated peak with default options
-    conversion_seconds: float | None = None  # estimated with default options on this machine
-    earlier_predictions: str | None = None  # how good such estimates were for earlier conversions on this machine
     choices: list[Choice] = field(default_factory=list)
     engines: list[EngineChoice] = field(default_factory=list)
 
@@ -76,8 +74,4 @@ def inspection_text(found: Inspection) -> str:
         if row.problem is None
     ]
     columns = ("method, ratio", "numbers/token", "bytes/token", "% of source", "parameters", "pays from, tokens")
-    seconds = found.conversion_seconds
-    time = None if seconds is None else duration(seconds)
-    return fill(
-        "inspection.txt", found=found, table=Table(columns, rows), wide=WIDE.get(found.dtype), time=time
-    ).strip()
+    return fill("inspection.txt", found=found, table=Table(columns, rows), wide=WIDE.get(found.dtype)).strip()

@@ -70,17 +70,6 @@ def size(value: float) -> str:
     return f"{value:.0f} B"
 
 
-def duration(seconds: float) -> str:
-    """Return a duration in words that do not promise more than an estimate can, such as `about 3 minutes`."""
-    if seconds < 10:
-        return "a few seconds"
-    if seconds < 90:
-        return f"about {10 * round(seconds / 10)} seconds"
-    if seconds < 5400:
-        return f"about {round(seconds / 60)} minutes"
-    return f"about {seconds / 3600:.1f} hours"
-
-
 @cache
 def _templates() -> Environment:
     """Return the templates, of which those of HTML escape what they are given."""

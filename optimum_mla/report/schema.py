@@ -182,7 +182,6 @@ class ConversionReport(SourceReport, file_name="conversion_report.json", command
     answers: dict[str, Any] | None = None  # `measure.quality.Movement` on the source's own answers to built-in prompts
     sample: dict[str, str] | None = None  # a `prompt`, and how the `source` and the `result` go on
     quality_warning: str | None = None  # says that the conversion cost more than a small loss
-    predicted_seconds: float | None = None
     predicted_memory_bytes: int | None = None
     layers: list[LayerReport]
     written_as: str = "native"  # `native`, `wrapper` (inside a model that reads images), `deepseek_v3` or `gguf`

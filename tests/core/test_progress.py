@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from optimum_mla.core import progress as module
-from optimum_mla.core.progress import expected_to_take, progress
+from optimum_mla.core.progress import progress
 
 
 @pytest.fixture
@@ -42,17 +42,3 @@ def test_other_work_gives_a_line_each_half_minute(clock: list[float], capsys: py
     assert said(clock, capsys, 16, main=False, sized=True) == lines
     lines = ["layers: 1, 31 s", "layers: 2, 62 s", "layers: 3, 93 s", "layers: 4, 124 s"]
     assert said(clock, capsys, 31, main=False, sized=False) == lines
-
-
-def test_stages_say_what_is_left_of_all_of_them(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with expected_to_take(60):
-        first = said(clock, capsys, 5, main=True, sized=True)
-        second = said(clock, capsys, 20, main=True, sized=True)  # longer than was expected
-    assert first == [
-        "layers: 1 of 4, 5 s, about 15 s left here, 55 s in all",
-        "layers: 2 of 4, 10 s, about 10 s left here, 50 s in all",
-        "layers: 3 of 4, 15 s, about 5 s left here, 45 s in all",
-        "layers: 4 of 4, 20 s",
-    ]
-    assert second[0] == "layers: 1 of 4, 20 s, about 60 s left here, 60 s in all"
-    assert said(clock, capsys, 5, main=True, sized=True)[0] == "layers: 1 of 4, 5 s, about 15 s left"
