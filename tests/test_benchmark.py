@@ -403,7 +403,7 @@ def test_comparisons_need_reports(report: BenchmarkReport, models: Path, tmp_pat
         compare([models / "report", models / "converted"], tmp_path / "out")
     (tmp_path / "report.json").write_text('{"model": 1}')
     with pytest.raises(
-        ReportError, match=r"report\.json is no report of mla-benchmark .*: the field model is 3, not a text"
+        ReportError, match=r"report\.json is no report of mla-benchmark .*: the field model is 1, not a text"
     ):
         compare([models / "report", tmp_path], tmp_path / "out")
 

@@ -56,12 +56,14 @@ def checked(kind: Any, value: Any, place: str = "") -> Any:
     if NoneType in inner:
         return None if value is None else checked(inner[0], value, place)
     if is_dataclass(kind) and isinstance(value, dict):
-        hints, prefix = get_type_hints(kind), f"{place}." if place else ""
+        hints, found = get_type_hints(kind), {}
         for one in fields(kind):
-            if one.name not in value and one.default is MISSING and one.default_factory is MISSING:
-                raise ReportError(f"the field {prefix}{one.name} is missing")
-        known = [one.name for one in fields(kind) if one.name in value]
-        return kind(**{name: checked(hints[name], value[name], prefix + name) for name in known})  # type: ignore[operator]
+            name = f"{place}.{one.name}" if place else one.name
+            if one.name in value:
+                found[one.name] = checked(hints[one.name], value[one.name], name)
+            elif one.default is MISSING and one.default_factory is MISSING:
+                raise ReportError(f"the field {name} is missing")
+        return kind(**found)  # type: ignore[operator]
     if plain is list and isinstance(value, list):
         return [checked(inner[0], item, f"{place}[{index}]") for index, item in enumerate(value)]
     if plain is dict and isinstance(value, dict):
