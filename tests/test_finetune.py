@@ -294,7 +294,7 @@ def test_report_tells_what_the_saved_model_measures(
 
 def test_first_losses_are_the_models_own(models: Path, train: Callable[..., RecoveryReport]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    ids = pack(tokenizer, models / "train.txt", 32, 128)[:]["input_ids"]
+    ids = pack(tokenizer, models / "train.txt", 32, 128).ids
     assert ids.shape == (4, 32)
     # One batch is all the data, so its order does not matter.
     once = {"max_steps": 1, "per_device_train_batch_size": 4}
@@ -404,7 +404,7 @@ def test_streaming_reads_the_same_rows_in_order(
     models: Path, train: Callable[..., RecoveryReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    packed = pack(tokenizer, models / "train.txt", 32)[:]["input_ids"]
+    packed = pack(tokenizer, models / "train.txt", 32).ids
     assert torch.equal(torch.stack([row["input_ids"] for row in stream(tokenizer, models / "train.txt", 32)]), packed)
 
     seen: list[Tensor] = []
@@ -953,7 +953,7 @@ def test_rows_are_held_back_where_there_is_no_evaluation_text(
     reference: Path, models: Path, train: Callable[..., RecoveryReport]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    rows = pack(tokenizer, models / "train.txt", 32)
+    rows = pack(tokenizer, models / "train.txt", 32).ids
     report = train(texts=TextOptions(), train="kv", objective="sft", **LEARNS)
     assert report.perplexity_text == "held-back training"
     count = report.data["held-back"]["windows"]
@@ -976,6 +976,13 @@ def test_rows_are_held_back_where_there_is_no_evaluation_text(
 
 # Bad input
 
+
+def test_a_setting_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"finetune\(\) has no setting 'overwite'\. Its settings are dtype, device"):
+        finetune("model", tmp_path / "out", "text.txt", overwite=True)  # type: ignore[call-arg]
+    assert list(tmp_path.iterdir()) == []
+
+
 BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
     "unconverted model": (r"source is not converted\. Run optimum-cli mla-convert", {"model": "{models}/source"}),
     "no such model": (r"model: .*no such folder", {"model": "{models}/nowhere"}),
@@ -984,7 +991,7 @@ BAD_INPUT: dict[str, tuple[str, dict[str, Any]]] = {
         r"train-data: .*empty\.txt holds fewer tokens than one row of 32",
         {"train_data": "{bad}/empty.txt"},
     ),
-    "no JSON": (r"malformed\.jsonl could not be read after row 1", {"train_data": "{bad}/malformed.jsonl"}),
+    "no JSON": (r"line 2 of .*malformed\.jsonl is not JSON", {"train_data": "{bad}/malformed.jsonl"}),
     "no text": (r"row 2 of .*pairless\.jsonl has no str 'text'", {"train_data": "{bad}/pairless.jsonl"}),
     "pairs without a column": (
         r"row 3 of .*lacking\.jsonl has no str 'rejected'",

@@ -18,6 +18,8 @@ from optimum_mla.io.documents import read_documents, read_rows
 
 DEFAULT_WINDOW = 512
 """Tokens of a window where the user gives no length and the model can take so many."""
+IDS_PER_PIECE = 16_384
+"""Token ids that are taken at once from an iterable of them."""
 PIECE_CHARACTERS = 65_536
 """A text is tokenized in pieces of at most so many characters."""
 CUTS = tuple(re.compile(f".*[^\\W_](?={after})", re.DOTALL) for after in (r" [^\W_]", r"\s", r"\W"))
@@ -137,10 +139,7 @@ def token_documents(
     if not isinstance(source, str | Path):
         if chats:
             raise CalibrationDataError("chat-template: got token ids, allowed: a file, folder or dataset of chats.")
-        try:
-            return [], iter([iter([[operator.index(token) for token in source]])])
-        except TypeError as error:
-            raise CalibrationDataError(f"text: token ids have to be integers: {first_line(error)}") from error
+        return [], iter([_given_ids(source)])
     beginning = text_beginning(tokenizer)
     if not chats:
         return beginning, (_tokens_of_document(tokenizer, document) for document in read_documents(source))
@@ -160,6 +159,15 @@ def text_beginning(tokenizer: Any) -> list[int]:
 def _ids(tokenizer: Any, text: str) -> list[int]:
     # verbose=False: a text is longer than the model's context, and is cut into windows on purpose.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _given_ids(source: Iterable[int]) -> Iterator[list[int]]:
+    ids = iter(source)
+    try:
+        while piece := [operator.index(token) for token in islice(ids, IDS_PER_PIECE)]:
+            yield piece
+    except TypeError as error:
+        raise CalibrationDataError(f"text: token ids have to be integers: {first_line(error)}") from error
 
 
 def _tokens_of_document(tokenizer: Any, blocks: Iterable[str]) -> Iterator[list[int]]:

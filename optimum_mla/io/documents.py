@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import re
@@ -22,6 +23,8 @@ Reader = Callable[[Any], Iterator[Any]]
 """Yields the rows of a file, or of a dataset by its name."""
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Functions that open a compressed file, by its suffix."""
+ARCHIVES = (".zip", ".zst", ".7z", ".rar", ".tar", ".tgz", ".lz4")
+"""Suffixes of what a user has to unpack."""
 BLOCK_CHARACTERS = 65_536
 """Characters of a document that are read at once."""
 NO_CHARACTERS = re.compile("[\0\ud800-\udfff]")
@@ -54,8 +57,9 @@ def read_rows(source: str | Path, columns: dict[str, type]) -> Iterator[dict[str
     """Yield the rows of a file, of the files of a folder, or of a dataset, reading no more than is asked for.
 
     Args:
-        source: A file with a suffix of `READERS`, which may be compressed (`.gz`, `.bz2`, `.xz`) unless it is Parquet
-            or Arrow; a folder of files of one of these kinds; or a dataset as `NAME[:CONFIG[:SPLIT]]`.
+        source: A file with a suffix of `READERS` (any other is read as JSON Lines), which may be compressed (`.gz`,
+            `.bz2`, `.xz`) unless it is Parquet or Arrow; a folder of files of one of these kinds; or a dataset as
+            `NAME[:CONFIG[:SPLIT]]`.
         columns: The columns that every row must have, with the types of their values.
 
     Raises:
@@ -66,9 +70,7 @@ def read_rows(source: str | Path, columns: dict[str, type]) -> Iterator[dict[str
 
 
 def _checked_rows(part: str | Path, columns: dict[str, type]) -> Iterator[dict[str, Any]]:
-    reader: Reader | None = READERS.get(_kind(part)) if isinstance(part, Path) else _dataset
-    if reader is None:
-        raise CalibrationDataError(f"text: {part} has no rows, allowed: {', '.join(READERS)} files, or a dataset.")
+    reader: Reader = READERS.get(_kind(part), _json) if isinstance(part, Path) else _dataset
     for number, row in enumerate(_guarded(reader(part), part, "row"), start=1):
         for name, kind in columns.items():
             if not isinstance(row, dict) or not isinstance(row.get(name), kind):
@@ -102,18 +104,20 @@ def _parts(source: str | Path) -> Iterator[Path | str]:
     path = Path(source)
     if not str(source).strip():
         raise CalibrationDataError(f"text: got an empty name. {REMEDY}")
+    suffix = path.suffix.lower()
+    if suffix in ARCHIVES or (suffix in OPENERS and _kind(path) in (".parquet", ".arrow")):
+        raise CalibrationDataError(f"text: {source} is packed as {suffix}. Unpack it and give what is inside.")
     if not os.path.isdir(source):
-        if isinstance(source, str) and not os.path.isfile(path) and _kind(path) not in (".txt", ".md", *READERS):
-            yield source
-        else:
-            yield path
+        known = (".txt", ".text", ".md", *OPENERS, *READERS)
+        yield path if os.path.exists(source) or suffix in known else str(source)
         return
     files = [file for file in sorted(path.iterdir()) if file.is_file() and not ABOUT_DATA.fullmatch(file.name)]
     kinds = sorted({_kind(file) for file in files})
     if len(kinds) != 1 or kinds[0] not in (".txt", *READERS):
+        found = f"files of the kinds {', '.join(map(repr, kinds))}" if kinds else "no files of text"
         raise CalibrationDataError(
-            f"text: the folder {source} holds files of the kinds {', '.join(map(repr, kinds)) or 'none'}, allowed: one "
-            f"of .txt, {', '.join(READERS)}. Give FOLDER:default:train for a dataset in folders of its own."
+            f"text: the folder {source} holds {found}, allowed: files of one of the kinds .txt, {', '.join(READERS)}. "
+            "Give FOLDER:default:train for a dataset in folders of its own."
         )
     yield from files
 
@@ -141,12 +145,20 @@ def _blocks(document: Path | str) -> Iterator[str]:
 
 
 def _json(file: Path) -> Iterator[Any]:
-    with _open(file) as text:
-        for line in text:
-            if line.lstrip().startswith("["):  # An array has no lines to go by, so it is read whole.
-                yield from json.loads(line + text.read())
-            elif line.strip():
-                yield json.loads(line)
+    # Only "\n" ends a line: JSON strings may hold U+2028 and others. strict=False takes control characters in strings.
+    with _open(file, newline="\n") as text:
+        for number, line in enumerate(text, start=1):
+            is_array = line.lstrip().startswith("[")
+            written = line + text.read() if is_array else line  # An array has no lines to go by, so it is read whole.
+            try:
+                found = json.loads(written, strict=False) if written.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise CalibrationDataError(
+                    f"text: line {number} of {file} is not JSON: {first_line(error)}. Give one object a line, or an "
+                    "array of objects."
+                ) from error
+            if written.strip():
+                yield from found if is_array else [found]
 
 
 def _csv(file: Path) -> Iterator[dict[str, str]]:
@@ -172,6 +184,7 @@ def _dataset(name: str) -> Iterator[dict[str, Any]]:
 def _streamed(*arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset  # It takes a second, which text, JSON and CSV need not.
 
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # Its log would say the same as the error.
     # Iterated in a worker of a `DataLoader` the dataset itself would give that worker's share of the files only.
     for batch in load_dataset(*arguments, **options, streaming=True).iter(batch_size=1):
         yield {name: values[0] for name, values in batch.items()}

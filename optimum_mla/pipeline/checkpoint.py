@@ -221,6 +221,8 @@ class Checkpoint:
         quantized = getattr(config, "quantization_config", None) is not None
         if offload is not None and not quantized and self._expected_bytes(dtype) > RESIDENT_BYTES:
             spread = {"device_map": layers_on_disk(config, place), "offload_folder": str(offload)}
+        if "quantization_config" in more:  # Weights are quantized where they are loaded.
+            spread = {"device_map": {"": str(place)}}
         try:
             with reading("weights", model, hub):
                 # Weights of other shapes are refused below, where their names are known.

@@ -32,7 +32,7 @@ from optimum_mla.pipeline.coding import assist_codec, code_cache
 from optimum_mla.pipeline.estimate import conversion_memory
 from optimum_mla.pipeline.exporting import exported_model, write_export
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
-from optimum_mla.pipeline.preparation import ConversionRequest, Settings, prepare
+from optimum_mla.pipeline.preparation import ConversionRequest, ConversionSettings, prepare
 from optimum_mla.pipeline.unfinished import VERSIONED, UnfinishedConversion, write_model
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
@@ -54,7 +54,7 @@ def convert(
     texts: TextOptions = NO_TEXTS,
     announce: Callable[[str], None] | None = None,
     processes: Processes = ALONE,
-    **settings: Unpack[Settings],
+    **settings: Unpack[ConversionSettings],
 ) -> ConversionReport | CodecReport:
     """Convert a checkpoint and write the result with its model card and its report.
 
@@ -70,7 +70,7 @@ def convert(
         announce: Called with a few lines that say what will be done, before it starts.
         processes: The processes that share the work. The first one of them calls this function, and the others call
             `assist`.
-        **settings: See `Settings`.
+        **settings: See `optimum_mla.pipeline.preparation.ConversionSettings`.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
@@ -216,7 +216,7 @@ def assist(
     method: str = "gqa2mla",
     options: dict[str, Any] | None = None,
     texts: TextOptions = NO_TEXTS,
-    **settings: Unpack[Settings],
+    **settings: Unpack[ConversionSettings],
 ) -> None:
     """Do this process's share of a conversion that the first of several processes runs and writes.
 

@@ -28,7 +28,7 @@ from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card
 from optimum_mla.pipeline.teacher import load_teacher, perplexity_of_source
-from optimum_mla.pipeline.training_plan import RUN_FILE, Settings, TrainingPlan, plan_training
+from optimum_mla.pipeline.training_plan import RUN_FILE, TrainingPlan, TrainingSettings, plan_training
 from optimum_mla.recovery.as_used import check_prompt
 from optimum_mla.recovery.held_out import HeldOut
 from optimum_mla.recovery.parameters import ADAPTERS, full_state, parameter_counts, prepare
@@ -54,7 +54,7 @@ def finetune(
     recipe: Recipe | None = None,
     training: dict[str, Any] | None = None,
     texts: TextOptions = NO_TEXTS,
-    **settings: Unpack[Settings],
+    **settings: Unpack[TrainingSettings],
 ) -> RecoveryReport | None:
     """Train a converted checkpoint, or one with a codec, and write the result.
 
@@ -77,7 +77,7 @@ def finetune(
         recipe: What trains, and against what; None takes the defaults.
         training: Fields of `transformers.TrainingArguments`; `lr_scheduler_type` may also be `mha2mla`.
         texts: Its evaluation text, if any; the largest number and the length of its windows.
-        **settings: See `Settings`.
+        **settings: See `optimum_mla.pipeline.training_plan.TrainingSettings`.
 
     Returns:
         The report; None in processes that write nothing.

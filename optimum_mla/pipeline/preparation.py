@@ -41,7 +41,7 @@ BUILT_IN_WINDOWS = 8
 """Largest number of windows of the built-in text on which an uncalibrated conversion without text is measured."""
 
 
-class Settings(TypedDict, total=False):
+class ConversionSettings(TypedDict, total=False):
     """How a conversion runs and what it writes.
 
     Attributes:
@@ -78,7 +78,7 @@ class ConversionRequest:
         method: One of `available_transforms()`.
         options: Keyword arguments of the method.
         texts: Calibration and evaluation texts.
-        dtype, device, seed, overwrite, export_format, resume, try_family, codec_only: See `Settings`.
+        dtype, device, seed, overwrite, export_format, resume, try_family, codec_only: See `ConversionSettings`.
     """
 
     source: Checkpoint
@@ -96,7 +96,7 @@ class ConversionRequest:
 
     @classmethod
     def of(
-        cls, model: str, method: str, options: dict[str, Any] | None, texts: TextOptions, settings: Settings
+        cls, model: str, method: str, options: dict[str, Any] | None, texts: TextOptions, settings: ConversionSettings
     ) -> ConversionRequest:
         """Return the request of a user, with all options that an export needs, and with a size of the cache.
 

@@ -22,7 +22,7 @@ from optimum_mla.pipeline.loading import TextOptions, read_texts
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.teacher import find_teacher
 from optimum_mla.recovery.as_used import check_as_used
-from optimum_mla.recovery.data import describe, hold_back, pack, preferences, stream
+from optimum_mla.recovery.data import hold_back, pack, preferences, stream
 from optimum_mla.recovery.parameters import ADAPTERS
 from optimum_mla.recovery.recipe import Recipe, check_installed, check_training, training_arguments
 from optimum_mla.recovery.stages import CHECKPOINTS
@@ -32,7 +32,7 @@ RUN_FILE = "run.jsonl"
 """The journal of a run beside its checkpoints, which holds its settings."""
 
 
-class Settings(TypedDict, total=False):
+class TrainingSettings(TypedDict, total=False):
     """How a training runs and what it writes.
 
     Attributes:
@@ -113,13 +113,18 @@ def plan_training(
     recipe: Recipe,
     training: dict[str, Any],
     texts: TextOptions,
-    settings: Settings,
+    settings: TrainingSettings,
 ) -> TrainingPlan:
     """Return the plan of a training; the arguments are those of `finetune`.
 
     Raises:
         MLAError: Bad input of any kind.
+        TypeError: There is no such setting.
     """
+    for name in settings.keys() - TrainingSettings.__annotations__.keys():
+        raise TypeError(
+            f"finetune() has no setting {name!r}. Its settings are {', '.join(TrainingSettings.__annotations__)}."
+        )
     dtype, device = settings.get("dtype", "auto"), settings.get("device")
     overwrite, revision = settings.get("overwrite", False), settings.get("teacher_revision")
     check_dtype(dtype)
@@ -280,7 +285,7 @@ def training_data(
     held: Tensor | None = None
     if holds_back:
         rows, held = hold_back(rows)
-    return rows, describe(rows, length), held
+    return rows, rows.describe(), held
 
 
 def make_arguments(chosen: dict[str, Any]) -> TrainingArguments:

@@ -1,17 +1,16 @@
-"""Training data: documents packed into rows of equal length, and pairs for DPO."""
+"""Training data: documents packed into rows of equal length."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from optimum_mla.calibrate.text import cut_windows, token_documents
 from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
@@ -26,12 +25,70 @@ MOST_HELD_BACK = 32
 """Largest number of rows that are held back; of a stream it is the number, because its length is not known."""
 
 
+class PackedRows(Dataset):
+    """Rows of token ids in memory.
+
+    Args:
+        ids: Token ids, [N, L].
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the report says about the rows, with the hash of their token ids."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        return {"rows": len(self.ids), "tokens_per_row": self.ids.shape[1], "sha256": digest}
+
+
+class StreamedRows(IterableDataset):
+    """Rows that are read and packed while training goes on; nothing is kept.
+
+    Each worker of a `DataLoader` reads the whole text and yields its own share of the rows, so that every row comes
+    once. The shares of several processes are cut by Accelerate.
+
+    Args:
+        tokenizer: A Transformers tokenizer.
+        source: Text as for `pack`, or token ids that can be read more than once.
+        length: Tokens per row.
+        chats: Read `source` as for `pack`.
+        skipped: Number of rows at the beginning that are left out.
+    """
+
+    def __init__(self, tokenizer: Any, source: Source, length: int, chats: bool = False, skipped: int = 0) -> None:
+        if not isinstance(source, str | Path) and iter(source) is source:
+            raise CalibrationDataError(
+                f"{FIELD}: token ids to be streamed were given as an iterator, which can be read only once. "
+                "Give a list or another object that can be read again."
+            )
+        self.tokenizer, self.source, self.length, self.chats = tokenizer, source, length, chats
+        self.skipped = skipped
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        rows = packed_rows(self.tokenizer, self.source, self.length, self.chats)
+        for row in islice(rows, self.skipped + first, None, step):
+            ids = torch.tensor(row)
+            yield {"input_ids": ids, "labels": ids}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the report says about the rows: what is streamed is not hashed."""
+        return {"rows": None, "tokens_per_row": self.length, "sha256": None}
+
+
 def packed_rows(tokenizer: Any, source: Source, length: int, chats: bool = False) -> Iterator[list[int]]:
     """Yield documents one after the other, cut into rows of `length` tokens.
 
     Every document and every row begins with what the tokenizer puts in front of a text, such as BOS, and every document
     ends with the end-of-text token. What is left at the end, fewer tokens than a row, is dropped. Token ids that are
-    given stay as they are. The arguments are those of `pack`.
+    given stay as they are.
     """
     beginning, documents = token_documents(tokenizer, source, chats)
     end = getattr(tokenizer, "eos_token_id", None) if isinstance(source, str | Path) else None
@@ -47,8 +104,8 @@ def packed_rows(tokenizer: Any, source: Source, length: int, chats: bool = False
     yield from cut_windows(pieces(), length, beginning)
 
 
-def pack(tokenizer: Any, source: Source, length: int, tokens: int | None = None, chats: bool = False) -> Dataset:
-    """Return the packed rows of a whole text, whose `input_ids` and `labels` are the same tensors [length].
+def pack(tokenizer: Any, source: Source, length: int, tokens: int | None = None, chats: bool = False) -> PackedRows:
+    """Return the packed rows of a whole text.
 
     Args:
         tokenizer: A Transformers tokenizer; not used for token ids.
@@ -66,79 +123,48 @@ def pack(tokenizer: Any, source: Source, length: int, tokens: int | None = None,
         raise InvalidValueError("train_tokens", tokens, f"integers from {length}, the tokens of one row")
     wanted = None if tokens is None else tokens // length
     reading = progress(islice(packed_rows(tokenizer, source, length, chats), wanted), "reading the training text, rows")
-    ids = [torch.tensor(row).numpy() for row in reading]
-    _check_rows(ids, source, length)
-    return Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("torch")
-
-
-def stream(tokenizer: Any, source: Source, length: int, chats: bool = False) -> IterableDataset:
-    """Return the rows of `pack`, which are read and packed while training goes on; nothing is kept.
-
-    They are one shard: a `DataLoader` reads them in one of its workers, and Accelerate shares them between processes.
-
-    Args:
-        tokenizer: A Transformers tokenizer; not used for token ids.
-        source: Text as for `pack`, or token ids that can be read more than once.
-        length: Tokens per row.
-        chats: Read `source` as for `pack`.
-
-    Raises:
-        CalibrationDataError: The first row cannot be read, for the reasons that `pack` has.
-    """
-    if not isinstance(source, str | Path) and iter(source) is source:
-        raise CalibrationDataError(
-            f"{FIELD}: token ids to be streamed were given as an iterator, which can be read only once. "
-            "Give a list or another object that can be read again."
-        )
-    rows = IterableDataset.from_generator(partial(_examples, tokenizer, source, length, chats)).with_format("torch")
-    _check_rows(list(rows.take(1)), source, length)
-    return rows
-
-
-def _examples(tokenizer: Any, source: Source, length: int, chats: bool) -> Iterator[dict[str, list[int]]]:
-    for row in packed_rows(tokenizer, source, length, chats):
-        yield {"input_ids": row, "labels": row}
-
-
-def _check_rows(rows: list[Any], source: Source, length: int) -> None:
+    rows = [torch.tensor(row) for row in reading]
     if not rows:
         raise CalibrationDataError(
             f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."
         )
+    return PackedRows(torch.stack(rows))
 
 
-def describe(rows: Dataset | IterableDataset, length: int) -> dict[str, Any]:
-    """Return what the report says about rows of `length` tokens; those of a stream are neither counted nor hashed."""
-    if isinstance(rows, IterableDataset):
-        return {"rows": None, "tokens_per_row": length, "sha256": None}
-    digest = hashlib.sha256(rows[:]["input_ids"].numpy().tobytes()).hexdigest()
-    return {"rows": len(rows), "tokens_per_row": length, "sha256": digest}
+def stream(tokenizer: Any, source: Source, length: int, chats: bool = False) -> StreamedRows:
+    """Return packed rows as `pack` makes them, which are read while training goes on.
+
+    Raises:
+        CalibrationDataError: The first row cannot be read, for the reasons that `pack` has.
+    """
+    rows = StreamedRows(tokenizer, source, length, chats)
+    if next(iter(rows), None) is None:
+        raise CalibrationDataError(
+            f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."
+        )
+    return rows
 
 
-def hold_back(rows: Dataset | IterableDataset) -> tuple[Dataset | IterableDataset, Tensor | None]:
+def hold_back(rows: PackedRows | StreamedRows) -> tuple[PackedRows | StreamedRows, Tensor | None]:
     """Return the rows to train on, and token ids [N, L] of rows that are held back to measure the training on.
 
     They are evenly spaced, and the first ones of a stream. Where there is too little text nothing is held back.
     """
-    if isinstance(rows, IterableDataset):
-        # With several workers, `skip` of datasets 4 leaves out too few rows.
-        rest = rows.filter(_trains, with_indices=True)
-        if not list(rest.take(1)):
+    if isinstance(rows, StreamedRows):
+        rest = StreamedRows(rows.tokenizer, rows.source, rows.length, rows.chats, MOST_HELD_BACK)
+        if next(iter(rest), None) is None:
             return rows, None
-        return rest, torch.stack([row["input_ids"] for row in rows.take(MOST_HELD_BACK)])
+        return rest, torch.stack([row["input_ids"] for row in islice(rows, MOST_HELD_BACK)])
     count = min(MOST_HELD_BACK, len(rows) // ROWS_PER_HELD_BACK)
     if not count:
         return rows, None
-    held = torch.linspace(0, len(rows), count + 2)[1:-1].long().tolist()
-    return rows.select(sorted({*range(len(rows))} - {*held})), rows[held]["input_ids"]
+    held = torch.zeros(len(rows), dtype=torch.bool)
+    held[torch.linspace(0, len(rows), count + 2)[1:-1].long()] = True
+    return PackedRows(rows.ids[~held]), rows.ids[held]
 
 
-def _trains(row: dict[str, Tensor], number: int) -> bool:
-    return number >= MOST_HELD_BACK
-
-
-def preferences(source: str | Path) -> Dataset:
-    """Return pairs for DPO, rows of `prompt`, `chosen` and `rejected`.
+def preferences(source: str | Path) -> Any:
+    """Return pairs for DPO, a `datasets.Dataset` of `prompt`, `chosen` and `rejected`.
 
     Args:
         source: What `optimum_mla.io.documents.read_rows` reads, with these columns as strings.
@@ -146,8 +172,10 @@ def preferences(source: str | Path) -> Dataset:
     Raises:
         CalibrationDataError: A column is missing (named with its row), or there is no row.
     """
+    from datasets import Dataset as Table
+
     columns: dict[str, type] = {"prompt": str, "chosen": str, "rejected": str}
     rows = [{name: row[name] for name in columns} for row in read_rows(source, columns)]
     if not rows:
         raise CalibrationDataError(f"{FIELD}: {source} holds no rows. DPO needs prompt, chosen and rejected in each.")
-    return Dataset.from_list(rows)
+    return Table.from_list(rows)

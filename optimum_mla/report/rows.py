@@ -129,9 +129,8 @@ class BenchmarkReport(Report, file_name="report.json", command="mla-benchmark"):
 
     baseline: str | None = None
     options: dict[str, Any]  # of the run
-    data: dict[
-        str, dict[str, Any]
-    ]  # source, number of tokens and SHA-256 of the token ids of the text, if there is one
+    # source, number of tokens and SHA-256 of the token ids of the text, if there is one
+    data: dict[str, dict[str, Any]]
     device: str
     threads: int = 0  # of torch
     cache_numbers_per_token: float | None = None  # of all layers together

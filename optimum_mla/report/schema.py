@@ -251,9 +251,8 @@ class QuantizationReport(Report, file_name="quantization_report.json", command="
     cache_percent_after: float | None = None
     weight_bytes_before: int  # of parameters and buffers in memory
     weight_bytes_after: int
-    data: dict[
-        str, dict[str, Any]
-    ]  # source, number of tokens and SHA-256 of the token ids of the text, if there is one
+    # source, number of tokens and SHA-256 of the token ids of the text, if there is one
+    data: dict[str, dict[str, Any]]
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     seconds: float  # of the whole run

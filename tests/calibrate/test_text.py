@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     for source, words in (
         (tmp_path / "latin.txt", "not UTF-8"),
         (tmp_path / "empty.txt", "0 tokens"),
-        (tmp_path / "none", "kinds none"),
+        (tmp_path / "none", "no files of text"),
         (tmp_path / "missing.txt", "No such file"),
         ("no-such/dataset", "no-such/dataset could not be read"),
         ([1.5, 2], "have to be integers"),
@@ -265,7 +266,7 @@ def test_chats_that_cannot_be_rendered_are_named(tmp_path: Path) -> None:
         token_windows(tokenizer, [1, 2, 3], length=3, chats=True)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
     for text, words in (
-        ("{", r"bad\.jsonl could not be read: Expecting"),
+        ("{", r"line 1 of .*bad\.jsonl is not JSON"),
         ('{"text": "a"}', r"row 1 of .*bad\.jsonl has no list 'messages', only text \(str\)"),
         ('{"messages": ["Who?"]}', r"a chat of .*bad\.jsonl does not render"),
     ):
@@ -283,3 +284,8 @@ def test_a_window_has_512_tokens_or_as_many_as_the_model_takes() -> None:
     for wrong in (1, 257):
         with pytest.raises(InvalidValueError, match=rf"eval_length: got {wrong}, allowed: 2 to 256 for this model"):
             window_length(short, wrong, "eval_length")
+
+
+def test_of_token_ids_no_more_is_taken_than_the_windows_need() -> None:
+    endless = (number % 50 for number in itertools.count())
+    assert token_windows(None, endless, 16, 4).tolist() == torch.arange(64).remainder(50).view(4, 16).tolist()

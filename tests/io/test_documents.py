@@ -123,23 +123,23 @@ def test_an_empty_text_is_no_document_and_a_null_is_refused(tmp_path: Path) -> N
         ("a.jsonl", "{}", r"row 1 of .* has no str 'text', only nothing\."),
         ("a.jsonl", '{"messages": []}', r"only messages \(list\)\. Chats need --chat-template"),
         ("a.jsonl", '["a"]', r"row 1 of .* has no str 'text', only a value \(str\)"),
-        ("a.jsonl", '{"text": "a"}\n{', "a.jsonl could not be read after row 1: Expecting property name"),
-        ("a.json", "[1", "a.json could not be read: Expecting ',' delimiter"),
+        ("a.jsonl", '{"text": "a"}\n{', "line 2 of .*a.jsonl is not JSON: Expecting property name"),
+        ("a.json", "[1", "line 1 of .*a.json is not JSON: Expecting ',' delimiter"),
         ("a.json", '[{"text": "a"}, 2]', r"row 2 of .*only a value \(int\)"),
-        ("a.json", "[" * 100_000, "a.json could not be read: maximum recursion depth"),
+        ("a.json", "[" * 100_000, "line 1 of .*a.json is not JSON: maximum recursion depth"),
         ("a.csv", "id,body\n1,a\n", r"row 1 of .* only id \(str\), body \(str\)\."),
         ("a.csv", "id,text\n1,a, b\n", "a.csv could not be read: a row has not as many fields as the header"),
         ("a.csv", "id,text\n1,b\n2\n", "a.csv could not be read after row 1: a row has not as many fields"),
         ("a.csv", 'text\n"a" b\n', "a.csv could not be read: ',' expected after '\"'"),
         ("a.parquet", "text", "a.parquet could not be read: .*Parquet"),
-        ("a.parquet.gz", "text", "a.parquet.gz could not be read"),
+        ("a.parquet.gz", "text", r"a.parquet.gz is packed as \.gz\. Unpack it"),
         ("a.arrow", "text", "a.arrow could not be read"),
         ("a.jsonl", r'{"text": "\ud83d"}', r"a row of .* could not be read: it holds U\+D83D, which no text holds"),
         ("a.txt", b"a" * 8191 + b"\xe9 b", "a.txt is not UTF-8: .*byte 0xe9"),
         ("a.jsonl", b'{"text": "a"}\n\xe9', "a.jsonl is not UTF-8"),
         ("a.txt", "utf-16".encode("utf-16"), "a.txt is not UTF-8"),
         ("a.txt", "utf-16".encode("utf-16-le"), r"a.txt could not be read: it holds U\+0000, which no text holds"),
-        ("a.zip", b"PK\x03\x04\x14\x00\x00\x00", r"a.zip could not be read: it holds U\+0000"),
+        ("a.zip", b"PK", r"a.zip is packed as \.zip\. Unpack it and give what is inside"),
         ("a.txt.gz", "no gzip", "a.txt.gz could not be read: Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "could not be read: Compressed file ended"),
         ("a.txt.xz", "no xz", "a.txt.xz could not be read"),
@@ -159,14 +159,24 @@ def test_columns_of_other_types_in_parquet_are_named(tmp_path: Path) -> None:
             texts_of(tmp_path / name)
 
 
-def test_rows_are_not_looked_for_in_plain_text(tmp_path: Path) -> None:
+def test_rows_of_a_file_without_a_known_suffix_are_lines_of_json(tmp_path: Path) -> None:
+    (tmp_path / "chats.data").write_text('{"messages": []}\n\n{"messages": [1]}\n')
+    assert [row["messages"] for row in read_rows(tmp_path / "chats.data", {"messages": list})] == [[], [1]]
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(CalibrationDataError, match=r"a\.txt has no rows, allowed: \.jsonl, .* files, or a dataset"):
+    with pytest.raises(CalibrationDataError, match=r"line 1 of .*a\.txt is not JSON: .*Give one object a line"):
         list(read_rows(tmp_path / "a.txt", {"messages": list}))
 
 
+def test_json_may_hold_control_characters_and_other_line_ends(tmp_path: Path) -> None:
+    text = "one\x0ctwo\tthree\u2028four\rfive"
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{text}"}}\n', encoding="utf-8", newline="")
+    assert texts_of(tmp_path / "a.jsonl") == [text]
+
+
 def test_folders_hold_one_kind(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationDataError, match=r"holds files of the kinds none, allowed: one of \.txt, \.jsonl"):
+    with pytest.raises(
+        CalibrationDataError, match=r"holds no files of text, allowed: files of one of the kinds \.txt, \.jsonl"
+    ):
         texts_of(tmp_path)
     (tmp_path / "b.jsonl").write_text(as_lines(["c"]))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_lines(["a", "b"]).encode()))
@@ -175,10 +185,10 @@ def test_folders_hold_one_kind(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     assert texts_of(tmp_path) == ["a", "b", "c"]
     (tmp_path / "c.txt").write_text("d")
-    with pytest.raises(CalibrationDataError, match=r"kinds '\.jsonl', '\.txt', allowed: one of"):
+    with pytest.raises(CalibrationDataError, match=r"kinds '\.jsonl', '\.txt', allowed: files of one of"):
         texts_of(tmp_path)
     (tmp_path / "c.txt").rename(tmp_path / "c.pdf")
-    with pytest.raises(CalibrationDataError, match=r"kinds '\.jsonl', '\.pdf', allowed: one of"):
+    with pytest.raises(CalibrationDataError, match=r"kinds '\.jsonl', '\.pdf', allowed: files of one of"):
         texts_of(tmp_path)
 
 
@@ -188,6 +198,8 @@ def test_names_that_are_none(tmp_path: Path) -> None:
         ("no-such/dataset", "no-such/dataset could not be read: .*Give a file or a folder"),
         (tmp_path / "no.csv", "no.csv could not be read: .*No such file"),
         ("no.txt", "no.txt could not be read: .*No such file"),
+        ("no.gz", "no.gz could not be read: .*No such file"),
+        ("no.zip", "no.zip is packed as"),
         ("x" * 5000 + ".txt", "could not be read: .*too long"),
     ):
         with pytest.raises(CalibrationDataError, match=words) as caught:

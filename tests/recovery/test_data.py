@@ -13,19 +13,14 @@ from accelerate.data_loader import IterableDatasetShard
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
-from optimum_mla.recovery.data import MOST_HELD_BACK, describe, hold_back, pack, packed_rows, preferences, stream
+from optimum_mla.recovery.data import MOST_HELD_BACK, hold_back, pack, packed_rows, preferences, stream
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 TOKENIZER = AutoTokenizer.from_pretrained(REFERENCE)
-
-
-def ids_of(rows: datasets.Dataset) -> Tensor:
-    return rows[:]["input_ids"]
 
 
 @given(count=st.integers(1, 60), length=st.integers(2, 9), tokens=st.none() | st.integers(1, 80))
@@ -41,7 +36,7 @@ def test_rows_are_the_ids_in_order_without_the_rest(count: int, length: int, tok
         return
     rows = pack(None, ids, length, tokens)
     kept = min(count // length, count if tokens is None else tokens // length)
-    assert torch.equal(ids_of(rows).flatten(), torch.arange(kept * length))
+    assert torch.equal(rows.ids.flatten(), torch.arange(kept * length))
     assert len(rows) == kept
     assert torch.equal(rows[0]["input_ids"], rows[0]["labels"])
 
@@ -54,10 +49,10 @@ def test_documents_are_packed_end_to_end_with_an_end_token(tmp_path: Path) -> No
     assert [i for row in packed_rows(TOKENIZER, source, 4) for i in row] == expected[: len(expected) // 4 * 4]
     streamed = stream(TOKENIZER, source, 4)
     packed = pack(TOKENIZER, source, 4)
-    assert [row["input_ids"].tolist() for row in streamed] == ids_of(packed).tolist()
-    assert [row["input_ids"].tolist() for row in streamed] == ids_of(packed).tolist()  # it can be read again
-    assert describe(streamed, 4) == {"rows": None, "tokens_per_row": 4, "sha256": None}
-    assert describe(packed, 4)["rows"] == len(packed)
+    assert [row["input_ids"].tolist() for row in streamed] == packed.ids.tolist()
+    assert [row["input_ids"].tolist() for row in streamed] == packed.ids.tolist()  # it can be read again
+    assert streamed.describe() == {"rows": None, "tokens_per_row": 4, "sha256": None}
+    assert packed.describe()["rows"] == len(packed)
 
 
 def test_documents_and_rows_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
@@ -67,7 +62,7 @@ def test_documents_and_rows_begin_as_the_tokenizer_begins_a_text(tmp_path: Path)
     texts = ["It was a bright morning.", "The old gentleman sat down.", "Nobody spoke."]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     stream_of_ids = [i for text in texts for i in [bos, *TOKENIZER(text)["input_ids"], tokenizer.eos_token_id]]
-    rows = ids_of(pack(tokenizer, str(tmp_path / "rows.jsonl"), 4))
+    rows = pack(tokenizer, str(tmp_path / "rows.jsonl"), 4).ids
     assert (rows[:, 0] == bos).all()
     left = list(stream_of_ids)
     for row in rows.tolist():
@@ -82,7 +77,7 @@ def test_a_streamed_text_is_read_no_further_than_needed(tmp_path: Path) -> None:
         handle.write(b"It was a bright morning. " * 40_000)
         handle.truncate(10**12)  # The rest is a hole of NUL, which would be refused.
     source = str(tmp_path / "a.txt")
-    assert ids_of(pack(TOKENIZER, source, 64, tokens=2048)).shape == (32, 64)
+    assert pack(TOKENIZER, source, 64, tokens=2048).ids.shape == (32, 64)
     row = next(iter(stream(TOKENIZER, source, 64)))
     assert row["input_ids"].tolist() == pack(TOKENIZER, source, 64, tokens=64)[0]["input_ids"].tolist()
 
@@ -117,7 +112,7 @@ def test_no_file_of_a_dataset_is_left_out_whatever_the_workers(tmp_path: Path) -
     source = f"{tmp_path}:default:train"
     packed = pack(TOKENIZER, source, 4)
     loaded = DataLoader(stream(TOKENIZER, source, 4), batch_size=None, num_workers=2)
-    assert [row["input_ids"].tolist() for row in loaded] == ids_of(packed).tolist()
+    assert sorted(row["input_ids"].tolist() for row in loaded) == sorted(packed.ids.tolist())
 
 
 def test_ids_that_can_be_read_only_once_are_not_streamed() -> None:
@@ -136,7 +131,7 @@ def test_one_row_in_twenty_is_held_back_and_does_not_train(rows: int, held: int)
     assert back is not None
     assert back.shape == (held, 4)
     assert len(rest) == rows - held
-    assert torch.equal(torch.cat([ids_of(rest), back]).sort(0).values, ids_of(packed))
+    assert torch.equal(torch.cat([rest.ids, back]).sort(0).values, packed.ids)
     # Evenly spaced, neither the first row nor the last one.
     spaces = torch.diff(torch.cat([torch.zeros(1), back[:, 0] / 4, torch.tensor([rows])]))
     assert spaces.max() - spaces.min() <= 1
@@ -154,16 +149,16 @@ def test_the_first_rows_of_a_stream_are_held_back() -> None:
 
 
 def test_the_hash_is_that_of_the_tokens() -> None:
-    one = describe(pack(None, range(40), 4), 4)
+    one = pack(None, range(40), 4).describe()
     digest = hashlib.sha256(torch.arange(40).numpy().tobytes()).hexdigest()
     assert one == {"rows": 10, "tokens_per_row": 4, "sha256": digest}
-    assert describe(pack(None, [0, *range(39)], 4), 4)["sha256"] != digest
+    assert pack(None, [0, *range(39)], 4).describe()["sha256"] != digest
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "rows.jsonl could not be read after row 1"),
+        ("{", "line 2 of .*rows.jsonl is not JSON"),
         ('{"txt": "a"}', "row 2 of .*rows.jsonl has no str 'text'"),
         ('{"text": 5}', "row 2"),
         ("5", "row 2"),
