@@ -1,4 +1,4 @@
-"""What a conversion asks a method: the options that all methods share, and the questions that each one answers.
+"""The interface of methods: the options that all of them share, and the questions that each one answers.
 
 A method is a subclass of `MLATransformation` (`optimum_mla.convert.transformation`) that implements `plan_layer`, which
 returns the shape that a layer gets, and `convert_layer`, which returns the layer's weights. It holds options and

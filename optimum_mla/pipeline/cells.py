@@ -18,6 +18,7 @@ from typing import Any
 
 from optimum_mla.core.errors import MLAError, first_line, ran_out_of_memory
 from optimum_mla.pipeline.measurements import memory_cell, quality_cell, speed_cell, tasks_cell
+from optimum_mla.stack.quiet import quiet_libraries
 
 OUT_OF_MEMORY = "out of memory"
 MODULE = "optimum_mla.pipeline.cells"
@@ -81,10 +82,6 @@ def answer(kind: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer the request on standard input."""
-    # The import registers the converted model classes, which running this module as a program does not do by itself.
-    import optimum_mla  # noqa: F401
-    from optimum_mla.stack.quiet import quiet_libraries
-
     quiet_libraries()
     asked = json.loads(sys.stdin.read())
     Path(sys.argv[1]).write_text(json.dumps(answer(asked["kind"], asked["request"])), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where a model is, and what a command needs of it: config, tokenizer, weights, and where it came from.
+"""A model as a command finds it: its place, config, tokenizer, weights and origin.
 
 Bad input becomes an error that says what to do.
 """

@@ -78,7 +78,7 @@ def code_cache(
     folder = check_output(output, asked.inputs, asked.overwrite, CODEC_FILES)
     config, layers, budget = _checked(asked)
     checkpoint, codec_only = asked.source, asked.codec_only
-    calibration, evaluation, texts, data = _read(asked, config)
+    calibration, evaluation, data = _read(asked, config)
     stages = Stages()
     with tempfile.TemporaryDirectory() as scratch:
         with stages.stage("load"):
@@ -148,7 +148,7 @@ def code_cache(
                 same_guess_percent=None if found is None or found.agreement is None else 100 * found.agreement,
                 prompt_tokens=None if found is None else prompt,
                 scored_tokens=None if found is None else found.tokens,
-                quality_text=None if found is None else _quality_text(texts),
+                quality_text=None if found is None else _quality_text(asked.texts),
                 conversion_seconds=seconds,
                 peak_memory_bytes=stages.peak(),
                 dtype=str(source.dtype).removeprefix("torch."),
@@ -195,8 +195,8 @@ def _checked(asked: ConversionRequest) -> tuple[PreTrainedConfig, tuple[int, ...
 
 def _read(
     asked: ConversionRequest, config: PreTrainedConfig
-) -> tuple[Tensor | CalibrationStatistics, Tensor | None, TextOptions, dict[str, dict[str, Any]]]:
-    """Return what calibrates, the windows that are left to the report, the texts, and the origins of the texts."""
+) -> tuple[Tensor | CalibrationStatistics, Tensor | None, dict[str, dict[str, Any]]]:
+    """Return what calibrates, the windows that are left to the report, and the origins of the texts."""
     texts = calibrated_texts(asked.texts, asked.method, asked.options)
     needed = isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
     tokenizer = asked.source.tokenizer(needed)
@@ -207,10 +207,10 @@ def _read(
         if tokenizer is not None and evaluation is None:
             evaluation, left = left_by(statistics, tokenizer, config, texts)
             data |= left
-        return statistics, evaluation, texts, data
+        return statistics, evaluation, data
     if calibration is None:
         raise RuntimeError("no calibration windows were read")
-    return calibration, evaluation, texts, data
+    return calibration, evaluation, data
 
 
 def _source_files(checkpoint: Checkpoint) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a conversion was asked for, and all that `mla-convert` decides before it loads a model's weights."""
+"""The request of a conversion, and all that `mla-convert` decides before it loads a model's weights."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CARRIED = ("license", "license_name", "license_link", "language", "base_model")
 TAGS = ["optimum-mla", "mla", "kv-cache"]
 WEIGHTS_STAY = "The weights are those of the source."
 WEIGHTS_TRAINED = "The weights were trained for the codes after the figures below were measured."
-"""What `WEIGHTS_STAY` becomes in the card of a codec when the model is trained."""
+"""The sentence that replaces `WEIGHTS_STAY` in the card of a codec when the model is trained."""
 TRAINED = {
     "lora": "LoRA adapters on the {projections}",
     "dora": "DoRA adapters on the {projections}",

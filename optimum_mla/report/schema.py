@@ -125,7 +125,7 @@ class StageReport:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport(Report):
-    """What the reports of all conversions hold: where the source model is found again, the texts, and the effort."""
+    """Base of the reports of all conversions, with the place of the source model, the texts and the effort."""
 
     source_folder: str | None = None  # absolute path; None for a hub id
     source_config_sha256: str | None = None  # of the config file in that folder; None for a hub id

@@ -1,4 +1,4 @@
-"""What the libraries say beside the commands' own lines."""
+"""Warnings and progress bars of the libraries, which would stand between the commands' own lines."""
 
 from __future__ import annotations
 
