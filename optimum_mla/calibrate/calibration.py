@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_mla.calibrate.moments import LayerMoments
+from optimum_mla.calibrate.moments import LayerMoments, QueryMoments
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.ops.rope_mix import RopeMix, as_pairs, query_aware_mix
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
@@ -41,6 +41,11 @@ class Calibration(ABC):
     def moments(self) -> LayerMoments:
         """Return the second moments of the layer."""
 
+    @property
+    def query_moments(self) -> QueryMoments:
+        """Return the second moments of the layer's queries, which some calibrations measure on fewer tokens."""
+        return self.moments
+
     @abstractmethod
     def contribution(self) -> Tensor:
         """Return the 2-norm contribution of each rotary pair on the source's states, [G, D/2]; see `moments`."""
@@ -60,11 +65,6 @@ class Calibration(ABC):
     def mix(self) -> RopeMix:
         """Return the mix of the key heads that gathers as much of the logits as possible in few components."""
         return query_aware_mix(*mix_moments(self.source, self.moments))
-
-    @property
-    def logit_scale(self) -> float:
-        """Return the factor of the logits: D^-½ times the square of the rotary embedding's attention factor."""
-        return self.source.geometry.head_dim**-0.5 * self.source.attention_scaling**2
 
     def factorization(
         self, key: Any, rows: Callable[[], list[WeightedRows]], centered: bool = True

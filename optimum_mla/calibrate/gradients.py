@@ -9,14 +9,14 @@ E (g · δ)² = δᵀ H δ for all old tokens and all layers at once: the signs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from optimum_mla.cache.codec_layer import ExactTokens
-from optimum_mla.calibrate.coded_attention import CodedAttention
+from optimum_mla.calibrate.old_tokens import OldTokensAttention
 from optimum_mla.calibrate.perplexity import VOCABULARY_ROWS, head_parts
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.core.processes import Terms
@@ -72,11 +72,18 @@ class Gradients:
         for layer in progress(range(walk.model.num_layers - 1, min(layers) - 1, -1), title, main=True):
             walk.stand_before(layer)
             given = list(zip(self._states.pop().split(1), after, strict=True))
-            step = self._reading() if layer in layers else partial(self._passed, walk.decoder_layer)
-            after, *read = (list(parts) for parts in zip(*walk.processes.each(given, step), strict=True))
+            passed = partial(self._passed, self._reading() if layer in layers else walk.decoder_layer)
+            after, *read = (list(parts) for parts in zip(*walk.processes.each(given, passed), strict=True))
             if read:
                 vectors, gradients = (torch.cat(parts).flatten(0, 1) for parts in read)
                 yield layer, vectors, gradients
+
+    def _reading(self) -> nn.Module:
+        """Return the layer at which the walk stands, with an attention that tells how it reads old tokens."""
+        walk = self._walk
+        return walk.with_attention(
+            OldTokensAttention(walk.model.attention(walk.layer), self._exact, walk.mask, walk.dtype)
+        )
 
     def _of_predictions(self, norm: nn.Module, head: nn.Module, window: int) -> tuple[Tensor]:
         """Return the gradient of the states after the last layer in one window, [1, L, d]."""
@@ -99,35 +106,22 @@ class Gradients:
             parts += torch.autograd.grad(normed, states, through)
         return (torch.cat(parts)[None].cpu(),)
 
-    def _passed(self, layer: nn.Module, given: tuple[Tensor, Tensor], read: Sequence[Tensor] = ()) -> Terms:
-        """Return the gradient of the states before a layer, and those of what `read` holds after the pass.
+    def _passed(self, layer: nn.Module, given: tuple[Tensor, Tensor]) -> Terms:
+        """Return the gradient of the states before a layer, and what its attention reads, and the gradients of that.
+
+        The latter two are returned for a layer whose attention is an `OldTokensAttention`.
 
         Args:
-            layer: The layer at which the walk stands, with any attention.
+            layer: The layer at which the walk stands.
             given: The states of a window before the layer, and the gradient of those after it, [1, L, d] each.
-            read: Tensors of the pass, which it puts there.
         """
-        states, after = (part.to(self._walk.device) for part in given)
+        walk = self._walk
+        attention = layer.get_submodule(walk.model.family.spec.attention)
+        states, after = (part.to(walk.device) for part in given)
         with torch.enable_grad():
             states.requires_grad_()
-            reached = self._walk.after(layer, states)
-            before, *others = torch.autograd.grad(reached, [states, *read], after)
-        return (before.cpu(), *others)
-
-    def _reading(self) -> Callable[[tuple[Tensor, Tensor]], Terms]:
-        """Return what takes a gradient back through the layer and adds what its attention reads, and the gradient."""
-        walk = self._walk
-        read: list[Tensor] = []
-
-        def reread(vectors: Tensor) -> Tensor:
-            read[:] = [vectors]  # Only what old tokens are read from: the layer's own keys and values are others.
-            return vectors
-
-        attention = CodedAttention(walk.model.attention(walk.layer), reread, self._exact, walk.mask, walk.dtype)
-        layer = walk.with_attention(attention)
-
-        def step(given: tuple[Tensor, Tensor]) -> Terms:
-            before, gradient = self._passed(layer, given, read)
-            return before, read[0].detach(), gradient
-
-        return step
+            reached = walk.after(layer, states)
+            if not isinstance(attention, OldTokensAttention):
+                return tuple(found.cpu() for found in torch.autograd.grad(reached, states, after))
+            before, *read = torch.autograd.grad(reached, [states, attention.logits, attention.context], after)
+        return before.cpu(), attention.vectors.detach(), attention.gradients(*read).detach()

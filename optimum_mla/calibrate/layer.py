@@ -10,13 +10,23 @@ from torch import Tensor, nn
 from optimum_mla.calibrate.calibration import SAMPLE_TOKENS, Calibration
 from optimum_mla.calibrate.damage import rotary_damage
 from optimum_mla.calibrate.healing import refit_output
-from optimum_mla.calibrate.moments import FIRST_TOKENS, LayerMoments, contribution, gather_moments
+from optimum_mla.calibrate.moments import (
+    FIRST_TOKENS,
+    LayerMoments,
+    QueryMoments,
+    contribution,
+    gather_moments,
+    gather_query_moments,
+)
 from optimum_mla.calibrate.states import LayerStates
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.calibrate.windows import fitted
 from optimum_mla.families.project import SourceAttention
 from optimum_mla.ops.ridge import Healing
 from optimum_mla.ops.rope_mix import RopeMix
+
+QUERY_TOKENS = 2048
+"""Largest number of tokens, in whole windows, whose queries the axes of codes are fitted to."""
 
 
 class LayerCalibration(Calibration):
@@ -41,6 +51,11 @@ class LayerCalibration(Calibration):
     def moments(self) -> LayerMoments:
         """Return the second moments of the layer."""
         return gather_moments(self._states)
+
+    @cached_property
+    def query_moments(self) -> QueryMoments:
+        """Return the second moments of the layer's queries, measured on at most `QUERY_TOKENS` tokens."""
+        return gather_query_moments(self._states, QUERY_TOKENS)
 
     def inputs(self) -> Tensor:
         """Return normed inputs of some tokens, without the first ones of a window, [T, d]; see `Calibration`."""

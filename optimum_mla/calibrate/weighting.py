@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from optimum_mla.calibrate.calibration import Calibration
+from optimum_mla.calibrate.moments import QueryMoments
 from optimum_mla.calibrate.states import output_moments
 from optimum_mla.models import SourceAttention
 
@@ -17,18 +17,18 @@ quarter of the cache.
 """
 
 
-def key_moments(source: SourceAttention, calibration: Calibration, rotating: bool = False) -> Tensor:
+def key_moments(source: SourceAttention, moments: QueryMoments, rotating: bool = False) -> Tensor:
     """Return the second moments of the queries that read each key head, [G, D, D].
 
     With them, the error of a key gives the squared size of the error in the hidden state.
 
     Args:
         source: The layer's attention.
-        calibration: Measurements at the layer.
+        moments: The moments of its queries.
         rotating: Whether the keys rotate, so that queries read them turned by the distance.
     """
-    moments = calibration.moments
-    scale = calibration.logit_scale**2
+    # The rotary embedding's attention factor multiplies queries and keys.
+    scale = (source.geometry.head_dim**-0.5 * source.attention_scaling**2) ** 2
     grouped = (
         (moments.relative_queries if rotating else moments.queries)
         .unflatten(0, (source.geometry.num_key_value_heads, -1))

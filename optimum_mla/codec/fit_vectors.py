@@ -18,7 +18,7 @@ from optimum_mla.core.segments import GRANULE, WIDTHS, segments
 ALLOCATIONS = 2
 """How often bits are shared out anew with the gains of the channels that have bits."""
 REFITS = 3
-"""How often the steps are fitted again to the gains that the encoder chooses."""
+"""How often the steps of a codec are fitted again to the gains that the encoder chooses."""
 STEP_CHANGES = (0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35)
 """Factors of the steps that are tried in each of these."""
 
@@ -73,11 +73,12 @@ class VectorFit:
         """Return about what weighted squared error codes of so many bytes a token leave."""
         return float(self._errors.gather(1, self._widths(size)[:, None]).sum())
 
-    def codec(self, size: int) -> VectorCodec:
+    def codec(self, size: int, refits: int = REFITS) -> VectorCodec:
         """Return the codec with at most so many bytes a token.
 
         Args:
             size: Bytes of one token's codes. They have to hold the gains and eight channels of one bit.
+            refits: How often the steps are fitted again to the gains that the encoder chooses.
         """
         widths = self._widths(size)
         order = _by_bits(widths)
@@ -86,7 +87,7 @@ class VectorFit:
         costs, kept = self._axes.costs[order].float(), self._latents[:, order]
         if self._groups:
             steps = steps / MARGIN
-            for _ in range(REFITS):
+            for _ in range(refits):
                 steps = _refitted(kept, steps, costs, layout)
             steps = steps * MARGIN
         units = torch.where(steps > 0, 1 / steps, 0.0)

@@ -146,7 +146,7 @@ class LayerFits:
             vectors: Keys and values of old tokens, [T, w].
             gradients: The gradients of what is read in their place, [T, w]; see `Gradients`.
         """
-        codec = self._fits[layer].codec(self._sizes[layer]).to(vectors.device)
+        codec = self._fits[layer].codec(self._sizes[layer], refits=0).to(vectors.device)
         off = codec.decode(codec.encode(vectors)) - vectors
         moved = float((gradients * off).sum(-1).double().square().mean()) / 2
         self._errors[layer] = scaled(self._errors[layer], self._sizes[layer], moved)
@@ -217,8 +217,8 @@ def layer_fit(calibration: Calibration, size: int, gain_groups: int = GAIN_GROUP
     width = g.num_key_value_heads * g.head_dim
     eye = torch.eye(2 * width, dtype=torch.float64, device=vectors.device)
     # The factor of a key norm is part of the keys here.
-    scale = calibration.moments.key_scale[:, None, None]
-    readers = key_moments(source, calibration, rotating=True) / scale
+    moments = calibration.query_moments
+    readers = key_moments(source, moments, rotating=True) / moments.key_scale[:, None, None]
     rows = [WeightedRows(eye[:width], readers), WeightedRows(eye[width:], value_moments(source))]
     factors = WeightedFactorization(rows, vectors.double().T.cov(correction=0)).factors(2 * width)
     return VectorFit(Axes(factors.down, torch.cat(factors.ups), factors.costs), vectors, size, gain_groups)

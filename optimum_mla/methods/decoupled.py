@@ -83,7 +83,7 @@ def calibrated_problem(
 
     def rows() -> list[WeightedRows]:
         key, value = _latent_rows(source, split)
-        readers = gather_dims(gather_dims(key_moments(source, calibration), split.nope).mT, split.nope)
+        readers = gather_dims(gather_dims(key_moments(source, calibration.moments), split.nope).mT, split.nope)
         return [WeightedRows(key.flatten(0, 1), readers), WeightedRows(value.flatten(0, 1), value_moments(source))]
 
     return calibration.factorization(split.rope.tolist(), rows, centered)

@@ -188,7 +188,7 @@ class GQA2MLA(MLATransformation):
             lambda: [
                 WeightedRows(
                     source.key.flatten(0, 1),
-                    gain[..., None] * key_moments(source, calibration, rotating=True) * gain[:, None],
+                    gain[..., None] * key_moments(source, calibration.moments, rotating=True) * gain[:, None],
                 ),
                 WeightedRows(source.value.flatten(0, 1), value_moments(source)),
             ],

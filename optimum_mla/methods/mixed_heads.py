@@ -99,7 +99,7 @@ class MixedHeads:
     def _seen_through(self, components: Tensor) -> Tensor:
         """Return the second moments of what reads some components, real parts before imaginary ones, [2·m, 2·m]."""
         maps = [query_map(self.mix, head, components) for head in range(self.source.geometry.num_key_value_heads)]
-        readers = key_moments(self.source, self.calibration)
+        readers = key_moments(self.source, self.calibration.moments)
         weighted = torch.cat([b @ m for b, m in zip(maps, readers, strict=True)], dim=1)
         return weighted @ torch.cat(maps, dim=1).T
 

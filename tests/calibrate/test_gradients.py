@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimum_mla.cache.codec_layer import ExactTokens
 from optimum_mla.calibrate import gradients, perplexity
-from optimum_mla.calibrate.coded_attention import CodedAttention
 from optimum_mla.calibrate.gradients import Gradients
 from optimum_mla.calibrate.walk import CalibrationWalk
+from optimum_mla.families.project import SourceAttention
 from optimum_mla.models.layer_source import LayerSource
+from optimum_mla.ops.blockwise import capped
+from optimum_mla.ops.rotary import Rotation, rotate
 from tests.cases import source_model, token_ids
 
 EXACT = ExactTokens(sinks=2, recent=4, together=4)
 TOKENS, DRAWS, TOKEN = 16, 600, 5
-MASK = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None]
+
+
+class MovedOldTokens(nn.Module):
+    """Attention, query by query, in which what is read of old tokens is off by some vectors, [L, w]."""
+
+    def __init__(self, source: SourceAttention, o_proj: nn.Module, moved: Tensor) -> None:
+        super().__init__()
+        self.source, self.o_proj, self.moved = source, o_proj, moved
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        g = self.source.geometry
+        query, key, value, _ = self.source.project(hidden_states)
+        rotation = Rotation(*(part.unsqueeze(1) for part in self.source.pairs.cos_sin(position_embeddings)))
+        off = self.moved.unflatten(1, (2, g.num_key_value_heads, -1)).permute(1, 2, 0, 3)[:, None]  # [2, 1, G, L, D]
+        query = rotate(query, rotation)
+        exact, other = (
+            [part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (rotate(keys, rotation), values)]
+            for keys, values in ((key, value), (key + off[0], value + off[1]))
+        )
+        rows = []
+        for at in range(hidden_states.shape[1]):
+            read = [
+                torch.stack(
+                    [(two if EXACT.sinks <= j <= at - EXACT.recent else one)[:, :, j] for j in range(at + 1)], dim=2
+                )
+                for one, two in zip(exact, other, strict=True)
+            ]
+            logits = capped((query[:, :, at : at + 1] @ read[0].mT) * g.head_dim**-0.5, g.logit_cap)
+            rows.append(logits.softmax(-1) @ read[1])
+        return self.o_proj(torch.cat(rows, 2).transpose(1, 2).flatten(2)), None
 
 
 def through(walk: CalibrationWalk, found: Gradients, layers: tuple[int, ...]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -48,7 +82,7 @@ def test_squared_gradients_are_the_divergence_to_second_order(family: str, monke
         for moved in (off, 0 * off):
             other = copy.deepcopy(source)
             place = LayerSource(source).attention(layer)
-            attention = CodedAttention(place, lambda read, moved=moved: read + moved, EXACT, MASK, torch.float64)
+            attention = MovedOldTokens(place, other.model.layers[layer].self_attn.o_proj, moved)
             other.model.layers[layer].self_attn = attention
             apart = expected - other(ids, use_cache=False).logits.log_softmax(-1)
             divergence = float((expected.exp() * apart).sum(-1).mean())
