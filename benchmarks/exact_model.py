@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention_aware import attention_aware_codec
 from benchmarks.principal_codes import AllLayers
 from benchmarks.real_quality import CONVERSIONS, MADE_BY, windows_of
 from benchmarks.result import CONFIGS, RESULTS, ROOT, earlier, save_result
@@ -96,8 +97,8 @@ def codec_of(config: dict[str, Any], name: str) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / config["model"])
     model: Any = AutoModelForCausalLM.from_pretrained(ROOT / config["model"], dtype="float32").eval()
     windows = built_in_windows(tokenizer, config["calibration_length"], config["calibration_windows"])
-    begun = time.process_time()
-    codec = fit_codec(model, windows, **{key: value for key, value in line.items() if key != "name"})
+    begun, budget = time.process_time(), {key: value for key, value in line.items() if key not in ("name", "after")}
+    codec = (attention_aware_codec if line.get("after") == "AATC" else fit_codec)(model, windows, **budget)
     codec.save(folder)
     made_by.write_text(json.dumps({**how, "fit_cpu_seconds": time.process_time() - begun}), encoding="utf-8")
     return folder

@@ -627,13 +627,13 @@ def coded_summary() -> str:
     names = list(found["rows"][0]["texts"])
     rows = []
     for row in sorted(found["rows"], key=lambda row: -row["percent_at_4096_tokens"]):
-        if row.get("gain_groups") == 0:
+        if "gain_groups" in row:
             continue
         told, share = f"its own {row['cache'].split('-first')[0]} cache", row["percent_at_4096_tokens"]
         if row["cache"].startswith(ALL_LAYERS):
             told = all_layers_name(row["cache"])
         if row["cache"] == "codes":
-            told = f"**codes, budget {100 * row['kv_cache_budget']:g} %**"
+            told = codes_name(row) if "after" in row else f"**{codes_name(row)}**"
         cells = (f"{text['divergence']:.4f} ({text['same_guess_percent']:.1f} %)" for text in row["texts"].values())
         rows.append((told, f"{share:.1f} %", *cells))
     header = ("SmolLM2-135M-Instruct", "cache of 4,096 tokens", *names)
@@ -645,6 +645,17 @@ def all_layers_name(cache: str) -> str:
     return f"axes of all layers after KVTC, {cache.removeprefix(ALL_LAYERS)} %, no entropy coding"
 
 
+def codes_name(row: dict[str, Any]) -> str:
+    """Return what the tables call a codec."""
+    budget = f"{100 * row['kv_cache_budget']:g} %"
+    if "after" in row:
+        return f"bits by attention after {row['after']}, {budget}, no entropy coding"
+    groups = {0: ", no gains"}.get(
+        row.get("gain_groups", 8), f", {row.get('gain_groups')} gains" * ("gain_groups" in row)
+    )
+    return f"codes, budget {budget}{groups}"
+
+
 def exact_model() -> str:
     """Return how far predictions move with the weights left alone, the largest cache first."""
     found = result("exact_model")
@@ -654,7 +665,7 @@ def exact_model() -> str:
     for row in sorted(found["rows"], key=lambda row: -row["percent"]):
         told = row["cache"].replace("-first4", ", first 4 exact")
         if told == "codes":
-            told = f"codes, budget {100 * row['kv_cache_budget']:g} %" + (", no gains" * (row.get("gain_groups") == 0))
+            told = codes_name(row)
         if told.startswith(ALL_LAYERS):
             told = all_layers_name(told)
         long = f"{row['percent_at_4096_tokens']:.1f} %" if "percent_at_4096_tokens" in row else "-"

@@ -36,7 +36,12 @@ class Gradients:
     Args:
         walk: A walk before the first layer, in which no layer is converted.
         exact: Which tokens are never read from codes.
+
+    Attributes:
+        before: The gradients of the states of the windows before the layer that was told of last, [N, L, d].
     """
+
+    before: Tensor
 
     def __init__(self, walk: CalibrationWalk, exact: ExactTokens) -> None:
         self._walk, self._exact = walk, exact
@@ -51,7 +56,9 @@ class Gradients:
         self._states.append(self._walk.source[self._windows].cpu())
         self._walk.advance()
 
-    def of_layers(self, layers: tuple[int, ...], title: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def of_layers(
+        self, layers: tuple[int, ...], title: str, reached: tuple[int, Tensor] | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield, from the last layer to the first, the gradients of what is read of old tokens.
 
         Called once, when the walk has passed the last layer.
@@ -59,6 +66,8 @@ class Gradients:
         Args:
             layers: The layers to tell of.
             title: What the progress of this is called.
+            reached: A layer down to which an earlier run came, and what `before` was then; None starts at the
+                predictions.
 
         Yields:
             The index of a layer, the w = 2·G·D numbers [key ; value] of each token before the key's rotation, [T, w],
@@ -66,17 +75,23 @@ class Gradients:
             token, each prediction moves by half the mean of (g · δ)² over these tokens.
         """
         walk = self._walk
-        norm, head = walk.model.final_norm().to(walk.dtype), walk.model.head()
-        found = walk.processes.each(range(len(self._windows)), partial(self._of_predictions, norm, head))
-        after = [gradient for (gradient,) in found]
-        for layer in progress(range(walk.model.num_layers - 1, min(layers) - 1, -1), title, main=True):
+        last = walk.model.num_layers if reached is None else reached[0]
+        after = self._at_the_end() if reached is None else list(reached[1].split(1))
+        for layer in progress(range(last - 1, min(layers) - 1, -1), title, main=True):
             walk.stand_before(layer)
-            given = list(zip(self._states.pop().split(1), after, strict=True))
-            passed = partial(self._passed, self._reading() if layer in layers else walk.decoder_layer)
-            after, *read = (list(parts) for parts in zip(*walk.processes.each(given, passed), strict=True))
+            given = list(zip(self._states.pop(layer).split(1), after, strict=True))
+            step = partial(self._passed, self._reading() if layer in layers else walk.decoder_layer)
+            after, *read = (list(parts) for parts in zip(*walk.processes.each(given, step), strict=True))
+            self.before = torch.cat(after)
             if read:
                 vectors, gradients = (torch.cat(parts).flatten(0, 1) for parts in read)
                 yield layer, vectors, gradients
+
+    def _at_the_end(self) -> list[Tensor]:
+        """Return the gradients of the states after the last layer, [1, L, d] for each window."""
+        norm, head = self._walk.model.final_norm().to(self._walk.dtype), self._walk.model.head()
+        found = self._walk.processes.each(range(len(self._windows)), partial(self._of_predictions, norm, head))
+        return [gradient for (gradient,) in found]
 
     def _reading(self) -> nn.Module:
         """Return the layer at which the walk stands, with an attention that tells how it reads old tokens."""

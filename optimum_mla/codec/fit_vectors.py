@@ -47,12 +47,26 @@ class VectorFit:
         size: About how many bytes the codes of a token will have. The errors of channels are measured with the gains of
             those that have bits then.
         gain_groups: Number of groups of channels with gains, 0 or a multiple of `GRANULE`.
+        table: The table that a fit to the same arguments found; None fits it.
+
+    Attributes:
+        axes: The axes of the latent.
     """
 
-    def __init__(self, axes: Axes, vectors: Tensor, size: int, gain_groups: int = GAIN_GROUPS) -> None:
-        self._axes, self._groups = axes, gain_groups
+    def __init__(
+        self,
+        axes: Axes,
+        vectors: Tensor,
+        size: int,
+        gain_groups: int = GAIN_GROUPS,
+        table: CodeTable | None = None,
+    ) -> None:
+        self.axes, self._groups = axes, gain_groups
         self._centre = vectors.double().mean(0)
         self._latents = ((vectors.double() - self._centre) @ axes.down.T).float()  # [T, r], about zero
+        if table is not None:
+            self._errors, self._steps = table.errors, table.steps
+            return
         table = CodeTable.fit(self._latents, axes.costs)
         self._errors, self._steps = table.errors, table.steps
         for _ in range(ALLOCATIONS if gain_groups else 0):
@@ -61,6 +75,11 @@ class VectorFit:
             gained = CodeTable.fit(kept, axes.costs[order], gains=self._gains_by_size(kept))
             self._errors, self._steps = table.errors.clone(), table.steps.clone()
             self._errors[order], self._steps[order] = gained.errors, gained.steps
+
+    @property
+    def table(self) -> CodeTable:
+        """Return the errors and steps of all channels with the gains of those that have bits."""
+        return CodeTable(self._errors, self._steps)
 
     def _widths(self, size: int) -> Tensor:
         """Return the bits of all channels, [r], for so many bytes. Some channels get a bit if none is worth any."""
@@ -84,7 +103,7 @@ class VectorFit:
         order = _by_bits(widths)
         layout = Layout(segments(widths[order].tolist()), self._groups)
         steps = self._steps.gather(1, widths[:, None])[order, 0].float()
-        costs, kept = self._axes.costs[order].float(), self._latents[:, order]
+        costs, kept = self.axes.costs[order].float(), self._latents[:, order]
         if self._groups:
             steps = steps / MARGIN
             for _ in range(refits):
@@ -94,8 +113,8 @@ class VectorFit:
         weight = costs * steps.square()
         return VectorCodec(
             layout,
-            (units[:, None] * self._axes.down[order]).float(),
-            (self._axes.up[:, order] * steps).float(),
+            (units[:, None] * self.axes.down[order]).float(),
+            (self.axes.up[:, order] * steps).float(),
             self._centre.float(),
             weight / weight.mean().clamp_min(torch.finfo(torch.float32).tiny),
         )

@@ -14,9 +14,11 @@ from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.calibrate.weighting import key_moments, value_moments
 from optimum_mla.calibrate.windows import check_tokens
+from optimum_mla.codec.fit import CodeTable
 from optimum_mla.codec.fit_vectors import Axes, VectorFit
 from optimum_mla.codec.layout import GAIN_BITS, GAIN_GROUPS
 from optimum_mla.codec.vectors import VectorCodec
+from optimum_mla.convert.record import Record, SharedRecord
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
 from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.core.number_checks import check_number
@@ -47,6 +49,7 @@ def fit_codec(
     exact: ExactTokens = EXACT_TOKENS,
     layers: LayerChoice = "all",
     processes: Processes = ALONE,
+    record: Record | None = None,
 ) -> ModelCodec:
     """Return a codec for the keys and values of a model, whose weights stay as they are.
 
@@ -63,6 +66,7 @@ def fit_codec(
         exact: Which tokens are never read from codes.
         layers: The layers to code, as in `MLATransformation`. Layers with a sliding window keep their cache.
         processes: The processes that share the work; each returns the same codec.
+        record: Keeps what was found, and knows what an interrupted run of the same arguments found.
 
     Raises:
         InvalidValueError: A value is out of range, or the budget leaves no room for a channel.
@@ -74,7 +78,8 @@ def fit_codec(
     if not 0 < kv_cache_budget <= LARGEST_BUDGET:
         raise InvalidValueError("kv_cache_budget", kv_cache_budget, f"above 0, up to {LARGEST_BUDGET}")
     chosen = codable_layers(config_of(model), layers)
-    source, fits = LayerSource(model, quantized=True), LayerFits(kv_cache_budget, gain_groups)
+    source = LayerSource(model, quantized=True)
+    fits = LayerFits(kv_cache_budget, gain_groups, SharedRecord(record or Record(), processes))
     if isinstance(calibration, CalibrationStatistics):
         for layer in progress(chosen, "codec: layers", main=True):
             stored = calibration.layer(layer, source.attention(layer))
@@ -94,6 +99,8 @@ def fit_codec(
 def _fit_on_windows(fits: LayerFits, walk: CalibrationWalk, chosen: tuple[int, ...], exact: ExactTokens) -> None:
     """Fit the chosen layers in one pass, and weigh their errors on the way back by what they do to the predictions.
 
+    A run that goes on walks through the layers again, but fits and passes back only what the record does not hold.
+
     Args:
         fits: Takes the layers.
         walk: A walk that stands before the first layer of the model.
@@ -105,8 +112,19 @@ def _fit_on_windows(fits: LayerFits, walk: CalibrationWalk, chosen: tuple[int, .
         if layer in chosen:
             fits.add(layer, LayerCalibration(walk, walk.model.attention(layer)), 1.0)
         gradients.advance()
-    for layer, vectors, found in gradients.of_layers(chosen, "codec: effect on the predictions"):
-        fits.weigh(layer, vectors, found)
+    title, record = "codec: effect on the predictions", fits.record
+    reached = next(((one, kept["before"]) for one in chosen if (kept := record.tensors(f"gradient {one}"))), None)
+    moved = {layer: record.known(f"moved {layer}") for layer in chosen}
+    told = None if reached is None else reached[0]
+    for layer, vectors, found in gradients.of_layers(chosen, title, reached):
+        moved[layer] = fits.moved(layer, vectors, found)
+        record.keep(f"moved {layer}", moved[layer])
+        record.keep_tensors(f"gradient {layer}", {"before": gradients.before})
+        if told is not None:
+            record.drop_tensors(f"gradient {told}")
+        told = layer
+    for layer, by in moved.items():
+        fits.weigh(layer, by)
 
 
 class LayerFits:
@@ -115,10 +133,11 @@ class LayerFits:
     Args:
         budget: Bytes of a token's codes, divided by those of its keys and values in 16 bits.
         gain_groups: Number of groups of channels with gains.
+        record: Keeps the fits.
     """
 
-    def __init__(self, budget: float, gain_groups: int) -> None:
-        self._budget, self._gain_groups = budget, gain_groups
+    def __init__(self, budget: float, gain_groups: int, record: Record) -> None:
+        self._budget, self._gain_groups, self.record = budget, gain_groups, record
         self._fits: dict[int, VectorFit] = {}
         self._sizes: dict[int, int] = {}
         self._errors: dict[int, dict[int, float]] = {}
@@ -132,14 +151,17 @@ class LayerFits:
             weight: Weight of a squared error in the layer's output; it makes those of different layers comparable.
         """
         size = _size(self._budget, calibration.source.geometry.source_cache_numbers, self._gain_groups)
-        fit = layer_fit(calibration, size, self._gain_groups)
+        kept = self.record.tensors(f"layer {layer}")
+        fit = layer_fit(calibration, size, self._gain_groups, kept)
+        if kept is None:
+            self.record.keep_tensors(f"layer {layer}", {**vars(fit.axes), **vars(fit.table)})
         smallest = (GAIN_BITS * self._gain_groups + GRANULE) // 8
         tried = sorted({max(smallest, round(share * size)) for share in REACH})
         self._fits[layer], self._sizes[layer] = fit, size
         self._errors[layer] = {one: weight * fit.error(one) for one in tried}
 
-    def weigh(self, layer: int, vectors: Tensor, gradients: Tensor) -> None:
-        """Scale the errors of a layer so that the one at the mean size is what it moves the predictions by.
+    def moved(self, layer: int, vectors: Tensor, gradients: Tensor) -> float:
+        """Return by how much codes of the mean size in a layer move the predictions, in nats.
 
         Args:
             layer: Index of the layer.
@@ -148,7 +170,10 @@ class LayerFits:
         """
         codec = self._fits[layer].codec(self._sizes[layer], refits=0).to(vectors.device)
         off = codec.decode(codec.encode(vectors)) - vectors
-        moved = float((gradients * off).sum(-1).double().square().mean()) / 2
+        return float((gradients * off).sum(-1).double().square().mean()) / 2
+
+    def weigh(self, layer: int, moved: float) -> None:
+        """Scale the errors of a layer so that the one at the mean size is what it moves the predictions by."""
         self._errors[layer] = scaled(self._errors[layer], self._sizes[layer], moved)
 
     def codecs(self, processes: Processes = ALONE) -> dict[int, VectorCodec]:
@@ -204,15 +229,27 @@ def _size(budget: float, numbers: int, gain_groups: int) -> int:
     return size
 
 
-def layer_fit(calibration: Calibration, size: int, gain_groups: int = GAIN_GROUPS) -> VectorFit:
+def layer_fit(
+    calibration: Calibration, size: int, gain_groups: int = GAIN_GROUPS, kept: dict[str, Tensor] | None = None
+) -> VectorFit:
     """Return what fits codecs of about so many bytes to the keys and values of a layer, [key ; value] unrotated.
 
     The axes of the latent make errors of different channels add up in the hidden state after the attention, to first
     order, and hold as much as possible in few channels.
+
+    Args:
+        calibration: Measurements at the layer.
+        size: See `VectorFit`.
+        gain_groups: See `VectorFit`.
+        kept: The fields of the axes and of the table that an earlier run of the same arguments found.
     """
     source: SourceAttention = calibration.source
     heads = source.project(calibration.inputs()[None])
     vectors = torch.cat([part[0].transpose(0, 1).flatten(1) for part in (heads.key, heads.value)], dim=1)
+    if kept is not None:
+        known = {name: tensor.to(vectors.device) for name, tensor in kept.items()}
+        table = CodeTable(known.pop("errors"), known.pop("steps"))
+        return VectorFit(Axes(**known), vectors, size, gain_groups, table)
     g = source.geometry
     width = g.num_key_value_heads * g.head_dim
     eye = torch.eye(2 * width, dtype=torch.float64, device=vectors.device)

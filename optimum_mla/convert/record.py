@@ -45,7 +45,7 @@ class LayerResult:
 class Record:
     """A record of the findings of a run. This class keeps nothing; subclasses keep it where a later run can read it.
 
-    Keys are a few words, and values are what JSON can hold.
+    Keys are a few words, and values are what JSON can hold. Names of tensors are a word and a number.
     """
 
     def known(self, key: str) -> Any:
@@ -54,6 +54,16 @@ class Record:
 
     def keep(self, key: str, value: Any) -> None:
         """Keep a value under a key."""
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Return the tensors that were kept under a name, on the CPU, or None."""
+        return None
+
+    def keep_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors under a name."""
+
+    def drop_tensors(self, name: str) -> None:
+        """Keep the tensors of a name no longer, if there are any."""
 
     def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
         """Return the tensors of a layer's converted attention by their names in it, and its result; None if unknown."""
@@ -77,6 +87,17 @@ class SharedRecord(Record):
     def keep(self, key: str, value: Any) -> None:
         if self._processes.leads:
             self._own.keep(key, value)
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        return self._processes.broadcast(self._own.tensors(name) if self._processes.leads else None)
+
+    def keep_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if self._processes.leads:
+            self._own.keep_tensors(name, tensors)
+
+    def drop_tensors(self, name: str) -> None:
+        if self._processes.leads:
+            self._own.drop_tensors(name)
 
     def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
         return self._processes.broadcast(self._own.layer(index) if self._processes.leads else None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from optimum_mla.cache.codec_layer import CodecCache
@@ -34,7 +34,7 @@ CodedForCausalLM = coded_loader("{model_type}")
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Keyword arguments of `from_pretrained` that say where files are, and that the file of the codec needs too."""
 
-logger = logging.getLogger(__name__)
+logger: Any = logging.get_logger(__name__)
 M = TypeVar("M", bound=PreTrainedModel)
 
 
@@ -60,11 +60,11 @@ class CodedGeneration(PreTrainedModel):
     ) -> None:
         """Prepare a `CodecCache` where no cache is given or chosen, and what was chosen otherwise."""
         chosen = generation_config.cache_implementation
-        if (
-            model_kwargs.get(CACHE_ARGUMENT) is not None
-            or generation_config.use_cache is False
-            or chosen not in (None, "offloaded")
-        ):
+        given = model_kwargs.get(CACHE_ARGUMENT) is not None or generation_config.use_cache is False
+        if not given and chosen not in (None, "offloaded"):
+            said = "cache_implementation=%s is a cache of Transformers' own: it does not use the codec of this model."
+            logger.warning_once(said % repr(chosen))
+        if given or chosen not in (None, "offloaded"):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
         model_kwargs[CACHE_ARGUMENT] = self.make_cache(offloading=chosen == "offloaded")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import codable_layers, fit_codec
@@ -39,11 +38,10 @@ from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.conversion_options import calibrated_texts
 from optimum_mla.pipeline.loading import TextOptions, read_texts
 from optimum_mla.pipeline.preparation import ConversionRequest, left_by
+from optimum_mla.pipeline.unfinished import Unfinished, made_from
 from optimum_mla.report.cards import model_card
 from optimum_mla.report.render import size
 from optimum_mla.report.schema import STATED_TOKENS, CodecLayerReport, CodecReport
-
-logger = logging.getLogger(__name__)
 
 SCORED_WINDOWS = 8
 """Largest number of windows on which the predictions are compared."""
@@ -76,93 +74,175 @@ def code_cache(
         MLAError: Bad input of any kind; `output` is as it was.
     """
     folder = check_output(output, asked.inputs, asked.overwrite, CODEC_FILES)
-    config, layers, budget = _checked(asked)
-    checkpoint, codec_only = asked.source, asked.codec_only
-    calibration, evaluation, data = _read(asked, config)
-    stages = Stages()
-    with tempfile.TemporaryDirectory() as scratch:
-        with stages.stage("load"):
-            source = without_codec(checkpoint.load(asked.dtype, asked.device, Path(scratch)))
-            if getattr(config, "quantization_config", None) is not None:
-                # Libraries find out at the first pass that weights are not those that the config describes.
-                with reading("weights", checkpoint.location, checkpoint.hub), torch.no_grad():
-                    source(torch.zeros(1, 2, dtype=torch.long, device=source.device))
-        source_files = [] if codec_only else _source_files(checkpoint)
-        check_space(folder, sum(path.stat().st_size for path in source_files))
-        weights = sum(p.numel() * p.element_size() for p in source.parameters())
+    planned = PlannedCodec.of(asked)
+    options = {**asked.options, "layers": planned.layers}
+    with Unfinished(folder, made_from(asked, planned.data, options), asked.resume, asked.overwrite) as unfinished:
+        coding = _Coding(asked, planned, unfinished)
+        check_space(folder, sum(path.stat().st_size for path in coding.source_files))
         if announce is not None:
-            announce(_announcement(checkpoint.name, source, budget, layers, data, weights))
-        start = time.perf_counter()
-        with stages.stage("fit"), reading_weights():
-            verify_family(source, family_of(config).spec, layers)
-            codec = fit_codec(source, calibration, budget, layers=layers, processes=processes)
-        seconds = time.perf_counter() - start
-        with atomic_folder(folder, overwrite=asked.overwrite) as partial:
-            with stages.stage("write"):
-                codec_bytes = codec.save(partial).stat().st_size
-                for path in source_files:
-                    shutil.copy(path, partial)
-                if not codec_only:
-                    name_codec(partial)
-            with stages.stage("verify"), reading_weights():
-                reference = codec_reference(source, codec)
-                if codec_only:
-                    written = load_codec(source, partial)
-                else:
-                    own = {name: value for name, value in checkpoint.hub.items() if name == "trust_remote_code"}
-                    offload = Path(scratch) / "written"
-                    written = Checkpoint(str(partial), own).load(asked.dtype, asked.device, offload)
-                verification = verify_codec(written, codec, reference)
-            found, prompt = None, 0
-            length = 0 if evaluation is None else evaluation.shape[1]
-            if evaluation is not None and codec.exact.coded(length - length // 2):
-                scored, stride = evaluation[:SCORED_WINDOWS], length // 2
-                prompt = length - stride
-                with stages.stage("measure"), reading_weights():
-                    found = compare_decoding(
-                        written,
-                        lambda: codec.make_cache(written),
-                        scored,
-                        stride,
-                        source,
-                        lambda: DynamicCache(config=config),
-                        SCORED_AT_ONCE,
-                    )
-            numbers = layer_numbers(config) or []
-            report = CodecReport(
-                model=checkpoint.name,
-                kv_cache_budget=budget,
-                data=data,
-                exact=asdict(codec.exact),
-                coded_bytes_per_token=codec.bytes_per_token,
-                source_bytes_per_token=codec.source_bytes(1),
-                other_bytes_per_token=2 * (sum(numbers) - sum(one.width for one in codec.layers.values())),
-                percent_at_stated_tokens=100 * codec.cache_bytes(STATED_TOKENS) / codec.source_bytes(STATED_TOKENS),
-                percent_of_long_caches=100 * codec.bytes_per_token / codec.source_bytes(1),
-                codec_bytes=codec_bytes,
-                codec_percent_of_weights=100 * codec_bytes / weights,
-                perplexity_before=None if found is None else found.baseline_perplexity,
-                perplexity_after=None if found is None else found.perplexity,
-                divergence_nats=None if found is None else found.kl,
-                divergence_stderr_nats=None if found is None else found.kl_stderr,
-                same_guess_percent=None if found is None or found.agreement is None else 100 * found.agreement,
-                prompt_tokens=None if found is None else prompt,
-                scored_tokens=None if found is None else found.tokens,
-                quality_text=None if found is None else _quality_text(asked.texts),
-                conversion_seconds=seconds,
-                peak_memory_bytes=stages.peak(),
-                dtype=str(source.dtype).removeprefix("torch."),
-                seed=asked.seed,
-                layers=_layer_reports(codec),
-                written_as="codec" if codec_only else "model",
-                verification=asdict(verification),
-                stages=stages.done,
-                **checkpoint.origin(),  # type: ignore[arg-type]
-            )
-            report.write(partial)
-            card = model_card(report, folder.name, checkpoint.metadata())
+            announce(coding.announcement())
+        codec = coding.fitted(processes)
+        with atomic_folder(folder, overwrite=asked.overwrite, within=unfinished.folder) as partial:
+            report = coding.write(codec, partial)
+            card = model_card(report, folder.name, asked.source.metadata())
             (partial / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+@dataclass(frozen=True)
+class PlannedCodec:
+    """A codec that can be fitted as soon as its model is loaded.
+
+    Attributes:
+        config: The config of the source.
+        layers: The layers to code.
+        budget: Bytes of a token's codes, divided by those of the source's cache in 16 bits.
+        calibration: What calibrates: token ids, [N, L], or statistics.
+        evaluation: The windows that are left to the report, [N, L], or None.
+        data: The origins of the texts.
+    """
+
+    config: PreTrainedConfig
+    layers: tuple[int, ...]
+    budget: float
+    calibration: Tensor | CalibrationStatistics
+    evaluation: Tensor | None
+    data: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, asked: ConversionRequest) -> PlannedCodec:
+        """Return the plan of a request, all of whose options are checked and whose texts are read.
+
+        Raises:
+            MLAError: Bad input of any kind.
+        """
+        config, layers, budget = _checked(asked)
+        return cls(config, layers, budget, *_read(asked, config))
+
+
+class _Coding:
+    """A fit under way, with its source loaded.
+
+    Args:
+        asked: The request.
+        planned: The plan.
+        unfinished: Keeps what was found; weights that find no room in memory lie in its folder.
+    """
+
+    def __init__(self, asked: ConversionRequest, planned: PlannedCodec, unfinished: Unfinished) -> None:
+        self.asked, self.planned, self.stages, self._unfinished = asked, planned, Stages(), unfinished
+        checkpoint = asked.source
+        with self.stages.stage("load"):
+            self.source = without_codec(checkpoint.load(asked.dtype, asked.device, unfinished.folder))
+            if getattr(planned.config, "quantization_config", None) is not None:
+                # Libraries find out at the first pass that weights are not those that the config describes.
+                with reading("weights", checkpoint.location, checkpoint.hub), torch.no_grad():
+                    self.source(torch.zeros(1, 2, dtype=torch.long, device=self.source.device))
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in self.source.parameters())
+        self.source_files = [] if asked.codec_only else _source_files(checkpoint)
+
+    def announcement(self) -> str:
+        """Return a few lines that say what will be done."""
+        planned, config = self.planned, self.source.config
+        text = planned.data["calibration-data"]
+        named = "the built-in text" if text["source"] == "built-in" else text["source"]
+        lines = [
+            f"{self.asked.source.name}: {config.num_hidden_layers} layers, {size(self.weight_bytes)} of weights, "
+            f"{str(self.source.dtype).removeprefix('torch.')} on {self.source.device}",
+            f"codes of old tokens in {100 * planned.budget:.3g} % of their bytes in {len(planned.layers)} layers; the "
+            f"weights stay as they are. Fitted on {text['windows']} windows of {text['tokens_per_window']} tokens of "
+            f"{named}.",
+        ]
+        if windows := [n for n in range(config.num_hidden_layers) if sliding_window(config, n) is not None]:
+            lines.append(
+                f"{len(windows)} layers have a sliding window, which bounds their cache by itself; they keep it."
+            )
+        if text["source"] == "built-in":
+            lines.append("Text like what the model will read is better: give it with --calibration-data.")
+        return "\n".join([*lines, ""])
+
+    def fitted(self, processes: Processes) -> ModelCodec:
+        """Return the codec, fitted to the source."""
+        planned, source = self.planned, self.source
+        with self.stages.stage("fit"), reading_weights():
+            verify_family(source, family_of(planned.config).spec, planned.layers)
+            fit = partial(fit_codec, source, planned.calibration, planned.budget, layers=planned.layers)
+            return fit(processes=processes, record=self._unfinished)
+
+    def write(self, codec: ModelCodec, folder: Path) -> CodecReport:
+        """Write the codec, the source's files if they are asked for, and the report, all checked; return the report."""
+        with self.stages.stage("write"):
+            codec_bytes = codec.save(folder).stat().st_size
+            for path in self.source_files:
+                shutil.copy(path, folder)
+            if not self.asked.codec_only:
+                name_codec(folder)
+        with self.stages.stage("verify"), reading_weights():
+            reference = codec_reference(self.source, codec)
+            written = self._loaded_again(folder)
+            verification = verify_codec(written, codec, reference)
+        measured = self._measured(written, codec)
+        report = self._report(codec, codec_bytes, measured, asdict(verification))
+        report.write(folder)
+        return report
+
+    def _loaded_again(self, folder: Path) -> PreTrainedModel:
+        """Return the model that was written, or the source with the codec that was written alone."""
+        asked = self.asked
+        if asked.codec_only:
+            return load_codec(self.source, folder)
+        own = {name: value for name, value in asked.source.hub.items() if name == "trust_remote_code"}
+        offload = self._unfinished.folder / "written"
+        return Checkpoint(str(folder), own).load(asked.dtype, asked.device, offload)
+
+    def _measured(self, written: PreTrainedModel, codec: ModelCodec) -> dict[str, Any]:
+        """Return fields of the report: how far the predictions move; none where no token of a window becomes codes."""
+        evaluation = self.planned.evaluation
+        stride = 0 if evaluation is None else evaluation.shape[1] // 2
+        if evaluation is None or not codec.exact.coded(evaluation.shape[1] - stride):
+            return {}
+        own = lambda: DynamicCache(config=self.planned.config)  # noqa: E731
+        with self.stages.stage("measure"), reading_weights():
+            scored, coded = evaluation[:SCORED_WINDOWS], lambda: codec.make_cache(written)
+            found = compare_decoding(written, coded, scored, stride, self.source, own, SCORED_AT_ONCE)
+        return {
+            "perplexity_before": found.baseline_perplexity,
+            "perplexity_after": found.perplexity,
+            "divergence_nats": found.kl,
+            "divergence_stderr_nats": found.kl_stderr,
+            "same_guess_percent": None if found.agreement is None else 100 * found.agreement,
+            "prompt_tokens": evaluation.shape[1] - stride,
+            "scored_tokens": found.tokens,
+            "quality_text": _quality_text(self.asked.texts),
+        }
+
+    def _report(
+        self, codec: ModelCodec, codec_bytes: int, measured: dict[str, Any], verification: dict[str, Any]
+    ) -> CodecReport:
+        numbers = layer_numbers(self.planned.config) or []
+        return CodecReport(
+            model=self.asked.source.name,
+            kv_cache_budget=self.planned.budget,
+            data=self.planned.data,
+            exact=asdict(codec.exact),
+            coded_bytes_per_token=codec.bytes_per_token,
+            source_bytes_per_token=codec.source_bytes(1),
+            other_bytes_per_token=2 * (sum(numbers) - sum(one.width for one in codec.layers.values())),
+            percent_at_stated_tokens=100 * codec.cache_bytes(STATED_TOKENS) / codec.source_bytes(STATED_TOKENS),
+            percent_of_long_caches=100 * codec.bytes_per_token / codec.source_bytes(1),
+            codec_bytes=codec_bytes,
+            codec_percent_of_weights=100 * codec_bytes / self.weight_bytes,
+            **measured,
+            conversion_seconds=self._unfinished.seconds,
+            peak_memory_bytes=self.stages.peak(),
+            dtype=str(self.source.dtype).removeprefix("torch."),
+            seed=self.asked.seed,
+            layers=_layer_reports(codec),
+            written_as="codec" if self.asked.codec_only else "model",
+            verification=verification,
+            stages=self.stages.done,
+            **self.asked.source.origin(),  # type: ignore[arg-type]
+        )
 
 
 def assist_codec(asked: ConversionRequest, processes: Processes) -> None:
@@ -171,11 +251,10 @@ def assist_codec(asked: ConversionRequest, processes: Processes) -> None:
     Raises:
         MLAError: Bad input of any kind.
     """
-    config, layers, budget = _checked(asked)
-    calibration, *_ = _read(asked, config)
+    planned = PlannedCodec.of(asked)
     with tempfile.TemporaryDirectory() as scratch:
         source = without_codec(asked.source.load(asked.dtype, asked.device, Path(scratch)))
-        fit_codec(source, calibration, budget, layers=layers, processes=processes)
+        fit_codec(source, planned.calibration, planned.budget, layers=planned.layers, processes=processes)
 
 
 def _checked(asked: ConversionRequest) -> tuple[PreTrainedConfig, tuple[int, ...], float]:
@@ -236,25 +315,6 @@ def _source_files(checkpoint: Checkpoint) -> list[Path]:
         for path in files
         if path.suffix in COPIED or path.name in TOKENIZER_FILES or path.name.startswith(LICENCES)
     ]
-
-
-def _announcement(
-    model: str, source: Any, budget: float, layers: tuple[int, ...], data: dict[str, dict[str, Any]], weights: int
-) -> str:
-    """Return a few lines that say what will be done."""
-    config, text = source.config, data["calibration-data"]
-    named = "the built-in text" if text["source"] == "built-in" else text["source"]
-    lines = [
-        f"{model}: {config.num_hidden_layers} layers, {size(weights)} of weights, "
-        f"{str(source.dtype).removeprefix('torch.')} on {source.device}",
-        f"codes of old tokens in {100 * budget:.3g} % of their bytes in {len(layers)} layers; the weights stay as they "
-        f"are. Fitted on {text['windows']} windows of {text['tokens_per_window']} tokens of {named}.",
-    ]
-    if windows := [n for n in range(config.num_hidden_layers) if sliding_window(config, n) is not None]:
-        lines.append(f"{len(windows)} layers have a sliding window, which bounds their cache by itself; they keep it.")
-    if text["source"] == "built-in":
-        lines.append("Text like what the model will read is better: give it with --calibration-data.")
-    return "\n".join([*lines, ""])
 
 
 def _quality_text(texts: TextOptions) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from optimum_mla.core.errors import OptionError
 from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.export.gguf_file import file_type_of
 from optimum_mla.io.claim import claims_output
-from optimum_mla.io.folder import atomic_folder, check_output, check_space, kept_folder, located
+from optimum_mla.io.folder import atomic_folder, check_output, check_space
 from optimum_mla.measure.answers import answers, moved, prompts, text_of
 from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.stages import Stages
@@ -27,13 +25,13 @@ from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.pipeline.announcement import announcement
-from optimum_mla.pipeline.checkpoint import Checkpoint, load_written
+from optimum_mla.pipeline.checkpoint import load_written
 from optimum_mla.pipeline.coding import assist_codec, code_cache
 from optimum_mla.pipeline.estimate import conversion_memory
 from optimum_mla.pipeline.exporting import exported_model, write_export
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
 from optimum_mla.pipeline.preparation import ConversionRequest, ConversionSettings, prepare
-from optimum_mla.pipeline.unfinished import VERSIONED, UnfinishedConversion, write_model
+from optimum_mla.pipeline.unfinished import UnfinishedConversion, made_from, write_model
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
 from optimum_mla.report.cards import export_card, model_card, with_section
@@ -42,8 +40,6 @@ from optimum_mla.report.verdict import quality_warning
 
 CACHE_PROBE_TOKENS = 64
 """Tokens that the live cache is filled with to weigh it."""
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")
-"""Files of a checkpoint by which an interrupted conversion tells its source from another."""
 
 
 def convert(
@@ -77,13 +73,6 @@ def convert(
     """
     asked = ConversionRequest.of(model, method, options, texts, settings)
     if asked.coded:
-        kept = kept_folder("mla-convert", located(output))
-        if kept.exists() and not asked.overwrite:
-            raise OptionError(
-                f"output: an unfinished conversion of weights lies in {kept}. Go on by --resume with its options, or "
-                "start anew by --overwrite."
-            )
-        shutil.rmtree(kept, ignore_errors=True)
         return code_cache(asked, output, announce, processes)
     if asked.codec_only:
         raise OptionError("--codec-only needs --cache-budget: without one the weights are converted, and written.")
@@ -101,14 +90,9 @@ def convert_weights(
     config, transformation, data = prepared.config, prepared.transformation, prepared.data
     tokenizer, windows, text = prepared.tokenizer, prepared.windows, prepared.text
     stages = Stages()
-    made_from = {
-        **conversion_identity(asked.source),
-        **{name: getattr(asked, name) for name in ("method", "dtype", "device", "seed")},
-        "calibration data (SHA-256)": data.get("calibration-data", {}).get("sha256"),
-        "statistics (SHA-256)": data.get("calibration-data", {}).get("statistics"),
-        **transformation.options,
-    }
-    with UnfinishedConversion(folder, made_from, asked.resume, asked.overwrite) as unfinished:
+    with UnfinishedConversion(
+        folder, made_from(asked, data, transformation.options), asked.resume, asked.overwrite
+    ) as unfinished:
         with stages.stage("load"):
             source, wrapper = prepared.load(asked.dtype, asked.device, unfinished.folder)
         if export_format == "gguf":
@@ -236,16 +220,6 @@ def assist(
         source, _ = prepared.load(asked.dtype, asked.device, Path(scratch))
         for _ in prepared.run(source, None, processes).steps():
             pass
-
-
-def conversion_identity(source: Checkpoint) -> dict[str, Any]:
-    """Return what tells a source model, and the software that converts it, from others, as JSON can hold it."""
-    versions = {name: version(name) for name in VERSIONED}
-    files = {}
-    if source.folder is not None:
-        kept = (path for path in sorted(source.folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES)
-        files = {f"file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in kept}
-    return {"model": source.name, **source.origin(), **files, **versions}
 
 
 def readable_at_once(model: PreTrainedModel) -> bool:

@@ -53,7 +53,7 @@ class ConversionSettings(TypedDict, total=False):
         hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
         export_format: Write the result as `mla-export` does (`deepseek_v3`, `gguf`), with the options that this needs.
         resume: Go on with an interrupted conversion to `output`, which must have had the same options. It gives what an
-            uninterrupted one gives. A codec is fitted in one pass and begins anew.
+            uninterrupted one gives.
         try_family: Describe a family that is not known by what its names suggest, if the model confirms it.
         codec_only: Under a budget of bytes, write the codec without the model's weights.
     """

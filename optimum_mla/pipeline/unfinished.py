@@ -1,12 +1,13 @@
-"""The folder of a conversion that is under way, from which an interrupted one goes on."""
+"""The folder of a conversion or a fit that is under way, from which an interrupted one goes on."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,17 +21,23 @@ from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, 
 from optimum_mla.models.classes import is_tied
 from optimum_mla.nn import LatentAttention
 from optimum_mla.pipeline.checkpoint import RESIDENT_BYTES
+from optimum_mla.pipeline.preparation import ConversionRequest
 
 logger = logging.getLogger(__name__)
 
 VERSIONED = ("optimum-mla", "torch", "transformers")
 """Packages whose versions are among the options of a conversion."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")
+"""Files of a checkpoint by which an interrupted conversion tells its source from another."""
 FAILED_CHECK = "failed check"
 """Key of the journal under which it says which check of the result failed."""
 
 
-class UnfinishedConversion(Record):
-    """Keeps the layers of a conversion in a hidden folder beside its output, with a journal.
+U = TypeVar("U", bound="Unfinished")
+
+
+class Unfinished(Record):
+    """Keeps what a run finds in a hidden folder beside its output, with a journal.
 
     It is a context. When it ends well, the folder is deleted. When it is interrupted, or a file cannot be read or
     written, the folder stays, and a conversion with the same options goes on where it was. When the result fails a
@@ -45,11 +52,14 @@ class UnfinishedConversion(Record):
 
     Attributes:
         folder: The hidden folder.
+        unit: What is kept of each layer, in the plural.
 
     Raises:
         OutputError: There is an unfinished conversion, and neither `resume` nor `overwrite` says what to do with it.
         OptionError: The unfinished conversion has other options.
     """
+
+    unit = "fitted layers"
 
     def __init__(self, output: Path, options: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.output, self.folder = output, kept_folder("mla-convert", output)
@@ -67,7 +77,7 @@ class UnfinishedConversion(Record):
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def __enter__(self) -> UnfinishedConversion:
+    def __enter__(self: U) -> U:
         self._above.__enter__()
         try:
             with as_output_error(self.output):
@@ -96,11 +106,11 @@ class UnfinishedConversion(Record):
         if isinstance(error, VerificationError):
             journal.add(FAILED_CHECK, str(error))
             raise VerificationError(
-                f"{error} Nothing was written to {self.output}. {kept} converted layers and all choices are kept in "
+                f"{error} Nothing was written to {self.output}. {kept} {self.unit} are kept in "
                 f"{self.folder}: the same command with --resume goes on with them, also under other versions of "
                 f"{', '.join(VERSIONED)}; --overwrite starts anew."
             ) from error
-        logger.warning("kept: %d converted layers and all choices. The same command with --resume goes on.", kept)
+        logger.warning("kept: %d %s. The same command with --resume goes on.", kept, self.unit)
 
     def _check_options(self, entries: dict[str, Any]) -> None:
         there, here = entries.get("options", {}), as_kept(self._options)
@@ -118,16 +128,14 @@ class UnfinishedConversion(Record):
 
     @property
     def seconds(self) -> float:
-        """Return the seconds that the kept layers took, those of interrupted runs included."""
-        return max((entry["seconds"] for entry in self._layers().values()), default=0.0)
+        """Return the seconds that what is kept took, those of interrupted runs included."""
+        kept = [entry for entry in self._journal.entries.values() if isinstance(entry, dict) and "seconds" in entry]
+        return max((entry["seconds"] for entry in kept), default=0.0)
 
     @property
     def bytes(self) -> int:
         """Return the bytes of the kept layers."""
         return sum(path.stat().st_size for path in self.folder.glob("layer-*.safetensors"))
-
-    def _layers(self) -> dict[str, Any]:
-        return {key: entry for key, entry in self._journal.entries.items() if key.startswith("layer ")}
 
     def known(self, key: str) -> Any:
         """Return the value that was kept under a key, or None."""
@@ -137,20 +145,63 @@ class UnfinishedConversion(Record):
         """Keep a value under a key."""
         self._journal.add(key, value)
 
+    def file(self, name: str) -> Path:
+        """Return the file of the tensors of a name."""
+        kind, number = name.split()
+        return self.folder / f"{kind}-{int(number):05}.safetensors"
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Return the tensors that were kept under a name; None if they were not, or are not as they were written."""
+        if self.known(name) is None:
+            return None
+        if not self._whole(name):
+            logger.warning("warning: %s is not as it was written; it is made again.", self.file(name))
+            return None
+        return read_shard(self.file(name))
+
+    def keep_tensors(self, name: str, tensors: dict[str, Tensor], **said: Any) -> None:
+        """Keep tensors under a name.
+
+        Args:
+            name: A word and a number.
+            tensors: The tensors by their names.
+            **said: What else `known` then says of them.
+        """
+        with as_output_error(self.output):
+            digest = write_shard(self.file(name), tensors)
+        self.keep(name, {"sha256": digest, **said, "seconds": self.seconds + time.monotonic() - self._start})
+        self._start = time.monotonic()
+
+    def drop_tensors(self, name: str) -> None:
+        """Keep the tensors of a name no longer, if there are any."""
+        self.keep(name, None)
+        with as_output_error(self.output):
+            self.file(name).unlink(missing_ok=True)
+
+    def _whole(self, name: str) -> bool:
+        entry, path = self.known(name), self.file(name)
+        return entry is not None and path.is_file() and sha256(path) == entry["sha256"]
+
+
+class UnfinishedConversion(Unfinished):
+    """Keeps the layers and the choices of a conversion of weights; see `Unfinished`."""
+
+    unit = "converted layers and all choices"
+
     def layer(self, index: int) -> tuple[dict[str, Tensor], LayerResult] | None:
         """Return the tensors of a layer's converted attention and its result; None if it was not kept, or not whole."""
         entry = self.known(f"layer {index}")
         if entry is None or entry["result"] is None:
             return None
         path = self.shard(index)
-        if not self._whole(index):
+        if not self._whole(f"layer {index}"):
             logger.warning("warning: %s is not as it was written; its layer is converted again.", path)
             return None
         return read_shard(path, entry["attention"]), LayerResult.from_dict(entry["result"])
 
     def shard(self, index: int) -> Path:
         """Return the file of a layer."""
-        return self.folder / f"layer-{index:05}.safetensors"
+        return self.file(f"layer {index}")
 
     def write_layer(self, run: Run, index: int, attention: LatentAttention | None) -> None:
         """Write a layer of the converted model, unless it was kept already.
@@ -161,7 +212,7 @@ class UnfinishedConversion(Record):
             attention: Its new attention, or None if it keeps that of the source.
         """
         spec = run.family.spec
-        if self._whole(index):
+        if self._whole(f"layer {index}"):
             return
         path = f"{spec.layer_path(index)}."
         tensors = run.source.layer(index).state_dict(prefix=path)
@@ -169,23 +220,32 @@ class UnfinishedConversion(Record):
             prefix = f"{spec.attention_path(index)}."
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
             tensors |= attention.state_dict(prefix=prefix)
-        with as_output_error(self.output):
-            digest = write_shard(self.shard(index), tensors)
         result = run.results[index].to_dict() if index in run.results else None
-        self.keep(
-            f"layer {index}",
-            {
-                "sha256": digest,
-                "attention": f"{spec.attention_path(index)}.",
-                "result": result,
-                "seconds": self.seconds + time.monotonic() - self._start,
-            },
-        )
-        self._start = time.monotonic()
+        self.keep_tensors(f"layer {index}", tensors, attention=f"{spec.attention_path(index)}.", result=result)
 
-    def _whole(self, index: int) -> bool:
-        entry = self.known(f"layer {index}")
-        return entry is not None and self.shard(index).is_file() and sha256(self.shard(index)) == entry["sha256"]
+
+def made_from(asked: ConversionRequest, data: dict[str, dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
+    """Return all that the result of a conversion depends on, by name, as JSON can hold it.
+
+    Args:
+        asked: The request.
+        data: The origins of the texts.
+        options: The options of the method.
+    """
+    source, files = asked.source, {}
+    if source.folder is not None:
+        kept = (path for path in sorted(source.folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES)
+        files = {f"file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in kept}
+    return {
+        "model": source.name,
+        **source.origin(),
+        **files,
+        **{name: version(name) for name in VERSIONED},
+        **{name: getattr(asked, name) for name in ("method", "dtype", "device", "seed")},
+        "calibration data (SHA-256)": data.get("calibration-data", {}).get("sha256"),
+        "statistics (SHA-256)": data.get("calibration-data", {}).get("statistics"),
+        **options,
+    }
 
 
 def weights_outside_layers(run: Run) -> dict[str, Tensor]:

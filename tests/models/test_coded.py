@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -62,7 +63,11 @@ def test_the_model_is_its_source_and_generates_over_codes(codec: ModelCodec) -> 
 
 @torch.no_grad()
 @pytest.mark.parametrize("chosen", ["dynamic", "static", "given", "none"])
-def test_another_cache_that_is_chosen_is_taken(codec: ModelCodec, chosen: str) -> None:
+def test_another_cache_that_is_chosen_is_taken(
+    codec: ModelCodec, chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    once: Any = logging.Logger.warning_once  # type: ignore[attr-defined]
+    once.cache_clear()
     coded: Any = with_codec(model(), codec)
     options: dict[str, Any] = {"cache_implementation": chosen}
     if chosen == "given":
@@ -72,6 +77,7 @@ def test_another_cache_that_is_chosen_is_taken(codec: ModelCodec, chosen: str) -
     made, plain = coded.generate(PROMPT, **options, **GREEDY), model().generate(PROMPT, **GREEDY)
     assert not isinstance(made.past_key_values, CodecCache)
     assert torch.equal(made.sequences, plain.sequences)
+    assert ("does not use the codec of this model" in caplog.text) == (chosen in ("dynamic", "static"))
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from optimum_mla.pipeline import TextOptions, benchmark, calibrate, convert, qua
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
 from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.origin import recorded_source
+from optimum_mla.pipeline.unfinished import Unfinished
 from optimum_mla.report.schema import CodecReport
 from optimum_mla.report.verdict import codec_verdict
 from tests.cases import source_model, token_ids
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "benchmarks" / "reference_model"
 PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
 TEXT = str(REFERENCE / "calibration.txt")
+LAYERS = 6  # of the reference model
 FEW = TextOptions(calibration_data=TEXT, calibration_samples=8, calibration_length=288)
 
 
@@ -195,10 +197,58 @@ def test_short_windows_measure_nothing_and_say_so(tmp_path: Path) -> None:
     assert "was not measured, as there was no text in windows long enough" in codec_verdict(report)
 
 
-def test_an_unfinished_conversion_of_weights_is_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / ".out.unfinished").mkdir()
-    with pytest.raises(OptionError, match="an unfinished conversion of weights lies in"):
-        convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_budget": 0.25}, texts=FEW, resume=True)
+@pytest.mark.parametrize("name", ["layer 0", "layer 4", "gradient 5", "gradient 0"])
+def test_an_interrupted_fit_goes_on(
+    name: str, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options, keep, output = {"kv_cache_budget": 0.125}, Unfinished.keep_tensors, tmp_path / "out"
+    done: list[str] = []
+
+    def stopping(self: Unfinished, kept: str, tensors: Any, **said: Any) -> None:
+        done.append(kept)
+        keep(self, kept, tensors, **said)
+        if kept == name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "keep_tensors", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            convert(str(REFERENCE), output, options=options, texts=FEW)
+        assert "fitted layers. The same command with --resume goes on." in caplog.text
+        assert not output.exists()
+        with pytest.raises(OutputError, match=r"an unfinished conversion to .* Go on with it by --resume"):
+            convert(str(REFERENCE), output, options=options, texts=FEW)
+        with pytest.raises(OptionError, match=r"another one: kv_cache_budget is 0\.25 and was 0\.125"):
+            convert(str(REFERENCE), output, options={"kv_cache_budget": 0.25}, texts=FEW, resume=True)
+        name = "nothing"
+        convert(str(REFERENCE), output, options=options, texts=FEW, resume=True)
+    assert len(done) == len(set(done)) == 2 * LAYERS  # Nothing was done twice.
+    one, other = (load_file(folder / CODEC_FILE) for folder in (coded, output))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_kept_and_damaged_is_made_again(
+    coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options, drop, output = {"kv_cache_budget": 0.125}, Unfinished.drop_tensors, tmp_path / "out"
+
+    def stopping(self: Unfinished, name: str) -> None:
+        drop(self, name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "drop_tensors", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            convert(str(REFERENCE), output, options=options, texts=FEW)
+    kept = sorted((tmp_path / ".out.unfinished").glob("*.safetensors"))
+    assert [path.stem for path in kept] == [f"gradient-{LAYERS - 2:05}", *(f"layer-{n:05}" for n in range(LAYERS))]
+    for path in (kept[0], kept[2]):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    convert(str(REFERENCE), output, options=options, texts=FEW, resume=True)
+    assert caplog.text.count("is not as it was written; it is made again") == 2
+    one, other = (load_file(folder / CODEC_FILE) for folder in (coded, output))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -259,9 +309,9 @@ def test_what_is_written_was_checked_first(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OutputError, match="exists"):
         convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_budget": 0.25}, texts=FEW)
     monkeypatch.setattr("optimum_mla.models.codec.ModelCodec.cache_bytes", lambda self, tokens, itemsize=2: 1)
-    with pytest.raises(VerificationError, match=r"weighs \d+ bytes, but the layouts predict 2"):
+    with pytest.raises(VerificationError, match=r"bytes, but the layouts predict 2.* 6 fitted layers are kept"):
         convert(str(REFERENCE), tmp_path / "other", options={"kv_cache_budget": 0.25}, texts=FEW)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.unfinished"}
 
 
 def test_a_damaged_codec_is_said_where_the_model_is_loaded(coded: Path, tmp_path: Path, caplog: Any) -> None:

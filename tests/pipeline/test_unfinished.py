@@ -105,7 +105,7 @@ def built_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def installed_as_if(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
     """Let this package have another version."""
     versions = lambda name: number if name == "optimum-mla" else version(name)  # noqa: E731
-    monkeypatch.setattr(import_module("optimum_mla.pipeline.convert"), "version", versions)
+    monkeypatch.setattr(import_module("optimum_mla.pipeline.unfinished"), "version", versions)
 
 
 @pytest.mark.parametrize("stop", range(LAYERS))
