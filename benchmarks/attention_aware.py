@@ -2,8 +2,10 @@
 
 What the paper's abstract says is done: the error of a code is what it does to the attention's output, to which keys and
 values add separately and channel by channel; both are transformed so that this error gathers in few channels, and bits
-are shared by reverse water-filling over all channels of all layers. Codes, first and newest tokens and the cache are
-those of this project, without gains and without entropy coding, so what differs are the axes and the bits alone.
+are shared by reverse water-filling over all channels of all layers. Errors of a layer are taken relative to the size of
+the hidden state there: the same bytes in each layer, or errors as they are, were worse on SmolLM2. Codes, first and
+newest tokens and the cache are those of this project, without gains and without entropy coding, so what differs are the
+axes and the bits alone.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def attention_aware_codec(model: Any, windows: Tensor, kv_cache_budget: float) -
     walk = CalibrationWalk(LayerSource(model), windows)
     fits: dict[int, VectorFit] = {}
     sizes: dict[int, int] = {}
+    weights: dict[int, float] = {}
     for layer in range(walk.model.num_layers):
         calibration = LayerCalibration(walk, walk.model.attention(layer))
         heads = calibration.source.project(calibration.inputs()[None])
@@ -55,9 +58,13 @@ def attention_aware_codec(model: Any, windows: Tensor, kv_cache_budget: float) -
         sizes[layer] = int(2 * kv_cache_budget * vectors.shape[1])
         axes = Axes(axes.down[order], axes.up[:, order], axes.costs[order])
         fits[layer] = VectorFit(axes, vectors, sizes[layer], gain_groups=0)
+        weights[layer] = float(walk.row_weights.double().mean())
         walk.advance()
     errors = {
-        layer: {size: fit.error(size) for size in sorted({max(1, round(share * sizes[layer])) for share in REACH})}
+        layer: {
+            size: weights[layer] * fit.error(size)
+            for size in sorted({max(1, round(share * sizes[layer])) for share in REACH})
+        }
         for layer, fit in fits.items()
     }
     shares = allocate(errors, sum(sizes.values()))

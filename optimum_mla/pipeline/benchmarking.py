@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import Unpack
 
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.pipeline.cell_options import BenchmarkOptions
 from optimum_mla.pipeline.cell_runs import Benchmark
-from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.origin import named_model, recorded_source, source_of
+from optimum_mla.pipeline.run_settings import RunOptions, RunSettings
 from optimum_mla.report.pages import FORMATS, write_pages
 from optimum_mla.report.rows import BenchmarkReport
 
@@ -26,11 +28,8 @@ def benchmark(
     baseline: str | None = None,
     options: BenchmarkOptions | None = None,
     formats: Iterable[str] = FORMATS,
-    dtype: str = "auto",
-    device: str | None = None,
-    overwrite: bool = False,
-    hub: dict[str, Any] | None = None,
     baseline_revision: str | None = None,
+    **settings: Unpack[RunSettings],
 ) -> BenchmarkReport:
     """Measure a model's cache, speed and quality beside a baseline, and write `report.json` and its pages.
 
@@ -44,12 +43,8 @@ def benchmark(
             folder still exists, and `none` measures without a baseline.
         options: What to measure; None takes the default options.
         formats: Names of the pages to write: `json` (which is always written), `md` and `html`.
-        dtype: `auto` for the dtype of each checkpoint, or `float32`, `bfloat16` or `float16`.
-        device: Torch device; None takes CUDA where it is available.
-        overwrite: Whether `output` may be replaced if it holds a report.
-        hub: Keyword arguments for loading: `revision`, `cache_dir`, `token` and `trust_remote_code`. The revision
-            applies to `model` only.
         baseline_revision: Branch, tag or commit of the baseline on the hub; None takes the main branch.
+        **settings: See `RunSettings`. A revision applies to `model` only.
 
     Returns:
         The report that was written.
@@ -57,15 +52,15 @@ def benchmark(
     Raises:
         MLAError: An argument or an input file is invalid. `output` is then unchanged.
     """
-    checkpoint = Checkpoint.of(model, hub)
-    check_dtype(dtype)
+    given = RunOptions(**settings)
+    checkpoint = given.checkpoint(model)
     formats = check_formats(formats)
     options = options or BenchmarkOptions()
     chosen = find_baseline(checkpoint, baseline, baseline_revision)
     place = None if chosen is None else chosen.location
     inputs = {"model": model, "baseline": place, "eval-data": options.eval_data, "tasks-path": options.tasks_path}
-    folder = check_report_folder(output, inputs, overwrite)
-    run = Benchmark(checkpoint, chosen, options, dtype, device)
+    folder = check_report_folder(output, inputs, given.overwrite)
+    run = Benchmark(checkpoint, chosen, options, given.dtype, given.device)
     interrupted = True
     try:
         run.run()
@@ -73,7 +68,7 @@ def benchmark(
     finally:
         report = run.report(interrupted)
         if not interrupted or any((run.memory, run.speed, run.quality, run.tasks)):
-            with atomic_folder(folder, overwrite=overwrite) as partial:
+            with atomic_folder(folder, overwrite=given.overwrite) as partial:
                 report.write(partial)
                 write_pages([(folder.name, report)], partial, formats)
     return report

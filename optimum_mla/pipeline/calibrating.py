@@ -6,7 +6,8 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import Unpack
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.calibrate.statistics_folder import FILE_NAME, CalibrationStatistics
@@ -15,8 +16,8 @@ from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
-from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, read_texts
+from optimum_mla.pipeline.run_settings import RunOptions, RunSettings
 
 
 @claims_output()
@@ -24,10 +25,7 @@ def calibrate(
     model: str,
     output: str | Path,
     texts: TextOptions = NO_TEXTS,
-    dtype: str = "auto",
-    device: str | None = None,
-    overwrite: bool = False,
-    hub: dict[str, Any] | None = None,
+    **settings: Unpack[RunSettings],
 ) -> tuple[CalibrationStatistics, float]:
     """Gather the statistics of a checkpoint on a text, write them to a folder, and return them and the seconds taken.
 
@@ -35,19 +33,16 @@ def calibrate(
         model: A hub id or a folder.
         output: Folder to write; it appears only when whole.
         texts: The calibration text. Without calibration data, a text that comes with the package is taken.
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`. Conversions must have the same.
-        device: Torch device; None takes CUDA where it is available.
-        overwrite: Replace `output` if it holds statistics.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        **settings: See `RunSettings`.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
     """
     start = time.perf_counter()
-    checkpoint = Checkpoint.of(model, hub)
-    check_dtype(dtype)
+    run = RunOptions(**settings)
+    checkpoint = run.checkpoint(model)
     inputs = {"model": model, "calibration-data": texts.calibration_data}
-    folder = check_output(output, inputs, overwrite, (FILE_NAME,), "statistics")
+    folder = check_output(output, inputs, run.overwrite, (FILE_NAME,), "statistics")
     config = checkpoint.source_config()
     tokenizer = checkpoint.tokenizer(needed=True)
     if texts.calibration_data is None:
@@ -56,8 +51,8 @@ def calibrate(
     if windows is None:
         raise RuntimeError("no calibration windows were read")
     with tempfile.TemporaryDirectory() as scratch:
-        source = checkpoint.load(dtype, device, Path(scratch))
-        with atomic_folder(folder, overwrite=overwrite) as partial, reading_weights():
+        source = checkpoint.load(run.dtype, run.device, Path(scratch))
+        with atomic_folder(folder, overwrite=run.overwrite) as partial, reading_weights():
             verify_family(source, family_of(config).spec, range(config.num_hidden_layers))
             CalibrationStatistics.gather(source, windows, partial, data["calibration-data"])
     return CalibrationStatistics.read(folder), time.perf_counter() - start

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from optimum_mla.calibrate.text import token_windows, window_length
 from optimum_mla.calibrate.windows import check_tokens
@@ -26,8 +27,9 @@ from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype, not_converted
+from optimum_mla.pipeline.checkpoint import not_converted
 from optimum_mla.pipeline.loading import carried_card
+from optimum_mla.pipeline.run_settings import RunOptions, RunSettings
 from optimum_mla.report.cards import export_card, with_section
 from optimum_mla.report.schema import ExportReport
 
@@ -103,34 +105,12 @@ def check_planned(
             check_gguf(planned)
 
 
-@claims_output()
-def export(
-    model: str,
-    output: str | Path,
-    format: str = "deepseek_v3",
-    pad: bool = False,
-    dtype: str = "auto",
-    device: str | None = None,
-    overwrite: bool = False,
-    hub: dict[str, Any] | None = None,
-    gguf_type: str | None = None,
-    pad_to: str | None = None,
-    latent_norm: bool = False,
-    recover_data: str | None = None,
-    recover_samples: int = 128,
-    recover_length: int | None = None,
-) -> ExportReport:
-    """Write a converted model as a plain `deepseek_v3` one, with `export_report.json`.
+class ExportSettings(RunSettings, total=False):
+    """What an export writes.
 
-    Args:
-        model: A hub id or a folder; converted.
-        output: Folder to write; it appears only when whole.
+    Attributes:
         format: `deepseek_v3`, or `gguf` for a file that llama.cpp runs.
         pad: Pad the latents of layers with lower ranks by zeros.
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
-        device: Torch device; None takes CUDA where it is available.
-        overwrite: Replace `output` if it is a model folder.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
         gguf_type: Type of the matrices in a GGUF file, one of `FILE_TYPES`; None takes that of the model's dtype.
         pad_to: Rank of the latent and dims of the rotary key, such as `512+64`, to which all layers are padded by
             zeros; None adds none.
@@ -139,54 +119,103 @@ def export(
         recover_data: What `optimum_mla.io.documents.read_documents` reads, or token ids.
         recover_samples: Windows of that text.
         recover_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
+    """
+
+    format: str
+    pad: bool
+    gguf_type: str | None
+    pad_to: str | None
+    latent_norm: bool
+    recover_data: str | None
+    recover_samples: int
+    recover_length: int | None
+
+
+@dataclass(frozen=True)
+class ExportOptions(RunOptions):
+    """These settings with their defaults; see `ExportSettings`."""
+
+    format: str = "deepseek_v3"
+    pad: bool = False
+    gguf_type: str | None = None
+    pad_to: str | None = None
+    latent_norm: bool = False
+    recover_data: str | None = None
+    recover_samples: int = 128
+    recover_length: int | None = None
+
+    def checked(self) -> tuple[int, int] | None:
+        """Check what can be checked without a model, and return the sizes of `pad_to`.
+
+        Raises:
+            InvalidValueError: There is no such format or type, or two options exclude each other.
+        """
+        check_format(self.format)
+        if self.gguf_type is not None:
+            check_file_type(self.gguf_type)
+            if self.format != "gguf":
+                raise InvalidValueError("gguf_type", self.gguf_type, f"nothing with the format {self.format}")
+        if self.latent_norm != (self.recover_data is not None):
+            allowed = "True together with recover_data"
+            remedy = "Give --latent-norm and --recover-data TEXT."
+            raise InvalidValueError("latent_norm", self.latent_norm, allowed, remedy)
+        return None if self.pad_to is None else _sizes(self.pad_to)
+
+    def windows(self, config: PreTrainedConfig, tokenizer: Any) -> Tensor | None:
+        """Return the windows of the text to which norms are fitted, [N, L], or None where there is none."""
+        if self.recover_data is None:
+            return None
+        check_count("recover_samples", self.recover_samples)
+        length = window_length(config, self.recover_length, "recover_length")
+        windows = token_windows(tokenizer, self.recover_data, length, self.recover_samples, "recover-data")
+        check_tokens(windows, config.vocab_size, "recover-data")
+        return windows
+
+
+@claims_output()
+def export(
+    model: str,
+    output: str | Path,
+    **settings: Unpack[ExportSettings],
+) -> ExportReport:
+    """Write a converted model as a plain `deepseek_v3` one, with `export_report.json`.
+
+    Args:
+        model: A hub id or a folder; converted.
+        output: Folder to write; it appears only when whole.
+        **settings: See `ExportSettings` and `RunSettings`.
 
     Raises:
         MLAError: Bad input of any kind, or a model that the format cannot express; `output` is as it was.
     """
-    check_format(format)
-    check_dtype(dtype)
-    if gguf_type is not None:
-        check_file_type(gguf_type)
-        if format != "gguf":
-            raise InvalidValueError("gguf_type", gguf_type, f"nothing with the format {format}")
-    sizes = None if pad_to is None else _sizes(pad_to)
-    checkpoint = Checkpoint.of(model, hub)
-    if latent_norm != (recover_data is not None):
-        raise InvalidValueError(
-            "latent_norm", latent_norm, "True together with recover_data", "Give --latent-norm and --recover-data TEXT."
-        )
-    folder = check_output(output, {"model": model, "recover-data": recover_data}, overwrite)
+    asked = ExportOptions(**settings)
+    sizes = asked.checked()
+    checkpoint = asked.checkpoint(model)
+    folder = check_output(output, {"model": model, "recover-data": asked.recover_data}, asked.overwrite)
     config = checkpoint.config
     if not is_converted(config):
         raise not_converted(model, config)
     layers = model_geometry(family_of(config).spec, config).layers
-    if latent_norm:
+    if asked.latent_norm:
         check_layers(layers)
-    tokenizer = checkpoint.tokenizer(needed=latent_norm)
-    if format == "gguf":
+    tokenizer = checkpoint.tokenizer(needed=asked.latent_norm)
+    if asked.format == "gguf":
         check_writable(config, tokenizer)
-    check_exportable(config, pad or sizes is not None)
+    check_exportable(config, asked.pad or sizes is not None)
     if sizes is not None:
-        check_padding(sizes, layers, latent_norm or layers[0].latent_norm)
-    windows = None
-    if recover_data is not None:
-        check_count("recover_samples", recover_samples)
-        length = window_length(config, recover_length, "recover_length")
-        windows = token_windows(tokenizer, recover_data, length, recover_samples, "recover-data")
-        check_tokens(windows, config.vocab_size, "recover-data")
-    native = checkpoint.load(dtype, device)
-    check_planned(format, config, rotated_pairs(native), sizes, latent_norm)
-    if format == "gguf" and gguf_type is None:
-        gguf_type = file_type_of(native.dtype)
+        check_padding(sizes, layers, asked.latent_norm or layers[0].latent_norm)
+    windows = asked.windows(config, tokenizer)
+    native = checkpoint.load(asked.dtype, asked.device)
+    check_planned(asked.format, config, rotated_pairs(native), sizes, asked.latent_norm)
     before, after = None, None
     if windows is not None:
         normed = with_latent_norms(native, windows)
         native, (before, after) = normed.model, normed.perplexities
-    exported, report = exported_model(model, native, format, pad, sizes)
+    exported, report = exported_model(model, native, asked.format, asked.pad, sizes)
     report = replace(report, perplexity_without_norm=before, perplexity_with_norm=after)
     weights = sum(p.numel() * p.element_size() for p in exported.parameters())
-    with atomic_folder(folder, weights, overwrite) as partial:
-        write_export(exported, format, partial, folder.name, tokenizer, gguf_type)
+    with atomic_folder(folder, weights, asked.overwrite) as partial:
+        write_export(exported, asked.format, partial, folder.name, tokenizer, asked.gguf_type)
         card = with_section(carried_card(model, partial, folder.name), export_card(report))
         report.write(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")

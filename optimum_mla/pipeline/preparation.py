@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,22 +35,18 @@ from optimum_mla.pipeline.conversion_options import (
 )
 from optimum_mla.pipeline.exporting import check_method, check_planned, exportable_options
 from optimum_mla.pipeline.loading import TextOptions, read_texts
+from optimum_mla.pipeline.run_settings import RunSettings
 
 RANK_OPTIONS = {"kv_lora_rank", "kv_cache_ratio", "kv_cache_budget", "energy", "d_kv"}
 BUILT_IN_WINDOWS = 8
 """Largest number of windows of the built-in text on which an uncalibrated conversion without text is measured."""
 
 
-class ConversionSettings(TypedDict, total=False):
-    """How a conversion runs and what it writes.
+class ConversionSettings(RunSettings, total=False):
+    """How a conversion runs and what it writes. With `overwrite`, an unfinished conversion is thrown away too.
 
     Attributes:
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; for the work, and for the result where
-            weights are converted.
-        device: Torch device; None takes CUDA where it is available.
         seed: For whatever draws random numbers.
-        overwrite: Replace `output` if it is a model folder, and throw an unfinished conversion to it away.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
         export_format: Write the result as `mla-export` does (`deepseek_v3`, `gguf`), with the options that this needs.
         resume: Go on with an interrupted conversion to `output`, which must have had the same options. It gives what an
             uninterrupted one gives.
@@ -58,11 +54,7 @@ class ConversionSettings(TypedDict, total=False):
         codec_only: Under a budget of bytes, write the codec without the model's weights.
     """
 
-    dtype: str
-    device: str | None
     seed: int
-    overwrite: bool
-    hub: dict[str, Any] | None
     export_format: str | None
     resume: bool
     try_family: bool
@@ -78,7 +70,8 @@ class ConversionRequest:
         method: One of `available_transforms()`.
         options: Keyword arguments of the method.
         texts: Calibration and evaluation texts.
-        dtype, device, seed, overwrite, export_format, resume, try_family, codec_only: See `ConversionSettings`.
+        dtype, device, overwrite: See `RunSettings`.
+        seed, export_format, resume, try_family, codec_only: See `ConversionSettings`.
     """
 
     source: Checkpoint

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import UnsupportedModelError
@@ -18,8 +19,8 @@ from optimum_mla.measure.quality import decoding_perplexity
 from optimum_mla.measure.verify import tolerance_of, verify
 from optimum_mla.methods.quantize_cache import QuantizeLatentCache
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card, read_texts
+from optimum_mla.pipeline.run_settings import RunOptions, RunSettings
 from optimum_mla.report.cards import quantization_card, with_section
 from optimum_mla.report.schema import QuantizationReport
 from optimum_mla.weights import bitsandbytes_config, check_weights, quantized_by, weight_bytes
@@ -35,10 +36,7 @@ def quantize(
     cache: CacheSettings | None = None,
     weights: str = "none",
     texts: TextOptions = NO_TEXTS,
-    dtype: str = "auto",
-    device: str | None = None,
-    overwrite: bool = False,
-    hub: dict[str, Any] | None = None,
+    **settings: Unpack[RunSettings],
 ) -> QuantizationReport:
     """Quantize a converted checkpoint and write the result with its model card and `quantization_report.json`.
 
@@ -48,20 +46,17 @@ def quantize(
         cache: How the cache is stored; None takes `QuantizeLatentCache`'s defaults.
         weights: How the linear layers' weights are stored, one of `WEIGHT_CHOICES`.
         texts: Its evaluation text, if any.
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
-        device: Torch device; None takes CUDA where it is available.
-        overwrite: Replace `output` if it is a model folder.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        **settings: See `RunSettings`.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
     """
     start = time.perf_counter()
-    checkpoint = Checkpoint.of(model, hub)
-    check_dtype(dtype)
+    run = RunOptions(**settings)
+    checkpoint = run.checkpoint(model)
     check_weights(weights)
     quantize_cache = QuantizeLatentCache(**(cache.to_dict() if cache else {}))
-    folder = check_output(output, {"model": model, "eval-data": texts.eval_data}, overwrite)
+    folder = check_output(output, {"model": model, "eval-data": texts.eval_data}, run.overwrite)
     config = checkpoint.converted_config()
     quantize_cache.check(config)
     if quantized_by(config) is not None:
@@ -69,7 +64,7 @@ def quantize(
     tokenizer = checkpoint.tokenizer(needed=texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
 
-    loaded: Any = checkpoint.load(dtype, device)
+    loaded: Any = checkpoint.load(run.dtype, run.device)
     context = min(LONGEST_PROBE, getattr(config, "max_position_embeddings", LONGEST_PROBE))
     probe = torch.zeros(1, context, dtype=torch.long)
     geometry = model_geometry(loaded.spec, loaded.config)
@@ -87,7 +82,7 @@ def quantize(
         config = loaded.config
         del loaded
         quantization = bitsandbytes_config(config, weights)
-        loaded = checkpoint.load(dtype, device, config=config, quantization_config=quantization)
+        loaded = checkpoint.load(run.dtype, run.device, config=config, quantization_config=quantization)
     # Kernels for quantized weights round activations to 16 bits or fewer.
     verification = verify(loaded, tolerance=tolerance_of(kind if weights == "none" else torch.bfloat16))
     after = measured(loaded)
@@ -111,7 +106,7 @@ def quantize(
         dtype=str(kind).removeprefix("torch."),
         verification=asdict(verification),
     )
-    with atomic_folder(folder, after[1], overwrite) as partial:
+    with atomic_folder(folder, after[1], run.overwrite) as partial:
         loaded.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

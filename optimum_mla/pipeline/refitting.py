@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import DynamicCache
+from typing_extensions import Unpack
 
 from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.convert.refit import moved_codec, refit_codec
@@ -20,9 +21,9 @@ from optimum_mla.measure.quality import compare_decoding
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import with_codec, without_codec
 from optimum_mla.models.layer_source import reading_weights
-from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
 from optimum_mla.pipeline.coding import SCORED_AT_ONCE, SCORED_WINDOWS
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, read_texts
+from optimum_mla.pipeline.run_settings import RunOptions, RunSettings
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ def refit(
     codec: str,
     output: str | Path,
     texts: TextOptions = NO_TEXTS,
-    dtype: str = "auto",
-    device: str | None = None,
-    overwrite: bool = False,
-    hub: dict[str, Any] | None = None,
+    **settings: Unpack[RunSettings],
 ) -> Refit:
     """Fit a codec again to a model that was trained, compare both on windows that nothing was fitted to, write one.
 
@@ -60,18 +58,15 @@ def refit(
         codec: A folder with the codec of the weights before the training.
         output: Folder to write the codec to; it appears only when whole.
         texts: The calibration text. Without calibration data, a text that comes with the package is taken.
-        dtype: The dtype in which the model is run.
-        device: Torch device; None takes CUDA where it is available.
-        overwrite: Replace `output` if it holds a codec.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+        **settings: See `RunSettings`.
 
     Raises:
         MLAError: Bad input of any kind; `output` is as it was.
     """
-    checkpoint = Checkpoint.of(model, hub)
-    check_dtype(dtype)
+    run = RunOptions(**settings)
+    checkpoint = run.checkpoint(model)
     inputs = {"model": model, "refit": codec, "calibration-data": texts.calibration_data}
-    folder = check_output(output, inputs, overwrite, (CODEC_FILE,), "codec")
+    folder = check_output(output, inputs, run.overwrite, (CODEC_FILE,), "codec")
     if (folder / "config.json").exists():
         raise OutputError(f"output: {folder} holds a model, and a codec alone would replace it. Choose another folder.")
     if texts.chat_template and texts.calibration_data is None:
@@ -90,7 +85,7 @@ def refit(
             f"calibration_length: in windows of {length} tokens no prompt has codes to compare. Give longer ones."
         )
     with tempfile.TemporaryDirectory() as scratch:
-        source: Any = without_codec(checkpoint.load(dtype, device, Path(scratch)))
+        source: Any = without_codec(checkpoint.load(run.dtype, run.device, Path(scratch)))
         start = time.perf_counter()
         with reading_weights():
             codecs = [moved_codec(source, old), refit_codec(source, old, windows)]
@@ -110,7 +105,7 @@ def refit(
             refitted = moved[1] < moved[0]
             kept = codecs[refitted]
             reference = codec_reference(source, kept)
-            with atomic_folder(folder, overwrite=overwrite) as partial:
+            with atomic_folder(folder, overwrite=run.overwrite) as partial:
                 kept.save(partial)
                 verify_codec(with_codec(source, ModelCodec.load(partial)), kept, reference)
     return Refit(moved[0], moved[1], refitted, seconds)

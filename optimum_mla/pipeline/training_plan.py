@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, TrainingArguments
@@ -20,6 +20,7 @@ from optimum_mla.io.journal import Journal, as_kept, differing
 from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype, has_codec
 from optimum_mla.pipeline.loading import TextOptions, read_texts
 from optimum_mla.pipeline.origin import recorded_source
+from optimum_mla.pipeline.run_settings import RunSettings
 from optimum_mla.pipeline.teacher import find_teacher
 from optimum_mla.recovery.as_used import check_as_used
 from optimum_mla.recovery.data import hold_back, pack, preferences, stream
@@ -32,24 +33,19 @@ RUN_FILE = "run.jsonl"
 """The journal of a run beside its checkpoints, which holds its settings."""
 
 
-class TrainingSettings(TypedDict, total=False):
+class TrainingSettings(RunSettings, total=False):
     """How a training runs and what it writes.
 
+    The dtype is that of the result, a revision is that of `model` alone, and with `overwrite` the checkpoints of an
+    interrupted run are dropped too.
+
     Attributes:
-        dtype: Of the result: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
-        device: Torch device; None takes CUDA where it is available.
-        overwrite: Replace `output` if it is a model folder, and drop the checkpoints of an interrupted run.
         resume: Go on from the newest checkpoint of an interrupted run.
-        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading. The revision is that of `model` alone.
         teacher_revision: Branch, tag or commit of the teacher on the hub; None takes the main branch, or for the
             model that the conversion started from the commit that was converted.
     """
 
-    dtype: str
-    device: str | None
-    overwrite: bool
     resume: bool
-    hub: dict[str, Any] | None
     teacher_revision: str | None
 
 

@@ -1,0 +1,48 @@
+"""What every command that loads a model and writes a folder can be told about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
+
+
+class RunSettings(TypedDict, total=False):
+    """How a command loads its model, and whether it may replace its output.
+
+    Attributes:
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`; for the work, and for weights that the
+            command writes.
+        device: Torch device; None takes CUDA where it is available.
+        overwrite: Replace `output` if it is a folder of the kind that the command writes.
+        hub: `revision`, `cache_dir`, `token`, `trust_remote_code` for loading.
+    """
+
+    dtype: str
+    device: str | None
+    overwrite: bool
+    hub: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """These settings with their defaults; see `RunSettings`."""
+
+    dtype: str = "auto"
+    device: str | None = None
+    overwrite: bool = False
+    hub: dict[str, Any] | None = None
+
+    def checkpoint(self, model: str) -> Checkpoint:
+        """Return a model's checkpoint.
+
+        Args:
+            model: A hub id or a folder.
+
+        Raises:
+            MLAError: There is no such model, or no such dtype.
+        """
+        found = Checkpoint.of(model, self.hub)
+        check_dtype(self.dtype)
+        return found
