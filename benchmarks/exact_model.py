@@ -6,7 +6,8 @@ Every text is read as a model is used: a prompt at once, then chunks of a few to
 KL(source with its 16-bit cache, source with the other cache) over the tokens after the prompt, in nats. Shares of the
 cache are measured from the live cache at the end of a window, of that in 16 bits. The quantized caches keep the first
 four tokens and up to 128 newest ones, and read the prompt exactly, as the codecs do. So do codes in principal axes of
-all layers together, after KVTC, of which only the prompt is coded, and whose shares are computed. An interrupted run
+all layers together, after KVTC, of which only the prompt is coded, and whose shares are computed. Some caches are also read after prompts of thousands
+of tokens. An interrupted run
 goes on with what its result lacks. Books are a held-out novel, chat
 is the source's own greedy answers, and the encyclopedia is the beginning of any text that is named. The codecs are kept
 in `benchmarks/real_conversions`, where other experiments find them.
@@ -130,6 +131,27 @@ def small_models(config: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def long_contexts(config: dict[str, Any], model: Any, tokenizer: Any, encyclopedia: Path | None) -> list[Any]:
+    """Return how far caches move the predictions after a prompt of thousands of tokens."""
+    from optimum_mla.cache.source import source_cache
+    from optimum_mla.calibrate.text import token_windows
+    from optimum_mla.models.codec import ModelCodec
+
+    long: dict[str, Any] = {**config, **config["long"]}
+    texts = {"books": str(ROOT / config["books"]), **({"encyclopedia": str(encyclopedia)} if encyclopedia else {})}
+    length, samples = long["tokens_per_window"], long["windows"]
+    windows = {name: token_windows(tokenizer, text, length, samples, name) for name, text in texts.items()}
+    known: dict[Any, Any] = {}
+    rows = []
+    for name in long["caches"]:
+        make: Callable[[], Any] = partial(source_cache, model.config, name)
+        if name in {line["name"] for line in config["codecs"]}:
+            make = partial(ModelCodec.load(codec_of(config, name)).make_cache, model)
+        rows.append({"cache": name, **measured(long, model, windows, make, known)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def live_bytes(model: Any, cache: Any) -> int:
     """Return the bytes of a live cache of 4,096 random tokens in 16 bits; None stands for the source's own."""
     import torch
@@ -166,7 +188,7 @@ def main() -> None:
 
     config = json.loads((CONFIGS / "exact_model.json").read_text(encoding="utf-8"))
     path = RESULTS / "exact_model.json"
-    before, lines = earlier(path, config, "codecs", also=["source_caches", "all_layers"])
+    before, lines = earlier(path, config, "codecs", also=["source_caches", "all_layers", "long"])
     names = {line["name"] for line in lines} | set(config["source_caches"])
     names |= {f"all-layers-{100 * share:g}" for share in config["all_layers"]}
     measured_before = {row.get("name", row["cache"]): row for row in before.get("rows", [])}
@@ -211,7 +233,9 @@ def main() -> None:
         row["percent"] = all_layers_percent(tokens - 1, tokens - config["prompt_tokens"], share)
         rows.append(row)
         print(rows[-1], flush=True)
-    save_result(path, config, rows=rows, small=small)
+    long = before.get("long", []) if before.get("config", {}).get("long") == config["long"] else []
+    long = long or long_contexts(config, model, tokenizer, args.encyclopedia)
+    save_result(path, config, rows=rows, small=small, long=long)
 
 
 if __name__ == "__main__":

@@ -671,7 +671,17 @@ def exact_model() -> str:
         long = f"{row['percent_at_4096_tokens']:.1f} %" if "percent_at_4096_tokens" in row else "-"
         cells = (f"{text['divergence']:.4f} / {text['same_guess_percent']:.1f} %" for text in row["texts"].values())
         rows.append((told, f"{row['percent']:.1f} %", long, *cells))
-    return "\n\n".join([table(header, rows), prose(f"Measured by `make bench-exact-model` on {found['machine']}.")])
+    long = found["config"]["long"]
+    columns = (f"{name}: divergence / same guess" for name in found["long"][0]["texts"])
+    long_header = (f"after {long['prompt_tokens']:,} tokens", "live", *columns)
+    far = []
+    for row in found["long"]:
+        line = next((line for line in found["config"]["codecs"] if line["name"] == row["cache"]), None)
+        told = row["cache"].replace("-first4", ", first 4 exact") if line is None else codes_name(line)
+        cells = (f"{text['divergence']:.4f} / {text['same_guess_percent']:.1f} %" for text in row["texts"].values())
+        far.append((told, f"{row['percent']:.1f} %", *cells))
+    measured = prose(f"Measured by `make bench-exact-model` on {found['machine']}.")
+    return "\n\n".join([table(header, rows), table(long_header, far), measured])
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
