@@ -6,11 +6,10 @@ Every text is read as a model is used: a prompt at once, then chunks of a few to
 KL(source with its 16-bit cache, source with the other cache) over the tokens after the prompt, in nats. Shares of the
 cache are measured from the live cache at the end of a window, of that in 16 bits. The quantized caches keep the first
 four tokens and up to 128 newest ones, and read the prompt exactly, as the codecs do. So do codes in principal axes of
-all layers together, after KVTC, of which only the prompt is coded, and whose shares are computed. Some caches are also read after prompts of thousands
-of tokens. An interrupted run
-goes on with what its result lacks. Books are a held-out novel, chat
-is the source's own greedy answers, and the encyclopedia is the beginning of any text that is named. The codecs are kept
-in `benchmarks/real_conversions`, where other experiments find them.
+all layers together, after KVTC, of which only the prompt is coded, and whose shares are computed. Some caches are also
+read after prompts of thousands of tokens. An interrupted run goes on with what its result lacks. Books are a held-out
+novel, chat is the source's own greedy answers, and the encyclopedia is the beginning of any text that is named. The
+codecs are kept in `benchmarks/real_conversions`, where other experiments find them.
 """
 
 from __future__ import annotations
