@@ -109,7 +109,6 @@ class ExportSettings(RunSettings, total=False):
     """What an export writes.
 
     Attributes:
-        format: `deepseek_v3`, or `gguf` for a file that llama.cpp runs.
         pad: Pad the latents of layers with lower ranks by zeros.
         gguf_type: Type of the matrices in a GGUF file, one of `FILE_TYPES`; None takes that of the model's dtype.
         pad_to: Rank of the latent and dims of the rotary key, such as `512+64`, to which all layers are padded by
@@ -121,7 +120,6 @@ class ExportSettings(RunSettings, total=False):
         recover_length: Tokens per window; None takes the shorter of 512 and the model's longest context.
     """
 
-    format: str
     pad: bool
     gguf_type: str | None
     pad_to: str | None
@@ -133,7 +131,7 @@ class ExportSettings(RunSettings, total=False):
 
 @dataclass(frozen=True)
 class ExportOptions(RunOptions):
-    """These settings with their defaults; see `ExportSettings`."""
+    """A format, and these settings with their defaults; see `ExportSettings`."""
 
     format: str = "deepseek_v3"
     pad: bool = False
@@ -176,6 +174,7 @@ class ExportOptions(RunOptions):
 def export(
     model: str,
     output: str | Path,
+    format: str = "deepseek_v3",
     **settings: Unpack[ExportSettings],
 ) -> ExportReport:
     """Write a converted model as a plain `deepseek_v3` one, with `export_report.json`.
@@ -183,12 +182,13 @@ def export(
     Args:
         model: A hub id or a folder; converted.
         output: Folder to write; it appears only when whole.
+        format: `deepseek_v3`, or `gguf` for a file that llama.cpp runs.
         **settings: See `ExportSettings` and `RunSettings`.
 
     Raises:
         MLAError: Bad input of any kind, or a model that the format cannot express; `output` is as it was.
     """
-    asked = ExportOptions(**settings)
+    asked = ExportOptions(format=format, **settings)
     sizes = asked.checked()
     checkpoint = asked.checkpoint(model)
     folder = check_output(output, {"model": model, "recover-data": asked.recover_data}, asked.overwrite)
