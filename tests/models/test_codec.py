@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from optimum_mla import GQA2MLA
 from optimum_mla.cache.codec_layer import ExactTokens
 from optimum_mla.convert.codec import fit_codec
 from optimum_mla.core.errors import InvalidValueError, UnreadableModelError, UnsupportedModelError
+from optimum_mla.measure.memory import live_cache_bytes
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
+from optimum_mla.stack import cache_argument
 from tests.cases import source_model, token_ids
 
 EXACT = ExactTokens(sinks=4, recent=8, together=4)
@@ -40,6 +43,18 @@ def test_a_saved_codec_is_the_same(codec: ModelCodec, tmp_path: Path) -> None:
         assert again.layers[index].layout == layer.layout
         assert all(torch.equal(tensor, again.layers[index].tensors[name]) for name, tensor in layer.tensors.items())
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [CODEC_FILE]
+
+
+@torch.no_grad()
+def test_a_cache_that_was_saved_or_copied_goes_on(model: PreTrainedModel, codec: ModelCodec, tmp_path: Path) -> None:
+    ids, cache = token_ids(2, 48), codec.make_cache(model)
+    model(ids[:, :36], **cache_argument(model, cache))
+    torch.save(cache, tmp_path / "cache.pt")
+    copies = [copy.deepcopy(cache), torch.load(tmp_path / "cache.pt", weights_only=False)]
+    expected = model(ids[:, 36:], **cache_argument(model, cache)).logits
+    for other in copies:
+        assert torch.equal(model(ids[:, 36:], **cache_argument(model, other)).logits, expected)
+        assert live_cache_bytes(other) == live_cache_bytes(cache) == 2 * codec.cache_bytes(48, 4)
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn", "other"])
