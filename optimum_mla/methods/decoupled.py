@@ -2,119 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from optimum_mla.calibrate.calibration import Calibration
-from optimum_mla.calibrate.weighting import key_moments, value_moments
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.methods.factors import LatentFactors, gather_dims
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors
 from optimum_mla.ops.rope_split import RopeSplit
-from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
 
-class LatentFactors(NamedTuple):
-    """The factors of a latent.
+def latent_gain(source: SourceAttention, down: Tensor, calibration: Calibration | None) -> Tensor:
+    """Return the root mean square of a latent, repeated to [r]; as the gain of a norm it changes the latent least.
 
-    Attributes:
-        down: The down-projection to the latent, [r, d].
-        key_up: The up-projection to the position-free keys, [G, n, r].
-        value_up: The up-projection to the values, [G, D, r].
-        center: The mean of the inputs, [d], at which biases after the up-projections make the layer exact; None
-            without such biases.
-    """
-
-    down: Tensor
-    key_up: Tensor
-    value_up: Tensor
-    center: Tensor | None = None
-
-
-def gather_dims(heads: Tensor, dims: Tensor) -> Tensor:
-    """Return some dims of each head, [X, m, ...].
+    Without calibration it is the size that the latent is expected to have. The attention reads an RMS-normed state
+    times a gain, so its channels have about the size of the gain, and the mean square of the latent is the mean over
+    the rows of ‖down · diag(gain)‖².
 
     Args:
-        heads: Tensors by head and dim, [X, D, ...].
-        dims: Indices of dims, [K, m]. Each row applies to X/K consecutive heads.
+        source: The source attention.
+        down: The down-projection to the latent, [r, d].
+        calibration: Measurements at the layer, whose tokens then say the size.
     """
-    rows = dims.to(heads.device).repeat_interleave(heads.shape[0] // dims.shape[0], dim=0)  # [X, m]
-    return heads[torch.arange(heads.shape[0], device=heads.device)[:, None], rows]
-
-
-def reorder_query(source: SourceAttention, split: RopeSplit) -> tuple[Tensor, Tensor]:
-    """Return W_Q [H, n + R, d] and its bias [H, n + R] with each head's position-free dims first, as DeepSeek has them.
-
-    A rotary embedding with an attention factor s, as with YaRN, multiplies queries and keys by s. Position-free dims
-    are no longer multiplied by it, so their query weights are multiplied by s² instead.
-    """
-    order = torch.cat([split.nope, split.rope], dim=-1)
-    scale = torch.ones(order.shape[-1], dtype=torch.float64, device=source.query.device)
-    if not source.geometry.key_norm:
-        scale[: split.nope.shape[-1]] = source.attention_scaling**2
-    weight = gather_dims(source.query, order) * scale[:, None]
-    return weight, gather_dims(source.query_bias, order) * scale
-
-
-def split_factors(source: SourceAttention, split: RopeSplit, rank: int) -> LatentFactors:
-    """Return the factors of keys and of values by an SVD each with half the rank, as a latent of two parts."""
-    key, value = _latent_rows(source, split)
-    keys, values = (
-        low_rank_factors(key.flatten(0, 1), rank // 2),
-        low_rank_factors(value.flatten(0, 1), (rank + 1) // 2),
-    )
-    up = torch.block_diag(keys.up, values.up)
-    return LatentFactors(torch.cat([keys.down, values.down]), *_by_heads(up, key, value))
-
-
-def joint_factors(source: SourceAttention, split: RopeSplit, rank: int) -> LatentFactors:
-    """Return the factors of [W_K,nope ; W_V] by one SVD."""
-    key, value = _latent_rows(source, split)
-    factors = low_rank_factors(torch.cat([key.flatten(0, 1), value.flatten(0, 1)]), rank)
-    return LatentFactors(factors.down, *_by_heads(factors.up, key, value))
-
-
-def calibrated_problem(
-    source: SourceAttention, split: RopeSplit, calibration: Calibration, centered: bool = True
-) -> WeightedFactorization:
-    """Return the factorization of [W_K,nope ; W_V] with errors weighted by the queries, by W_O and by the inputs."""
-
-    def rows() -> list[WeightedRows]:
-        key, value = _latent_rows(source, split)
-        readers = gather_dims(gather_dims(key_moments(source, calibration.moments), split.nope).mT, split.nope)
-        return [WeightedRows(key.flatten(0, 1), readers), WeightedRows(value.flatten(0, 1), value_moments(source))]
-
-    return calibration.factorization(split.rope.tolist(), rows, centered)
-
-
-def calibrated_factors(
-    source: SourceAttention, split: RopeSplit, rank: int, calibration: Calibration, centered: bool = True
-) -> LatentFactors:
-    """Return the best factors of `calibrated_problem` for a rank."""
-    factors = calibrated_problem(source, split, calibration, centered).factors(rank)
-    key, value = _latent_rows(source, split)
-    up = torch.cat(factors.ups)
-    return LatentFactors(factors.down, *_by_heads(up, key, value), calibration.moments.input_mean)
-
-
-def _latent_rows(source: SourceAttention, split: RopeSplit) -> tuple[Tensor, Tensor]:
-    """Return the weights of the position-free keys, [G, n, d], and of the values, [G, D, d]."""
-    return gather_dims(source.gained_key, split.nope), source.value
-
-
-def _by_heads(up: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    key_up, value_up = up.split([key.shape[0] * key.shape[1], value.shape[0] * value.shape[1]])
-    return key_up.unflatten(0, key.shape[:2]), value_up.unflatten(0, value.shape[:2])
-
-
-def latent_size(down: Tensor, calibration: Calibration) -> Tensor:
-    """Return the root mean square of the latents of the calibration tokens, repeated to [r].
-
-    As the gain of a norm on the latent, it makes the norm change these latents least.
-    """
-    square = torch.einsum("rd,de,re->r", down, calibration.moments.raw_inputs.to(down.dtype), down)
+    if calibration is None:
+        square = (down * source.input_gain.double()).square().sum(dim=1)
+    else:
+        square = torch.einsum("rd,de,re->r", down, calibration.moments.raw_inputs.to(down.dtype), down)
     return square.mean().sqrt().repeat(len(down))
 
 
@@ -161,13 +75,17 @@ def latent_tensors(
         tensors["kv_b_proj.bias"] = bias.repeat_interleave(share, dim=0).flatten()
     if g.key_value_bias:
         tensors["kv_a_proj_with_mqa.bias"] = torch.cat([torch.zeros_like(factors.down[:, 0]), rope_bias.flatten()])
-    return tensors | key_scale_tensors(source)
+    if g.key_norm:  # The norm computes its factors from the source's keys.
+        tensors["k_scale_proj.weight"] = source.key.flatten(0, 1)
+        if g.key_value_bias:
+            tensors["k_scale_proj.bias"] = source.key_bias.flatten()
+    return tensors
 
 
 def decoupled_tensors(
     source: SourceAttention, geometry: MLAGeometry, split: RopeSplit, factors: LatentFactors
 ) -> dict[str, Tensor]:
-    """Return `latent_tensors`, and the query norm, for dims that are split as `split` says.
+    """Return all tensors of a `DecoupledLatentAttention` whose dims are split as `split` says, by their names.
 
     Each rotary key is the mean of the key heads that share it.
     """
@@ -186,20 +104,32 @@ def decoupled_tensors(
         rotary(source.gained_key_bias),
         split.pairs,
     )
+    return tensors | _query_tensors(source, g, split)
+
+
+def _query_tensors(source: SourceAttention, g: MLAGeometry, split: RopeSplit) -> dict[str, Tensor]:
+    """Return the query projections, with each head's position-free dims first, as DeepSeek has them, and their norms.
+
+    A rotary embedding with an attention factor s, as with YaRN, multiplies queries and keys by s. Position-free dims
+    are no longer multiplied by it, so their query weights, or the gain of the query norm, are multiplied by s² instead.
+    """
+    order = torch.cat([split.nope, split.rope], dim=-1)  # [K, D]
+    scale = torch.ones(order.shape[-1], dtype=torch.float64, device=source.query.device)
+    if not g.key_norm:
+        scale[: split.nope.shape[-1]] = source.attention_scaling**2
+    weight = (gather_dims(source.query, order) * scale[:, None]).flatten(0, 1)
+    if g.q_lora_rank is None:
+        last, tensors = "q_proj", {"q_proj.weight": weight}
+    else:
+        down, up = low_rank_factors(weight, g.q_lora_rank)
+        last, tensors = "q_b_proj", {"q_a_proj.weight": down, "q_b_proj.weight": up}
+        if g.latent_norm:
+            tensors["q_a_layernorm.weight"] = latent_gain(source, down, None)
+    if g.query_bias:
+        tensors[f"{last}.bias"] = (gather_dims(source.query_bias, order) * scale).flatten()
     if g.key_norm:
-        order = torch.cat([split.nope, split.rope], dim=-1)  # [K, D]
         gain = source.query_gain
         gain = gather_dims(gain if g.joint_norms else gain.expand(len(order), -1), order)
         gain[:, : g.qk_nope_head_dim] *= source.attention_scaling**2
         tensors["q_norm.weight"] = gain
-    return tensors
-
-
-def key_scale_tensors(source: SourceAttention) -> dict[str, Tensor]:
-    """Return the source's key projection, from which a key norm computes its factors; nothing without a key norm."""
-    if not source.geometry.key_norm:
-        return {}
-    tensors = {"k_scale_proj.weight": source.key.flatten(0, 1)}
-    if source.geometry.key_value_bias:
-        tensors["k_scale_proj.bias"] = source.key_bias.flatten()
     return tensors

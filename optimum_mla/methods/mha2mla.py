@@ -4,35 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.weighting import STOPPED_WEIGHT
 from optimum_mla.convert.signature import MLAOptions
-from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_count
-from optimum_mla.methods.decoupled import (
-    calibrated_factors,
-    calibrated_problem,
-    decoupled_tensors,
-    joint_factors,
-    reorder_query,
-    split_factors,
-)
-from optimum_mla.methods.options import check_rope_dim, choose_selection, pair_scores, rope_dims, shapes_that_fit
+from optimum_mla.methods.decoupled import decoupled_tensors
+from optimum_mla.methods.factors import calibrated_factors, calibrated_problem, joint_factors, split_factors, stack_rows
+from optimum_mla.methods.options import check_rope_dim
+from optimum_mla.methods.selected_pairs import SelectedPairs
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import singular_values
 from optimum_mla.ops.rope_mix import identity_mix
-from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs
+from optimum_mla.ops.rope_split import RopeSplit
 from optimum_mla.ops.weighted import WeightedFactorization
-from optimum_mla.plan.budget import DEFAULT_CACHE_RATIO, RankBudget
+from optimum_mla.plan.budget import RankBudget
 
 
-class MHA2MLA(MLATransformation):
+class MHA2MLA(SelectedPairs):
     """Partial RoPE and a low-rank latent (arXiv 2502.14837, sections 3.1 and 3.2).
 
     R/2 of the D/2 rotary pairs of each key head keep their rotation and are cached without compression, so there are as
@@ -49,7 +42,6 @@ class MHA2MLA(MLATransformation):
     """
 
     name = "mha2mla"
-    default_budget = RankBudget(kv_cache_ratio=DEFAULT_CACHE_RATIO)
     rope_selections = ("high", "low", "uniform", "contribution", "damage")
     factorizations = ("joint", "split", "calibrated")
 
@@ -67,22 +59,13 @@ class MHA2MLA(MLATransformation):
             check_count("d_kv", d_kv)
             self.budget = RankBudget()  # `d_kv` sets the rank, so the default budget does not apply.
         self.d_kv, self.qk_rope_head_dim = d_kv, qk_rope_head_dim
-        self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")
-
-    @property
-    def needs_calibration(self) -> bool:
-        return super().needs_calibration or self.rope_selection in SCORED_SELECTIONS
+        self.rope_selection = self.choose_selection(rope_selection)
 
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         head_dim = source.geometry.head_dim
-        return self._shape(source, check_rope_dim(self.qk_rope_head_dim, head_dim, default=head_dim // 8))
+        return self.shape(source, check_rope_dim(self.qk_rope_head_dim, head_dim, default=head_dim // 8))
 
-    def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
-        if self.qk_rope_head_dim is not None:
-            return [geometry]
-        return shapes_that_fit(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
-
-    def _shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
+    def shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
         g = source.geometry
         heads, nope = g.num_key_value_heads, g.head_dim - rope
         overhead = heads * rope + (heads if g.key_norm else 0)
@@ -97,7 +80,11 @@ class MHA2MLA(MLATransformation):
         else:
             # The energy is that of the whole weight, because the pairs that rotate are not known before measuring.
             rank = self.budget.rank(
-                g.source_cache_numbers, overhead, largest, lambda: singular_values(_stack(source)), smallest
+                g.source_cache_numbers,
+                overhead,
+                largest,
+                lambda: singular_values(stack_rows(source)),
+                smallest,
             )
         return replace(
             g,
@@ -112,11 +99,7 @@ class MHA2MLA(MLATransformation):
         )
 
     def _split(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration | None) -> RopeSplit:
-        g = geometry
-        scores = pair_scores(self.rope_selection, source, calibration)
-        return split_by_pairs(
-            select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, scores, g.num_rope_heads), g.head_dim
-        )
+        return self.select(geometry, self.pair_scores(source, calibration))
 
     def problem(
         self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration
@@ -141,14 +124,4 @@ class MHA2MLA(MLATransformation):
         else:
             plain = joint_factors if self.factorization == "joint" else split_factors
             factors = plain(source, split, geometry.kv_lora_rank)
-        query, query_bias = reorder_query(source, split)
-        tensors = decoupled_tensors(source, geometry, split, factors)
-        tensors["q_proj.weight"] = query.flatten(0, 1)
-        if geometry.query_bias:
-            tensors["q_proj.bias"] = query_bias.flatten()
-        return tensors
-
-
-def _stack(source: SourceAttention) -> Tensor:
-    """Return the key and value weights stacked, [2·G·D, d]."""
-    return torch.cat([source.key.flatten(0, 1), source.value.flatten(0, 1)])
+        return decoupled_tensors(source, geometry, split, factors)

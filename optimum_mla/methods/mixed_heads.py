@@ -10,7 +10,8 @@ from torch import Tensor
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.weighting import STOPPED_WEIGHT, key_moments, value_moments
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.methods.decoupled import LatentFactors, latent_size, latent_tensors
+from optimum_mla.methods.decoupled import latent_gain, latent_tensors
+from optimum_mla.methods.factors import LatentFactors
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.rope_mix import mixed_keys, query_map
 from optimum_mla.ops.shared_rope import SharedRope
@@ -37,13 +38,7 @@ class MixedHeads:
 
     @classmethod
     def of(cls, source: SourceAttention, calibration: Calibration, shared: SharedRope | None = None) -> MixedHeads:
-        """Return the mixed heads of a layer, which are computed once per calibration of the layer.
-
-        Args:
-            source: The layer's attention.
-            calibration: Measurements at the layer, which keep the result.
-            shared: The rotary dims that all layers share, or None if the layer chooses its own.
-        """
+        """Return the mixed heads of a layer, which its calibration keeps, so that they are computed once."""
         if "mixed heads" not in calibration.memo:
             calibration.memo["mixed heads"] = cls(source, calibration, shared)
         return calibration.memo["mixed heads"]
@@ -71,14 +66,6 @@ class MixedHeads:
         rope_dim, rebuilt = geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt"
         return self.calibration.factorization((rope_dim, rebuilt), lambda: self._rows(geometry), geometry.latent_bias)
 
-    def rope_costs(self, geometry: MLAGeometry) -> Tensor:
-        """Return the weighted squared error that a unit of it in a dim of each rotating component costs, [R/2].
-
-        On average over all rotations, both dims of a component weigh the same and components are uncorrelated.
-        """
-        kept, _ = self._split(geometry.qk_rope_head_dim)
-        return self._seen_through(kept).diagonal().unflatten(0, (2, -1)).mean(0)
-
     def stopped_error(self, geometry: MLAGeometry) -> float:
         """Return the squared error that the stopped rotations of a shape leave."""
         _, rest = self._split(geometry.qk_rope_head_dim)
@@ -92,8 +79,9 @@ class MixedHeads:
             WeightedRows(self.source.value.flatten(0, 1), value_moments(self.source)),
         ]
         if geometry.rope_cache == "rebuilt":
-            diagonal = self.rope_costs(geometry).repeat(2)
-            rows.insert(0, WeightedRows(_stacked(weight[kept]), diagonal[:, None, None]))
+            # On average over all rotations, both dims of a component weigh the same and components are uncorrelated.
+            costs = self._seen_through(kept).diagonal().unflatten(0, (2, -1)).mean(0)  # [R/2]
+            rows.insert(0, WeightedRows(_stacked(weight[kept]), costs.repeat(2)[:, None, None]))
         return rows
 
     def _seen_through(self, components: Tensor) -> Tensor:
@@ -106,13 +94,12 @@ class MixedHeads:
     def tensors(self, geometry: MLAGeometry) -> dict[str, Tensor]:
         """Return all parameters and buffers of the layer by their names in the attention module."""
         g, source = geometry, self.source
-        rebuilt, rope_dim = g.rope_cache == "rebuilt", g.qk_rope_head_dim
-        kept, rest = self._split(rope_dim)
+        rebuilt = g.rope_cache == "rebuilt"
+        kept, rest = self._split(g.qk_rope_head_dim)
         weight, bias = self._keys
         factors = self.problem(g).factors(g.kv_lora_rank)
         *rope_up, nope_up, value_up = factors.ups
 
-        share = g.num_attention_heads // g.num_key_value_heads
         # These matrices map the position-free components back to the D dims of each key head.
         back = torch.stack([query_map(self.mix, head, rest).T for head in range(g.num_key_value_heads)])
         center = self.calibration.moments.input_mean
@@ -129,12 +116,16 @@ class MixedHeads:
             pairs=pairs,
         )
         if g.latent_norm:
-            tensors["kv_a_layernorm.weight"] = latent_size(factors.down, self.calibration)
+            tensors["kv_a_layernorm.weight"] = latent_gain(source, factors.down, self.calibration)
         if rebuilt:
             tensors["k_rope_proj.weight"] = rope_up[0]
             tensors["k_rope_proj.bias"] = rope_bias + rope_key @ center - rope_up[0] @ (factors.down @ center)
+        return tensors | self._query_tensors(g, kept)
 
-        # Each query has the head's own dims for the position-free key, followed by its part for the rotary key.
+    def _query_tensors(self, g: MLAGeometry, kept: Tensor) -> dict[str, Tensor]:
+        """Return the queries, each with the head's own dims for the position-free key before its rotary part."""
+        source, tensors = self.source, {}
+        share = g.num_attention_heads // g.num_key_value_heads
         gain = source.query_gain  # [1 or H, D]
         nope_scale = torch.full_like(gain[0], source.attention_scaling**2)
         maps = torch.stack([query_map(self.mix, head, kept) for head in range(g.num_key_value_heads)])
@@ -143,7 +134,8 @@ class MixedHeads:
             # The gain of the query norm stays in the norm for the position-free dims, and moves into the weights for
             # the rotary dims, which mix dims of different gains.
             own = torch.eye(g.head_dim, dtype=torch.float64, device=gain.device)
-            tensors["q_norm.weight"] = torch.cat([gain * nope_scale, rope_bias.new_ones(len(gain), rope_dim)], dim=1)
+            ones = gain.new_ones(len(gain), g.qk_rope_head_dim)
+            tensors["q_norm.weight"] = torch.cat([gain * nope_scale, ones], dim=1)
         else:
             own = nope_scale.diag()
         views = torch.cat([own.expand(len(views), -1, -1), views], dim=1)  # [H, D + R, D]

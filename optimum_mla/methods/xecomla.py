@@ -6,32 +6,24 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.convert.signature import MLAOptions
-from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_count, check_number
-from optimum_mla.methods.decoupled import (
-    LatentFactors,
-    calibrated_factors,
-    calibrated_problem,
-    decoupled_tensors,
-    gather_dims,
-    latent_size,
-    reorder_query,
-)
-from optimum_mla.methods.options import check_rope_dim, choose_selection, pair_scores, rope_dims, shapes_that_fit
+from optimum_mla.methods.decoupled import decoupled_tensors, latent_gain
+from optimum_mla.methods.factors import LatentFactors, calibrated_factors, calibrated_problem, gather_dims, stack_rows
+from optimum_mla.methods.options import check_rope_dim
+from optimum_mla.methods.selected_pairs import SelectedPairs
 from optimum_mla.models import SourceAttention
 from optimum_mla.ops.low_rank import low_rank_factors, rank_for_energy, singular_values
-from optimum_mla.ops.rope_split import SCORED_SELECTIONS, RopeSplit, select_pairs, split_by_pairs, split_last_columns
+from optimum_mla.ops.rope_split import RopeSplit, split_by_pairs, split_last_columns
 from optimum_mla.ops.weighted import WeightedFactorization
-from optimum_mla.plan.budget import DEFAULT_CACHE_RATIO, RankBudget
 
 
-class XEcoMLA(MLATransformation):
+class XEcoMLA(SelectedPairs):
     """Upcycling by SVD (arXiv 2503.11132, Algorithm 1).
 
     [W_K, W_V] is factorized into the latent. The up-projection gives each head's position-free key dims and its values,
@@ -52,7 +44,6 @@ class XEcoMLA(MLATransformation):
     """
 
     name = "x-ecomla"
-    default_budget = RankBudget(kv_cache_ratio=DEFAULT_CACHE_RATIO)
     rope_selections = ("last", "high", "low", "uniform", "contribution", "damage")
     one_rotary_key = True
     factorizations = ("joint", "calibrated")
@@ -77,31 +68,23 @@ class XEcoMLA(MLATransformation):
                 raise InvalidValueError("q_energy", q_energy, "above 0, up to 1")
         self.q_lora_rank, self.q_energy, self.latent_norm = q_lora_rank, q_energy, latent_norm
         self.qk_rope_head_dim = qk_rope_head_dim
-        self.rope_selection = choose_selection(rope_selection, self.rope_selections, self.calibration, "high")
+        self.rope_selection = self.choose_selection(rope_selection)
 
-    @property
-    def needs_calibration(self) -> bool:
-        return super().needs_calibration or self.rope_selection in SCORED_SELECTIONS
-
-    def without_weights(self) -> MLATransformation:
+    def without_weights(self) -> Self:
         other = super().without_weights()
-        other.q_energy = None  # type: ignore[attr-defined]
+        other.q_energy = None
         return other
 
     def plan_layer(self, source: SourceAttention) -> MLAGeometry:
         head_dim, only_divisors = source.geometry.head_dim, self.rope_selection == "last"
-        return self._shape(source, check_rope_dim(self.rope_dims, head_dim, head_dim // 2, only_divisors))
+        return self.shape(source, check_rope_dim(self.rope_dims, head_dim, head_dim // 2, only_divisors))
 
-    def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
-        if self.rope_dims is not None or self.rope_selection == "last":
-            return [geometry]
-        return shapes_that_fit(lambda rope: self._shape(source, rope), rope_dims(geometry.head_dim))
-
-    def _shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
+    def shape(self, source: SourceAttention, rope: int) -> MLAGeometry:
         g = source.geometry
         overhead = rope + (g.num_key_value_heads if g.key_norm else 0)
         largest = min(g.hidden_size, 2 * g.num_key_value_heads * g.head_dim)
-        rank = self.budget.rank(g.source_cache_numbers, overhead, largest, lambda: singular_values(_stack(source)))
+        cache = g.source_cache_numbers
+        rank = self.budget.rank(cache, overhead, largest, lambda: singular_values(stack_rows(source, gained=True)))
         return replace(
             g,
             attention_form="decoupled",
@@ -125,7 +108,7 @@ class XEcoMLA(MLATransformation):
         return self.q_lora_rank
 
     def rotary_damage(self, source: SourceAttention, calibration: Calibration) -> Tensor:
-        scores = pair_scores(self.rope_selection, source, calibration)
+        scores = self.pair_scores(source, calibration)
         if scores is None:  # The rule takes the same pairs in all layers, whatever their weights.
             return torch.ones(1, source.geometry.head_dim // 2, dtype=torch.float64)
         total = scores.sum(dim=0, keepdim=True)
@@ -145,54 +128,21 @@ class XEcoMLA(MLATransformation):
         if self.factorization == "calibrated" and calibration is not None:
             factors = calibrated_factors(source, split, g.kv_lora_rank, calibration, g.latent_bias)
         else:
-            down, up = low_rank_factors(_stack(source), g.kv_lora_rank)
+            down, up = low_rank_factors(stack_rows(source, gained=True), g.kv_lora_rank)
             key_up, value_up = up.view(2, g.num_key_value_heads, g.head_dim, -1)  # each [G, D, r]
             factors = LatentFactors(down, gather_dims(key_up, split.nope), value_up)
         tensors = decoupled_tensors(source, g, split, factors)
         if g.latent_norm:
             down = tensors["kv_a_proj_with_mqa.weight"][: g.kv_lora_rank]
-            if calibration is None:
-                tensors |= _norm_on_latent(source, "kv_a_layernorm", down)
-            else:
-                tensors["kv_a_layernorm.weight"] = latent_size(down, calibration)
-        return tensors | self._query_tensors(source, g, split)
+            tensors["kv_a_layernorm.weight"] = latent_gain(source, down, calibration)
+        return tensors
 
     def _split(self, source: SourceAttention, g: MLAGeometry, calibration: Calibration | None) -> RopeSplit:
         if self.rope_selection == "last":
             return split_last_columns(g.head_dim, g.qk_rope_head_dim)
-        if self.rope is not None and self.rope_selection in SCORED_SELECTIONS:
+        if self.rope is not None and self.measures_pairs:
             return split_by_pairs(self.rope.counts.nonzero()[:, 0][None], g.head_dim)
         # All key heads share the rotary key, so one selection is made by the sums of their scores.
-        scores = pair_scores(self.rope_selection, source, calibration)
+        scores = self.pair_scores(source, calibration)
         total = None if scores is None else scores.sum(dim=0, keepdim=True)
-        return split_by_pairs(select_pairs(self.rope_selection, g.head_dim, g.qk_rope_head_dim, total), g.head_dim)
-
-    def _query_tensors(self, source: SourceAttention, g: MLAGeometry, split: RopeSplit) -> dict[str, Tensor]:
-        weight, bias = reorder_query(source, split)
-        if g.q_lora_rank is None:
-            tensors = {"q_proj.weight": weight.flatten(0, 1)}
-            biased = "q_proj.bias"
-        else:
-            down, up = low_rank_factors(weight.flatten(0, 1), g.q_lora_rank)
-            tensors = {"q_a_proj.weight": down, "q_b_proj.weight": up}
-            biased = "q_b_proj.bias"
-            if g.latent_norm:
-                tensors |= _norm_on_latent(source, "q_a_layernorm", down)
-        if g.query_bias:
-            tensors[biased] = bias.flatten()
-        return tensors
-
-
-def _stack(source: SourceAttention) -> Tensor:
-    """Return the key weight, times the gain of the key norm, and the value weight stacked, [2·G·D, d]."""
-    return torch.cat([source.gained_key.flatten(0, 1), source.value.flatten(0, 1)])
-
-
-def _norm_on_latent(source: SourceAttention, norm: str, down: Tensor) -> dict[str, Tensor]:
-    """Return the gain of a norm on a latent, which is the root mean square that the latent is expected to have.
-
-    The attention reads an RMS-normed state times a gain, so its channels have about the size of the gain. The mean
-    square of the latent is then the mean over the rows of ‖down · diag(gain)‖².
-    """
-    expected = (down * source.input_gain.double()).square().sum(dim=1).mean().sqrt()
-    return {f"{norm}.weight": expected.repeat(down.shape[0])}
+        return self.select(g, total)
