@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import copy as copying
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from optimum_mla.calibrate.calibration import Calibration
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
-from optimum_mla.convert.signature import whole_signature
+from optimum_mla.convert.signature import MethodOptions, MLAOptions, check_method, whole_signature
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
-from optimum_mla.core.layers import LayerChoice, parse_layers
+from optimum_mla.core.layers import parse_layers
 from optimum_mla.core.number_checks import check_choice
 from optimum_mla.families.spec import full_layers
 from optimum_mla.models import SourceAttention, family_of
@@ -63,46 +63,59 @@ class ConversionMethod(ABC):
     rope: SharedRope | None = None
     """The rotary dims that all layers share, in a copy that `sharing` returned."""
 
+    command_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """The class's own keyword arguments that `mla-convert` takes as options, each with a declaration.
+
+    A declaration has a `help` text and may have `type` (`int`, `float`; `bool` makes `--name` and `--no-name`),
+    `metavar`, `choices`, `nargs` and `const` as `ArgumentParser.add_argument` has them, and `flag` if the option has
+    another name. The default is that of the keyword argument, because only what a user gives is passed on.
+    """
+
+    problem: Callable[[SourceAttention, MLAGeometry, Calibration], WeightedFactorization]
+    """Returns the weighted factorization of a calibrated layer, which also gives the energy that each rank holds.
+
+    A method with the factorization `calibrated` has to define it.
+    """
+
+    rotary_damage: Callable[[SourceAttention, Calibration], Tensor]
+    """Returns the damage that is done if a component stops rotating, [components, D/2].
+
+    Each column holds the components of one frequency, with the most damaging one first. A method with `one_rotary_key`
+    has to define it, because `shared_rope` asks for it.
+    """
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__signature__ = whole_signature(cls)  # type: ignore[attr-defined]
+        inherited = [vars(base).get("command_options", {}) for base in reversed(cls.__mro__)]
+        cls.command_options = {name: one for options in inherited for name, one in options.items()}
+        check_method(cls)
 
-    def __init__(
-        self,
-        kv_lora_rank: int | None = None,
-        kv_cache_ratio: float | None = None,
-        energy: float | None = None,
-        layers: LayerChoice = "all",
-        calibration: Tensor | CalibrationStatistics | None = None,
-        factorization: str | None = None,
-        heal: bool | None = None,
-        rank_allocation: str | None = None,
-        shared_rope: bool | str = False,
-        kv_cache_budget: float | None = None,
-    ) -> None:
-        budget = RankBudget(kv_lora_rank, kv_cache_ratio, energy, kv_cache_budget)
+    def __init__(self, **options: Unpack[MLAOptions]) -> None:
+        given = MethodOptions(**options)
+        budget = RankBudget(given.kv_lora_rank, given.kv_cache_ratio, given.energy, given.kv_cache_budget)
         self.budget = budget if budget.is_set else self.default_budget
+        layers = given.layers
         self.layers = (
             layers if isinstance(layers, str) else tuple(layers) if isinstance(layers, Iterable) else (layers,)
         )
-        self.calibration = calibration
-        measured = calibration is not None
+        self.calibration = given.calibration
+        measured = self.calibration is not None
         best = "calibrated" if measured and "calibrated" in self.factorizations else self.factorizations[0]
-        self.factorization = factorization or best
+        self.factorization = given.factorization or best
         check_choice("factorization", self.factorization, self.factorizations)
-        stored = isinstance(calibration, CalibrationStatistics)
-        self.heal = self.factorization == "calibrated" and not stored if heal is None else heal
+        stored = isinstance(self.calibration, CalibrationStatistics)
+        self.heal = self.factorization == "calibrated" and not stored if given.heal is None else given.heal
         if self.heal and stored:
             remedy = "Give calibration text: the refit needs the states of its tokens."
             raise InvalidValueError("heal", True, "False with statistics", remedy)
-        if not isinstance(shared_rope, bool):
-            check_choice("shared_rope", shared_rope, ("regular",))
-        if shared_rope and not self.one_rotary_key:
+        self.shared_rope = given.shared_rope
+        if not isinstance(self.shared_rope, bool):
+            check_choice("shared_rope", self.shared_rope, ("regular",))
+        if self.shared_rope and not self.one_rotary_key:
             raise InvalidValueError("shared_rope", True, "False with this method", "It has a rotary key per head.")
-        self.shared_rope = shared_rope
         shared = self.factorization == "calibrated" and self.budget.energy is None
-        measured_ranks = shared and not shared_rope
-        self.rank_allocation = rank_allocation or ("error" if measured_ranks else "uniform")
+        self.rank_allocation = given.rank_allocation or ("error" if shared and not self.shared_rope else "uniform")
         check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         if self.coded:
             self._check_coded()
@@ -114,7 +127,7 @@ class ConversionMethod(ABC):
                 raise InvalidValueError(field, value, "other values without calibration data", "Give calibration data.")
         if self.rank_allocation != "uniform" and not shared:
             remedy = "Others need a calibrated factorization and a fixed size."
-            raise InvalidValueError("rank_allocation", rank_allocation, "uniform here", remedy)
+            raise InvalidValueError("rank_allocation", given.rank_allocation, "uniform here", remedy)
 
     @property
     def coded(self) -> bool:
@@ -173,13 +186,6 @@ class ConversionMethod(ABC):
         """Return shapes of one cache size, cheapest first, from which calibration data choose the best."""
         return [geometry]
 
-    def rotary_damage(self, source: SourceAttention, calibration: Calibration) -> Tensor:
-        """Return the damage that is done if a component stops rotating, [components, D/2].
-
-        Each column holds the components of one frequency, with the most damaging one first.
-        """
-        raise NotImplementedError(f"{type(self).__name__}.rotary_damage, which shared_rope needs")
-
     @property
     def rope_dims(self) -> int | None:
         """Return the number of rotary dims if it is fixed, or None if each layer chooses it."""
@@ -212,12 +218,6 @@ class ConversionMethod(ABC):
         if self.shared_rope != "regular":
             return None
         return regular_pairs(geometry.head_dim // 2, self.rope_dims or geometry.head_dim)
-
-    def problem(
-        self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration
-    ) -> WeightedFactorization:
-        """Return the weighted factorization of a calibrated layer, which also gives the energy that each rank holds."""
-        raise NotImplementedError(f"{type(self).__name__}.problem, which a calibrated factorization needs")
 
     def predicted_error(self, source: SourceAttention, geometry: MLAGeometry, calibration: Calibration) -> float | None:
         """Return the squared error of a shape that follows from closed forms, to compare the shapes of one layer.

@@ -14,6 +14,7 @@ from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_choice, check_integer
+from optimum_mla.methods.command_options import GQA2MLA_OPTIONS
 from optimum_mla.methods.full_form import full_problem, full_shape, full_tensors
 from optimum_mla.methods.mixed_heads import MixedHeads
 from optimum_mla.methods.options import calibrated_rank, rope_choices, shapes_that_fit
@@ -34,8 +35,7 @@ class GQA2MLA(MLATransformation):
         positional: `full`, the default without calibration tokens, or `decoupled`, the default with them.
         rope_cache: With `decoupled`: `cached` keeps the rotary key beside the latent, as DeepSeek does, and makes
             `uniform` the default of `rank_allocation`; `rebuilt`, the default, makes it from the latent.
-        qk_rope_head_dim: R, the number of rotary dims, with `decoupled` only. None chooses it in each layer by the
-            measured error.
+        qk_rope_head_dim: R, the number of rotary dims, with `decoupled` only. None takes each layer's best one.
         latent_norm: Whether to put an RMSNorm on the latent, as DeepSeek does, with `cached` only. Its gain is chosen
             so that the norm changes the latents of the calibration tokens least, and there are no biases after it.
         **options: Options of `MLATransformation`. `factorization` may be `split`, `joint` or `calibrated`. With
@@ -44,6 +44,7 @@ class GQA2MLA(MLATransformation):
     """
 
     name = "gqa2mla"
+    command_options = GQA2MLA_OPTIONS
     one_rotary_key = True
     factorizations = ("split", "joint", "calibrated")
     has_codes = True
@@ -79,8 +80,8 @@ class GQA2MLA(MLATransformation):
             check_choice("rope_cache", self.rope_cache, ("cached", "rebuilt"))
         for field in ("latent_norm", "shared_rope"):
             if getattr(self, field) and self.rope_cache != "cached":
-                remedy = "Take --rope-cache cached."
-                raise InvalidValueError(field, True, "False without a cached rotary key", remedy)
+                allowed = "False without a cached rotary key"
+                raise InvalidValueError(field, True, allowed, "Take --rope-cache cached.")
 
     @property
     def preserves_computation(self) -> bool:  # type: ignore[override]
@@ -115,10 +116,9 @@ class GQA2MLA(MLATransformation):
         return replace(g, kv_lora_rank=calibrated_rank(self.budget, g, g.rope_numbers, min(held, g.hidden_size)))
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
-        """Return a shape for every number of rotary dims that the budget allows."""
-        g = source.geometry
         if geometry.attention_form == "full" or self.rope_dims is not None:
             return [geometry]
+        g = source.geometry
         ropes = rope_choices(g.head_dim, (0.25, 0.5, 1, 1.5, 2, 3, 4), g.num_key_value_heads * g.head_dim - 2)
         return shapes_that_fit(lambda rope: self._decoupled_shape(g, rope), ropes) or [geometry]
 

@@ -13,6 +13,7 @@ from optimum_mla.convert.signature import MLAOptions
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_count
+from optimum_mla.methods.command_options import MHA2MLA_OPTIONS
 from optimum_mla.methods.decoupled import decoupled_tensors
 from optimum_mla.methods.factors import calibrated_factors, calibrated_problem, joint_factors, split_factors, stack_rows
 from optimum_mla.methods.options import check_rope_dim
@@ -42,6 +43,7 @@ class MHA2MLA(SelectedPairs):
     """
 
     name = "mha2mla"
+    command_options = MHA2MLA_OPTIONS
     rope_selections = ("high", "low", "uniform", "contribution", "damage")
     factorizations = ("joint", "split", "calibrated")
 

@@ -13,6 +13,7 @@ from optimum_mla.convert.signature import MLAOptions
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.core.number_checks import check_count, check_number
+from optimum_mla.methods.command_options import XECOMLA_OPTIONS
 from optimum_mla.methods.decoupled import decoupled_tensors, latent_gain
 from optimum_mla.methods.factors import LatentFactors, calibrated_factors, calibrated_problem, gather_dims, stack_rows
 from optimum_mla.methods.options import check_rope_dim
@@ -44,6 +45,7 @@ class XEcoMLA(SelectedPairs):
     """
 
     name = "x-ecomla"
+    command_options = XECOMLA_OPTIONS
     rope_selections = ("last", "high", "low", "uniform", "contribution", "damage")
     one_rotary_key = True
     factorizations = ("joint", "calibrated")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,31 +116,3 @@ def test_listing_methods_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["gqa2mla", "mha2mla", "x-ecomla", "False"]
-
-
-def test_installed_packages_offer_methods_to_the_command(tmp_path: Path) -> None:
-    info = tmp_path / "mine-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[optimum_mla.transforms]\nmine = mine_module:Mine\n")
-    (tmp_path / "mine_module.py").write_text("from optimum_mla import GQA2MLA\nclass Mine(GQA2MLA): name = 'mine'\n")
-    program = Path(sys.executable).with_name("optimum-cli")
-    reference = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
-    done = subprocess.run(
-        [
-            str(program),
-            "mla-convert",
-            "-m",
-            str(reference),
-            "--method",
-            "mine",
-            "--uncalibrated",
-            str(tmp_path / "out"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "mine" in done.stdout

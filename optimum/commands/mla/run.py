@@ -12,6 +12,7 @@ from optimum.commands.mla.common import describe
 from optimum.commands.mla.convert import MLAConvertCommand
 from optimum.commands.mla.export import MLAExportCommand
 from optimum.commands.mla.finetune import MLAFinetuneCommand
+from optimum.commands.mla.method_options import add_installed_options
 from optimum.commands.mla.quantize import MLAQuantizeCommand
 
 STEPS: dict[str, type[BaseOptimumCLICommand]] = {
@@ -76,6 +77,8 @@ def parsed(step: Any, number: int) -> Namespace:
     """
     parser = StepParser(prog=f"recipe: step {number} ({step.command})", allow_abbrev=False)
     STEPS[step.command].parse_args(parser)
+    if STEPS[step.command] is MLAConvertCommand:  # Before `words`, which asks the parser what `false` stands for.
+        add_installed_options(parser, words(step, parser))
     return parser.parse_args(words(step, parser))
 
 
