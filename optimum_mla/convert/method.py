@@ -66,7 +66,7 @@ class ConversionMethod(ABC):
     command_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """The class's own keyword arguments that `mla-convert` takes as options, each with a declaration.
 
-    A declaration has a `help` text and may have `type` (`int`, `float`; `bool` makes `--name` and `--no-name`),
+    A declaration has a `help` text and may have `type` (`int`, `float`; `bool` makes a pair of switches, as of `heal`),
     `metavar`, `choices`, `nargs` and `const` as `ArgumentParser.add_argument` has them, and `flag` if the option has
     another name. The default is that of the keyword argument, because only what a user gives is passed on.
     """
@@ -86,9 +86,13 @@ class ConversionMethod(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = whole_signature(cls)  # type: ignore[attr-defined]
-        inherited = [vars(base).get("command_options", {}) for base in reversed(cls.__mro__)]
-        cls.command_options = {name: one for options in inherited for name, one in options.items()}
+        cls.__signature__ = signature = whole_signature(cls)  # type: ignore[attr-defined]
+        own = vars(cls).get("command_options", {})
+        inherited = [vars(base).get("command_options", {}) for base in reversed(cls.__mro__[1:])]
+        passed_on = {
+            name: one for options in inherited for name, one in options.items() if name in signature.parameters
+        }
+        cls.command_options = passed_on | own
         check_method(cls)
 
     def __init__(self, **options: Unpack[MLAOptions]) -> None:
