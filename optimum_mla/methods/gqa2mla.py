@@ -159,7 +159,7 @@ class GQA2MLA(MLATransformation):
         """Return the shape with another number of rotary dims, and the rank that the budget then leaves."""
         g = replace(geometry, qk_rope_head_dim=rope)
         held = 2 * g.num_key_value_heads * g.head_dim - (rope if g.rope_cache == "cached" else 0)
-        return replace(g, kv_lora_rank=self._rank(g, g.rope_numbers, min(held, g.hidden_size), None))
+        return replace(g, kv_lora_rank=self._rank(g, g.cached_width(1), min(held, g.hidden_size), None))
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         """Return a shape for every number of rotary dims that the budget allows."""
