@@ -31,7 +31,7 @@ from tests.cases import source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = str(REFERENCE / "evaluation.txt")
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 COMMON: dict[str, Any] = {"dtype": "auto", "device": "cpu", "hub": {}}
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,

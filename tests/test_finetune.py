@@ -41,7 +41,7 @@ from tests.cases import UNCALIBRATED
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = str(REFERENCE / "evaluation.txt")
 TEXTS = TextOptions(eval_data=EVALUATION, eval_samples=2, eval_length=32)
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 # Patched where they are looked up.
 MODULE = importlib.import_module("optimum_mla.pipeline.finetuning")
 STAGES = importlib.import_module("optimum_mla.recovery.stages")

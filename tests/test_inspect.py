@@ -27,7 +27,7 @@ from optimum_mla.report.inspection import inspection_text
 from tests.cases import FAMILIES, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -37,7 +37,7 @@ from tests.cases import source_model, token_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "benchmarks" / "reference_model"
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 TEXT = str(REFERENCE / "calibration.txt")
 LAYERS = 6  # of the reference model
 FEW = TextOptions(calibration_data=TEXT, calibration_samples=8, calibration_length=288)
