@@ -27,7 +27,7 @@ from optimum_mla.core.errors import (
     OutputError,
     UnsupportedModelError,
 )
-from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import TextOptions, convert
 from optimum_mla.pipeline.calibrating import calibrate
@@ -72,7 +72,7 @@ def test_report_tells_what_the_saved_model_measures(method: str, tmp_path: Path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     windows = token_windows(tokenizer, EVALUATION, 64, 4)
     assert perplexity(model, windows) == pytest.approx(report.perplexity_after, rel=1e-5)
-    assert measured_cache_bytes_per_token(model, windows[:1]) == report.cache_bytes_per_token
+    assert bytes_per_token(model, windows[:1]).live == report.cache_bytes_per_token
     assert report.cache_bytes_per_token == report.predicted_cache_bytes_per_token
     assert report.cache_percent_of_source == 50.0
     source = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
