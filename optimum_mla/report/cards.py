@@ -48,7 +48,7 @@ def model_card(report: ConversionReport | CodecReport, name: str, source: dict[s
     metadata["tags"] = TAGS
     values = {
         "metadata": yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
-        "model": report.model if report.source_folder is None else shown(report.model),
+        "model": shown(report.model),
         "version": report.versions["optimum-mla"],
     }
     if isinstance(report, CodecReport):
