@@ -171,7 +171,7 @@ def divergence(perplexity: float | None) -> float | None:
     return None if perplexity is None else math.log(perplexity)
 
 
-def closed(report: RecoveryReport) -> float | None:
+def closed_share(report: RecoveryReport) -> float | None:
     """Return the share of the excess log-perplexity over the source that a training closed; None if not measured."""
     source, converted, recovered = report.perplexity_source, report.perplexity_converted, report.perplexity_recovered
     if source is None or converted is None or recovered is None or converted <= source:
@@ -181,7 +181,7 @@ def closed(report: RecoveryReport) -> float | None:
 
 def recovery_table(report: RecoveryReport) -> Table:
     """Return the table that `mla-finetune` prints at its end."""
-    share = closed(report)
+    share = closed_share(report)
     percent = None if share is None else 100 * share
     before, after = report.perplexity_converted, report.perplexity_recovered
     if report.as_used:
