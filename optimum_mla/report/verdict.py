@@ -64,7 +64,7 @@ def _judgement(report: ConversionReport, level: int) -> str:
     return JUDGEMENTS[level].format(remedy=REMEDIES.get(report.written_as, REMEDIES["export"]))
 
 
-def verdict(report: ConversionReport | CodecReport) -> str:
+def conversion_verdict(report: ConversionReport | CodecReport) -> str:
     """Return a few sentences that say what a conversion saved and what it cost, by the worst of its measures."""
     if isinstance(report, CodecReport):
         return codec_verdict(report)
