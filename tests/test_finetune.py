@@ -33,7 +33,7 @@ from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import TextOptions, convert, finetune, quantize
 from optimum_mla.recovery.data import pack, stream
 from optimum_mla.recovery.recipe import Recipe
-from optimum_mla.report.cards import renamed
+from optimum_mla.report.cards import rename_card
 from optimum_mla.report.schema import RecoveryReport
 from optimum_mla.report.verdict import recovery_verdict
 from tests.cases import UNCALIBRATED
@@ -267,7 +267,7 @@ def test_report_tells_what_the_saved_model_measures(
     assert (out / "conversion_report.json").read_bytes() == (models / "half" / "conversion_report.json").read_bytes()
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     card = (out / "README.md").read_text()
-    assert card.startswith(renamed((models / "half" / "README.md").read_text(), "out"))
+    assert card.startswith(rename_card((models / "half" / "README.md").read_text(), "out"))
     assert "## Recovered" in card
     assert f"`{objective}`" in card
 

@@ -18,7 +18,7 @@ from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.export.gguf_file import file_type_of
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
-from optimum_mla.measure.answers import answers, moved, prompts, text_of
+from optimum_mla.measure.answers import answers, measure_movement, prompts, text_of
 from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.stages import Stages
 from optimum_mla.measure.verify import reference_logits, verify
@@ -136,7 +136,7 @@ def convert_weights(
                 cache_bytes = bytes_per_token(converted, few)
                 says = answers(converted, questions)  # in one batch, as those of the source
                 with reading_weights():
-                    movement = moved(source, converted, said) if said else None
+                    movement = measure_movement(source, converted, said) if said else None
 
             geometry = model_geometry(converted.spec, converted.config)
             itemsize = converted.dtype.itemsize

@@ -20,7 +20,7 @@ from optimum_mla.calibrate.recall import DEFAULT_REPEATS
 from optimum_mla.calibrate.text import text_beginning, token_windows, window_length
 from optimum_mla.calibrate.windows import check_ids, check_tokens, split_for_report, windows_to_read
 from optimum_mla.core.number_checks import check_count
-from optimum_mla.report.cards import renamed, shown
+from optimum_mla.report.cards import name_without_folders, rename_card
 from optimum_mla.report.schema import CodecReport, ConversionReport, RecoveryReport
 
 logger = logging.getLogger(__name__)
@@ -134,10 +134,10 @@ def carried_card(model: str, partial: Path, name: str) -> str:
             shutil.copy(source / report, partial)
     card = source / "README.md"
     if not card.is_file():
-        return f"# {name}\n\nMade from `{shown(model)}`.\n"
+        return f"# {name}\n\nMade from `{name_without_folders(model)}`.\n"
     try:
         text = card.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         logger.warning("warning: %s is not UTF-8 (byte %d); the copy marks what cannot be read.", card, error.start)
         text = card.read_text(encoding="utf-8", errors="replace")
-    return renamed(text, name)
+    return rename_card(text, name)

@@ -16,7 +16,7 @@ from optimum_mla.calibrate.text import window_length
 from optimum_mla.core.errors import InvalidValueError, OutputError, first_line
 from optimum_mla.io.folder import check_output, kept_folder
 from optimum_mla.io.inputs import check_inputs_stay, fingerprint
-from optimum_mla.io.journal import Journal, as_kept, differing
+from optimum_mla.io.journal import Journal, as_json, differing_names
 from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype, has_codec
 from optimum_mla.pipeline.loading import TextOptions, read_texts
 from optimum_mla.pipeline.origin import recorded_source
@@ -235,10 +235,10 @@ def working_folder(
     check_inputs_stay(work, inputs)
     before = Journal(work / RUN_FILE).entries.get("run") if resume else None
     if before is not None:
-        for name in differing(before, run):
+        for name in differing_names(before, run):
             raise InvalidValueError(
                 name,
-                as_kept(run).get(name),
+                as_json(run).get(name),
                 f"{before.get(name)}, as in the interrupted run",
                 "Start over with --overwrite.",
             )

@@ -15,8 +15,8 @@ from torch import Tensor
 from optimum_mla.convert.record import LayerResult, Record
 from optimum_mla.convert.run import Run
 from optimum_mla.core.errors import MLAError, OptionError, OutputError, UnreadableModelError, VerificationError
-from optimum_mla.io.folder import as_output_error, kept_folder, parents
-from optimum_mla.io.journal import Journal, as_kept, differing
+from optimum_mla.io.folder import as_output_error, kept_folder, make_parents
+from optimum_mla.io.journal import Journal, as_json, differing_names
 from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, write_shard
 from optimum_mla.models.classes import is_tied
 from optimum_mla.nn import LatentAttention
@@ -64,7 +64,7 @@ class Unfinished(Record):
     def __init__(self, output: Path, options: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.output, self.folder = output, kept_folder("mla-convert", output)
         self._start = time.monotonic()
-        self._above = parents(output)
+        self._above = make_parents(output)
         self._path, self._options = self.folder / "journal.jsonl", options
         entries = Journal(self._path).entries
         if resume and entries:
@@ -113,8 +113,8 @@ class Unfinished(Record):
         logger.warning("kept: %d %s. The same command with --resume goes on.", kept, self.unit)
 
     def _check_options(self, entries: dict[str, Any]) -> None:
-        there, here = entries.get("options", {}), as_kept(self._options)
-        names = differing(there, self._options)
+        there, here = entries.get("options", {}), as_json(self._options)
+        names = differing_names(there, self._options)
         if FAILED_CHECK in entries:
             for name in [name for name in names if name in VERSIONED]:
                 names.remove(name)
