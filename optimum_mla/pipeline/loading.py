@@ -1,4 +1,4 @@
-"""Loads the models, tokenizers and texts of the commands. Bad input becomes an error that says what to do."""
+"""The texts of the commands, and the model cards that they take along."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows, with_repeats
 from optimum_mla.calibrate.recall import DEFAULT_REPEATS
@@ -54,6 +52,15 @@ class TextOptions:
     eval_data: str | None = None
     eval_samples: int = 128
     eval_length: int | None = None
+
+    @property
+    def need_tokenizer(self) -> bool:
+        """Return whether anything is to be read that is not token ids."""
+        return isinstance(self.calibration_data, str | Path) or self.eval_data is not None
+
+    def or_built_in(self) -> TextOptions:
+        """Return these texts with the built-in one as calibration data if none are given."""
+        return self if self.calibration_data is not None else replace(self, calibration_data=str(BUILT_IN_TEXT))
 
 
 NO_TEXTS = TextOptions()
@@ -121,13 +128,7 @@ def _origin(source: Any, windows: Tensor) -> dict[str, Any]:
 
 
 def carried_card(model: str, partial: Path, name: str) -> str:
-    """Take the reports along that lie in a model's folder, and return its model card for the folder of the result.
-
-    Args:
-        model: The model, as a hub id or a folder.
-        partial: The folder that is being written.
-        name: The name that it will have.
-    """
+    """Take the reports along that lie in a model's folder, and return its model card under another name."""
     source = Path(model)
     for report in (ConversionReport.file_name, CodecReport.file_name, RecoveryReport.file_name):
         if (source / report).is_file():
