@@ -90,7 +90,7 @@ def read_texts(
     if texts.eval_data is not None:
         evaluation = _windows(tokenizer, texts.eval_data, lengths["eval"], texts.eval_samples, "eval-data")
         check_ids(evaluation, config.get_text_config().vocab_size, "eval-data")
-        data["eval-data"] = _origin(texts.eval_data, evaluation)
+        data["eval-data"] = text_origin(texts.eval_data, evaluation)
     source = texts.calibration_data
     if source is not None:
         samples = texts.calibration_samples
@@ -102,10 +102,10 @@ def read_texts(
         if evaluation is None:
             calibration, evaluation = split_for_report(calibration, samples)
             if evaluation is not None:
-                data["held-back"] = _origin(source, evaluation)
+                data["held-back"] = text_origin(source, evaluation)
         start = 0 if tokenizer is None else len(text_beginning(tokenizer))
         calibration = with_repeats(calibration, texts.calibration_repeats, start)
-        data["calibration-data"] = {**_origin(source, calibration), "repeats": texts.calibration_repeats}
+        data["calibration-data"] = {**text_origin(source, calibration), "repeats": texts.calibration_repeats}
     return calibration, evaluation, data
 
 
@@ -116,7 +116,7 @@ def _windows(tokenizer: Any, source: Any, length: int, samples: int, field: str,
     return token_windows(tokenizer, source, length, samples, field, chats)
 
 
-def _origin(source: Any, windows: Tensor) -> dict[str, Any]:
+def text_origin(source: Any, windows: Tensor) -> dict[str, Any]:
     """Return what a report says of the windows [N, L] of a text."""
     name = str(source) if isinstance(source, str | Path) else "token ids"
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +16,7 @@ from optimum_mla.models.coded import has_codec
 from optimum_mla.models.family_table import is_converted
 from optimum_mla.pipeline.benchmarking.options import BenchmarkOptions
 from optimum_mla.pipeline.checkpoint import Checkpoint
+from optimum_mla.pipeline.loading import text_origin
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,7 @@ class ScoredText:
             raise InvalidValueError("stride", stride, f"1 to {length - 1}, below the window of {length} tokens")
         tokenizer = model.checkpoint.tokenizer(needed=True)
         windows = token_windows(tokenizer, options.eval_data, length, options.eval_samples, "eval-data", stride=stride)
-        origin = {
-            "source": options.eval_data,
-            "windows": len(windows),
-            "tokens_per_window": length,
-            "stride_tokens": stride,
-            "sha256": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
-        }
+        origin = {**text_origin(options.eval_data, windows), "stride_tokens": stride}
         return cls(windows, stride, origin, None if baseline is None else tokens_differ(model, tokenizer, baseline))
 
 
