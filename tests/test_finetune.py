@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from optimum_mla.calibrate.text import token_windows
-from optimum_mla.core.errors import InvalidValueError, OutputError, TrainingError
+from optimum_mla.core.errors import InvalidValueError, OptionError, OutputError, TrainingError
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import TextOptions, convert, finetune, quantize
 from optimum_mla.recovery.data import pack, stream
@@ -567,6 +567,22 @@ def test_checkpoints_without_a_record_are_neither_taken_nor_deleted(
             train(resume=True, overwrite=overwrite)
     assert (work / "distill" / "checkpoint-2" / "trainer_state.json").is_file()
     assert train(overwrite=True).resumed_at_step is None
+
+
+def test_a_muon_state_of_an_older_version_is_refused_in_one_line(
+    train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+) -> None:
+    with_callback(Interrupt(3))
+    with pytest.raises(KeyboardInterrupt):
+        train(optimizer="muon")
+    with_callback(None)
+    path = tmp_path / ".out.training" / "distill" / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({"parts": [{"state": state["state"], "param_groups": [group]} for group in state["param_groups"]]}, path)
+    with pytest.raises(OptionError, match=r"--resume: the state of the optimizer muon .* with --overwrite instead"):
+        train(optimizer="muon", resume=True)
+    assert path.is_file()
+    assert train(optimizer="muon", overwrite=True).resumed_at_step is None
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, 
 from optimum_mla.models.classes import is_tied
 from optimum_mla.nn import LatentAttention
 from optimum_mla.pipeline.checkpoint import RESIDENT_BYTES
+from optimum_mla.pipeline.origin import origin_of
 from optimum_mla.pipeline.preparation import ConversionRequest
 
 logger = logging.getLogger(__name__)
@@ -160,13 +161,7 @@ class Unfinished(Record):
         return read_shard(self.file(name))
 
     def keep_tensors(self, name: str, tensors: dict[str, Tensor], **said: Any) -> None:
-        """Keep tensors under a name.
-
-        Args:
-            name: A word and a number.
-            tensors: The tensors by their names.
-            **said: What else `known` then says of them.
-        """
+        """Keep tensors under a name, which is a word and a number, with what else `known` is to say of them."""
         with as_output_error(self.output):
             digest = write_shard(self.file(name), tensors)
         self.keep(name, {"sha256": digest, **said, "seconds": self.seconds + time.monotonic() - self._start})
@@ -204,13 +199,7 @@ class UnfinishedConversion(Unfinished):
         return self.file(f"layer {index}")
 
     def write_layer(self, run: Run, index: int, attention: LatentAttention | None) -> None:
-        """Write a layer of the converted model, unless it was kept already.
-
-        Args:
-            run: The conversion.
-            index: Index of the layer.
-            attention: Its new attention, or None if it keeps that of the source.
-        """
+        """Write a layer of the converted model with its new attention or its own, unless it was kept already."""
         spec = run.family.spec
         if self._whole(f"layer {index}"):
             return
@@ -225,20 +214,14 @@ class UnfinishedConversion(Unfinished):
 
 
 def made_from(asked: ConversionRequest, data: dict[str, dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
-    """Return all that the result of a conversion depends on, by name, as JSON can hold it.
-
-    Args:
-        asked: The request.
-        data: The origins of the texts.
-        options: The options of the method.
-    """
+    """Return all that the result of a conversion depends on, by name, as JSON can hold it."""
     source, files = asked.source, {}
     if source.folder is not None:
         kept = (path for path in sorted(source.folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES)
         files = {f"file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in kept}
     return {
         "model": source.name,
-        **source.origin(),
+        **origin_of(source),
         **files,
         **{name: version(name) for name in VERSIONED},
         **{name: getattr(asked, name) for name in ("method", "dtype", "device", "seed")},
@@ -258,14 +241,9 @@ def weights_outside_layers(run: Run) -> dict[str, Tensor]:
 
 
 def write_model(run: Run, unfinished: UnfinishedConversion, folder: Path) -> None:
-    """Write the converted model as a checkpoint: config, generation config, and the weights of all layers.
+    """Write the converted model, all of whose layers are kept, as a checkpoint into an empty folder.
 
     Models of at most `RESIDENT_BYTES` become a single file; others have a file for each layer.
-
-    Args:
-        run: The conversion, whose layers have been written.
-        unfinished: Where they are.
-        folder: The folder of the checkpoint, which is empty.
     """
     config = run.converted_config()
     config.tie_word_embeddings = is_tied(run.source.model)

@@ -27,7 +27,7 @@ from optimum_mla.core.errors import (
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.pipeline import TextOptions, benchmark, calibrate, convert, quantize
-from optimum_mla.pipeline.cell_options import BenchmarkOptions
+from optimum_mla.pipeline.benchmarking.options import BenchmarkOptions
 from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.unfinished import Unfinished

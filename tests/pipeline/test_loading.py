@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from optimum_mla.core.errors import InvalidValueError, MLAError
+from optimum_mla.core.errors import InvalidValueError, MLAError, UnreadableModelError
 from optimum_mla.io.reading import reading
 from optimum_mla.pipeline import TextOptions, convert, export, finetune, inspect, quantize
 from optimum_mla.pipeline.checkpoint import Checkpoint
@@ -365,6 +366,16 @@ def test_what_is_not_about_the_input_passes_through(error: BaseException) -> Non
     with pytest.raises(type(error)) as caught, reading("weights", "model"):
         raise error
     assert caught.value is error
+
+
+def test_what_is_wrong_with_a_given_config_is_said_of_it(models: Path) -> None:
+    checkpoint = Checkpoint(str(models / "one"))
+    given = copy.deepcopy(checkpoint.config)
+    given.hidden_act = "nonsense"
+    with pytest.raises(UnreadableModelError, match="nonsense") as caught:
+        checkpoint.load(device="cpu", config=given)
+    assert "the weights of" not in str(caught.value)
+    checkpoint.load(device="cpu")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
