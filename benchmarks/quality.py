@@ -51,7 +51,7 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
     from optimum_mla.calibrate.text import token_windows
     from optimum_mla.core.errors import InvalidValueError
-    from optimum_mla.measure.memory import measured_cache_bytes_per_token, peak_memory_bytes
+    from optimum_mla.measure.memory import bytes_per_token, peak_memory_bytes
     from optimum_mla.measure.quality import perplexity
     from optimum_mla.pipeline import build_transformation
 
@@ -74,7 +74,7 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     evaluation = token_windows(tokenizer, texts / "evaluation.txt", config["evaluation_length"])
     row = {name: spec[name] for name in ("part", "model", "label", "seed", "ratio")}
     before = perplexity(model, evaluation)
-    source_bytes = measured_cache_bytes_per_token(model, evaluation[:1, :32])
+    source_bytes = bytes_per_token(model, evaluation[:1, :32]).live
     start = time.perf_counter()
     try:
         options = {**spec["options"], "kv_cache_ratio": spec["ratio"]}
@@ -84,7 +84,7 @@ def run(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         return row | {"impossible": str(error)}
     seconds = time.perf_counter() - start
     after = perplexity(converted, evaluation)
-    cache = measured_cache_bytes_per_token(converted, evaluation[:1, :32])
+    cache = bytes_per_token(converted, evaluation[:1, :32]).live
     return row | {
         "perplexity_before": before,
         "perplexity_after": after,

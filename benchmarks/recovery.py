@@ -155,7 +155,7 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
     """Run `finetune` once and return what was measured."""
     from optimum_mla.pipeline import TextOptions, finetune
     from optimum_mla.recovery.recipe import Recipe
-    from optimum_mla.report.render import closed
+    from optimum_mla.report.render import closed_share
 
     length = config["row_tokens"]
     recipe = Recipe(sequence_length=length, train_tokens=case["tokens"], **case["recipe"])
@@ -166,7 +166,7 @@ def train(case: dict[str, Any], model: Path, ids: list[int], config: dict[str, A
     report = finetune(str(model), output, ids, recipe, training, texts, overwrite=True)
     if report is None:
         raise RuntimeError("a process of its own measures nothing")
-    share = closed(report)
+    share = closed_share(report)
     return {
         "perplexity_source": report.perplexity_source,
         "perplexity_converted": report.perplexity_converted,

@@ -23,16 +23,17 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 from optimum_mla import GQA2MLA, QuantizeLatentCache, XEcoMLA
 from optimum_mla.cache import CacheSettings
 from optimum_mla.core.errors import InvalidValueError, MLAError, OutputError, ReportError, ran_out_of_memory
-from optimum_mla.pipeline import BenchmarkOptions, benchmark, cell_runs, cells, compare, measurements, quantize
-from optimum_mla.pipeline.cells import CellError, run_cell
-from optimum_mla.pipeline.measurements import memory_cell, quality_cell, speed_cell
+from optimum_mla.pipeline import BenchmarkOptions, benchmark, compare, quantize
+from optimum_mla.pipeline.benchmarking import cells, measurements, run
+from optimum_mla.pipeline.benchmarking.cells import CellError, run_cell
+from optimum_mla.pipeline.benchmarking.measurements import measure_memory, measure_quality, measure_speed
+from optimum_mla.pipeline.benchmarking.subjects import Subject
 from optimum_mla.report.rows import BenchmarkReport
 from tests.cases import source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = str(REFERENCE / "evaluation.txt")
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
-COMMON: dict[str, Any] = {"dtype": "auto", "device": "cpu", "hub": {}}
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 64,
@@ -62,6 +63,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def subject(folder: Path, dtype: str = "auto") -> Subject:
+    """The model in a folder, on the CPU."""
+    return Subject(str(folder), {}, dtype, "cpu")
+
+
 def answered_here(kind: str, request: dict[str, Any]) -> dict[str, Any]:
     """As `run_cell`, without a process of its own, whose start takes seconds; what goes in and out is text as there."""
     found = json.loads(json.dumps(cells.answer(kind, json.loads(json.dumps(request)))))
@@ -75,7 +81,7 @@ def report(models: Path) -> Iterator[BenchmarkReport]:
     """One run with a little of everything; also in the folder `report`. Of each kind one cell is a real process."""
     kinds: set[str] = set()
 
-    def run(kind: str, request: dict[str, Any]) -> dict[str, Any]:
+    def one(kind: str, request: dict[str, Any]) -> dict[str, Any]:
         answer = answered_here if kind in kinds else run_cell
         kinds.add(kind)
         return answer(kind, request)
@@ -94,7 +100,7 @@ def report(models: Path) -> Iterator[BenchmarkReport]:
         baselines=("source", "source-hqq-int4"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cell_runs, "run_cell", run)
+        patch.setattr(run, "run_cell", one)
         yield benchmark(str(models / "converted"), models / "report", str(models / "source"), options)
 
 
@@ -184,22 +190,22 @@ def test_a_cache_of_full_keys_and_values_is_flagged(models: Path, monkeypatch: p
             return dense
 
     monkeypatch.setattr(measurements, "cache_maker", lambda model, name: lambda: FullCache(config=model.config))
-    row = memory_cell(str(models / "converted"), "default", 256, 1, **COMMON)
+    row = measure_memory(subject(models / "converted"), "default", 256, 1)
     assert row["live_percent_of_predicted"] > 200
     assert any("of what it should be" in flag for flag in row["flags"])
 
 
 def test_full_keys_kept_beside_the_cache_are_flagged(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = measurements.load
+    load = Subject.load
 
-    def loaded(*arguments: Any) -> Any:
-        model = load(*arguments)
+    def loaded(self: Subject) -> Any:
+        model = load(self)
         keep = lambda *_: setattr(model, "leak", torch.zeros(1, 2, 256, 16))  # noqa: E731
         model.register_forward_hook(keep)
         return model
 
-    monkeypatch.setattr(measurements, "load", loaded)
-    row = memory_cell(str(models / "converted"), "default", 256, 1, **COMMON)
+    monkeypatch.setattr(Subject, "load", loaded)
+    row = measure_memory(subject(models / "converted"), "default", 256, 1)
     assert row["flags"] == ["alive after a step: [1, 2, 256, 16] float32, as large as the keys of a layer"]
 
 
@@ -208,7 +214,7 @@ def test_the_table_of_angles_is_nothing_kept_beside_the_cache(tmp_path: Path) ->
     model = source_model("llama", num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=4096)
     converted = GQA2MLA(kv_cache_ratio=0.5, calibration=token_ids(8, 32))(model)
     QuantizeLatentCache(bits=4, backend="hqq")(converted).save_pretrained(tmp_path / "out")
-    row = memory_cell(str(tmp_path / "out"), "default", 1000, 1, **{**COMMON, "dtype": "bfloat16"})
+    row = measure_memory(subject(tmp_path / "out", "bfloat16"), "default", 1000, 1)
     assert row["flags"] == []
 
 
@@ -216,22 +222,22 @@ def test_the_table_of_angles_is_nothing_kept_beside_the_cache(tmp_path: Path) ->
 def test_quantized_weights_are_nothing_kept_beside_the_cache(weights: str, models: Path, tmp_path: Path) -> None:
     """bitsandbytes keeps scales where no other model has tensors."""
     quantize(str(models / "converted"), tmp_path / "out", weights=weights)
-    row = memory_cell(str(tmp_path / "out"), "default", 1, 1, **COMMON)
+    row = measure_memory(subject(tmp_path / "out"), "default", 1, 1)
     assert row["flags"] == []
-    source = memory_cell(str(models / "converted"), "default", 1, 1, **COMMON)
+    source = measure_memory(subject(models / "converted"), "default", 1, 1)
     assert row["weight_bytes"] < source["weight_bytes"]
 
 
 def test_one_token_of_context_is_no_step(models: Path) -> None:
-    row = memory_cell(str(models / "source"), "default", 1, 3, **COMMON)
+    row = measure_memory(subject(models / "source"), "default", 1, 3)
     assert row["live_cache_bytes"] == row["predicted_cache_bytes"] == 3 * 2 * (2 * 2 * 16) * 4
 
 
 def test_cells_without_a_baseline(models: Path) -> None:
-    rows = speed_cell(str(models / "converted"), None, ["16bit"], 8, 1, 1, 1, **COMMON)["rows"]
+    rows = measure_speed(subject(models / "converted"), None, {"model": ["16bit"]}, 8, 1, 1, 1)["rows"]
     assert [(row["role"], row["decode_ratio_to_baseline"]) for row in rows] == [("model", None)]
     windows = torch.randint(4096, (2, 16)).tolist()
-    found = quality_cell(str(models / "converted"), None, "quanto-int8", windows, 4, **COMMON)
+    found = measure_quality(subject(models / "converted"), None, "quanto-int8", windows, 4)
     assert found["baseline_perplexity"] is None
     assert found["tokens"] == 8
 
@@ -239,7 +245,7 @@ def test_cells_without_a_baseline(models: Path) -> None:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells answer in this process."""
-    monkeypatch.setattr(cell_runs, "run_cell", answered_here)
+    monkeypatch.setattr(run, "run_cell", answered_here)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -473,7 +479,7 @@ def test_interrupted_before_anything_was_measured_nothing_is_written(
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr(cell_runs, "run_cell", stop)
+    monkeypatch.setattr(run, "run_cell", stop)
     with pytest.raises(KeyboardInterrupt):
         benchmark(str(models / "converted"), tmp_path / "out", "none", BenchmarkOptions((8,), (1,)))
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ from optimum_mla.recovery.recipe import Recipe
 from tests.cases import UNCALIBRATED, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 TEXTS = TextOptions(calibration_data=str(REFERENCE / "calibration.txt"), calibration_samples=4, calibration_length=64)
 
 ELSEWHERE = """

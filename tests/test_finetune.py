@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from optimum_mla.calibrate.text import token_windows
-from optimum_mla.core.errors import InvalidValueError, OutputError, TrainingError
+from optimum_mla.core.errors import InvalidValueError, OptionError, OutputError, TrainingError
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import TextOptions, convert, finetune, quantize
 from optimum_mla.recovery.data import pack, stream
 from optimum_mla.recovery.recipe import Recipe
-from optimum_mla.report.cards import renamed
+from optimum_mla.report.cards import rename_card
 from optimum_mla.report.schema import RecoveryReport
 from optimum_mla.report.verdict import recovery_verdict
 from tests.cases import UNCALIBRATED
@@ -41,7 +41,7 @@ from tests.cases import UNCALIBRATED
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
 EVALUATION = str(REFERENCE / "evaluation.txt")
 TEXTS = TextOptions(eval_data=EVALUATION, eval_samples=2, eval_length=32)
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 # Patched where they are looked up.
 MODULE = importlib.import_module("optimum_mla.pipeline.finetuning")
 STAGES = importlib.import_module("optimum_mla.recovery.stages")
@@ -267,7 +267,7 @@ def test_report_tells_what_the_saved_model_measures(
     assert (out / "conversion_report.json").read_bytes() == (models / "half" / "conversion_report.json").read_bytes()
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     card = (out / "README.md").read_text()
-    assert card.startswith(renamed((models / "half" / "README.md").read_text(), "out"))
+    assert card.startswith(rename_card((models / "half" / "README.md").read_text(), "out"))
     assert "## Recovered" in card
     assert f"`{objective}`" in card
 
@@ -567,6 +567,22 @@ def test_checkpoints_without_a_record_are_neither_taken_nor_deleted(
             train(resume=True, overwrite=overwrite)
     assert (work / "distill" / "checkpoint-2" / "trainer_state.json").is_file()
     assert train(overwrite=True).resumed_at_step is None
+
+
+def test_a_muon_state_of_an_older_version_is_refused_in_one_line(
+    train: Callable[..., RecoveryReport], with_callback: Any, tmp_path: Path
+) -> None:
+    with_callback(Interrupt(3))
+    with pytest.raises(KeyboardInterrupt):
+        train(optimizer="muon")
+    with_callback(None)
+    path = tmp_path / ".out.training" / "distill" / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({"parts": [{"state": state["state"], "param_groups": [group]} for group in state["param_groups"]]}, path)
+    with pytest.raises(OptionError, match=r"--resume: the state of the optimizer muon .* with --overwrite instead"):
+        train(optimizer="muon", resume=True)
+    assert path.is_file()
+    assert train(optimizer="muon", overwrite=True).resumed_at_step is None
 
 
 @pytest.mark.slow

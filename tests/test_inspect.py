@@ -22,12 +22,12 @@ from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.measure.memory import resident_peak_bytes
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.pipeline import TextOptions, convert, export, inspect
-from optimum_mla.pipeline.inspecting import METHODS, spelled
+from optimum_mla.pipeline.method_choices import METHODS, spelled
 from optimum_mla.report.inspection import inspection_text
 from tests.cases import FAMILIES, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -27,14 +27,14 @@ from optimum_mla.core.errors import (
     OutputError,
     UnsupportedModelError,
 )
-from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.pipeline import TextOptions, convert
 from optimum_mla.pipeline.calibrating import calibrate
 from optimum_mla.pipeline.inspecting import inspect
 from optimum_mla.report.render import choices, summary_table
 from optimum_mla.report.schema import ConversionReport
-from optimum_mla.report.verdict import verdict
+from optimum_mla.report.verdict import conversion_verdict
 from tests.cases import UNCALIBRATED, source_model, token_ids
 
 REFERENCE = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_model"
@@ -72,7 +72,7 @@ def test_report_tells_what_the_saved_model_measures(method: str, tmp_path: Path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     windows = token_windows(tokenizer, EVALUATION, 64, 4)
     assert perplexity(model, windows) == pytest.approx(report.perplexity_after, rel=1e-5)
-    assert measured_cache_bytes_per_token(model, windows[:1]) == report.cache_bytes_per_token
+    assert bytes_per_token(model, windows[:1]).live == report.cache_bytes_per_token
     assert report.cache_bytes_per_token == report.predicted_cache_bytes_per_token
     assert report.cache_percent_of_source == 50.0
     source = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
@@ -111,7 +111,7 @@ def test_shares_are_of_the_16_bit_cache_in_every_dtype(dtype: str, tmp_path: Pat
     assert report.cache_percent_of_source == 100 * result / source
     wide = {"bfloat16": 1, "float32": 2}[dtype]
     assert (report.source_cache_bytes_per_token, report.cache_bytes_per_token) == (1536 * wide, 384 * wide)
-    said = "\n".join([summary_table([report]), choices(report), verdict(report)])
+    said = "\n".join([summary_table([report]), choices(report), conversion_verdict(report)])
     assert "The cache is 25 % of the source's in 16 bits." in said
     assert ("in float32 the result takes 768 a token and the source 3072." in said) == (dtype == "float32")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -145,7 +145,7 @@ def test_where_no_window_can_be_left_the_report_says_what_it_is_made_on(tmp_path
     texts = TextOptions(calibration_data=CALIBRATION, calibration_samples=3, calibration_length=64)
     report = convert(str(REFERENCE), tmp_path / "out", options={"kv_cache_ratio": 0.5}, texts=texts)
     assert report.perplexity_text == "calibration"
-    assert "on the calibration text the perplexity" in verdict(report).lower()
+    assert "on the calibration text the perplexity" in conversion_verdict(report).lower()
     assert "held-back" not in report.data
 
 
@@ -174,7 +174,8 @@ def test_the_report_has_the_sources_own_answers(tmp_path: Path) -> None:
     assert moved.answers is not None
     assert moved.answers["divergence_nats"] > 0.1
     assert moved.answers["same_guess_percent"] < 90
-    assert f"{100 - moved.answers['same_guess_percent']:.1f} % of the first guesses changed" in verdict(moved)
+    changed = f"{100 - moved.answers['same_guess_percent']:.1f} % of the first guesses changed"
+    assert changed in conversion_verdict(moved)
     assert moved.quality_warning is not None
 
 

@@ -103,7 +103,7 @@ def test_what_cannot_be_quantized_leaves_nothing_behind(converted: Path, tmp_pat
 
 
 def test_command_prints_before_and_after(converted: Path, tmp_path: Path) -> None:
-    program = str(Path(sys.executable).parent / "optimum-cli")
+    program = str(Path(sys.executable).parent / "optimum-mla")
     options = [
         "--cache-bits",
         "8",

@@ -39,13 +39,12 @@ class LatentLayer(CacheLayerMixin):
     def __init__(self, geometry: MLAGeometry, settings: CacheSettings = UNQUANTIZED) -> None:
         super().__init__()
         self.geometry, self.settings = geometry, settings
-        full = geometry.attention_form == "full"
-        first = _encoder(settings, settings.bits)
-        self.encoders = (first, first if full else _encoder(settings, settings.rope_bits))
+        vectors = {part.tensor: settings.bits_of(part) for part in geometry.cached_parts if part.setting}
+        self.encoders = (_encoder(settings, vectors[0]), _encoder(settings, vectors.get(1, FULL_BITS)))
         self.encodes = settings.quantized
-        self.block_tokens = block_tokens(self._first_width)
-        second = geometry.cache_numbers - self._first_width
-        self._second_widths = (second - geometry.scale_numbers, geometry.scale_numbers)
+        first, second, factors = geometry.cached_width(0), geometry.cached_width(1), geometry.cached_key_factors
+        self.widths = (first, second - factors, factors)
+        self.block_tokens = block_tokens(first)
         self._clear()
 
     def _clear(self) -> None:
@@ -53,10 +52,6 @@ class LatentLayer(CacheLayerMixin):
         self.residual: StoredBlock | None = None
         self.seen = 0
         self.is_initialized = False
-
-    @property
-    def _first_width(self) -> int:
-        return self.geometry.kv_lora_rank or self.geometry.k_lora_rank
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Record the dtype and the device of the first tokens."""
@@ -106,7 +101,7 @@ class LatentLayer(CacheLayerMixin):
             InvalidValueError: The widths are not those of this layer, or the batch size, dtype or device is not that of
                 the tokens in the cache.
         """
-        widths = [self._first_width, sum(self._second_widths)]
+        widths = [self.widths[0], sum(self.widths[1:])]
         if [first.shape[-1], second.shape[-1]] != widths:
             raise InvalidValueError(
                 "cache", [first.shape[-1], second.shape[-1]], f"widths {widths} of the model it was made for"
@@ -117,7 +112,7 @@ class LatentLayer(CacheLayerMixin):
         self._check_fits(first)
         older = DenseStored(first.new_empty(batch, 0, sum(widths))) if self.residual is None else self.residual.plain
         plain = older.appended(first[:, 0], second[:, 0])
-        recent = StoredBlock(plain, None, None, (self._first_width, *self._second_widths))
+        recent = StoredBlock(plain, None, None, self.widths)
         view = BlockView([*self.blocks, recent])
         self.seen += tokens
         self._settle(recent)

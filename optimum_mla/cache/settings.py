@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.geometry import CachedPart
 from optimum_mla.core.number_checks import check_integer
 
 FULL_BITS = 16
@@ -76,6 +77,10 @@ class CacheSettings:
     def quantized(self) -> bool:
         """Return whether anything is stored in fewer bits than the model computes with."""
         return self.bits != FULL_BITS or self.rope_bits != FULL_BITS
+
+    def bits_of(self, part: CachedPart) -> int:
+        """Return the bits per number of a part after it has left the window of unquantized tokens."""
+        return FULL_BITS if part.setting is None else getattr(self, part.setting)
 
     @property
     def flush_tokens(self) -> int:

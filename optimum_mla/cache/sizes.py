@@ -29,12 +29,7 @@ def predicted_bytes(
         steps: Number of those tokens that came one by one after the prompt.
     """
     window = settings.window_tokens(tokens - steps, steps)
-    first = geometry.kv_lora_rank or geometry.k_lora_rank
-    second = geometry.cache_numbers - first - geometry.scale_numbers
-    second_bits = settings.bits if geometry.attention_form == "full" else settings.rope_bits
-    old = _vector_bits(first, settings.bits, settings, itemsize)
-    old += _vector_bits(second, second_bits, settings, itemsize)
-    old += 8 * itemsize * geometry.scale_numbers
+    old = sum(_part_bits(part.width, settings.bits_of(part), settings, itemsize) for part in geometry.cached_parts)
     return window * geometry.cache_numbers * itemsize + (tokens - window) * old / 8
 
 
@@ -48,8 +43,8 @@ def spare_bytes(geometry: MLAGeometry, itemsize: int) -> int:
     return SPARE_TOKENS * geometry.cache_numbers * itemsize
 
 
-def _vector_bits(width: int, bits: int, settings: CacheSettings, itemsize: int) -> float:
-    """Return the bits of one token's vector after it has left the window of unquantized tokens."""
+def _part_bits(width: int, bits: int, settings: CacheSettings, itemsize: int) -> float:
+    """Return the bits of one token's part after it has left the window of unquantized tokens."""
     if bits == FULL_BITS or not width:
         return 8 * itemsize * width
     backend = make_backend(settings.backend, bits)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from optimum_mla.core.errors import CalibrationDataError, InvalidValueError, first_line
-from optimum_mla.io.documents import read_documents, read_rows
+from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
+from optimum_mla.io.documents import data_error, read_documents, read_rows
 
 DEFAULT_WINDOW = 512
 """Tokens of a window where the user gives no length and the model can take so many."""
@@ -167,7 +167,7 @@ def _given_ids(source: Iterable[int]) -> Iterator[list[int]]:
         while piece := [operator.index(token) for token in islice(ids, IDS_PER_PIECE)]:
             yield piece
     except TypeError as error:
-        raise CalibrationDataError(f"text: token ids have to be integers: {first_line(error)}") from error
+        raise data_error("text: token ids have to be integers", error) from error
 
 
 def _tokens_of_document(tokenizer: Any, blocks: Iterable[str]) -> Iterator[list[int]]:
@@ -204,7 +204,5 @@ def _rendered_chats(tokenizer: Any, source: str | Path) -> Iterator[list[int]]:
             text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
             ids = _ids(tokenizer, text)
         except Exception as error:  # Templates are programs, which raise anything.
-            raise CalibrationDataError(
-                f"chat-template: a chat of {source} does not render: {first_line(error)}"
-            ) from error
+            raise data_error(f"chat-template: a chat of {source} does not render", error) from error
         yield ids

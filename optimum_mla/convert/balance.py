@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.nn import ATTENTION_FORMS
+from optimum_mla.nn.projections import Latent
 
 
 def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry, input_gain: Tensor) -> dict[str, Tensor]:
@@ -28,25 +30,17 @@ def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry, input_gain: Tens
         input_gain: The gain of the norm before the attention, [d].
     """
     g, scaled = geometry, {name: tensor.clone() for name, tensor in tensors.items()}
-    latents: list[tuple[str, str, tuple[str, ...]]]
-    if g.attention_form == "decoupled":
-        latents = [("kv_a_proj_with_mqa", "kv_a_layernorm", ("kv_b_proj", "k_rope_proj"))]
-    elif g.kv_lora_rank:
-        latents = [("kv_a_proj", "", ("k_b_proj", "v_b_proj"))]
-    else:
-        latents = [("k_a_proj", "", ("k_b_proj",)), ("v_a_proj", "", ("v_b_proj",))]
-    for down, norm, ups in latents:
-        rows = slice(0, g.kv_lora_rank if g.attention_form == "decoupled" else None)
-        _size_of_inputs(scaled, (down, norm, ups), rows, input_gain)
-    if g.q_lora_rank is not None:
-        _size_of_inputs(scaled, ("q_a_proj", "q_a_layernorm", ("q_b_proj",)), slice(None), input_gain)
+    roles = ATTENTION_FORMS[g.attention_form].roles
+    for latent in roles.latents:
+        _size_of_inputs(scaled, latent, slice(0, g.kv_lora_rank or None), input_gain)
+    if roles.query_latent is not None:
+        _size_of_inputs(scaled, roles.query_latent, slice(None), input_gain)
     if g.attention_form == "decoupled" and g.qk_rope_head_dim and not g.key_norm:
-        keys = (
-            _parts(scaled, "k_rope_proj", slice(None))
-            if g.rope_cache == "rebuilt"
-            else _parts(scaled, "kv_a_proj_with_mqa", slice(g.kv_lora_rank, None))
-        )
-        queries = "q_proj" if g.q_lora_rank is None else "q_b_proj"
+        (latent,) = roles.latents
+        keys = _parts(scaled, latent.down, slice(g.kv_lora_rank, None))
+        if g.rope_cache == "rebuilt":
+            keys = _parts(scaled, latent.rotary, slice(None))
+        (queries,) = (name for name in roles.queries if f"{name}.weight" in scaled)
         heads = [
             tensor.unflatten(0, (g.num_attention_heads, -1))[:, g.qk_nope_head_dim :]
             for tensor in _parts(scaled, queries, slice(None))
@@ -55,30 +49,31 @@ def balanced(tensors: dict[str, Tensor], geometry: MLAGeometry, input_gain: Tens
     return scaled
 
 
-def _size_of_inputs(
-    tensors: dict[str, Tensor], names: tuple[str, str, tuple[str, ...]], rows: slice, input_gain: Tensor
-) -> None:
+def _size_of_inputs(tensors: dict[str, Tensor], latent: Latent, rows: slice, input_gain: Tensor) -> None:
     """Scale a latent, in place, to the root mean square of the layer's inputs.
 
+    A norm has the scale of the latent in its gain, and undoes that of the down-projection.
+
     Args:
-        tensors: The tensors of the layer.
-        names: The down-projection, the norm after it, and the up-projections. Those that the layer lacks are passed
-            over. A norm has the scale of the latent in its gain, and undoes that of the down-projection.
+        tensors: The tensors of the layer. Where it lacks the latent, nothing changes.
+        latent: The names of the modules around the latent.
         rows: The rows of the down-projection that write the latent.
         input_gain: The gain of the norm before the attention, [d].
     """
-    down, norm, ups = names
-    gain = input_gain.to(tensors[f"{down}.weight"].device, torch.float64)
-    latent = (tensors[f"{down}.weight"][rows].double() * gain).square().sum(1).mean().sqrt().item()
-    size = gain.square().mean().sqrt().item()
-    if not (0 < latent < math.inf and 0 < size < math.inf):
+    weight = tensors.get(f"{latent.down}.weight")
+    if weight is None:
         return
-    normed = f"{norm}.weight" in tensors
-    into = [tensors[f"{norm}.weight"]] if normed else _parts(tensors, down, rows)
-    _scale(into, [tensors[f"{up}.weight"] for up in ups if f"{up}.weight" in tensors], size / latent)
+    gain = input_gain.to(weight.device, torch.float64)
+    found = (weight[rows].double() * gain).square().sum(1).mean().sqrt().item()
+    size = gain.square().mean().sqrt().item()
+    if not (0 < found < math.inf and 0 < size < math.inf):
+        return
+    norm = tensors.get(f"{latent.norm}.weight")
+    into = _parts(tensors, latent.down, rows) if norm is None else [norm]
+    _scale(into, [tensors[f"{up}.weight"] for up in latent.readers if f"{up}.weight" in tensors], size / found)
 
 
-def _parts(tensors: dict[str, Tensor], module: str, rows: slice) -> list[Tensor]:
+def _parts(tensors: dict[str, Tensor], module: str | None, rows: slice) -> list[Tensor]:
     """Return views of some rows of a linear layer's weight and, if it has one, of its bias."""
     return [tensors[name][rows] for name in (f"{module}.weight", f"{module}.bias") if name in tensors]
 

@@ -17,6 +17,23 @@ AttentionForm = Literal["source", "decoupled", "full"]
 RopeCache = Literal["cached", "rebuilt"]
 
 
+@dataclass(frozen=True)
+class CachedPart:
+    """A part of what a layer caches for each token. Parts of one tensor lie side by side, in order.
+
+    Attributes:
+        name: What the numbers are, such as "rotary key".
+        tensor: Which of the layer's two cached tensors holds them, 0 or 1.
+        width: Number of numbers per token.
+        setting: The field of `CacheSettings` that gives their bits, or None if they stay in the model's dtype.
+    """
+
+    name: str
+    tensor: Literal[0, 1]
+    width: int
+    setting: Literal["bits", "rope_bits"] | None = None
+
+
 @dataclass(frozen=True, slots=True)  # without `__dict__`, which exporters would write to
 class MLAGeometry:
     """The shape of one attention layer.
@@ -104,11 +121,6 @@ class MLAGeometry:
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property
-    def scale_numbers(self) -> int:
-        """Numbers that a decoupled layer caches per token for its key norms, one per key head or one for all."""
-        return self.key_factors if self.key_norm and self.attention_form == "decoupled" else 0
-
-    @property
     def key_factors(self) -> int:
         """Number of factors by which a key norm multiplies the keys of a token."""
         return 1 if self.joint_norms else self.num_key_value_heads
@@ -121,24 +133,37 @@ class MLAGeometry:
         return self.num_rope_heads
 
     @property
-    def cached_rope_dims(self) -> int:
-        """Dims of the rotary key of a decoupled layer, if it is cached."""
-        cached = self.attention_form == "decoupled" and self.rope_cache == "cached"
-        return self.num_rope_heads * self.qk_rope_head_dim if cached else 0
-
-    @property
-    def rope_numbers(self) -> int:
-        """Numbers per token in the second cached tensor of a decoupled layer: rotary key and key-norm factors."""
-        return self.cached_rope_dims + self.scale_numbers
+    def cached_parts(self) -> tuple[CachedPart, ...]:
+        """What this layer caches for each token. The cache, its predicted size and the reports follow this."""
+        if self.attention_form == "source":
+            width = self.num_key_value_heads * self.head_dim
+            return CachedPart("keys", 0, width), CachedPart("values", 1, width)
+        if self.attention_form == "full" and not self.kv_lora_rank:
+            return (
+                CachedPart("key latent", 0, self.k_lora_rank, "bits"),
+                CachedPart("value latent", 1, self.v_lora_rank, "bits"),
+            )
+        parts = [CachedPart("latent", 0, self.kv_lora_rank, "bits")]
+        if self.attention_form == "decoupled":
+            if self.rope_cache == "cached":
+                parts.append(CachedPart("rotary key", 1, self.num_rope_heads * self.qk_rope_head_dim, "rope_bits"))
+            if self.key_norm:
+                parts.append(CachedPart("key factors", 1, self.key_factors))
+        return tuple(parts)
 
     @property
     def cache_numbers(self) -> int:
         """Numbers that this layer caches per token."""
-        if self.attention_form == "source":
-            return self.source_cache_numbers
-        if self.attention_form == "full":
-            return self.kv_lora_rank or self.k_lora_rank + self.v_lora_rank
-        return self.kv_lora_rank + self.rope_numbers
+        return sum(part.width for part in self.cached_parts)
+
+    def cached_width(self, tensor: int) -> int:
+        """Return the numbers per token in one of the two cached tensors, 0 or 1."""
+        return sum(part.width for part in self.cached_parts if part.tensor == tensor)
+
+    @property
+    def cached_key_factors(self) -> int:
+        """Numbers that this layer caches per token for its key norms, which end the second cached tensor."""
+        return sum(part.width for part in self.cached_parts if part.name == "key factors")
 
     @property
     def cache_ratio(self) -> float:

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from optimum_mla.core.errors import OutputError
-from optimum_mla.io.folder import located
+from optimum_mla.io.folder import resolve_output
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def hold_claim(folder: Path) -> Iterator[None]:
     """Hold the claim on an output folder, which may not exist yet, until the block ends.
 
     The claim is a lock of the system on a file in the folder for temporary files. It ends with the process that holds
@@ -74,7 +74,7 @@ def claims_output(distributed: bool = False) -> Callable[[F], F]:
                 )
             if int(os.environ.get("RANK", 0)) != 0:
                 return function(*args, **kwargs)
-            with claimed(located(output)):
+            with hold_claim(resolve_output(output)):
                 return function(*args, **kwargs)
 
         return wrapper  # type: ignore[return-value]

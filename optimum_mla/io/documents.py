@@ -95,8 +95,12 @@ def _guarded(items: Iterator[Item], name: object, unit: str = "") -> Iterator[It
     except Exception as error:  # Decoders, parsers, file systems and the hub raise errors of many unrelated types.
         place = f" after {unit} {number}" if unit and number else ""
         problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "could not be read"
-        cause = first_line(error).rstrip(".")
-        raise CalibrationDataError(f"text: {name} {problem}{place}: {cause}. {REMEDY}") from error
+        raise data_error(f"text: {name} {problem}{place}", error, REMEDY) from error
+
+
+def data_error(what: str, error: Exception, remedy: str = "") -> CalibrationDataError:
+    """Return an error of one line: what went wrong with a text, what the raised error says of it, and what to do."""
+    return CalibrationDataError(f"{what}: {first_line(error).rstrip('.')}. {remedy}".rstrip())
 
 
 def _parts(source: str | Path) -> Iterator[Path | str]:
@@ -148,17 +152,16 @@ def _json(file: Path) -> Iterator[Any]:
     # Only "\n" ends a line: JSON strings may hold U+2028 and others. strict=False takes control characters in strings.
     with _open(file, newline="\n") as text:
         for number, line in enumerate(text, start=1):
+            if not line.strip():
+                continue
             is_array = line.lstrip().startswith("[")
             written = line + text.read() if is_array else line  # An array has no lines to go by, so it is read whole.
             try:
-                found = json.loads(written, strict=False) if written.strip() else None
+                found = json.loads(written, strict=False)
             except (ValueError, RecursionError) as error:
-                raise CalibrationDataError(
-                    f"text: line {number} of {file} is not JSON: {first_line(error)}. Give one object a line, or an "
-                    "array of objects."
-                ) from error
-            if written.strip():
-                yield from found if is_array else [found]
+                remedy = "Give one object a line, or an array of objects."
+                raise data_error(f"text: line {number} of {file} is not JSON", error, remedy) from error
+            yield from found if is_array else [found]
 
 
 def _csv(file: Path) -> Iterator[dict[str, str]]:

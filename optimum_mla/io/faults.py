@@ -34,6 +34,11 @@ FILES = {
 AGAIN = "Download it again, or save the model again."
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds any file of a tokenizer."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
 def first_fault(folder: Path, part: str) -> str | None:
     """Return one line about the first broken file of a checkpoint, or None if all of them can be read.
 

@@ -49,7 +49,7 @@ def check_output(
             the file system does not allow to put a folder there.
     """
     with as_output_error(output):
-        folder = located(output)
+        folder = resolve_output(output)
         if not leading:
             return folder
         check_inputs_stay(folder, inputs)
@@ -90,15 +90,15 @@ def try_renames(folder: Path) -> None:
     Raises:
         OSError: The file system does not allow one of them. Everything is as it was.
     """
-    with parents(folder):
-        trial = beside(folder)
+    with make_parents(folder):
+        trial = make_temporary_folder(folder)
         try:
             if folder.exists():
                 retired = trial.with_suffix(".old")
                 try:
                     folder.rename(retired)
                 finally:
-                    bring_back(retired, folder)
+                    restore_output(retired, folder)
             else:
                 trial = trial.rename(folder)
         finally:
@@ -139,19 +139,19 @@ def atomic_folder(
         OutputError: There is too little space, before or while writing; then `output` is as it was. Or the finished
             folder could not take its name; then it is kept, and the message says where.
     """
-    with as_output_error(output), parents(output):
+    with as_output_error(output), make_parents(output):
         check_space(output, needed_bytes)
-        partial = beside(output, within)
+        partial = make_temporary_folder(output, within)
         try:
             yield partial
             partial.chmod(0o755)  # mkdtemp makes it private
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        put(partial, output, overwrite)
+        move_into_place(partial, output, overwrite)
 
 
-def put(partial: Path, output: Path, overwrite: bool) -> None:
+def move_into_place(partial: Path, output: Path, overwrite: bool) -> None:
     """Rename a finished folder to its final name. An old folder of that name goes aside first and is then deleted.
 
     Raises:
@@ -165,11 +165,11 @@ def put(partial: Path, output: Path, overwrite: bool) -> None:
         # Without `overwrite` this fails where another program has put something there in the meantime.
         partial.rename(output)
     except BaseException as error:
-        bring_back(retired, output, f"The result is complete, in {partial}.")
+        restore_output(retired, output, f"The result is complete, in {partial}.")
         if not isinstance(error, OSError):
             raise
         raise OutputError(
-            f"output: the result could not be renamed to {output}: {reason(error)}. It is complete, in {partial}."
+            f"output: the result could not be renamed to {output}: {reason_of(error)}. It is complete, in {partial}."
         ) from error
     if retired.exists():
         try:
@@ -178,12 +178,12 @@ def put(partial: Path, output: Path, overwrite: bool) -> None:
             logger.warning(
                 "output: %s is written. What it held before could not be deleted (%s); the rest of it is in %s.",
                 output,
-                reason(error),
+                reason_of(error),
                 retired,
             )
 
 
-def bring_back(retired: Path, output: Path, also: str = "") -> None:
+def restore_output(retired: Path, output: Path, also: str = "") -> None:
     """Give an old output its name again, if it went aside.
 
     Raises:
@@ -195,7 +195,7 @@ def bring_back(retired: Path, output: Path, also: str = "") -> None:
         retired.rename(output)
     except OSError as error:
         raise OutputError(
-            f"output: what {output} held is in {retired} and could not be renamed back: {reason(error)}. "
+            f"output: what {output} held is in {retired} and could not be renamed back: {reason_of(error)}. "
             f"Rename it yourself. {also}".strip()
         ) from error
 
@@ -209,11 +209,11 @@ def as_output_error(output: str | Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"output: {output} cannot be written: {reason(error)}. Nothing was changed there. Choose another folder."
+            f"output: {output} cannot be written: {reason_of(error)}. Nothing was changed there. Choose another folder."
         ) from error
 
 
-def located(output: str | Path) -> Path:
+def resolve_output(output: str | Path) -> Path:
     """Return the absolute path of an output, links followed.
 
     Raises:
@@ -231,7 +231,7 @@ def kept_folder(command: str, output: Path) -> Path:
 
 
 @contextmanager
-def parents(folder: Path) -> Iterator[None]:
+def make_parents(folder: Path) -> Iterator[None]:
     """Make the missing folders above `folder`. Those that are still empty when the block ends are deleted again."""
     missing = [place for place in folder.parents if not place.exists()]  # the innermost first
     nearest = folder.parents[len(missing)]
@@ -246,12 +246,12 @@ def parents(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def beside(output: Path, within: Path | None = None) -> Path:
+def make_temporary_folder(output: Path, within: Path | None = None) -> Path:
     """Make a temporary folder that is named after `output`, in `within` or in the folder of `output`."""
     return Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=within or output.parent))
 
 
-def reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return what the system says about an error, and about which file where that is known."""
     said = getattr(error, "strerror", None) or str(error)
     name = getattr(error, "filename", None)

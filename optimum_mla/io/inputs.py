@@ -25,22 +25,22 @@ def check_inputs_stay(folder: Path, inputs: Mapping[str, object]) -> None:
         OutputError: `folder` is an input or holds one, or it holds files and lies in a folder that is an input.
     """
     for name, value in inputs.items():
-        for place in places(value):
+        for place in input_paths(value):
             if folder.exists() and folder.samefile(place):
                 raise OutputError(f"output: {folder} is the input {name}. Choose another folder.")
-            if lies_in(place, folder):
+            if is_inside(place, folder):
                 raise OutputError(
                     f"output: {folder} holds the input {name} ({place}), which would be deleted with it. "
                     "Choose another folder."
                 )
-            if place.is_dir() and lies_in(folder, place) and folder.is_dir() and any(folder.iterdir()):
+            if place.is_dir() and is_inside(folder, place) and folder.is_dir() and any(folder.iterdir()):
                 raise OutputError(
                     f"output: {folder} is not empty and lies in the input {name} ({place}), a part of which would be "
                     "deleted with it. Choose another folder, or delete it yourself first."
                 )
 
 
-def places(value: object) -> Iterator[Path]:
+def input_paths(value: object) -> Iterator[Path]:
     """Yield the files and folders of this machine that an input reads.
 
     These are the path itself, the targets of the links that lie in a folder (as in a download from the hub), and the
@@ -103,7 +103,7 @@ def adapter_base(folder: Path) -> object:
     return content.get("base_model_name_or_path") if isinstance(content, dict) else None
 
 
-def lies_in(place: Path, folder: Path) -> bool:
+def is_inside(place: Path, folder: Path) -> bool:
     """Return whether a path is an existing folder or lies in it, either as it is spelled or after all links."""
     if not folder.exists():
         return False

@@ -53,12 +53,12 @@ class Journal:
 
         Args:
             key: What the line is about, in a few words.
-            value: What `as_kept` takes; numbers come back as they are.
+            value: What `as_json` takes; numbers come back as they are.
 
         Raises:
             OutputError: The file cannot be written.
         """
-        kept = as_kept(value)
+        kept = as_json(value)
         with as_output_error(self.path), self.path.open("ab") as file:
             file.write(json.dumps({"key": key, "value": kept}).encode() + b"\n")
             file.flush()
@@ -66,7 +66,7 @@ class Journal:
         self.entries[key] = kept
 
 
-def as_kept(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return a value as it comes back from a file of JSON.
 
     Tuples become lists there, keys become text, and so does everything that JSON has no form for, such as a path or a
@@ -75,7 +75,7 @@ def as_kept(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def differing(kept: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def differing_names(kept: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """Return the names, in order, whose values differ between what was kept of a run and what is given now.
 
     What JSON makes of the values is compared, so that a tuple equals the list that was kept of it, and NaN equals NaN.

@@ -39,14 +39,16 @@ def reading(part: str, model: str, hub: Mapping[str, Any] | None = None) -> Iter
         raise
     except Exception as error:  # The loaders of configs, weights and tokenizers raise errors of many unrelated types.
         what = model if part == "config" else f"the {part} of {model}"
-        raise UnreadableModelError(f"model: {what} did not load: {explained(part, model, hub or {}, error)}") from error
+        raise UnreadableModelError(
+            f"model: {what} did not load: {explain_failure(part, model, hub or {}, error)}"
+        ) from error
 
 
-def explained(part: str, model: str, hub: Mapping[str, Any], error: Exception) -> str:
+def explain_failure(part: str, model: str, hub: Mapping[str, Any], error: Exception) -> str:
     """Return why a part of a checkpoint did not load, from its files if one of them is broken."""
     folder = local_folder(model, hub)
     if folder is None:
-        return f"no such folder, and the hub gave: {said(error)}"
+        return f"no such folder, and the hub gave: {one_sentence(error)}"
     if part == "config" and not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         return "the folder holds adapters without their model. Merge them (mla-finetune --merge) and name the result."
     if part == "config" and not (folder / "config.json").exists():
@@ -55,12 +57,12 @@ def explained(part: str, model: str, hub: Mapping[str, Any], error: Exception) -
     if found is not None:
         return found
     if part == "weights":
-        return f"{said(error)} (in {folder})"
+        return f"{one_sentence(error)} (in {folder})"
     names = {"config": "config.json", "generation config": "generation_config.json", "tokenizer": "tokenizer files"}
-    return f"{said(error)} Check the {names[part]} in {folder}."
+    return f"{one_sentence(error)} Check the {names[part]} in {folder}."
 
 
-def said(error: BaseException) -> str:
+def one_sentence(error: BaseException) -> str:
     """Return an error's message as one sentence of plain text."""
     lines = [line.strip() for line in COLOURS.sub("", str(error)).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__

@@ -121,7 +121,7 @@ def text_of(answer: Answer, tokenizer: Any) -> str:
 
 
 @torch.no_grad()
-def moved(source: PreTrainedModel, model: PreTrainedModel, said: Sequence[Answer]) -> Movement:
+def measure_movement(source: PreTrainedModel, model: PreTrainedModel, said: Sequence[Answer]) -> Movement:
     """Return how far a model's predictions are from its source's on the source's answers.
 
     Args:

@@ -11,9 +11,9 @@ from transformers import DynamicCache, PreTrainedModel
 from optimum_mla.cache.codec_layer import CodecCache, CodecLayer
 from optimum_mla.core.errors import VerificationError
 from optimum_mla.measure.greedy import greedy
-from optimum_mla.measure.quality import evaluating
+from optimum_mla.measure.quality import evaluating, read_through
 from optimum_mla.models.codec import ModelCodec
-from optimum_mla.stack import cache_argument, cache_of
+from optimum_mla.stack import cache_of
 
 ROWS = 2
 NEW_TOKENS = 4
@@ -72,8 +72,8 @@ def verify_codec(model: PreTrainedModel, codec: ModelCodec, reference: Tensor) -
                 "device and with the versions with which the model is loaded."
             )
         cache = codec.make_cache(model)
-        exact = model(ids, use_cache=True, **cache_argument(model, DynamicCache(config=model.config))).logits.cpu()
-        prompt = model(ids, use_cache=True, **cache_argument(model, cache)).logits.cpu()
+        exact = read_through(model, DynamicCache(config=model.config), ids).cpu()
+        prompt = read_through(model, cache, ids).cpu()
         if not torch.equal(prompt, exact):
             raise VerificationError("verify: a prompt is not read exactly by the coded cache.")
         tokens = ids.shape[1]

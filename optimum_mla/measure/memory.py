@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from optimum_mla.cache import LatentLayer
-from optimum_mla.stack import cache_argument, kept_tables
+from optimum_mla.measure.quality import evaluating, read_through
+from optimum_mla.stack import kept_tables
 
 PROCESS = Path("/proc/self")
 """The folder in which Linux describes this process."""
@@ -74,10 +75,8 @@ def filled_cache(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None
         cache: An empty cache; None takes a new `DynamicCache`.
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
-    was_training = model.training
-    model.eval()
-    model(ids.to(model.device), **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
-    model.train(was_training)
+    with evaluating(model):
+        read_through(model, cache, ids, logits_to_keep=1)
     return cache
 
 
@@ -103,11 +102,6 @@ def bytes_per_token(model: PreTrainedModel, ids: Tensor) -> BytesPerToken:
     before, after = (filled_cache(model, part, make()) for part in (ids[:, :half], ids))
     added = ((live_cache_bytes(after, kind) - live_cache_bytes(before, kind)) for kind in (False, True))
     return BytesPerToken(*(size / (ids.shape[1] - half) for size in added))
-
-
-def measured_cache_bytes_per_token(model: PreTrainedModel, ids: Tensor) -> float:
-    """Return the live bytes of `bytes_per_token`."""
-    return bytes_per_token(model, ids).live
 
 
 def peak_memory_bytes() -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def decoding_perplexity(model: PreTrainedModel, windows: Tensor, make_cache: Cal
         for ids in windows.split(DECODED_ROWS):
             ids, cache = ids.to(model.device), make_cache()
             for place in progress(range(ids.shape[1] - 1), "perplexity, token by token"):
-                logits = model(ids[:, place : place + 1], **cache_argument(model, cache), use_cache=True).logits
+                logits = read_through(model, cache, ids[:, place : place + 1])
                 total += _loss(logits, ids[:, place + 1 : place + 2])
     return _perplexity(total, windows)
 
@@ -158,38 +159,25 @@ def compare_decoding(
         make_baseline_cache: Returns an empty cache for the baseline.
         together: Number of tokens that go through the caches at a time after the prompt.
     """
-    pairs = [(model, make_cache)]
+    readers = [(model, make_cache)]
     if baseline is not None and make_baseline_cache is not None:
-        pairs.append((baseline, make_baseline_cache))
-    losses = torch.zeros(len(pairs), len(windows), stride, dtype=torch.float64)
+        readers.append((baseline, make_baseline_cache))
+    losses = torch.zeros(len(readers), len(windows), stride, dtype=torch.float64)
     apart, agreed = torch.zeros(2, len(windows), stride, dtype=torch.float64)
     start = windows.shape[1] - stride
     for rows in torch.arange(len(windows)).split(DECODED_ROWS):
-        ids, caches = windows[rows], [make() for _, make in pairs]
-        for place in progress(range(start, windows.shape[1], together), "quality, through the cache"):
-            stop = min(place + together, windows.shape[1])
-            if place == start > 1:  # The prompt's last token goes through with the first scored ones.
-                for (one, _), cache in zip(pairs, caches, strict=True):
-                    with evaluating(one):
-                        given = cache_argument(one, cache)
-                        one(ids[:, : start - 1].to(one.device), **given, use_cache=True, logits_to_keep=1)
-            predicted = []
-            for (one, _), cache in zip(pairs, caches, strict=True):
-                with evaluating(one):
-                    fed = ids[:, place - 1 : stop - 1].to(one.device)
-                    logits = one(fed, **cache_argument(one, cache), use_cache=True).logits
-                predicted.append(logits.float().log_softmax(-1).to(model.device))
-            target = ids[:, place:stop, None].to(model.device)
-            scored = slice(place - start, stop - start)
+        ids = windows[rows]
+        for place, predicted in _predictions(readers, ids, start, together):
+            stop = place + predicted[0].shape[1]
+            target, scored = ids[:, place:stop, None].to(model.device), slice(place - start, stop - start)
             for index, value in enumerate(predicted):
                 losses[index, rows, scored] = -value.gather(2, target)[..., 0].double().cpu()
             if len(predicted) == 2:
                 mine, theirs = predicted
                 divergence, same = movement(theirs, mine)
                 apart[rows, scored], agreed[rows, scored] = divergence.double().cpu(), same.double().cpu()
-    means = [float(loss.mean()) for loss in losses]
-    values = [math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf for mean in means]
-    if len(pairs) == 1:
+    values = [_exponential(float(loss.mean())) for loss in losses]
+    if len(readers) == 1:
         return Comparison(values[0], losses[0].numel())
     kl, excess = Mean.of([*apart]), Mean.of([*(losses[0] - losses[1])])
     return Comparison(
@@ -201,6 +189,39 @@ def compare_decoding(
         kl_stderr=kl.stderr,
         loss_stderr=excess.stderr,
     )
+
+
+def _predictions(
+    readers: list[tuple[PreTrainedModel, Callable[[], Cache]]], ids: Tensor, start: int, together: int
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield each place from which tokens are predicted, and the logarithms of the probabilities that each model gives.
+
+    Args:
+        readers: The models, each with what makes its empty cache.
+        ids: Token ids, [B, L].
+        start: Place of the first token that is predicted; those before it go through the caches in one call.
+        together: Largest number of tokens S that are predicted at a time.
+
+    Yields:
+        The place of the first of the S tokens, and [B, S, vocabulary] for each model, on the device of the first one.
+    """
+    caches = [(model, make()) for model, make in readers]
+    for place in progress(range(start, ids.shape[1], together), "quality, through the cache"):
+        if place == start > 1:  # The prompt's last token goes through with the first scored ones.
+            for model, cache in caches:
+                with evaluating(model):
+                    read_through(model, cache, ids[:, : start - 1], logits_to_keep=1)
+        predicted = []
+        for model, cache in caches:
+            with evaluating(model):
+                logits = read_through(model, cache, ids[:, place - 1 : -1][:, :together])
+            predicted.append(logits.float().log_softmax(-1).to(readers[0][0].device))
+        yield place, predicted
+
+
+def read_through(model: Any, cache: Cache, ids: Tensor, **options: Any) -> Tensor:
+    """Return a model's logits [B, T, vocabulary] for token ids [B, T] that go through a cache, which keeps them."""
+    return model(ids.to(model.device), **cache_argument(model, cache), use_cache=True, **options).logits
 
 
 @contextmanager
@@ -220,5 +241,8 @@ def _loss(logits: Tensor, targets: Tensor) -> float:
 
 
 def _perplexity(total: float, windows: Tensor) -> float:
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
-    return math.exp(mean) if mean < LARGEST_MEAN_LOSS else math.inf
+    return _exponential(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def _exponential(mean_loss: float) -> float:
+    return math.exp(mean_loss) if mean_loss < LARGEST_MEAN_LOSS else math.inf

@@ -98,12 +98,9 @@ def budget_rows(rows: list[MemoryRow], budget: int) -> list[BudgetRow]:
     """
     found = []
     measured = [row for row in rows if row.live_cache_bytes is not None]
-    for role, cache in dict.fromkeys((row.role, row.cache) for row in measured):
-        mine = [row for row in measured if (row.role, row.cache) == (role, cache)]
-        slope, fixed = _line({row.context_tokens: (row.live_cache_bytes or 0) / row.batch_size for row in mine})
-        slope_in_16_bits, _ = _line(
-            {row.context_tokens: (row.live_cache_bytes_in_16_bits or 0) / row.batch_size for row in mine}
-        )
+    for role, cache in dict.fromkeys(row.key for row in measured):
+        mine = [row for row in measured if row.key == (role, cache)]
+        slope, fixed = _line(mine, "live_cache_bytes")
         weights = mine[0].weight_bytes or 0
         free = max(0, budget - weights)
         row_bytes = slope * BATCH_CONTEXT + fixed
@@ -117,14 +114,15 @@ def budget_rows(rows: list[MemoryRow], budget: int) -> list[BudgetRow]:
                 longest_context_tokens=max(0, math.floor((free - fixed) / slope)) if slope > 0 else 0,
                 largest_batch=math.floor(free / row_bytes) if row_bytes > 0 else 0,
                 batch_context_tokens=BATCH_CONTEXT,
-                cache_bytes_per_token_in_16_bits=slope_in_16_bits,
+                cache_bytes_per_token_in_16_bits=_line(mine, "live_cache_bytes_in_16_bits")[0],
             )
         )
     return found
 
 
-def _line(by_context: dict[int, float]) -> tuple[float, float]:
+def _line(rows: list[MemoryRow], field: str) -> tuple[float, float]:
     """Return the slope of a line through the bytes at the shortest and at the longest context, and its height at 0."""
+    by_context = {row.context_tokens: (getattr(row, field) or 0) / row.batch_size for row in rows}
     short, long = min(by_context), max(by_context)
     slope = by_context[long] / long
     if short != long:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from optimum_mla.measure.quality import evaluating
-from optimum_mla.stack import cache_argument
+from optimum_mla.measure.quality import evaluating, read_through
 
 WARM_UPS = 1
 """Number of first rounds that are not counted."""
@@ -77,7 +76,7 @@ def time_in_turn(contenders: list[Contender], ids: Tensor, new_tokens: int, repe
 def _timed(contender: Contender, ids: Tensor, cache: Cache) -> float:
     _synchronize(ids)
     start = time.perf_counter()
-    contender.model(ids, **cache_argument(contender.model, cache), use_cache=True, logits_to_keep=1)
+    read_through(contender.model, cache, ids, logits_to_keep=1)
     _synchronize(ids)
     return time.perf_counter() - start
 

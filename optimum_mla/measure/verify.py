@@ -26,10 +26,10 @@ from optimum_mla.core.errors import VerificationError
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.measure.greedy import greedy
 from optimum_mla.measure.memory import live_cache_bytes
-from optimum_mla.measure.quality import evaluating
+from optimum_mla.measure.quality import evaluating, read_through
 from optimum_mla.measure.sizes import predicted_cache_bytes
 from optimum_mla.models.family_table import is_converted
-from optimum_mla.stack import cache_argument, cache_of
+from optimum_mla.stack import cache_of
 
 PROBE_ROWS = 2
 PROBE_TOKENS = 24
@@ -178,7 +178,7 @@ def _own_cache(model: Any) -> Cache:
 
 
 def _feed(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-    return model(ids, **cache_argument(model, cache), use_cache=True).logits.float()
+    return read_through(model, cache, ids).float()
 
 
 def _check_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, int]:

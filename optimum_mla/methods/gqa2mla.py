@@ -113,7 +113,7 @@ class GQA2MLA(MLATransformation):
             latent_bias=not self.latent_norm,
         )
         held = 2 * g.num_key_value_heads * g.head_dim - (rope if g.rope_cache == "cached" else 0)
-        return replace(g, kv_lora_rank=calibrated_rank(self.budget, g, g.rope_numbers, min(held, g.hidden_size)))
+        return replace(g, kv_lora_rank=calibrated_rank(self.budget, g, g.cached_width(1), min(held, g.hidden_size)))
 
     def candidates(self, source: SourceAttention, geometry: MLAGeometry) -> list[MLAGeometry]:
         if geometry.attention_form == "full" or self.rope_dims is not None:

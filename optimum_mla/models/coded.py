@@ -38,6 +38,11 @@ logger: Any = logging.get_logger(__name__)
 M = TypeVar("M", bound=PreTrainedModel)
 
 
+def has_codec(config: PreTrainedConfig) -> bool:
+    """Return whether the config is of a source with a codec beside its weights."""
+    return getattr(config, CONFIG_ENTRY, None) is not None
+
+
 class CodedGeneration(PreTrainedModel):
     """Gives a source's own model class a codec, which `generate` uses where no other cache is chosen.
 
@@ -209,7 +214,7 @@ def register_source(config: type[PreTrainedConfig], source: type[PreTrainedModel
     def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = source.from_pretrained(name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if getattr(model.config, CONFIG_ENTRY, None) is not None:
+        if has_codec(model.config):
             try:
                 load_codec(model, name, **{key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs})
             except (MLAError, RuntimeError) as error:  # Weights on several devices may refuse the check.

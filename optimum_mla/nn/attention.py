@@ -11,7 +11,7 @@ expanded keys and values live only for the length of one forward pass. A cache t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.nn.norm import NORM_EPS
+from optimum_mla.nn.projections import Roles
 from optimum_mla.ops.absorb import grouped_context, grouped_logits
 from optimum_mla.ops.blocks import Block, CacheView, TensorView
 from optimum_mla.ops.blockwise import Sums, attend, capped, masked_softmax, scaled_queries, softmax_sums
@@ -56,6 +57,8 @@ class LatentAttention(nn.Module, ABC):
     is_causal = True
     known_keywords = forward_keywords() | {"use_cache"}
     """Keywords that `forward` may be given beside its own arguments."""
+    roles: ClassVar[Roles]
+    """Which of the layer's modules do what."""
     rotary: nn.Module
 
     def __init__(
@@ -199,7 +202,7 @@ class LatentAttention(nn.Module, ABC):
         else:
             if cache is not None:
                 first, second = cache.update(first, second, self.layer_idx)
-            view = TensorView(first, second, self.geometry.scale_numbers)
+            view = TensorView(first, second, self.geometry.cached_key_factors)
 
         frames = None
         if self.needs_cached_positions():

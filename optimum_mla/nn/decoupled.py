@@ -9,6 +9,7 @@ from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.nn.attention import LatentAttention
 from optimum_mla.nn.norm import HeadRMSNorm, inverse_rms
 from optimum_mla.nn.plain import is_plain
+from optimum_mla.nn.projections import DECOUPLED
 from optimum_mla.ops import absorb
 from optimum_mla.ops.blocks import Block, CacheView
 from optimum_mla.ops.blockwise import LatentDecode, RotaryRebuild
@@ -31,6 +32,7 @@ class DecoupledLatentAttention(LatentAttention):
     from the source's own key projection, so it is exact at any rank.
     """
 
+    roles = DECOUPLED
     rope_pairs: Tensor
 
     def _build(self, g: MLAGeometry, eps: float) -> None:

@@ -8,6 +8,7 @@ from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.nn.attention import LatentAttention
 from optimum_mla.nn.norm import HeadRMSNorm
 from optimum_mla.nn.plain import is_plain
+from optimum_mla.nn.projections import FULL
 from optimum_mla.ops import absorb
 from optimum_mla.ops.blocks import Block, CacheView, Latents
 from optimum_mla.ops.blockwise import Sums, attend, capped, scaled_queries, softmax_sums
@@ -23,6 +24,8 @@ class FullRopeLatentAttention(LatentAttention):
     With one joint latent, c_K = c_V = kv_a(x) [B, 1, T, r], and the second cached tensor is empty.
     The rotation stands between the up-projection and the query, so keys are always expanded; values can be absorbed.
     """
+
+    roles = FULL
 
     def _build(self, g: MLAGeometry, eps: float) -> None:
         self.q_proj = nn.Linear(g.hidden_size, g.num_attention_heads * g.head_dim, bias=g.query_bias)

@@ -1,4 +1,4 @@
-"""The commands' work, one file each: load, transform, measure, write."""
+"""The work of the commands, a page or a folder each: plan, load, convert, verify, measure, write."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,20 +9,20 @@ from optimum_mla.pipeline.loading import TextOptions
 from optimum_mla.pipeline.quantize import quantize
 
 if TYPE_CHECKING:
-    from optimum_mla.pipeline.benchmarking import benchmark as benchmark
-    from optimum_mla.pipeline.benchmarking import compare as compare
+    from optimum_mla.pipeline.benchmarking.command import benchmark as benchmark
+    from optimum_mla.pipeline.benchmarking.command import compare as compare
+    from optimum_mla.pipeline.benchmarking.options import BenchmarkOptions as BenchmarkOptions
     from optimum_mla.pipeline.calibrating import calibrate as calibrate
-    from optimum_mla.pipeline.cell_options import BenchmarkOptions as BenchmarkOptions
     from optimum_mla.pipeline.exporting import export as export
     from optimum_mla.pipeline.finetuning import finetune as finetune
     from optimum_mla.pipeline.inspecting import inspect as inspect
     from optimum_mla.pipeline.refitting import refit as refit
 
 LATER = {
-    "benchmark": "benchmarking",
-    "BenchmarkOptions": "cell_options",
+    "benchmark": "benchmarking.command",
+    "BenchmarkOptions": "benchmarking.options",
     "calibrate": "calibrating",
-    "compare": "benchmarking",
+    "compare": "benchmarking.command",
     "export": "exporting",
     "finetune": "finetuning",
     "inspect": "inspecting",

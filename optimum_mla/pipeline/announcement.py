@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from optimum_mla.calibrate.windows import HELD_BACK
-from optimum_mla.convert.transformation import MLATransformation
 from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import kept_layers, model_geometry
+from optimum_mla.pipeline.preparation import Preparation
 from optimum_mla.report.render import size
 
 SMALL_CACHE_RATIO = 0.1
 """Share of the source's cache below which a conversion is announced with a warning."""
 
 
-def announcement(
-    model: str,
-    source: PreTrainedModel,
-    transformation: MLATransformation,
-    planned: Any,
-    data: dict[str, dict[str, Any]],
-    memory: int,
-    wrapped: bool = False,
-) -> str:
-    """Return a few lines that say what a conversion will do, and with how much memory.
-
-    Args:
-        model: Name of the model.
-        source: The loaded source model.
-        transformation: The transformation, with its calibration tokens.
-        planned: The config that the conversion will give.
-        data: The origins of the texts, as in the report.
-        memory: Bytes of memory that it should take.
-        wrapped: Whether the model is the language model inside another one.
-    """
+def announcement(prepared: Preparation, source: PreTrainedModel, memory: int) -> str:
+    """Return a few lines that say what a conversion of weights will do, and in how many bytes of `memory`."""
+    transformation, planned = prepared.transformation, prepared.planned
     parameters = sum(p.numel() for p in source.parameters())
     geometry = model_geometry(family_of(planned).spec, planned)
     lines = [
-        f"{model}: {len(geometry.layers)} layers, {parameters / 1e6:,.0f} M parameters, "
+        f"{prepared.asked.source.name}: {len(geometry.layers)} layers, {parameters / 1e6:,.0f} M parameters, "
         f"{str(source.dtype).removeprefix('torch.')} on {source.device}",
         f"{transformation.name}: cache of about {100 * geometry.cache_ratio:.3g} % of the source's",
     ]
+    data = prepared.texts.data
     text = data.get("calibration-data")
     if text is None:
         lines[-1] += ", without calibration"
@@ -63,7 +45,7 @@ def announcement(
             lines.append(
                 f"warning: fewer than {HELD_BACK} windows, so none is held back: choices are made on what was fitted."
             )
-    if wrapped:
+    if prepared.wrapped:
         lines.append("This is the language model of the model, whose other parts stay as they are.")
     lines += kept_layers(planned)
     if geometry.cache_ratio < SMALL_CACHE_RATIO:

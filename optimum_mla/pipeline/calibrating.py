@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import Unpack
 
-from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.calibrate.statistics_folder import FILE_NAME, CalibrationStatistics
 from optimum_mla.families.verify import verify_family
 from optimum_mla.io.claim import claims_output
@@ -44,12 +43,8 @@ def calibrate(
     inputs = {"model": model, "calibration-data": texts.calibration_data}
     folder = check_output(output, inputs, run.overwrite, (FILE_NAME,), "statistics")
     config = checkpoint.source_config()
-    tokenizer = checkpoint.tokenizer(needed=True)
-    if texts.calibration_data is None:
-        texts = replace(texts, calibration_data=str(BUILT_IN_TEXT))
-    windows, _, data = read_texts(tokenizer, config, texts)
-    if windows is None:
-        raise RuntimeError("no calibration windows were read")
+    windows: Any
+    windows, _, data = read_texts(checkpoint.tokenizer(needed=True), config, texts.or_built_in())
     with tempfile.TemporaryDirectory() as scratch:
         source = checkpoint.load(run.dtype, run.device, Path(scratch))
         with atomic_folder(folder, overwrite=run.overwrite) as partial, reading_weights():

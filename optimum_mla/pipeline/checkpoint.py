@@ -5,7 +5,6 @@ Bad input becomes an error that says what to do.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,27 +20,24 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.hub import extract_commit_hash
 
 from optimum_mla.core.errors import (
     CorruptWeightsError,
-    InvalidValueError,
     UnreadableModelError,
     UnsupportedModelError,
     VerificationError,
-    first_line,
 )
 from optimum_mla.families.guess import spec_source
-from optimum_mla.io.faults import TOKENIZER_FILES
+from optimum_mla.io.faults import has_tokenizer
 from optimum_mla.io.reading import local_folder, reading
 from optimum_mla.models import family_of, is_converted
-from optimum_mla.models.coded import CONFIG_ENTRY
+from optimum_mla.models.coded import has_codec
 from optimum_mla.models.registry import try_family
 from optimum_mla.models.wrappers import wrapper_of
+from optimum_mla.pipeline.placement import check_dtype, layers_on_disk, usable_device
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 SIZES = {
     "num_hidden_layers": 2**16,
     **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), 2**31 - 1),
@@ -50,8 +46,6 @@ SIZES = {
 """Fields of configs that are sizes, which Transformers does not check, and the largest value of each."""
 RESIDENT_BYTES = 10**9
 """Models with more weights are read one layer at a time where a command can do that."""
-CONFIG_FILES = ("config.json", "adapter_config.json")
-"""Files that say what model a folder holds; the first one that is there is hashed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +80,7 @@ class Checkpoint:
         return Path(self.location) if Path(self.location).is_dir() else None
 
     def beside(self, location: str, revision: str | None = None, **about: Any) -> Checkpoint:
-        """Return another model that is loaded beside this one, in the same way but for its revision.
+        """Return another model that is loaded in the same way as this one, but for its revision.
 
         Args:
             location: A hub id or a folder.
@@ -173,7 +167,15 @@ class Checkpoint:
                 "optimum_mla.models.language_model, as docs/families.md shows, and give it here."
             )
         if not is_converted(config):
-            raise not_converted(self.location, config)
+            if has_codec(config):
+                raise UnsupportedModelError(
+                    f"model: {self.location} has the weights of its source, and a codec beside them. Quantize and "
+                    "export it as any model, or run mla-convert --kv-cache-ratio for converted weights."
+                )
+            raise UnsupportedModelError(
+                f"model: {self.location} is not converted. Run optimum-cli mla-convert --kv-cache-ratio 0.5 on it "
+                "first."
+            )
         return config
 
     def load(
@@ -202,66 +204,60 @@ class Checkpoint:
             UnreadableModelError: Its weights or its generation config do not load.
             CorruptWeightsError: Weights are missing, or their shapes are not those of the config.
         """
-        model, config, hub = self.location, config or self.config, self.hub
+        config = config or self.config
         check_dtype(dtype)
-        try:
-            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device="cpu" if place.type == "mps" else place)
-        except (RuntimeError, AssertionError) as error:
-            raise InvalidValueError("device", device, "a torch device of this machine", first_line(error)) from error
-        if place.type == "mps":
-            raise InvalidValueError(
-                "device", device, "cpu, or cuda where there is one", "mps has no float64 to factorize in."
-            )
-        if (Path(model) / "generation_config.json").exists():
+        place = usable_device(device)
+        if self.folder is not None and (self.folder / "generation_config.json").exists():
             # Transformers passes over one that is no JSON, without a word.
-            with reading("generation config", model, hub):
-                GenerationConfig.from_pretrained(model)
+            with reading("generation config", self.location, self.hub):
+                GenerationConfig.from_pretrained(self.location)
         spread: dict[str, Any] = {}
         quantized = getattr(config, "quantization_config", None) is not None
-        if offload is not None and not quantized and self._expected_bytes(dtype) > RESIDENT_BYTES:
-            spread = {"device_map": layers_on_disk(config, place), "offload_folder": str(offload)}
         if "quantization_config" in more:  # Weights are quantized where they are loaded.
             spread = {"device_map": {"": str(place)}}
+        elif offload is not None and not quantized and self._expected_bytes(config, dtype) > RESIDENT_BYTES:
+            spread = {"device_map": layers_on_disk(config, place), "offload_folder": str(offload)}
         try:
-            with reading("weights", model, hub):
+            with reading("weights", self.location, self.hub):
                 # Weights of other shapes are refused below, where their names are known.
-                loaded, notes = kind.from_pretrained(
-                    model,
-                    config=config,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                    **spread,
-                    **hub,
-                    **more,
-                )
+                how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **spread, **self.hub, **more}
+                loaded, notes = kind.from_pretrained(self.location, config=config, dtype=dtype, **how)
                 loaded = loaded.eval() if spread else loaded.to(place).eval()
         except UnreadableModelError as error:
             if not isinstance(error.__cause__, OSError):
-                self.check_buildable(kind)
+                self._skeleton(config, kind)
             raise
+        self._check_complete(notes)
+        return loaded
+
+    def _check_complete(self, notes: dict[str, Any]) -> None:
+        """Refuse weights that are not those of the config, and tell which ones were left out.
+
+        Raises:
+            CorruptWeightsError: Weights are missing, or their shapes are not those of the config.
+        """
         if others := sorted(notes["mismatched_keys"]):
             name, found, wanted = others[0]
             raise CorruptWeightsError(
-                f"model: {len(others)} weights of {model} have other shapes than its config.json says, such as {name}: "
-                f"{tuple(found)} in the checkpoint, {tuple(wanted)} by the config. Take both from the same model."
+                f"model: {len(others)} weights of {self.location} have other shapes than its config.json says, such as "
+                f"{name}: {tuple(found)} in the checkpoint, {tuple(wanted)} by the config. Take both from the same "
+                "model."
             )
         if missing := sorted(notes["missing_keys"]):
             # Transformers fills them with random numbers.
             raise CorruptWeightsError(
-                f"model: the checkpoint of {model} lacks {len(missing)} weights of its config, such as {missing[0]}."
+                f"model: the checkpoint of {self.location} lacks {len(missing)} weights of its config, such as "
+                f"{missing[0]}."
             )
         if left_out := sorted(notes["unexpected_keys"]):
             logger.warning(
                 "warning: the checkpoint of %s holds %d tensors that its config does not declare, and the result will "
                 "not have them: %s%s.",
-                model,
+                self.location,
                 len(left_out),
                 ", ".join(left_out[:8]),
                 " and others" if len(left_out) > 8 else "",
             )
-        return loaded
 
     def tokenizer(self, needed: bool) -> Any:
         """Return the tokenizer of a model, or None where nothing needs it and there is none that loads.
@@ -290,39 +286,28 @@ class Checkpoint:
                 logger.warning("warning: %s The run goes on without a tokenizer.", error)
             return None
 
-    def check_buildable(self, kind: Any = AutoModelForCausalLM) -> None:
+    def check_buildable(self) -> None:
         """Refuse a config that no model can be made of (sizes of zero, unknown names); it takes no memory for weights.
 
         Raises:
             UnreadableModelError: What the model's class says about the config.
         """
-        with reading("config", self.location, self.hub), torch.device("meta"):
-            kind.from_config(self.config, trust_remote_code=self.hub.get("trust_remote_code"))
+        self._skeleton(self.config)
 
-    def _expected_bytes(self, dtype: str) -> int:
-        """Return the bytes of a model's weights in a dtype, by its config.
+    def _skeleton(self, config: PreTrainedConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+        """Return a model of a config without weights.
 
         Raises:
-            UnreadableModelError: No model can be made of the config.
+            UnreadableModelError: What the model's class says about the config.
         """
-        wide = getattr(self.config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
         with reading("config", self.location, self.hub), torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                self.config, trust_remote_code=self.hub.get("trust_remote_code")
-            )
-        return sum(parameter.numel() for parameter in skeleton.parameters()) * (wide or torch.float32).itemsize
+            return kind.from_config(config, trust_remote_code=self.hub.get("trust_remote_code"))  # type: ignore[no-any-return]
 
-    def origin(self) -> dict[str, str | None]:
-        """Return the fields of `ConversionReport` that tell where to find the source model again.
-
-        The model has been loaded, so that a download is on this machine.
-        """
-        if self.folder is not None:
-            return {"source_folder": str(self.folder.resolve()), "source_config_sha256": config_sha256(self.folder)}
-        # The commit stays the same when the branch moves on. It is the name of the download's folder.
-        download = local_folder(self.location, self.hub)
-        commit = extract_commit_hash(f"{download}/config.json", None) if download is not None else None
-        return {"source_revision": commit or self.hub.get("revision")}
+    def _expected_bytes(self, config: PreTrainedConfig, dtype: str) -> int:
+        """Return the bytes of a model's weights in a dtype, by its config."""
+        wide = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+        numbers = sum(parameter.numel() for parameter in self._skeleton(config).parameters())
+        return numbers * (wide or torch.float32).itemsize
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of the model card, such as the licence; empty where there is none that can be read."""
@@ -338,27 +323,10 @@ class Checkpoint:
             return {}
 
 
-def has_codec(config: PreTrainedConfig) -> bool:
-    """Return whether the config is of a source with a codec beside its weights."""
-    return getattr(config, CONFIG_ENTRY, None) is not None
-
-
-def not_converted(model: str, config: PreTrainedConfig) -> UnsupportedModelError:
-    """Return the error for a model whose attention is that of its source, where a converted one is needed."""
-    if has_codec(config):
-        return UnsupportedModelError(
-            f"model: {model} has the weights of its source, and a codec beside them. Quantize and export it as any "
-            "model, or run mla-convert --kv-cache-ratio for converted weights."
-        )
-    return UnsupportedModelError(
-        f"model: {model} is not converted. Run optimum-cli mla-convert --kv-cache-ratio 0.5 on it first."
-    )
-
-
 def load_written(
     folder: Path, output: Path, device: str | None, offload: Path | None = None, kind: Any = AutoModelForCausalLM
 ) -> PreTrainedModel:
-    """Return the model that a command has just written, as a user would load it.
+    """Return the model that a command has just written, as a user would load it; see `Checkpoint.load`.
 
     Args:
         folder: The temporary folder that holds it.
@@ -373,29 +341,3 @@ def load_written(
         return Checkpoint(written).load("auto", device, offload, kind)
     except (UnreadableModelError, CorruptWeightsError) as error:
         raise VerificationError(f"verify: {str(error).replace(written, str(output))}") from error
-
-
-def layers_on_disk(config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
-    """Return a `device_map` that leaves the decoder layers of a model on the disk and puts all else on a device."""
-    spec = family_of(config).spec
-    beside = {f"{spec.base}.{name}": str(device) for name in (spec.embedding, spec.norm, spec.rotary)}
-    return {**beside, spec.head: str(device), f"{spec.base}.{spec.layers}": "disk"}
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that no model is saved in."""
-    if dtype not in DTYPES:
-        raise InvalidValueError("dtype", dtype, ", ".join(DTYPES))
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder holds any file of a tokenizer."""
-    return any((folder / name).exists() for name in TOKENIZER_FILES)
-
-
-def config_sha256(folder: Path) -> str | None:
-    """Return the SHA-256 of the config file in a folder, or None where there is none."""
-    for name in CONFIG_FILES:
-        if (folder / name).is_file():
-            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    return None

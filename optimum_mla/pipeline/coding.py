@@ -5,28 +5,26 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import codable_layers, fit_codec
 from optimum_mla.convert.method import refuse_options
+from optimum_mla.convert.record import Record
 from optimum_mla.core.errors import OptionError, UnsupportedModelError
 from optimum_mla.core.processes import Processes
 from optimum_mla.families.spec import sliding_window
 from optimum_mla.families.verify import verify_family
 from optimum_mla.io.claim import claims_output
-from optimum_mla.io.faults import TOKENIZER_FILES
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
 from optimum_mla.io.reading import reading
 from optimum_mla.measure.codec_checks import codec_reference, verify_codec
-from optimum_mla.measure.quality import compare_decoding
+from optimum_mla.measure.quality import Comparison, compare_decoding
 from optimum_mla.measure.sizes import layer_numbers
 from optimum_mla.measure.stages import Stages
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
@@ -35,9 +33,11 @@ from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layer_source import reading_weights
 from optimum_mla.models.wrappers import wrapper_of
 from optimum_mla.pipeline.checkpoint import Checkpoint
-from optimum_mla.pipeline.conversion_options import calibrated_texts
-from optimum_mla.pipeline.loading import TextOptions, read_texts
-from optimum_mla.pipeline.preparation import ConversionRequest, left_by
+from optimum_mla.pipeline.conversion_texts import ConversionTexts, calibrated_texts
+from optimum_mla.pipeline.origin import origin_of
+from optimum_mla.pipeline.placement import parameter_bytes
+from optimum_mla.pipeline.preparation import ConversionRequest
+from optimum_mla.pipeline.source_files import source_files
 from optimum_mla.pipeline.unfinished import Unfinished, made_from
 from optimum_mla.report.cards import model_card
 from optimum_mla.report.render import size
@@ -49,12 +49,6 @@ SCORED_AT_ONCE = 16
 """Number of tokens that go through the caches at a time where predictions are compared."""
 CODEC_FILES = (CODEC_FILE, "config.json")
 """A folder that holds one of them may be replaced by a codec."""
-COPIED = (".json", ".jinja", ".model", ".py", ".tiktoken")
-"""Ends of the names of files, beside weights and a tokenizer's text files, that the result takes over."""
-LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-"""Beginnings of the names of files that say what may be done with a model."""
-NOT_COPIED = ("conversion_report.json", "recovery_report.json", CodecReport.file_name)
-"""Files that say what the source is made of, which the result is not."""
 
 
 @claims_output(distributed=True)
@@ -63,20 +57,13 @@ def code_cache(
 ) -> CodecReport:
     """Fit a codec to a checkpoint, and write it with the source's weights or alone, with a card and a report.
 
-    Args:
-        asked: The request, with `kv_cache_budget` among its options, and `layers` if not all layers with full attention
-            are to be coded. Its weights may be quantized.
-        output: Folder to write; it appears only when whole.
-        announce: Called with a few lines that say what will be done, before it starts.
-        processes: The processes that share the fit. The others of them call `assist_codec`.
-
-    Raises:
-        MLAError: Bad input of any kind; `output` is as it was.
+    The request has `kv_cache_budget` among its options, and `layers` if not all layers with full attention are to be
+    coded. Its weights may be quantized. The other processes call `assist`. The rest is as for `convert`.
     """
     folder = check_output(output, asked.inputs, asked.overwrite, CODEC_FILES)
-    planned = PlannedCodec.of(asked)
+    planned = PlannedCodec(asked)
     options = {**asked.options, "layers": planned.layers}
-    with Unfinished(folder, made_from(asked, planned.data, options), asked.resume, asked.overwrite) as unfinished:
+    with Unfinished(folder, made_from(asked, planned.texts.data, options), asked.resume, asked.overwrite) as unfinished:
         coding = _Coding(asked, planned, unfinished)
         check_space(folder, sum(path.stat().st_size for path in coding.source_files))
         if announce is not None:
@@ -89,35 +76,39 @@ def code_cache(
     return report
 
 
-@dataclass(frozen=True)
 class PlannedCodec:
     """A codec that can be fitted as soon as its model is loaded.
 
     Attributes:
         config: The config of the source.
         layers: The layers to code.
+        texts: What calibrates, and what the predictions are compared on.
         budget: Bytes of a token's codes, divided by those of the source's cache in 16 bits.
-        calibration: What calibrates: token ids, [N, L], or statistics.
-        evaluation: The windows that are left to the report, [N, L], or None.
-        data: The origins of the texts.
+
+    Raises:
+        MLAError: Bad input of any kind.
     """
 
-    config: PreTrainedConfig
-    layers: tuple[int, ...]
-    budget: float
-    calibration: Tensor | CalibrationStatistics
-    evaluation: Tensor | None
-    data: dict[str, dict[str, Any]]
+    def __init__(self, asked: ConversionRequest) -> None:
+        asked.check()
+        refuse_options(asked.options)
+        if asked.texts.uncalibrated:
+            raise OptionError("--uncalibrated and --cache-budget exclude each other: codes are fitted to a text.")
+        self.config = config = asked.source.source_config(asked.try_family, wrapped=True, quantized=True)
+        if wrapper_of(config) is not None:
+            raise UnsupportedModelError(
+                f"kv_cache_budget: {asked.source.name} holds a language model (model_type {config.model_type}), "
+                "allowed: a language model itself. Extract it as docs/families.md shows, or give --kv-cache-ratio."
+            )
+        self.layers = codable_layers(config, asked.options.get("layers") or "all")
+        texts = calibrated_texts(asked.texts, asked.method, asked.options)
+        self.texts = ConversionTexts.read(texts, asked.source.tokenizer(texts.need_tokenizer), config)
+        self.budget: float = asked.options["kv_cache_budget"]
 
-    @classmethod
-    def of(cls, asked: ConversionRequest) -> PlannedCodec:
-        """Return the plan of a request, all of whose options are checked and whose texts are read.
-
-        Raises:
-            MLAError: Bad input of any kind.
-        """
-        config, layers, budget = _checked(asked)
-        return cls(config, layers, budget, *_read(asked, config))
+    def fit(self, source: PreTrainedModel, processes: Processes, record: Record | None = None) -> ModelCodec:
+        """Return the codec, fitted to the loaded source by all processes; only the first one has a record."""
+        calibration: Any = self.texts.calibration
+        return fit_codec(source, calibration, self.budget, layers=self.layers, processes=processes, record=record)
 
 
 class _Coding:
@@ -138,13 +129,13 @@ class _Coding:
                 # Libraries find out at the first pass that weights are not those that the config describes.
                 with reading("weights", checkpoint.location, checkpoint.hub), torch.no_grad():
                     self.source(torch.zeros(1, 2, dtype=torch.long, device=self.source.device))
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in self.source.parameters())
-        self.source_files = [] if asked.codec_only else _source_files(checkpoint)
+        self.weight_bytes = parameter_bytes(self.source)
+        self.source_files = [] if asked.codec_only else source_files(checkpoint)
 
     def announcement(self) -> str:
         """Return a few lines that say what will be done."""
         planned, config = self.planned, self.source.config
-        text = planned.data["calibration-data"]
+        text = planned.texts.data["calibration-data"]
         named = "the built-in text" if text["source"] == "built-in" else text["source"]
         lines = [
             f"{self.asked.source.name}: {config.num_hidden_layers} layers, {size(self.weight_bytes)} of weights, "
@@ -166,8 +157,7 @@ class _Coding:
         planned, source = self.planned, self.source
         with self.stages.stage("fit"), reading_weights():
             verify_family(source, family_of(planned.config).spec, planned.layers)
-            fit = partial(fit_codec, source, planned.calibration, planned.budget, layers=planned.layers)
-            return fit(processes=processes, record=self._unfinished)
+            return planned.fit(source, processes, self._unfinished)
 
     def write(self, codec: ModelCodec, folder: Path) -> CodecReport:
         """Write the codec, the source's files if they are asked for, and the report, all checked; return the report."""
@@ -197,23 +187,21 @@ class _Coding:
 
     def _measured(self, written: PreTrainedModel, codec: ModelCodec) -> dict[str, Any]:
         """Return fields of the report: how far the predictions move; none where no token of a window becomes codes."""
-        evaluation = self.planned.evaluation
-        stride = 0 if evaluation is None else evaluation.shape[1] // 2
-        if evaluation is None or not codec.exact.coded(evaluation.shape[1] - stride):
+        texts = self.planned.texts
+        prompt = 0 if texts.evaluation is None else texts.evaluation.shape[1] - texts.evaluation.shape[1] // 2
+        if texts.evaluation is None or not codec.exact.coded(prompt):
             return {}
-        own = lambda: DynamicCache(config=self.planned.config)  # noqa: E731
         with self.stages.stage("measure"), reading_weights():
-            scored, coded = evaluation[:SCORED_WINDOWS], lambda: codec.make_cache(written)
-            found = compare_decoding(written, coded, scored, stride, self.source, own, SCORED_AT_ONCE)
+            found = compare_codes(written, codec, self.source, texts.evaluation)
         return {
             "perplexity_before": found.baseline_perplexity,
             "perplexity_after": found.perplexity,
             "divergence_nats": found.kl,
             "divergence_stderr_nats": found.kl_stderr,
             "same_guess_percent": None if found.agreement is None else 100 * found.agreement,
-            "prompt_tokens": evaluation.shape[1] - stride,
+            "prompt_tokens": prompt,
             "scored_tokens": found.tokens,
-            "quality_text": _quality_text(self.asked.texts),
+            "quality_text": texts.named,
         }
 
     def _report(
@@ -223,7 +211,7 @@ class _Coding:
         return CodecReport(
             model=self.asked.source.name,
             kv_cache_budget=self.planned.budget,
-            data=self.planned.data,
+            data=self.planned.texts.data,
             exact=asdict(codec.exact),
             coded_bytes_per_token=codec.bytes_per_token,
             source_bytes_per_token=codec.source_bytes(1),
@@ -241,8 +229,18 @@ class _Coding:
             written_as="codec" if self.asked.codec_only else "model",
             verification=verification,
             stages=self.stages.done,
-            **self.asked.source.origin(),  # type: ignore[arg-type]
+            **origin_of(self.asked.source),  # type: ignore[arg-type]
         )
+
+
+def compare_codes(model: PreTrainedModel, codec: ModelCodec, source: PreTrainedModel, windows: Tensor) -> Comparison:
+    """Return how far a model that reads codes is from its source on the second halves of windows, [N, L].
+
+    Their first halves are prompts. `SCORED_WINDOWS` of the windows are taken.
+    """
+    coded, own = lambda: codec.make_cache(model), lambda: DynamicCache(config=source.config)
+    stride = windows.shape[1] // 2
+    return compare_decoding(model, coded, windows[:SCORED_WINDOWS], stride, source, own, SCORED_AT_ONCE)
 
 
 def assist_codec(asked: ConversionRequest, processes: Processes) -> None:
@@ -251,77 +249,10 @@ def assist_codec(asked: ConversionRequest, processes: Processes) -> None:
     Raises:
         MLAError: Bad input of any kind.
     """
-    planned = PlannedCodec.of(asked)
+    planned = PlannedCodec(asked)
     with tempfile.TemporaryDirectory() as scratch:
         source = without_codec(asked.source.load(asked.dtype, asked.device, Path(scratch)))
-        fit_codec(source, planned.calibration, planned.budget, layers=planned.layers, processes=processes)
-
-
-def _checked(asked: ConversionRequest) -> tuple[PreTrainedConfig, tuple[int, ...], float]:
-    """Return the config of the source, the layers to code and the budget, all checked."""
-    asked.check()
-    refuse_options(asked.options)
-    if asked.texts.uncalibrated:
-        raise OptionError("--uncalibrated and --cache-budget exclude each other: codes are fitted to a text.")
-    config = asked.source.source_config(asked.try_family, wrapped=True, quantized=True)
-    if wrapper_of(config) is not None:
-        raise UnsupportedModelError(
-            f"kv_cache_budget: {asked.source.name} holds a language model (model_type {config.model_type}), allowed: a "
-            "language model itself. Extract it as docs/families.md shows, or give --kv-cache-ratio."
-        )
-    return config, codable_layers(config, asked.options.get("layers") or "all"), asked.options["kv_cache_budget"]
-
-
-def _read(
-    asked: ConversionRequest, config: PreTrainedConfig
-) -> tuple[Tensor | CalibrationStatistics, Tensor | None, dict[str, dict[str, Any]]]:
-    """Return what calibrates, the windows that are left to the report, and the origins of the texts."""
-    texts = calibrated_texts(asked.texts, asked.method, asked.options)
-    needed = isinstance(texts.calibration_data, str | Path) or texts.eval_data is not None
-    tokenizer = asked.source.tokenizer(needed)
-    statistics = None if texts.statistics is None else CalibrationStatistics.read(texts.statistics)
-    calibration, evaluation, data = read_texts(tokenizer, config, texts)
-    if statistics is not None:
-        data["calibration-data"] = {**statistics.data, "statistics": statistics.digest}
-        if tokenizer is not None and evaluation is None:
-            evaluation, left = left_by(statistics, tokenizer, config, texts)
-            data |= left
-        return statistics, evaluation, data
-    if calibration is None:
-        raise RuntimeError("no calibration windows were read")
-    return calibration, evaluation, data
-
-
-def _source_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files of a checkpoint that make up the source: weights, configs, tokenizer, code and licence.
-
-    Of a hub id the weights have been downloaded, because the model was loaded.
-    """
-    folder, model, hub = checkpoint.folder, checkpoint.location, checkpoint.hub
-    if folder is None:
-        from huggingface_hub import snapshot_download
-
-        known = {name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub}
-        named = [*(f"*{end}" for end in COPIED), *TOKENIZER_FILES, *(f"{name}*" for name in LICENCES)]
-        with reading("weights", model, hub):
-            folder = Path(snapshot_download(model, allow_patterns=named, ignore_patterns=["*/*"], **known))
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in NOT_COPIED]
-    weights = [path for path in files if path.suffix == ".safetensors" and path.name != CODEC_FILE]
-    # Some repositories hold their weights a second time, for other libraries.
-    weights = [path for path in weights if not path.name.startswith("consolidated")]
-    weights = weights or [path for path in files if path.suffix == ".bin"]
-    return weights + [
-        path
-        for path in files
-        if path.suffix in COPIED or path.name in TOKENIZER_FILES or path.name.startswith(LICENCES)
-    ]
-
-
-def _quality_text(texts: TextOptions) -> str:
-    """Return the name of the text on which the predictions are compared."""
-    if texts.eval_data is not None:
-        return "evaluation"
-    return "built-in" if texts.statistics is not None else "held-back calibration"
+        planned.fit(source, processes)
 
 
 def _layer_reports(codec: ModelCodec) -> list[CodecLayerReport]:

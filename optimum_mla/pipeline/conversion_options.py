@@ -1,64 +1,22 @@
-"""The options of `mla-convert`: which text calibrates, and which transformation they make."""
+"""The options of a method: the size that they leave open, and the transformation that they make."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.calibrate.statistics_folder import CalibrationStatistics
 from optimum_mla.convert.codec import codable_layers
 from optimum_mla.convert.signature import whole_signature
 from optimum_mla.convert.transformation import MLATransformation
-from optimum_mla.core.errors import InvalidValueError, MLAError, OptionError
+from optimum_mla.core.errors import MLAError, OptionError
 from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.methods.registry import transform_class
 from optimum_mla.models.wrappers import wrapper_of
-from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
+from optimum_mla.pipeline.loading import TextOptions
 from optimum_mla.plan.budget import DEFAULT_CACHE_BUDGET, DEFAULT_CACHE_RATIO
-
-
-def calibrated_texts(texts: TextOptions, method: str, options: dict[str, Any]) -> TextOptions:
-    """Return the texts with the built-in text as calibration data, where the user gave none and needs some.
-
-    Args:
-        texts: The texts that the user gave.
-        method: Name of the method.
-        options: Keyword arguments of the method.
-
-    Raises:
-        OptionError: Options about calibration data contradict each other.
-        InvalidValueError: There is no such method.
-    """
-    about_windows = [
-        (f"--{name.replace('_', '-')}", getattr(texts, name) != getattr(NO_TEXTS, name))
-        for name in ("calibration_samples", "calibration_length", "calibration_repeats")
-    ]
-    if texts.statistics is not None:
-        for option, given in (
-            ("--calibration-data", texts.calibration_data is not None),
-            ("--uncalibrated", texts.uncalibrated),
-            ("--chat-template", texts.chat_template),
-            *about_windows,
-        ):
-            if given:
-                raise OptionError(f"{option} and --statistics exclude each other. Give one of them.")
-        return texts
-    for option, given in about_windows if texts.uncalibrated else []:
-        if given:
-            raise OptionError(f"{option} and --uncalibrated exclude each other. Give one of them.")
-    if texts.calibration_data is not None:
-        if texts.uncalibrated:
-            raise OptionError("--uncalibrated and --calibration-data exclude each other. Give one of them.")
-        return texts
-    if texts.chat_template:
-        raise OptionError("--chat-template is about calibration data. Give chats with --calibration-data.")
-    if texts.uncalibrated or _preserves_computation(method, options):
-        return texts
-    return replace(texts, calibration_data=str(BUILT_IN_TEXT))
 
 
 def default_size(
@@ -67,14 +25,7 @@ def default_size(
     """Return the option about the size of the cache where the user gave none.
 
     It is a budget of bytes where the cache can be coded and no option is about converted weights. Otherwise it is a
-    share of the numbers.
-
-    Args:
-        config: The config of the source model, which may be a wrapper around a language model.
-        method: Name of the method.
-        options: Keyword arguments of the method.
-        texts: The texts of the conversion.
-        exported: Whether the result is exported.
+    share of the numbers. The config may be that of a wrapper around a language model.
     """
     about_weights = options.keys() - {"layers"}
     if not transform_class(method).has_codes or about_weights or exported or texts.uncalibrated:
@@ -85,14 +36,6 @@ def default_size(
     except MLAError:
         pass  # What is wrong with the model or the layers is found again, where weights are converted.
     return {"kv_cache_ratio": DEFAULT_CACHE_RATIO}
-
-
-def _preserves_computation(method: str, options: dict[str, Any]) -> bool:
-    """Return whether a conversion without calibration data computes what its source does."""
-    try:
-        return build_transformation(method, options, None).preserves_computation
-    except InvalidValueError:
-        return False  # Some options need calibration data. Any other fault is found again later.
 
 
 def check_calibration_is_used(transformation: MLATransformation, texts: TextOptions, method: str) -> None:

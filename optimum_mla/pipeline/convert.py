@@ -1,4 +1,4 @@
-"""`mla-convert`: load, transform, measure, write."""
+"""`mla-convert`: plan, load, measure, convert, write, verify, measure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
 from optimum_mla.core.errors import OptionError
@@ -18,7 +17,7 @@ from optimum_mla.core.processes import ALONE, Processes
 from optimum_mla.export.gguf_file import file_type_of
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output, check_space
-from optimum_mla.measure.answers import answers, moved, prompts, text_of
+from optimum_mla.measure.answers import Answer, answers, measure_movement, prompts, text_of
 from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.stages import Stages
 from optimum_mla.measure.verify import reference_logits, verify
@@ -30,7 +29,9 @@ from optimum_mla.pipeline.coding import assist_codec, code_cache
 from optimum_mla.pipeline.estimate import conversion_memory
 from optimum_mla.pipeline.exporting import exported_model, write_export
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions
-from optimum_mla.pipeline.preparation import ConversionRequest, ConversionSettings, prepare
+from optimum_mla.pipeline.origin import origin_of
+from optimum_mla.pipeline.placement import parameter_bytes
+from optimum_mla.pipeline.preparation import ConversionRequest, ConversionSettings, Preparation
 from optimum_mla.pipeline.unfinished import UnfinishedConversion, made_from, write_model
 from optimum_mla.pipeline.wrapped import write_wrapped
 from optimum_mla.report.break_even import break_even_tokens
@@ -85,113 +86,149 @@ def convert_weights(
 ) -> ConversionReport:
     """Convert the attention of a checkpoint, and write the result; arguments and errors are those of `convert`."""
     folder = check_output(output, asked.inputs, asked.overwrite)
-    prepared = prepare(asked)
-    model, method, export_format = asked.source.name, asked.method, asked.export_format
-    config, transformation, data = prepared.config, prepared.transformation, prepared.data
-    tokenizer, windows, text = prepared.tokenizer, prepared.windows, prepared.text
-    stages = Stages()
-    with UnfinishedConversion(
-        folder, made_from(asked, data, transformation.options), asked.resume, asked.overwrite
-    ) as unfinished:
-        with stages.stage("load"):
-            source, wrapper = prepared.load(asked.dtype, asked.device, unfinished.folder)
-        if export_format == "gguf":
-            file_type_of(source.dtype)
-        check_space(folder, max(0, weight_bytes(source) - unfinished.bytes))
-        run = prepared.run(source, unfinished, processes)
-        given = transformation.calibration if transformation.needs_calibration else None
-        predicted_bytes = conversion_memory(
-            config,
-            weight_bytes(source),
-            given.numel() if isinstance(given, torch.Tensor) else 0,
-            0 if windows is None else windows.numel(),
-            any(parameter.is_meta for parameter in source.parameters()),
-        )
+    prepared = Preparation(asked)
+    depends_on = made_from(asked, prepared.texts.data, prepared.transformation.options)
+    with UnfinishedConversion(folder, depends_on, asked.resume, asked.overwrite) as unfinished:
+        conversion = _Conversion(prepared, unfinished, processes)
         if announce is not None:
-            wrapped = wrapper is not None
-            planned = prepared.planned
-            announce(announcement(model, source, transformation, planned, data, predicted_bytes, wrapped=wrapped))
-        few = torch.randint(config.vocab_size, (1, CACHE_PROBE_TOKENS))
-        speaks = tokenizer is not None and readable_at_once(source)
-        questions = prompts(tokenizer, config.vocab_size) if speaks else []
-        with stages.stage("measure the source"), reading_weights():
-            source_bytes = bytes_per_token(source, few)
-            said = answers(source, questions)
-            reference = reference_logits(source) if transformation.preserves_computation else None
-        with stages.stage("convert"):
-            for layer, attention in run.steps():
-                unfinished.write_layer(run, layer, attention)
-        before, after = run.perplexities or (None, None)
-
+            announce(conversion.announcement())
+        conversion.measure_source()
+        conversion.convert()
         with atomic_folder(folder, overwrite=asked.overwrite, within=unfinished.folder) as partial:
-            final = export_format is None and wrapper is None
-            converted_folder = partial if final else unfinished.folder / "converted"
-            with stages.stage("write"):
-                write_model(run, unfinished, converted_folder)
-            with stages.stage("verify"):
-                offload = unfinished.folder if final else None
-                converted: Any = load_written(converted_folder, folder, asked.device, offload)
-                verification = verify(converted, reference)
-            with stages.stage("measure the result"):
-                cache_bytes = bytes_per_token(converted, few)
-                says = answers(converted, questions)  # in one batch, as those of the source
-                with reading_weights():
-                    movement = moved(source, converted, said) if said else None
-
-            geometry = model_geometry(converted.spec, converted.config)
-            itemsize = converted.dtype.itemsize
-            report = ConversionReport(
-                model=model,
-                method=method,
-                options=transformation.options,
-                data=data,
-                cache_numbers_per_token_per_layer=geometry.cache_numbers / len(geometry.layers),
-                cache_bytes_per_token=cache_bytes.live,
-                source_cache_bytes_per_token=source_bytes.live,
-                predicted_cache_bytes_per_token=geometry.cache_bytes(bits=8 * itemsize),
-                cache_bytes_per_token_in_16_bits=cache_bytes.in_16_bits,
-                source_cache_bytes_per_token_in_16_bits=source_bytes.in_16_bits,
-                cache_percent_of_source=100 * cache_bytes.in_16_bits / source_bytes.in_16_bits,
-                parameters_added=geometry.parameters_added,
-                perplexity_before=before,
-                perplexity_after=after,
-                conversion_seconds=unfinished.seconds,
-                predicted_memory_bytes=predicted_bytes,
-                peak_memory_bytes=stages.peak(),
-                dtype=str(converted.dtype).removeprefix("torch."),
-                seed=asked.seed,
-                layers=[_layer_report(layer, result) for layer, result in run.results.items()],
-                perplexity_text=None if windows is None else text,
-                written_as="wrapper" if wrapper is not None else export_format or "native",
-                verification=asdict(verification),
-                break_even_tokens=break_even_tokens(
-                    geometry.parameters_added * itemsize, source_bytes.live - cache_bytes.live
-                ),
-                answers=None if movement is None else asdict(movement),
-                sample=None
-                if not said
-                else {
-                    "prompt": said[0].prompt,
-                    "source": text_of(said[0], tokenizer),
-                    "result": text_of(says[0], tokenizer),
-                },
-                stages=stages.done,
-                **prepared.origin,
-            )
-            report = replace(report, quality_warning=quality_warning(report))
-            card = model_card(report, folder.name, asked.source.metadata(), wrapped=wrapper is not None)
-            if export_format is not None:
-                exported, export_report = exported_model(model, converted, export_format, pad=True)
-                write_export(exported, export_format, partial, folder.name, tokenizer)
-                export_report.write(partial)
-                card = with_section(card, export_card(export_report))
-            elif tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            if wrapper is not None:
-                write_wrapped(asked.source, wrapper, converted, partial, folder)
-            report.write(partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            converted = conversion.write_weights(partial)
+            report = conversion.report(converted)
+            conversion.write_form(converted, report, partial)
     return report
+
+
+class _Conversion:
+    """A conversion of weights under way, with its source loaded.
+
+    Args:
+        prepared: What was decided before.
+        unfinished: Keeps what was found; weights that find no room in memory lie in its folder.
+        processes: The processes that share the work.
+    """
+
+    def __init__(self, prepared: Preparation, unfinished: UnfinishedConversion, processes: Processes) -> None:
+        self.asked, self.prepared, self.unfinished, self.stages = prepared.asked, prepared, unfinished, Stages()
+        with self.stages.stage("load"):
+            self.source, self.wrapper = prepared.load(unfinished.folder)
+        if self.asked.export_format == "gguf":
+            file_type_of(self.source.dtype)
+        weights = parameter_bytes(self.source)
+        check_space(unfinished.output, max(0, weights - unfinished.bytes))
+        self.run = prepared.run(self.source, unfinished, processes)
+        method, windows = prepared.transformation, prepared.texts.windows
+        tokens = method.calibration if method.needs_calibration else None
+        self.predicted_bytes = conversion_memory(
+            prepared.config,
+            weights,
+            tokens.numel() if isinstance(tokens, torch.Tensor) else 0,
+            0 if windows is None else windows.numel(),
+            any(parameter.is_meta for parameter in self.source.parameters()),
+        )
+        # Generating with weights that lie on the disk takes too long.
+        speaks = prepared.tokenizer is not None and weights < psutil.virtual_memory().available
+        self.questions = prompts(prepared.tokenizer, prepared.config.vocab_size) if speaks else []
+        self.few = torch.randint(prepared.config.vocab_size, (1, CACHE_PROBE_TOKENS))
+
+    def announcement(self) -> str:
+        """Return a few lines that say what will be done."""
+        return announcement(self.prepared, self.source, self.predicted_bytes)
+
+    def measure_source(self) -> None:
+        """Measure what the result will be compared with: bytes of the cache, answers, and logits where they stay."""
+        with self.stages.stage("measure the source"), reading_weights():
+            self.source_bytes = bytes_per_token(self.source, self.few)
+            self.said = answers(self.source, self.questions)
+            exact = self.prepared.transformation.preserves_computation
+            self.reference = reference_logits(self.source) if exact else None
+
+    def convert(self) -> None:
+        """Convert layer after layer, and write each one to the folder of what is unfinished."""
+        with self.stages.stage("convert"):
+            for layer, attention in self.run.steps():
+                self.unfinished.write_layer(self.run, layer, attention)
+
+    def write_weights(self, partial: Path) -> Any:
+        """Write the converted model, and return it as it loads, verified.
+
+        Args:
+            partial: The folder of the result. A model that is written in another form lies beside it.
+        """
+        native = self.asked.export_format is None and self.wrapper is None
+        place = partial if native else self.unfinished.folder / "converted"
+        with self.stages.stage("write"):
+            write_model(self.run, self.unfinished, place)
+        with self.stages.stage("verify"):
+            offload = self.unfinished.folder if native else None
+            converted = load_written(place, self.unfinished.output, self.asked.device, offload)
+            self.verification = verify(converted, self.reference)
+        return converted
+
+    def report(self, converted: Any) -> ConversionReport:
+        """Measure the converted model, and return the report."""
+        prepared, transformation = self.prepared, self.prepared.transformation
+        with self.stages.stage("measure the result"):
+            cached, before = bytes_per_token(converted, self.few), self.source_bytes
+            says = answers(converted, self.questions)  # in one batch, as those of the source
+            with reading_weights():
+                movement = measure_movement(self.source, converted, self.said) if self.said else None
+        geometry, itemsize = model_geometry(converted.spec, converted.config), converted.dtype.itemsize
+        perplexities = self.run.perplexities or (None, None)
+        report = ConversionReport(
+            model=self.asked.source.name,
+            method=self.asked.method,
+            options=transformation.options,
+            data=prepared.texts.data,
+            cache_numbers_per_token_per_layer=geometry.cache_numbers / len(geometry.layers),
+            cache_bytes_per_token=cached.live,
+            source_cache_bytes_per_token=before.live,
+            predicted_cache_bytes_per_token=geometry.cache_bytes(bits=8 * itemsize),
+            cache_bytes_per_token_in_16_bits=cached.in_16_bits,
+            source_cache_bytes_per_token_in_16_bits=before.in_16_bits,
+            cache_percent_of_source=100 * cached.in_16_bits / before.in_16_bits,
+            parameters_added=geometry.parameters_added,
+            perplexity_before=perplexities[0],
+            perplexity_after=perplexities[1],
+            conversion_seconds=self.unfinished.seconds,
+            predicted_memory_bytes=self.predicted_bytes,
+            peak_memory_bytes=self.stages.peak(),
+            dtype=str(converted.dtype).removeprefix("torch."),
+            seed=self.asked.seed,
+            layers=[_layer_report(layer, result) for layer, result in self.run.results.items()],
+            perplexity_text=None if prepared.texts.windows is None else prepared.texts.named,
+            written_as="wrapper" if prepared.wrapped else self.asked.export_format or "native",
+            verification=asdict(self.verification),
+            break_even_tokens=break_even_tokens(geometry.parameters_added * itemsize, before.live - cached.live),
+            answers=None if movement is None else asdict(movement),
+            sample=self._sample(says) if says else None,
+            stages=self.stages.done,
+            **origin_of(self.asked.source),  # type: ignore[arg-type]
+        )
+        return replace(report, quality_warning=quality_warning(report))
+
+    def _sample(self, says: list[Answer]) -> dict[str, str]:
+        """Return the first prompt, and what the source and the result say to it."""
+        source, result = (text_of(one[0], self.prepared.tokenizer) for one in (self.said, says))
+        return {"prompt": self.said[0].prompt, "source": source, "result": result}
+
+    def write_form(self, converted: Any, report: ConversionReport, partial: Path) -> None:
+        """Write the result as an export or a wrapper if it is to be one, its tokenizer, its card and its report."""
+        source, form, name = self.asked.source, self.asked.export_format, self.unfinished.output.name
+        card = model_card(report, name, source.metadata(), wrapped=self.prepared.wrapped)
+        if form is not None:
+            exported, export_report = exported_model(source.name, converted, form, pad=True)
+            write_export(exported, form, partial, name, self.prepared.tokenizer)
+            export_report.write(partial)
+            card = with_section(card, export_card(export_report))
+        elif self.prepared.tokenizer is not None:
+            self.prepared.tokenizer.save_pretrained(partial)
+        if self.wrapper is not None:
+            write_wrapped(source, self.wrapper, converted, partial, self.unfinished.output)
+        report.write(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def assist(
@@ -215,21 +252,11 @@ def assist(
     if asked.coded:
         assist_codec(asked, processes)
         return
-    prepared = prepare(asked)
+    prepared = Preparation(asked)
     with tempfile.TemporaryDirectory() as scratch:
-        source, _ = prepared.load(asked.dtype, asked.device, Path(scratch))
+        source, _ = prepared.load(Path(scratch))
         for _ in prepared.run(source, None, processes).steps():
             pass
-
-
-def readable_at_once(model: PreTrainedModel) -> bool:
-    """Return whether a model's weights fit into the memory that is free, so that generating with it is quick enough."""
-    return bool(weight_bytes(model) < psutil.virtual_memory().available)
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's weights, wherever they lie."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _layer_report(layer: int, result: Any) -> LayerReport:

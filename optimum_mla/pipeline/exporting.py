@@ -25,10 +25,10 @@ from optimum_mla.export.tensors import rotated_pairs
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.verify import reference_logits, verify
-from optimum_mla.models.family_table import family_of, is_converted
+from optimum_mla.models.family_table import family_of
 from optimum_mla.models.layers import model_geometry
-from optimum_mla.pipeline.checkpoint import not_converted
 from optimum_mla.pipeline.loading import carried_card
+from optimum_mla.pipeline.placement import parameter_bytes
 from optimum_mla.pipeline.run_settings import RunOptions, RunSettings
 from optimum_mla.report.cards import export_card, with_section
 from optimum_mla.report.schema import ExportReport
@@ -66,17 +66,20 @@ def exportable_options(format: str, method: str, options: dict[str, Any]) -> dic
     return {**needed, **options}
 
 
-def check_method(transformation: MLATransformation) -> None:
-    """Refuse a conversion whose layers could not be exported together.
+def check_conversion(format: str, transformation: MLATransformation, planned: PreTrainedConfig) -> None:
+    """Refuse a conversion whose result could not be exported, before any work.
 
     Raises:
-        UnsupportedModelError: Each layer would have rotary dims, or a query rank, of its own.
+        UnsupportedModelError: The format cannot express it, such as layers with rotary dims of their own.
     """
+    check_exportable(planned, pad=True)
     if getattr(transformation, "q_energy", None) is not None:
         reason = "with --q-energy each layer has a query rank of its own, DeepSeek's all have the same"
         raise refuse(reason, "Convert with --q-lora-rank.")
     if not transformation.same_rotary_dims:
         raise different_frequencies()
+    first = model_geometry(family_of(planned).spec, planned).layers[0]
+    check_planned(format, planned, transformation.rotary_pairs(first))
 
 
 def check_planned(
@@ -86,7 +89,7 @@ def check_planned(
     pad_to: tuple[int, int] | None = None,
     latent_norm: bool = False,
 ) -> None:
-    """Refuse an export by the shapes that it would have, before any work.
+    """Refuse an export by the shapes that it would have.
 
     Args:
         format: The format.
@@ -192,9 +195,7 @@ def export(
     sizes = asked.checked()
     checkpoint = asked.checkpoint(model)
     folder = check_output(output, {"model": model, "recover-data": asked.recover_data}, asked.overwrite)
-    config = checkpoint.config
-    if not is_converted(config):
-        raise not_converted(model, config)
+    config = checkpoint.converted_config()
     layers = model_geometry(family_of(config).spec, config).layers
     if asked.latent_norm:
         check_layers(layers)
@@ -213,8 +214,7 @@ def export(
         native, (before, after) = normed.model, normed.perplexities
     exported, report = exported_model(model, native, asked.format, asked.pad, sizes)
     report = replace(report, perplexity_without_norm=before, perplexity_with_norm=after)
-    weights = sum(p.numel() * p.element_size() for p in exported.parameters())
-    with atomic_folder(folder, weights, asked.overwrite) as partial:
+    with atomic_folder(folder, parameter_bytes(exported), asked.overwrite) as partial:
         write_export(exported, asked.format, partial, folder.name, tokenizer, asked.gguf_type)
         card = with_section(carried_card(model, partial, folder.name), export_card(report))
         report.write(partial)
@@ -225,15 +225,9 @@ def export(
 def write_export(
     exported: Any, format: str, folder: Path, name: str, tokenizer: Any, gguf_type: str | None = None
 ) -> None:
-    """Write an export and its tokenizer into a folder.
+    """Write an export and its tokenizer, if it has one, into a folder.
 
-    Args:
-        exported: What `exported_model` returned.
-        format: The format.
-        folder: The folder.
-        name: Name of the model.
-        tokenizer: The tokenizer, or None.
-        gguf_type: Type of the matrices in a GGUF file; None takes that of the model's dtype.
+    Matrices in a GGUF file have the type `gguf_type`, or that of the model's dtype.
     """
     if format == "gguf":
         of = gguf_type or file_type_of(exported.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from typing_extensions import Unpack
 
 from optimum_mla.convert.refit import moved_codec
@@ -25,10 +25,10 @@ from optimum_mla.measure.memory import PeakMemory
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.measure.verify import reference_logits, tolerance_of, verify
 from optimum_mla.models.coded import CodedGeneration
-from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, carried_card
+from optimum_mla.pipeline.placement import parameter_bytes
 from optimum_mla.pipeline.teacher import load_teacher, perplexity_of_source
-from optimum_mla.pipeline.training_plan import RUN_FILE, TrainingPlan, TrainingSettings, plan_training
+from optimum_mla.pipeline.training_plan import RUN_FILE, TrainingPlan, TrainingSettings, world
 from optimum_mla.recovery.as_used import check_prompt
 from optimum_mla.recovery.held_out import HeldOut
 from optimum_mla.recovery.parameters import ADAPTERS, full_state, parameter_counts, prepare
@@ -85,9 +85,7 @@ def finetune(
     Raises:
         MLAError: Bad input of any kind, or a loss that diverged before the first checkpoint; `output` is as it was.
     """
-    checkpoint = Checkpoint.of(model, settings.get("hub"))
-    recipe, training = recipe or Recipe(), dict(training or {})
-    run = Training(plan_training(checkpoint, output, train_data, recipe, training, texts, settings))
+    run = Training(TrainingPlan(model, output, train_data, recipe or Recipe(), training or {}, texts, settings))
     run.measure_source()
     trained = run.train()
     if trained is None:
@@ -117,7 +115,8 @@ class Training:
         self.student: Any = plan.checkpoint.load(self.precision, plan.place)
         if plan.coded:
             self._check_codec()
-        self.dtype = getattr(torch, plan.dtype) if plan.dtype != "auto" else dtype_of(plan.config, self.student)
+        own, asked = getattr(plan.config, "dtype", None) or self.student.dtype, plan.options.dtype
+        self.dtype = own if asked == "auto" else getattr(torch, asked)
         self.teacher: Any = None
         if plan.teacher is not None:
             self.teacher = load_teacher(plan.teacher, recipe, plan.config, plan.tokenizer, plan.place)
@@ -132,9 +131,9 @@ class Training:
                 f"model: the codec of {plan.checkpoint.name} does not load, or is of other weights. Fit one to these "
                 "weights by mla-calibrate --refit."
             )
-        check_prompt("sequence_length", plan.length, self.student.latent_codec.exact)
-        if plan.windows is not None:
-            check_prompt("eval_length", plan.windows.shape[1], self.student.latent_codec.exact)
+        check_prompt("sequence_length", plan.texts.length, self.student.latent_codec.exact)
+        if plan.texts.windows is not None:
+            check_prompt("eval_length", plan.texts.windows.shape[1], self.student.latent_codec.exact)
 
     def loss(self, model: Any, windows: Tensor) -> float:
         """Return the loss of a model on windows [N, L]: its log-perplexity, or as used its divergence, in nats."""
@@ -144,7 +143,7 @@ class Training:
 
     def measure_source(self) -> None:
         """Measure the model as it was given, and what it was converted from."""
-        plan, windows, source = self.plan, self.plan.windows, self.plan.source
+        plan, windows, source = self.plan, self.plan.texts.windows, self.plan.source
         if not self.leads or windows is None:
             return
         self.before = math.exp(self.loss(self.student, windows))
@@ -153,7 +152,7 @@ class Training:
         elif source is not None:
             # A quantized teacher's perplexity is not that of the source.
             exact = plan.teacher is not None and plan.recipe.teacher_bits == 16 and plan.teacher.is_same(source)
-            if exact or plan.text == "evaluation":  # It is not loaded for text that nobody asked to measure.
+            if exact or plan.texts.named == "evaluation":  # It is not loaded for text that nobody asked to measure.
                 loaded = self.teacher if exact else None
                 self.source_perplexity = perplexity_of_source(source, loaded, windows, plan.place)
 
@@ -174,13 +173,13 @@ class Training:
         peak = PeakMemory(self.student.device)
         peak.reset()
         held_out = None
-        if plan.keeps_best and plan.windows is not None:
+        if plan.keeps_best and plan.texts.windows is not None:
             start = None if self.before is None else math.log(self.before)
-            windows = plan.windows
+            windows = plan.texts.windows
             held_out = HeldOut(windows, lambda model: self.loss(model, windows), start)
         try:
             self.done = run_stages(
-                trainee, self.teacher, plan.rows, plan.tokenizer, plan.recipe, plan.chosen, work, held_out
+                trainee, self.teacher, plan.texts.rows, plan.tokenizer, plan.recipe, plan.chosen, work, held_out
             )
         except MLAError:
             if self.leads and not any(work.glob(CHECKPOINTS)):
@@ -192,25 +191,20 @@ class Training:
         return self._kept(trainee, whole) if self.leads else None
 
     def _kept(self, trainee: Any, whole: dict[str, Any] | None) -> Any:
-        """Return the model of the kept step.
-
-        Args:
-            trainee: The model after the last step.
-            whole: Its weights if it is sharded, or None.
-        """
+        """Return the model of the kept step: the one after the last step, or of its whole weights if it was sharded."""
         plan, done, place = self.plan, self.done, self.plan.place if whole is None else "cpu"
         if whole is not None:  # The other processes have returned, so nothing may be computed with the sharded one.
             trainee = self.prepared(plan.checkpoint.load(self.precision, "cpu"))
             trainee.load_state_dict(whole)
-        if plan.keeps_best and self.before is not None and plan.windows is not None and done.kept is None:
+        if plan.keeps_best and self.before is not None and plan.texts.windows is not None and done.kept is None:
             # No checkpoint was measured, as where none is saved or the first stage diverged.
-            done.held_out[done.steps] = self.loss(trainee, plan.windows)
+            done.held_out[done.steps] = self.loss(trainee, plan.texts.windows)
             done.kept = done.steps if done.held_out[done.steps] < math.log(self.before) else 0
         return self.prepared(plan.checkpoint.load(self.precision, place)) if done.kept == 0 else trainee
 
     def finish(self, trained: Any) -> RecoveryReport:
         """Merge and cast the trained model, check that this changed nothing, measure it, and return the report."""
-        plan, recipe, windows = self.plan, self.plan.recipe, self.plan.windows
+        plan, recipe, windows = self.plan, self.plan.recipe, self.plan.texts.windows
         # Merging and casting must not change what was trained.
         trained_dtype = torch.bfloat16 if quantized_by(plan.config) else trained.dtype
         # Rounding to 16 bits moves predictions as much as good codes do, so that both ends are measured before it.
@@ -225,15 +219,15 @@ class Training:
         elif windows is not None:
             after = math.exp(self.loss(self.final, windows))
         done, arguments = self.done, plan.arguments
-        per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * plan.world
+        per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * world()
         return RecoveryReport(
             model=plan.checkpoint.name,
             recipe=recipe.to_dict(),
             training={name: value for name, value in plan.chosen.items() if name != "output_dir"},
             teacher=None if plan.teacher is None else plan.teacher.name,
-            data=plan.data,
+            data=plan.texts.data,
             steps=done.steps,
-            tokens_seen=done.steps * per_step * plan.length if recipe.objective != "dpo" else done.pair_tokens,
+            tokens_seen=done.steps * per_step * plan.texts.length if recipe.objective != "dpo" else done.pair_tokens,
             trainable_parameters=self.counts[0],
             total_parameters=self.counts[1],
             trainable_percent=100 * self.counts[0] / self.counts[1],
@@ -248,7 +242,7 @@ class Training:
             dtype=str(self.dtype).removeprefix("torch."),
             seed=arguments.seed,
             verification=asdict(verification),
-            perplexity_text=None if windows is None else plan.text,
+            perplexity_text=None if windows is None else plan.texts.named,
             perplexities=[{"step": step, "perplexity": math.exp(loss)} for step, loss in done.held_out.items()],
             kept_step=done.kept,
             as_used=plan.coded,
@@ -260,8 +254,7 @@ class Training:
         verdict = recovery_verdict(report)
         if verdict.startswith("warning"):
             logger.warning(verdict)
-        weights = sum(p.numel() * p.element_size() for p in self.final.parameters())
-        with atomic_folder(plan.folder, weights, plan.overwrite) as partial:
+        with atomic_folder(plan.folder, parameter_bytes(self.final), plan.options.overwrite) as partial:
             self.final.save_pretrained(partial)
             if plan.tokenizer is not None:
                 plan.tokenizer.save_pretrained(partial)
@@ -291,8 +284,3 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-def dtype_of(config: PreTrainedConfig, model: PreTrainedModel) -> torch.dtype:
-    """Return the dtype that a checkpoint was saved in."""
-    return getattr(config, "dtype", None) or model.dtype

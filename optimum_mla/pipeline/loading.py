@@ -1,4 +1,4 @@
-"""Loads the models, tokenizers and texts of the commands. Bad input becomes an error that says what to do."""
+"""The texts of the commands, and the model cards that they take along."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from optimum_mla.calibrate import BUILT_IN_TEXT, built_in_windows, with_repeats
 from optimum_mla.calibrate.recall import DEFAULT_REPEATS
 from optimum_mla.calibrate.text import text_beginning, token_windows, window_length
 from optimum_mla.calibrate.windows import check_ids, check_tokens, split_for_report, windows_to_read
 from optimum_mla.core.number_checks import check_count
-from optimum_mla.report.cards import renamed, shown
+from optimum_mla.report.cards import name_without_folders, rename_card
 from optimum_mla.report.schema import CodecReport, ConversionReport, RecoveryReport
 
 logger = logging.getLogger(__name__)
@@ -55,6 +53,15 @@ class TextOptions:
     eval_samples: int = 128
     eval_length: int | None = None
 
+    @property
+    def need_tokenizer(self) -> bool:
+        """Return whether anything is to be read that is not token ids."""
+        return isinstance(self.calibration_data, str | Path) or self.eval_data is not None
+
+    def or_built_in(self) -> TextOptions:
+        """Return these texts with the built-in one as calibration data if none are given."""
+        return self if self.calibration_data is not None else replace(self, calibration_data=str(BUILT_IN_TEXT))
+
 
 NO_TEXTS = TextOptions()
 
@@ -83,7 +90,7 @@ def read_texts(
     if texts.eval_data is not None:
         evaluation = _windows(tokenizer, texts.eval_data, lengths["eval"], texts.eval_samples, "eval-data")
         check_ids(evaluation, config.get_text_config().vocab_size, "eval-data")
-        data["eval-data"] = _origin(texts.eval_data, evaluation)
+        data["eval-data"] = text_origin(texts.eval_data, evaluation)
     source = texts.calibration_data
     if source is not None:
         samples = texts.calibration_samples
@@ -95,10 +102,10 @@ def read_texts(
         if evaluation is None:
             calibration, evaluation = split_for_report(calibration, samples)
             if evaluation is not None:
-                data["held-back"] = _origin(source, evaluation)
+                data["held-back"] = text_origin(source, evaluation)
         start = 0 if tokenizer is None else len(text_beginning(tokenizer))
         calibration = with_repeats(calibration, texts.calibration_repeats, start)
-        data["calibration-data"] = {**_origin(source, calibration), "repeats": texts.calibration_repeats}
+        data["calibration-data"] = {**text_origin(source, calibration), "repeats": texts.calibration_repeats}
     return calibration, evaluation, data
 
 
@@ -109,7 +116,7 @@ def _windows(tokenizer: Any, source: Any, length: int, samples: int, field: str,
     return token_windows(tokenizer, source, length, samples, field, chats)
 
 
-def _origin(source: Any, windows: Tensor) -> dict[str, Any]:
+def text_origin(source: Any, windows: Tensor) -> dict[str, Any]:
     """Return what a report says of the windows [N, L] of a text."""
     name = str(source) if isinstance(source, str | Path) else "token ids"
     return {
@@ -121,23 +128,17 @@ def _origin(source: Any, windows: Tensor) -> dict[str, Any]:
 
 
 def carried_card(model: str, partial: Path, name: str) -> str:
-    """Take the reports along that lie in a model's folder, and return its model card for the folder of the result.
-
-    Args:
-        model: The model, as a hub id or a folder.
-        partial: The folder that is being written.
-        name: The name that it will have.
-    """
+    """Take the reports along that lie in a model's folder, and return its model card under another name."""
     source = Path(model)
     for report in (ConversionReport.file_name, CodecReport.file_name, RecoveryReport.file_name):
         if (source / report).is_file():
             shutil.copy(source / report, partial)
     card = source / "README.md"
     if not card.is_file():
-        return f"# {name}\n\nMade from `{shown(model)}`.\n"
+        return f"# {name}\n\nMade from `{name_without_folders(model)}`.\n"
     try:
         text = card.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         logger.warning("warning: %s is not UTF-8 (byte %d); the copy marks what cannot be read.", card, error.start)
         text = card.read_text(encoding="utf-8", errors="replace")
-    return renamed(text, name)
+    return rename_card(text, name)

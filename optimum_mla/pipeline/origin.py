@@ -1,22 +1,41 @@
-"""Finds the model that a conversion started from: `conversion_report.json` records it, and its config is checked."""
+"""Where a model is from: what a report records of it, and how it is found again, with a check of its config."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+from transformers.utils.hub import extract_commit_hash
+
 from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.pipeline.checkpoint import Checkpoint, config_sha256
+from optimum_mla.io.reading import local_folder
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.report.schema import CodecReport, ConversionReport
+
+CONFIG_FILES = ("config.json", "adapter_config.json")
+"""Files that say what model a folder holds; the first one that is there is hashed."""
+
+
+def origin_of(model: Checkpoint) -> dict[str, str | None]:
+    """Return the fields of a report that tell where to find a model again, which has been loaded or downloaded."""
+    if model.folder is not None:
+        return {"source_folder": str(model.folder.resolve()), "source_config_sha256": config_sha256(model.folder)}
+    # The commit stays the same when the branch moves on. It is the name of the download's folder.
+    download = local_folder(model.location, model.hub)
+    commit = extract_commit_hash(f"{download}/config.json", None) if download is not None else None
+    return {"source_revision": commit or model.hub.get("revision")}
+
+
+def config_sha256(folder: Path) -> str | None:
+    """Return the SHA-256 of the config file in a folder, or None where there is none."""
+    for name in CONFIG_FILES:
+        if (folder / name).is_file():
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return None
 
 
 def named_model(option: str, location: str, revision: str | None, model: Checkpoint) -> Checkpoint:
-    """Return a model that the user named beside the command's own one.
-
-    Args:
-        option: The option that names it, for the error.
-        location: A hub id or a folder.
-        revision: Branch, tag or commit on the hub, or None.
-        model: The command's own model, with which it shares how it is loaded.
+    """Return a model that the user named by an option, which is loaded as the command's own model is.
 
     Raises:
         InvalidValueError: A revision is given for a folder, which has none.
@@ -58,10 +77,7 @@ def mismatch(source: Checkpoint) -> str | None:
 def source_of(model: Checkpoint, option: str, remedy: str) -> Checkpoint:
     """Return what a model was converted from, by the report in its folder.
 
-    Args:
-        model: The converted model.
-        option: The option that the source is the default of, for the error.
-        remedy: What to do about the error.
+    Errors name the option that it is the default of, and the remedy.
 
     Raises:
         InvalidValueError: There is no report, or what lies where it points is not known to be the source.

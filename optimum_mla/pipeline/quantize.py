@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from optimum_mla.cache import CacheSettings
@@ -63,54 +64,65 @@ def quantize(
         raise UnsupportedModelError(f"model: the weights of {model} are quantized. Name the unquantized model.")
     tokenizer = checkpoint.tokenizer(needed=texts.eval_data is not None)
     _, evaluation, data = read_texts(tokenizer, config, texts)
-
     loaded: Any = checkpoint.load(run.dtype, run.device)
-    context = min(LONGEST_PROBE, getattr(config, "max_position_embeddings", LONGEST_PROBE))
-    probe = torch.zeros(1, context, dtype=torch.long)
-    geometry = model_geometry(loaded.spec, loaded.config)
-    kind = loaded.dtype
-
-    def measured(model: Any) -> tuple[int, int, float | None, float]:
-        quality = None if evaluation is None else decoding_perplexity(model, evaluation, model.make_cache)
-        cache = filled_cache(model, probe, model.make_cache())
-        share = live_cache_bytes(cache, in_16_bits=True) / (2 * geometry.source_cache_numbers * context)
-        return live_cache_bytes(cache), weight_bytes(model), quality, 100 * share
-
-    before = measured(loaded)
+    probe = _Probe(loaded, evaluation)
     quantize_cache(loaded)
     if weights != "none":
-        config = loaded.config
-        del loaded
-        quantization = bitsandbytes_config(config, weights)
-        loaded = checkpoint.load(run.dtype, run.device, config=config, quantization_config=quantization)
+        how = {"config": loaded.config, "quantization_config": bitsandbytes_config(loaded.config, weights)}
+        del loaded  # Both together may find no room in memory.
+        loaded = checkpoint.load(run.dtype, run.device, **how)
     # Kernels for quantized weights round activations to 16 bits or fewer.
-    verification = verify(loaded, tolerance=tolerance_of(kind if weights == "none" else torch.bfloat16))
-    after = measured(loaded)
+    verification = verify(loaded, tolerance=tolerance_of(probe.dtype if weights == "none" else torch.bfloat16))
     report = QuantizationReport(
         model=model,
         cache=quantize_cache.settings.to_dict(),
         weights=weights,
-        context_tokens=context,
-        cache_bytes_before=before[0],
-        cache_bytes_after=after[0],
-        source_cache_bytes=geometry.source_cache_numbers * kind.itemsize * context,
-        cache_percent_before=before[3],
-        cache_percent_after=after[3],
-        weight_bytes_before=before[1],
-        weight_bytes_after=after[1],
+        **probe.report(loaded),
         data=data,
-        perplexity_before=before[2],
-        perplexity_after=after[2],
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory_bytes(),
-        dtype=str(kind).removeprefix("torch."),
         verification=asdict(verification),
     )
-    with atomic_folder(folder, after[1], run.overwrite) as partial:
+    with atomic_folder(folder, report.weight_bytes_after, run.overwrite) as partial:
         loaded.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        report.write(partial)
         card = with_section(carried_card(model, partial, folder.name), quantization_card(report))
+        report.write(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+class _Probe:
+    """Measures a model before and after it is quantized.
+
+    Args:
+        model: The model before, which is measured at once.
+        windows: Token ids, [N, L], on which the perplexity is measured, or None.
+    """
+
+    def __init__(self, model: Any, windows: Tensor | None) -> None:
+        self.windows, self.dtype = windows, model.dtype
+        self.tokens = min(LONGEST_PROBE, getattr(model.config, "max_position_embeddings", LONGEST_PROBE))
+        self.source_numbers = self.tokens * model_geometry(model.spec, model.config).source_cache_numbers
+        self.before = self._measure(model)
+
+    def _measure(self, model: Any) -> dict[str, Any]:
+        quality = None if self.windows is None else decoding_perplexity(model, self.windows, model.make_cache)
+        cache = filled_cache(model, torch.zeros(1, self.tokens, dtype=torch.long), model.make_cache())
+        return {
+            "cache_bytes": live_cache_bytes(cache),
+            "cache_percent": 100 * (live_cache_bytes(cache, in_16_bits=True) / (2 * self.source_numbers)),
+            "weight_bytes": weight_bytes(model),
+            "perplexity": quality,
+        }
+
+    def report(self, quantized: Any) -> dict[str, Any]:
+        """Return the measured fields of the report on a quantized model."""
+        return {
+            "context_tokens": self.tokens,
+            "source_cache_bytes": self.source_numbers * self.dtype.itemsize,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **{f"{name}_before": value for name, value in self.before.items()},
+            **{f"{name}_after": value for name, value in self._measure(quantized).items()},
+        }

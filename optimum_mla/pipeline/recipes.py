@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from optimum_mla.core.errors import InvalidValueError, OptionError, OutputError
-from optimum_mla.io.folder import KEPT, as_output_error, kept_folder, located
+from optimum_mla.io.folder import KEPT, as_output_error, kept_folder, resolve_output
 from optimum_mla.io.inputs import fingerprint
 from optimum_mla.io.journal import Journal
 
@@ -198,7 +198,7 @@ class RunRecord:
                 "Move it away, or replace it by mla-run with --overwrite."
             )
         start = Start(resume=False)
-        if step.command in KEPT and kept_folder(step.command, located(step.output)).is_dir():
+        if step.command in KEPT and kept_folder(step.command, resolve_output(step.output)).is_dir():
             # Where the record does not know of what options it is, the command itself finds out.
             if begun in (None, self._digest) and not self._overwrite:
                 start = Start(True, ", going on with what was kept of it")

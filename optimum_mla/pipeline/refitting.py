@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import DynamicCache
+from torch import Tensor
 from typing_extensions import Unpack
 
-from optimum_mla.calibrate import BUILT_IN_TEXT
 from optimum_mla.convert.refit import moved_codec, refit_codec
 from optimum_mla.core.errors import CalibrationDataError, OptionError, OutputError
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
 from optimum_mla.measure.codec_checks import codec_reference, verify_codec
-from optimum_mla.measure.quality import compare_decoding
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import with_codec, without_codec
 from optimum_mla.models.layer_source import reading_weights
-from optimum_mla.pipeline.coding import SCORED_AT_ONCE, SCORED_WINDOWS
+from optimum_mla.pipeline.checkpoint import Checkpoint
+from optimum_mla.pipeline.coding import compare_codes
 from optimum_mla.pipeline.loading import NO_TEXTS, TextOptions, read_texts
 from optimum_mla.pipeline.run_settings import RunOptions, RunSettings
 
@@ -69,43 +68,38 @@ def refit(
     folder = check_output(output, inputs, run.overwrite, (CODEC_FILE,), "codec")
     if (folder / "config.json").exists():
         raise OutputError(f"output: {folder} holds a model, and a codec alone would replace it. Choose another folder.")
-    if texts.chat_template and texts.calibration_data is None:
-        raise OptionError("--chat-template is about calibration data. Give chats with --calibration-data.")
     old = ModelCodec.load(codec)
-    config = checkpoint.source_config(quantized=True)
-    tokenizer = checkpoint.tokenizer(needed=True)
-    if texts.calibration_data is None:
-        texts = replace(texts, calibration_data=str(BUILT_IN_TEXT))
-    windows, left, _ = read_texts(tokenizer, config, texts)
-    if windows is None or left is None:
-        raise CalibrationDataError("calibration-data: too few windows to compare two codecs. Give more text.")
-    length = left.shape[1]
-    if not old.exact.coded(length - length // 2):
-        raise CalibrationDataError(
-            f"calibration_length: in windows of {length} tokens no prompt has codes to compare. Give longer ones."
-        )
+    windows, left = _windows(checkpoint, texts, old)
     with tempfile.TemporaryDirectory() as scratch:
         source: Any = without_codec(checkpoint.load(run.dtype, run.device, Path(scratch)))
         start = time.perf_counter()
         with reading_weights():
             codecs = [moved_codec(source, old), refit_codec(source, old, windows)]
             seconds = time.perf_counter() - start
-            scored, moved = left[:SCORED_WINDOWS], []
-            for one in codecs:
-                found = compare_decoding(
-                    source,
-                    lambda one=one: one.make_cache(source),  # type: ignore[misc]
-                    scored,
-                    scored.shape[1] // 2,
-                    source,
-                    lambda: DynamicCache(config=config),
-                    SCORED_AT_ONCE,
-                )
-                moved.append(found.kl or 0.0)
-            refitted = moved[1] < moved[0]
-            kept = codecs[refitted]
+            before, after = (compare_codes(source, one, source, left).kl or 0.0 for one in codecs)
+            kept = codecs[after < before]
             reference = codec_reference(source, kept)
             with atomic_folder(folder, overwrite=run.overwrite) as partial:
                 kept.save(partial)
                 verify_codec(with_codec(source, ModelCodec.load(partial)), kept, reference)
-    return Refit(moved[0], moved[1], refitted, seconds)
+    return Refit(before, after, after < before, seconds)
+
+
+def _windows(checkpoint: Checkpoint, texts: TextOptions, codec: ModelCodec) -> tuple[Tensor, Tensor]:
+    """Return the windows that a codec is fitted to, and those on which two are compared, [N, L] each.
+
+    Raises:
+        MLAError: The text cannot be read, or is too short for a comparison.
+    """
+    if texts.chat_template and texts.calibration_data is None:
+        raise OptionError("--chat-template is about calibration data. Give chats with --calibration-data.")
+    config = checkpoint.source_config(quantized=True)
+    windows, left, _ = read_texts(checkpoint.tokenizer(needed=True), config, texts.or_built_in())
+    if windows is None or left is None:
+        raise CalibrationDataError("calibration-data: too few windows to compare two codecs. Give more text.")
+    length = left.shape[1]
+    if not codec.exact.coded(length - length // 2):
+        raise CalibrationDataError(
+            f"calibration_length: in windows of {length} tokens no prompt has codes to compare. Give longer ones."
+        )
+    return windows, left

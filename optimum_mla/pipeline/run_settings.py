@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from optimum_mla.pipeline.checkpoint import Checkpoint, check_dtype
+from optimum_mla.pipeline.checkpoint import Checkpoint
+from optimum_mla.pipeline.placement import check_dtype
 
 
 class RunSettings(TypedDict, total=False):
@@ -35,13 +36,10 @@ class RunOptions:
     hub: dict[str, Any] | None = None
 
     def checkpoint(self, model: str) -> Checkpoint:
-        """Return a model's checkpoint.
-
-        Args:
-            model: A hub id or a folder.
+        """Return the checkpoint of a hub id or a folder.
 
         Raises:
-            MLAError: There is no such model, or no such dtype.
+            InvalidValueError: There is no such dtype.
         """
         found = Checkpoint.of(model, self.hub)
         check_dtype(self.dtype)

@@ -72,13 +72,9 @@ def load_teacher(
 def perplexity_of_source(
     source: Checkpoint, loaded: PreTrainedModel | None, windows: Tensor, place: str
 ) -> float | None:
-    """Return the source model's perplexity; None, and one line on standard error, where it cannot be measured.
+    """Return the source's perplexity on windows, [N, L]; None, and one line on standard error, where that fails.
 
-    Args:
-        source: What the report of the conversion names.
-        loaded: The source in full precision if it is in memory already, as the teacher.
-        windows: Token ids [windows, tokens].
-        place: Device to load it on.
+    It is loaded on the device `place`, unless it is in memory already in full precision, as the teacher.
     """
     if loaded is not None:
         return perplexity(loaded, windows)

@@ -15,12 +15,13 @@ from torch import Tensor
 from optimum_mla.convert.record import LayerResult, Record
 from optimum_mla.convert.run import Run
 from optimum_mla.core.errors import MLAError, OptionError, OutputError, UnreadableModelError, VerificationError
-from optimum_mla.io.folder import as_output_error, kept_folder, parents
-from optimum_mla.io.journal import Journal, as_kept, differing
+from optimum_mla.io.folder import as_output_error, kept_folder, make_parents
+from optimum_mla.io.journal import Journal, as_json, differing_names
 from optimum_mla.io.shards import data_bytes, place_shards, read_shard, sha256, write_shard
 from optimum_mla.models.classes import is_tied
 from optimum_mla.nn import LatentAttention
 from optimum_mla.pipeline.checkpoint import RESIDENT_BYTES
+from optimum_mla.pipeline.origin import origin_of
 from optimum_mla.pipeline.preparation import ConversionRequest
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Unfinished(Record):
     def __init__(self, output: Path, options: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.output, self.folder = output, kept_folder("mla-convert", output)
         self._start = time.monotonic()
-        self._above = parents(output)
+        self._above = make_parents(output)
         self._path, self._options = self.folder / "journal.jsonl", options
         entries = Journal(self._path).entries
         if resume and entries:
@@ -113,8 +114,8 @@ class Unfinished(Record):
         logger.warning("kept: %d %s. The same command with --resume goes on.", kept, self.unit)
 
     def _check_options(self, entries: dict[str, Any]) -> None:
-        there, here = entries.get("options", {}), as_kept(self._options)
-        names = differing(there, self._options)
+        there, here = entries.get("options", {}), as_json(self._options)
+        names = differing_names(there, self._options)
         if FAILED_CHECK in entries:
             for name in [name for name in names if name in VERSIONED]:
                 names.remove(name)
@@ -160,13 +161,7 @@ class Unfinished(Record):
         return read_shard(self.file(name))
 
     def keep_tensors(self, name: str, tensors: dict[str, Tensor], **said: Any) -> None:
-        """Keep tensors under a name.
-
-        Args:
-            name: A word and a number.
-            tensors: The tensors by their names.
-            **said: What else `known` then says of them.
-        """
+        """Keep tensors under a name, which is a word and a number, with what else `known` is to say of them."""
         with as_output_error(self.output):
             digest = write_shard(self.file(name), tensors)
         self.keep(name, {"sha256": digest, **said, "seconds": self.seconds + time.monotonic() - self._start})
@@ -204,13 +199,7 @@ class UnfinishedConversion(Unfinished):
         return self.file(f"layer {index}")
 
     def write_layer(self, run: Run, index: int, attention: LatentAttention | None) -> None:
-        """Write a layer of the converted model, unless it was kept already.
-
-        Args:
-            run: The conversion.
-            index: Index of the layer.
-            attention: Its new attention, or None if it keeps that of the source.
-        """
+        """Write a layer of the converted model with its new attention or its own, unless it was kept already."""
         spec = run.family.spec
         if self._whole(f"layer {index}"):
             return
@@ -225,20 +214,14 @@ class UnfinishedConversion(Unfinished):
 
 
 def made_from(asked: ConversionRequest, data: dict[str, dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
-    """Return all that the result of a conversion depends on, by name, as JSON can hold it.
-
-    Args:
-        asked: The request.
-        data: The origins of the texts.
-        options: The options of the method.
-    """
+    """Return all that the result of a conversion depends on, by name, as JSON can hold it."""
     source, files = asked.source, {}
     if source.folder is not None:
         kept = (path for path in sorted(source.folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES)
         files = {f"file {path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for path in kept}
     return {
         "model": source.name,
-        **source.origin(),
+        **origin_of(source),
         **files,
         **{name: version(name) for name in VERSIONED},
         **{name: getattr(asked, name) for name in ("method", "dtype", "device", "seed")},
@@ -258,14 +241,9 @@ def weights_outside_layers(run: Run) -> dict[str, Tensor]:
 
 
 def write_model(run: Run, unfinished: UnfinishedConversion, folder: Path) -> None:
-    """Write the converted model as a checkpoint: config, generation config, and the weights of all layers.
+    """Write the converted model, all of whose layers are kept, as a checkpoint into an empty folder.
 
     Models of at most `RESIDENT_BYTES` become a single file; others have a file for each layer.
-
-    Args:
-        run: The conversion, whose layers have been written.
-        unfinished: Where they are.
-        folder: The folder of the checkpoint, which is empty.
     """
     config = run.converted_config()
     config.tie_word_embeddings = is_tied(run.source.model)

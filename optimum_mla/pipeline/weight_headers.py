@@ -14,9 +14,6 @@ from optimum_mla.pipeline.checkpoint import Checkpoint
 def headers(checkpoint: Checkpoint) -> dict[str, tuple[str, list[int]]]:
     """Return the dtype (as safetensors names it) and the shape of every tensor of a checkpoint by the tensor's name.
 
-    Args:
-        checkpoint: The model.
-
     Raises:
         UnsupportedModelError: There are no safetensors files.
         UnreadableModelError: A safetensors file is broken.

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from optimum_mla.core.errors import OptionError
+
 OPTIMIZERS = ("adamw", "muon")
 """Names of optimizers; `adamw` stands for the one that `TrainingArguments.optim` names."""
 
@@ -51,6 +53,21 @@ class MuonAdamW(Optimizer):
         """Take loaded groups and states."""
         super().__setstate__(state)
         self._share()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            OptionError: It has another form, as in the checkpoints of older versions, or is of other parameters.
+        """
+        try:
+            super().load_state_dict(state_dict)
+        except (KeyError, ValueError) as error:
+            raise OptionError(
+                "--resume: the state of the optimizer muon in the checkpoint has another form than this version's, as "
+                "older versions of optimum-mla wrote it. Go on with the version that began the training, or start over "
+                "with --overwrite instead of --resume."
+            ) from error
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters."""

@@ -48,7 +48,7 @@ def model_card(report: ConversionReport | CodecReport, name: str, source: dict[s
     metadata["tags"] = TAGS
     values = {
         "metadata": yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
-        "model": report.model if report.source_folder is None else shown(report.model),
+        "model": name_without_folders(report.model),
         "version": report.versions["optimum-mla"],
     }
     if isinstance(report, CodecReport):
@@ -57,7 +57,7 @@ def model_card(report: ConversionReport | CodecReport, name: str, source: dict[s
     return fill("model_card.md", report=report, name=name, wrapped=wrapped, **values)
 
 
-def shown(name: str) -> str:
+def name_without_folders(name: str) -> str:
     """Return the name of a model or a text for a card: a hub id as it is, and a path without its folders.
 
     The path of a folder means nothing on another machine.
@@ -66,7 +66,7 @@ def shown(name: str) -> str:
     return path.resolve().name if path.exists() or path.is_absolute() else name
 
 
-def renamed(card: str, name: str) -> str:
+def rename_card(card: str, name: str) -> str:
     """Return a card under the name of another folder: its title, and what its example loads."""
     card = re.sub(r"(?m)^# .*$", lambda _: f"# {name}", card, count=1)
     return re.sub(r"from_pretrained\(([\"']).*?\1", lambda _: f'from_pretrained("{name}"', card)
@@ -99,8 +99,8 @@ def recovery_card(report: RecoveryReport) -> str:
         "recovery_section.md",
         report=report,
         train=TRAINED[report.recipe["train"]].format(projections=projections),
-        source=shown(report.data["train-data"]["source"]),
-        teacher=report.teacher and shown(report.teacher),
+        source=name_without_folders(report.data["train-data"]["source"]),
+        teacher=report.teacher and name_without_folders(report.teacher),
         verdict=recovery_verdict(report),
         table=recovery_table(report),
     )

@@ -19,7 +19,7 @@ WORDS = (
     {1: "closer to the source", 0: "as close to it within the error", -1: "further from it"},
     {1: "faster", 0: "as fast within the spread", -1: "slower"},
 )
-"""How the differences of `Place.beside` are said."""
+"""How the differences of `Place.compare_with` are said."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Place:
         who = "The source" if self.role == BASELINE else "The model"
         return who if self.cache == "default" else f"{who} with the cache {self.cache}"
 
-    def beside(self, other: Place) -> tuple[int, int | None, int | None]:
+    def compare_with(self, other: Place) -> tuple[int, int | None, int | None]:
         """Return the differences to another place in size, quality and speed.
 
         Each is 1 where this place is better, -1 where it is worse, and 0 where no difference is certain. Quality, which
@@ -55,9 +55,9 @@ class Place:
             speed = _sign(self.speed - other.speed, max(SAME_SPEED, self.spread, other.spread) * other.speed)
         return _sign(other.percent - self.percent, SAME_SIZE * other.percent), quality, speed
 
-    def ahead(self, other: Place) -> bool:
+    def is_preferable_to(self, other: Place) -> bool:
         """Return whether the difference in quality is known, something is better, and nothing is worse."""
-        found = self.beside(other)
+        found = self.compare_with(other)
         known = [value for value in found if value is not None]
         return found[1] is not None and max(known) > 0 and min(known) >= 0
 
@@ -93,7 +93,7 @@ def places(report: BenchmarkReport) -> list[Place]:
     return found
 
 
-def verdict(report: BenchmarkReport) -> str:
+def benchmark_verdict(report: BenchmarkReport) -> str:
     """Return a few sentences that compare the model with one cache of its source, or an empty text.
 
     The model's best place is the smallest cache of those to which no quantized cache of the source is preferable in all
@@ -106,14 +106,14 @@ def verdict(report: BenchmarkReport) -> str:
     theirs = [one for one in found if one.role == BASELINE and one is not whole]
     if whole is None or not own:
         return ""
-    standing = [one for one in own if not any(other.ahead(one) for other in theirs)]
+    standing = [one for one in own if not any(other.is_preferable_to(one) for other in theirs)]
     best = min(standing or own, key=lambda one: one.percent)
     text = f"{best.name} keeps {best.cost(whole)}."
     if not theirs:
         return text
-    preferable = [one for one in theirs if one.ahead(best)]
+    preferable = [one for one in theirs if one.is_preferable_to(best)]
     near = min(preferable or theirs, key=lambda one: (abs(one.percent - best.percent), one.perplexity))
-    differences = best.beside(near)
+    differences = best.compare_with(near)
     said = [(value, words[value]) for value, words in zip(differences, WORDS, strict=True) if value is not None]
     good, bad = [word for value, word in said if value >= 0], [word for value, word in said if value < 0]
     apart = " but ".join(", ".join(words) for words in (good, bad) if words)
@@ -122,7 +122,7 @@ def verdict(report: BenchmarkReport) -> str:
         return f"{text}. Quality is not compared: it needs more than one window and the same tokens."
     if preferable:
         return f"{text}: converting is not worth it."
-    if best.ahead(near):
+    if best.is_preferable_to(near):
         return f"{text}: converting is worth it."
     return f"{text}: neither is better in everything that was measured."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from optimum_mla.report.render import Table, cell, fill
+from optimum_mla.report.render import Table, cell, fill, span
 
 WIDE = {"float32": 2, "float64": 4}
 """Dtypes of more than 16 bits, and how many times as large their numbers are."""
@@ -67,7 +67,7 @@ def inspection_text(found: Inspection) -> str:
             cell(row.cache_numbers_per_token, ","),
             cell(row.cache_bytes_per_token, ",.0f"),
             cell(row.cache_percent_of_source, ".1f"),
-            " to ".join(f"{n:+,}" for n in dict.fromkeys((row.parameters_added, row.parameters_added_most))),
+            span((row.parameters_added or 0, row.parameters_added_most or 0), "+,"),
             "never" if row.break_even_tokens is None else f"{row.break_even_tokens:,}",
         )
         for row in found.choices

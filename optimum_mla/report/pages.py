@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from optimum_mla.report.comparison import break_even, verdict
+from optimum_mla.report.comparison import benchmark_verdict, break_even
 from optimum_mla.report.plots import benchmark_plots
 from optimum_mla.report.render import Table, cell, fill, size
 from optimum_mla.report.rows import BASELINE, BenchmarkReport
@@ -79,7 +79,9 @@ def _titled(reports: Named) -> list[tuple[str, BenchmarkReport]]:
 
 def _verdicts(reports: Named) -> list[str]:
     """Return the verdict and the break-even of each report that has them."""
-    found = [(title, text) for title, report in _titled(reports) for text in (verdict(report), break_even(report))]
+    found = [
+        (title, text) for title, report in _titled(reports) for text in (benchmark_verdict(report), break_even(report))
+    ]
     return [title + text for title, text in found if text]
 
 

@@ -49,9 +49,12 @@ def benchmark_plots(reports: Sequence[tuple[str, BenchmarkReport]]) -> dict[str,
     Returns:
         `<svg>` elements, whose text and axes have the `color` of the page, by their titles.
     """
-    qualities: Lines = defaultdict(list)
-    caches: Lines = defaultdict(list)
-    speeds: Lines = defaultdict(list)
+    drawn: dict[str, tuple[Lines, str, str]] = {
+        "Quality against cache": (defaultdict(list), "cache, bytes per token", "perplexity"),
+        "Cache against context": (defaultdict(list), CONTEXT, "cache, bytes"),
+        "Decoding against context": (defaultdict(list), CONTEXT, "decoding, tokens per second"),
+    }
+    qualities, caches, speeds = (lines for lines, *_ in drawn.values())
     for title, report in reports:
         batch = min(report.options["batch_sizes"])
         sizes = {row.key: row.cache_bytes_per_token for row in report.budget}
@@ -64,11 +67,6 @@ def benchmark_plots(reports: Sequence[tuple[str, BenchmarkReport]]) -> dict[str,
         for timed in report.speed:
             if timed.decode_tokens_per_second is not None and timed.batch_size == batch:
                 speeds[title + timed.name].append((timed.context_tokens, timed.decode_tokens_per_second))
-    drawn = {
-        "Quality against cache": (qualities, "cache, bytes per token", "perplexity"),
-        "Cache against context": (caches, CONTEXT, "cache, bytes"),
-        "Decoding against context": (speeds, CONTEXT, "decoding, tokens per second"),
-    }
     return {title: _svg(title, *what) for title, what in drawn.items() if len(_across(what[0])) > 1}
 
 

@@ -40,6 +40,11 @@ class Table:
     note: str = ""
     flagged: frozenset[int] = frozenset()
 
+    @classmethod
+    def of(cls, header: Sequence[str], *rows: tuple[Any, ...]) -> Table:
+        """Return a table of rows that each hold a label, the format of its values (see `cell`), and the values."""
+        return cls(header, [[label, *(cell(value, form) for value in values)] for label, form, *values in rows])
+
     def __str__(self) -> str:
         """Return the table for a terminal, with the first column left-aligned and the others right-aligned."""
         lines = [self.header, *self.rows]
@@ -56,10 +61,12 @@ def cell(value: Any, form: str = "") -> str:
     """Return a value as it is shown in a table, or `-` for one that was not measured.
 
     Args:
-        value: A number, a text or None.
+        value: A number, a text, which stays as it is, or None.
         form: Its format, such as `.2f`, or `bytes`; see `size`.
     """
-    return "-" if value is None else size(value) if form == "bytes" else f"{value:{form}}"
+    if value is None or isinstance(value, str):
+        return "-" if value is None else value
+    return size(value) if form == "bytes" else f"{value:{form}}"
 
 
 def size(value: float) -> str:
@@ -80,7 +87,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters["cell"] = cell
+    made.filters |= {"cell": cell, "span": span}
     return made
 
 
@@ -112,40 +119,19 @@ def summary_table(reports: Iterable[ConversionReport]) -> str:
 
 def choices(report: ConversionReport) -> str:
     """Return a few lines on what was chosen for the layers and why."""
-    layers, lines, first = report.layers, [], report.layers[0]
-    source, result = report.source_cache_bytes_per_token, report.cache_bytes_per_token
-    if (source, result) != report.shared_bytes:
-        own = f"in {report.dtype} the result takes {result:g} a token and the source {source:g}."
-        lines.append(f"bytes are those in 16 bits; {own}")
+    first = report.layers[0]
     form = first.rope_cache or first.attention_form
     form = "per head" if form == "cached" and first.num_rope_heads > 1 else form
-    lines.append(f"form: {form}; {FORM_RULES[form]}.")
-    if any(layer.rope_cache for layer in layers):
-        searched = not report.options.get("qk_rope_head_dim") and first.state_error is not None
-        why = ", chosen on the calibration text" if searched else ""
-        ranks, rotary = ([getattr(one, name) for one in layers] for name in ("kv_lora_rank", "qk_rope_head_dim"))
-        lines.append(f"latent {_span(ranks, 'g')}, rotary dims {_span(rotary, 'g')}{why}.")
-    before = [100 * layer.state_error for layer in layers if layer.state_error is not None]
-    after = [100 * layer.healed_error for layer in layers if layer.healed_error is not None]
-    if before:
-        healed = f"; refitted output projections make that {_span(after, '.2f')} %" if after else ""
-        lines.append(f"error in the hidden state, layer by layer: {_span(before, '.2f')} %{healed}.")
-    else:
-        lines.append("there were no calibration data; with them the same cache gives far better quality.")
-    if report.break_even_tokens:
-        lines.append(
-            f"{report.parameters_added:+,} parameters: with more than {report.break_even_tokens:,} tokens in the cache "
-            "the whole takes less memory than the source."
-        )
-    elif report.break_even_tokens is None:
-        lines.append(f"{report.parameters_added:+,} parameters, and no smaller cache that would make up for them.")
-    return "\n".join(lines)
+    before = [100 * layer.state_error for layer in report.layers if layer.state_error is not None]
+    after = [100 * layer.healed_error for layer in report.layers if layer.healed_error is not None]
+    values = {"form": form, "rule": FORM_RULES[form], "before": before, "after": after}
+    return fill("choices.txt", report=report, **values).rstrip()
 
 
-def _span(values: Sequence[float], form: str) -> str:
+def span(values: Iterable[float], form: str) -> str:
     """Return the lowest and the highest of several values as text, or one value if they are equal."""
-    low, high = min(values), max(values)
-    return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
+    found = list(values)
+    return " to ".join(f"{value:{form}}" for value in dict.fromkeys((min(found), max(found))))
 
 
 def sample_lines(report: ConversionReport) -> str:
@@ -156,32 +142,28 @@ def sample_lines(report: ConversionReport) -> str:
 
 def codec_table(report: CodecReport) -> Table:
     """Return the table that a run prints at its end, and the model card holds."""
-    before, after = report.source_bytes_per_token, report.coded_bytes_per_token
     stated = f"  % of a cache of {report.stated_tokens:,} tokens"
-    rows = [
-        ("bytes of an old token", cell(before, ","), cell(after, ",")),
-        (stated, "100.0", cell(report.percent_at_stated_tokens, ".1f")),
-        ("  % of long caches", "100.0", cell(report.percent_of_long_caches, ".1f")),
-        ("perplexity after a prompt", cell(report.perplexity_before, ".3f"), cell(report.perplexity_after, ".3f")),
-        ("divergence, nats", "0", cell(report.divergence_nats, ".4f")),
-        ("same first guess, %", "100.0", cell(report.same_guess_percent, ".1f")),
-    ]
-    return Table(("", "source", "coded"), rows)
+    return Table.of(
+        ("", "source", "coded"),
+        ("bytes of an old token", ",", report.source_bytes_per_token, report.coded_bytes_per_token),
+        (stated, ".1f", 100.0, report.percent_at_stated_tokens),
+        ("  % of long caches", ".1f", 100.0, report.percent_of_long_caches),
+        ("perplexity after a prompt", ".3f", report.perplexity_before, report.perplexity_after),
+        ("divergence, nats", ".4f", "0", report.divergence_nats),
+        ("same first guess, %", ".1f", 100.0, report.same_guess_percent),
+    )
 
 
 def quantization_table(report: QuantizationReport) -> Table:
     """Return the table that `mla-quantize` prints at its end."""
-    cached = report.cache_bytes_before / 1e6, report.cache_bytes_after / 1e6
-    weights = report.weight_bytes_before / 1e6, report.weight_bytes_after / 1e6
-    percents = report.cache_percent_before, report.cache_percent_after
-    perplexities = report.perplexity_before, report.perplexity_after
-    rows = [
-        (f"cache of {report.context_tokens} tokens in {report.dtype}, MB", *(cell(one, ".3f") for one in cached)),
-        ("  % of the source model's, in 16 bits", *(cell(one, ".1f") for one in percents)),
-        ("weights, MB", *(cell(one, ".2f") for one in weights)),
-        ("perplexity, token by token", *(cell(one, ".3f") for one in perplexities)),
-    ]
-    return Table(("", "before", "after"), rows)
+    cache = f"cache of {report.context_tokens} tokens in {report.dtype}, MB"
+    return Table.of(
+        ("", "before", "after"),
+        (cache, ".3f", report.cache_bytes_before / 1e6, report.cache_bytes_after / 1e6),
+        ("  % of the source model's, in 16 bits", ".1f", report.cache_percent_before, report.cache_percent_after),
+        ("weights, MB", ".2f", report.weight_bytes_before / 1e6, report.weight_bytes_after / 1e6),
+        ("perplexity, token by token", ".3f", report.perplexity_before, report.perplexity_after),
+    )
 
 
 def divergence(perplexity: float | None) -> float | None:
@@ -189,7 +171,7 @@ def divergence(perplexity: float | None) -> float | None:
     return None if perplexity is None else math.log(perplexity)
 
 
-def closed(report: RecoveryReport) -> float | None:
+def closed_share(report: RecoveryReport) -> float | None:
     """Return the share of the excess log-perplexity over the source that a training closed; None if not measured."""
     source, converted, recovered = report.perplexity_source, report.perplexity_converted, report.perplexity_recovered
     if source is None or converted is None or recovered is None or converted <= source:
@@ -199,41 +181,43 @@ def closed(report: RecoveryReport) -> float | None:
 
 def recovery_table(report: RecoveryReport) -> Table:
     """Return the table that `mla-finetune` prints at its end."""
-    share = closed(report)
-    closed_percent = cell(None if share is None else 100 * share, ".1f")
+    share = closed_share(report)
+    percent = None if share is None else 100 * share
+    before, after = report.perplexity_converted, report.perplexity_recovered
     if report.as_used:
-        rows = [
-            ("divergence from the teacher before, nats", cell(divergence(report.perplexity_converted), ".4f")),
-            ("  after", cell(divergence(report.perplexity_recovered), ".4f")),
-            ("divergence closed, %", closed_percent),
+        quality: list[tuple[Any, ...]] = [
+            ("divergence from the teacher before, nats", ".4f", divergence(before)),
+            ("  after", ".4f", divergence(after)),
+            ("divergence closed, %", ".1f", percent),
         ]
     else:
-        rows = [
-            ("perplexity of the source model", cell(report.perplexity_source, ".3f")),
-            ("  converted", cell(report.perplexity_converted, ".3f")),
-            ("  recovered", cell(report.perplexity_recovered, ".3f")),
-            ("excess log-perplexity closed, %", closed_percent),
+        quality = [
+            ("perplexity of the source model", ".3f", report.perplexity_source),
+            ("  converted", ".3f", before),
+            ("  recovered", ".3f", after),
+            ("excess log-perplexity closed, %", ".1f", percent),
         ]
-    rows += [
-        ("tokens seen", f"{report.tokens_seen:,}"),
-        ("parameters trained", f"{report.trainable_parameters:,} ({report.trainable_percent:.1f} %)"),
-        ("seconds", f"{report.seconds:.1f}"),
-        ("peak MB", f"{report.peak_memory_bytes / 1e6:.0f}"),
-    ]
-    return Table(("", f"{report.recipe['objective']}, {report.recipe['train']}"), rows)
+    return Table.of(
+        ("", f"{report.recipe['objective']}, {report.recipe['train']}"),
+        *quality,
+        ("tokens seen", ",", report.tokens_seen),
+        ("parameters trained", "", f"{report.trainable_parameters:,} ({report.trainable_percent:.1f} %)"),
+        ("seconds", ".1f", report.seconds),
+        ("peak MB", ".0f", report.peak_memory_bytes / 1e6),
+    )
 
 
 def export_table(report: ExportReport) -> Table:
     """Return the table that an export prints at its end."""
-    rows = [
-        ("latent, rotary dims", f"{report.kv_lora_rank} + {report.qk_rope_head_dim}"),
-        ("query latent", cell(report.q_lora_rank)),
-        ("cache, numbers per token", f"{report.cache_numbers_per_token:,}"),
-        ("parameters more than converted", f"{report.parameters_added:+,}"),
-        (f"largest logit difference, {report.dtype}", f"{report.largest_logit_difference:.2g}"),
-        ("  largest logit", f"{report.largest_logit:.2g}"),
+    rows: list[tuple[Any, ...]] = [
+        ("latent, rotary dims", "", f"{report.kv_lora_rank} + {report.qk_rope_head_dim}"),
+        ("query latent", "", report.q_lora_rank),
+        ("cache, numbers per token", ",", report.cache_numbers_per_token),
+        ("parameters more than converted", "+,", report.parameters_added),
+        (f"largest logit difference, {report.dtype}", ".2g", report.largest_logit_difference),
+        ("  largest logit", ".2g", report.largest_logit),
     ]
     if report.perplexity_with_norm is not None:
-        rows.append(("perplexity without latent norms", cell(report.perplexity_without_norm, ".2f")))
-        rows.append(("  with latent norms", cell(report.perplexity_with_norm, ".2f")))
-    return Table(("", report.format), rows)
+        rows.append(("perplexity without latent norms", ".2f", report.perplexity_without_norm))
+        rows.append(("  with latent norms", ".2f", report.perplexity_with_norm))
+    return Table.of(("", report.format), *rows)

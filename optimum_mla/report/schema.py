@@ -38,7 +38,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def checked(kind: Any, value: Any, place: str = "") -> Any:
+def check_value(kind: Any, value: Any, place: str = "") -> Any:
     """Return a value from JSON as the type of a field, with dataclasses in the place of objects.
 
     Fields that the dataclass does not have are passed over, as reports of newer versions may say more, and those that
@@ -54,20 +54,20 @@ def checked(kind: Any, value: Any, place: str = "") -> Any:
     """
     plain, inner = get_origin(kind) or kind, get_args(kind)
     if NoneType in inner:
-        return None if value is None else checked(inner[0], value, place)
+        return None if value is None else check_value(inner[0], value, place)
     if is_dataclass(kind) and isinstance(value, dict):
         hints, found = get_type_hints(kind), {}
         for one in fields(kind):
             name = f"{place}.{one.name}" if place else one.name
             if one.name in value:
-                found[one.name] = checked(hints[one.name], value[one.name], name)
+                found[one.name] = check_value(hints[one.name], value[one.name], name)
             elif one.default is MISSING and one.default_factory is MISSING:
                 raise ReportError(f"the field {name} is missing")
         return kind(**found)  # type: ignore[operator]
     if plain is list and isinstance(value, list):
-        return [checked(inner[0], item, f"{place}[{index}]") for index, item in enumerate(value)]
+        return [check_value(inner[0], item, f"{place}[{index}]") for index, item in enumerate(value)]
     if plain is dict and isinstance(value, dict):
-        return {name: checked(inner[1], item, f"{place}.{name}") for name, item in value.items()}
+        return {name: check_value(inner[1], item, f"{place}.{name}") for name, item in value.items()}
     # JSON does not tell 64.0 from 64, and Python counts True as 1.
     wanted = (int, float) if plain is float else plain
     if plain is Any or (isinstance(value, wanted) and (plain is bool or not isinstance(value, bool))):
@@ -100,7 +100,7 @@ class Report:
         """
         path = Path(folder) / cls.file_name
         try:
-            return checked(cls, json.loads(path.read_text(encoding="utf-8")))
+            return check_value(cls, json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
             why = str(error) if isinstance(error, ReportError) else "it is not JSON in UTF-8"
             why = error.strerror or why if isinstance(error, OSError) else why

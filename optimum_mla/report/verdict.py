@@ -64,7 +64,7 @@ def _judgement(report: ConversionReport, level: int) -> str:
     return JUDGEMENTS[level].format(remedy=REMEDIES.get(report.written_as, REMEDIES["export"]))
 
 
-def verdict(report: ConversionReport | CodecReport) -> str:
+def conversion_verdict(report: ConversionReport | CodecReport) -> str:
     """Return a few sentences that say what a conversion saved and what it cost, by the worst of its measures."""
     if isinstance(report, CodecReport):
         return codec_verdict(report)
@@ -112,16 +112,18 @@ def next_command(report: ConversionReport | CodecReport, output: str) -> str | N
         output: The folder of the result.
     """
     folder = shlex.quote(output.rstrip("/"))
-    if report.written_as == "codec":
-        return f"load it in Python by optimum_mla.load_codec(model, {output!r}), as its README.md shows."
-    if report.written_as == "gguf":
-        return f"llama-cli -m {folder}/*.gguf"
+    source = shlex.quote(report.model)
+    measure = f"optimum-cli mla-benchmark -m {folder} --baseline {source} --eval-data TEXT {folder}-report"
+    if isinstance(report, CodecReport):
+        alone = f"load it in Python by optimum_mla.load_codec(model, {output!r}), as its README.md shows."
+        return alone if report.written_as == "codec" else measure
     if report.written_as == "wrapper":
         return None
-    found = costs(report) if isinstance(report, ConversionReport) else []
-    if not found or report.written_as != "native":
-        source = shlex.quote(report.model)
-        return f"optimum-cli mla-benchmark -m {folder} --baseline {source} --eval-data TEXT {folder}-report"
+    if report.written_as == "gguf":
+        return f"llama-cli -m {folder}/*.gguf"
+    found = costs(report)
+    if report.written_as != "native" or not found:
+        return measure
     if max(found)[0] > NOTHING:
         return f"optimum-cli mla-finetune -m {folder} --train-data TEXT --merge {folder}-recovered"
     return f"optimum-cli mla-quantize -m {folder} --cache-bits 4 {folder}-int4"

@@ -215,7 +215,7 @@ def expected_bytes(layer: LatentLayer, batch: int, backend: str, bits: int, rope
     """Of a 16-bit layer, from the shapes alone."""
     geometry = layer.geometry
     latent, second = widths(geometry)
-    scales = geometry.scale_numbers
+    scales = geometry.cached_key_factors
 
     def token_bits(width: int, at: int) -> int:
         if at == 16 or not width:
@@ -348,7 +348,7 @@ def test_what_is_quantized_and_what_is_not(backend: str) -> None:
         held_first, held_second = dense(layer)
         assert (held_first - first[:, 0]).abs().max() < 0.3
         assert not second.numel() or (held_second - second[:, 0]).abs().max() < 0.3
-        scales = second.shape[-1] - geometry.scale_numbers
+        scales = second.shape[-1] - geometry.cached_key_factors
         same = held_second == second[:, 0]
         return torch.equal(held_first, first[:, 0]), bool(same[..., :scales].all()), bool(same[..., scales:].all())
 

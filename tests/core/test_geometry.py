@@ -184,7 +184,7 @@ def test_source_with_biases_and_norms_by_hand() -> None:
 
 def test_decoupled_by_hand() -> None:
     assert DECOUPLED.qk_head_dim == 16
-    assert DECOUPLED.rope_numbers == 2 * 4
+    assert DECOUPLED.cached_width(1) == 2 * 4
     assert DECOUPLED.cache_numbers == 20 + 8
     assert DECOUPLED.cache_ratio == 28 / 64
     # q 64·64, down 20·64, rotary key 8·64, up 20·2·(12 + 16), o 64·64

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from optimum_mla.core.errors import OutputError
-from optimum_mla.io.claim import claimed, claims_output, lock_file
+from optimum_mla.io.claim import claims_output, hold_claim, lock_file
 
 HOLDING = """
 import sys, time
 from pathlib import Path
-from optimum_mla.io.claim import claimed
-with claimed(Path(sys.argv[1])):
+from optimum_mla.io.claim import hold_claim
+with hold_claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -53,7 +53,7 @@ def test_the_second_process_is_refused_until_the_first_dies(other: subprocess.Po
 
 def test_a_claim_ends_with_its_block(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), claimed(tmp_path):
+        with pytest.raises(ZeroDivisionError), hold_claim(tmp_path):
             raise ZeroDivisionError
     assert lock_file(tmp_path) != lock_file(tmp_path / "out")
 

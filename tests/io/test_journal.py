@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_mla.core.errors import OutputError
-from optimum_mla.io.journal import Journal, differing
+from optimum_mla.io.journal import Journal, differing_names
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -93,10 +93,10 @@ def test_a_journal_is_read_up_to_its_first_damaged_line_which_is_said(
 def test_a_value_equals_what_a_journal_kept_of_it(given: Any, other: Any, tmp_path: Path) -> None:
     Journal(tmp_path / "journal.jsonl").add("options", {"one": given, "same": 1})
     kept = Journal(tmp_path / "journal.jsonl").entries["options"]
-    assert differing(kept, {"one": given, "same": 1}) == []
-    assert differing(kept, {"one": kept["one"], "same": 1.0}) == []
-    assert differing(kept, {"one": other, "same": 1}) == ["one"]
-    assert differing(kept, {"more": 0, "one": given}) == ["more", "same"]
+    assert differing_names(kept, {"one": given, "same": 1}) == []
+    assert differing_names(kept, {"one": kept["one"], "same": 1.0}) == []
+    assert differing_names(kept, {"one": other, "same": 1}) == ["one"]
+    assert differing_names(kept, {"more": 0, "one": given}) == ["more", "same"]
 
 
 def test_a_file_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:

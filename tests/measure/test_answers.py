@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_mla import GQA2MLA
-from optimum_mla.measure.answers import BEGINNINGS, NEW_TOKENS, QUESTIONS, answers, moved, prompts, text_of
+from optimum_mla.measure.answers import BEGINNINGS, NEW_TOKENS, QUESTIONS, answers, measure_movement, prompts, text_of
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}!{% endif %}"
@@ -73,7 +73,7 @@ def test_a_template_that_does_not_render_and_tokens_without_embeddings_stop_noth
 def test_movement_is_that_of_the_predictions_of_the_answers_tokens(model: PreTrainedModel) -> None:
     said = answers(model, prompts(TOKENIZER, len(TOKENIZER)))
     model.eval()
-    none = moved(model, model, said)
+    none = measure_movement(model, model, said)
     assert (none.divergence_nats, none.same_guess_percent) == (pytest.approx(0, abs=1e-7), 100.0)
     other = GQA2MLA(kv_cache_ratio=0.5)(copy.deepcopy(model))
     divergence, same, count = 0.0, 0, 0
@@ -85,7 +85,7 @@ def test_movement_is_that_of_the_predictions_of_the_answers_tokens(model: PreTra
             divergence += float((p.exp() * (p - q)).sum())
             same += int(p.argmax() == q.argmax())
             count += 1
-    measured = moved(model, other, said)
+    measured = measure_movement(model, other, said)
     assert measured.tokens == count == none.tokens
     assert measured.divergence_nats == pytest.approx(divergence / count, rel=1e-4)
     assert measured.same_guess_percent == pytest.approx(100 * same / count)

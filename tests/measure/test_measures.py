@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from optimum_mla import MHA2MLA
-from optimum_mla.measure.memory import live_cache_bytes, measured_cache_bytes_per_token, peak_memory_bytes
+from optimum_mla.measure.memory import bytes_per_token, live_cache_bytes, peak_memory_bytes
 from optimum_mla.measure.quality import perplexity
 from optimum_mla.report.render import Table
 from tests.cases import source_model, token_ids
@@ -49,7 +49,7 @@ def test_live_bytes_count_whole_storages_once() -> None:
     assert live_cache_bytes(cache) == 2 * 10 * 3 * 2 * 2 * 16 * 4  # rows, tokens, layers, k and v, heads, dims, bytes
     cache.crop(-4)  # a view: the storage behind it stays whole
     assert live_cache_bytes(cache) == 2 * 10 * 3 * 2 * 2 * 16 * 4
-    assert measured_cache_bytes_per_token(source, token_ids(1, 8)) == 3 * 2 * 2 * 16 * 4
+    assert bytes_per_token(source, token_ids(1, 8)).live == 3 * 2 * 2 * 16 * 4
 
 
 def test_no_full_size_key_or_value_is_alive_after_a_step() -> None:

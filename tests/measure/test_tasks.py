@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from optimum_mla import XEcoMLA
 from optimum_mla.core.errors import InvalidValueError
 from optimum_mla.measure.tasks import evaluate_tasks, task_manager
-from optimum_mla.pipeline import cells
+from optimum_mla.pipeline.benchmarking import cells
 from optimum_mla.report.pages import markdown
 from tests.report.test_pages import report
 
@@ -86,8 +86,9 @@ def test_tasks_are_answered_through_the_models_own_cache(model: PreTrainedModel,
 def test_a_cell_gives_the_rows_of_each_task(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(tmp_path)
-    request = {"name": str(tmp_path), "tasks": ["go_on"], "tasks_path": str(folder), "batch": 1, "limit": 1}
-    found = cells.answer("tasks", {**request, "dtype": "auto", "device": "cpu", "hub": {}})
+    model_there = {"location": str(tmp_path), "dtype": "auto", "device": "cpu", "hub": {}}
+    request = {"tasks": ["go_on"], "tasks_path": str(folder), "batch": 1, "limit": 1}
+    found = cells.answer("tasks", {"model": model_there, **request})
     assert json.loads(json.dumps(found["rows"])) == [["go_on", "exact_match", 1.0, None]]
 
 

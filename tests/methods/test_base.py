@@ -11,7 +11,7 @@ from optimum.fx.optimization import Transformation
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA, compose
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import CorruptWeightsError, InvalidValueError, UnsupportedModelError
-from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.memory import bytes_per_token
 from tests.cases import FAMILIES, METHODS, SIZES, source_model, token_ids
 
 
@@ -30,7 +30,7 @@ def test_every_method_converts_every_family(family: str, method: str) -> None:
     assert all(torch.equal(before[name], parameter) for name, parameter in source.state_dict().items())
     assert converted.num_parameters() - source.num_parameters() == converted.geometry.parameters_added
     probe = ids[:1, :4]
-    assert measured_cache_bytes_per_token(converted, probe) == converted.geometry.cache_bytes(bits=32)
+    assert bytes_per_token(converted, probe).live == converted.geometry.cache_bytes(bits=32)
     with torch.no_grad():
         logits = converted(ids).logits
     assert logits.isfinite().all()

@@ -10,7 +10,7 @@ from optimum_mla import MHA2MLA, MLATransformation
 from optimum_mla.calibrate.layer import LayerCalibration
 from optimum_mla.calibrate.walk import CalibrationWalk
 from optimum_mla.core.errors import InvalidValueError
-from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.models.layer_source import LayerSource
 from tests.cases import FAMILIES, source_model, token_ids
 from tests.methods.oracle import RotatedPair, Weights, naive_model, truncated, whole_pairs
@@ -132,9 +132,9 @@ def test_measuring_leaves_no_hook_and_the_mode_as_it_was() -> None:
 def test_live_cache_and_parameters_are_the_geometrys(family: str, transformation: MLATransformation) -> None:
     source = source_model(family, sliding_window=None) if "window" in family else source_model(family)
     before = source.num_parameters()
-    source_bytes = measured_cache_bytes_per_token(source, token_ids(1, 20))
+    source_bytes = bytes_per_token(source, token_ids(1, 20)).live
     converted = transformation(source)
-    after = measured_cache_bytes_per_token(converted, token_ids(1, 20))
+    after = bytes_per_token(converted, token_ids(1, 20)).live
     assert after == converted.geometry.cache_bytes(bits=32)
     assert converted.num_parameters() - before == converted.geometry.parameters_added
     if transformation.budget.kv_cache_ratio and transformation.d_kv is None:

@@ -14,7 +14,7 @@ from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.calibrate.text import token_windows
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import CalibrationDataError, InvalidValueError
-from optimum_mla.measure.memory import measured_cache_bytes_per_token
+from optimum_mla.measure.memory import bytes_per_token
 from optimum_mla.measure.quality import perplexity
 from tests.cases import FAMILIES, SIZES, source_model, token_ids
 
@@ -73,9 +73,9 @@ def test_full_with_one_latent_is_the_source_at_full_rank(family: str) -> None:
 @pytest.mark.parametrize("form", [{"rope_cache": "rebuilt"}, {"rope_cache": "cached"}, {"positional": "full"}])
 def test_cache_parameters_and_decoding(family: str, form: dict[str, str]) -> None:
     source = source_model(family)
-    before, source_bytes = source.num_parameters(), measured_cache_bytes_per_token(source, token_ids(1, 6))
+    before, source_bytes = source.num_parameters(), bytes_per_token(source, token_ids(1, 6)).live
     converted = GQA2MLA(kv_cache_ratio=0.75, calibration=IDS, **form)(source)
-    live = measured_cache_bytes_per_token(converted, token_ids(1, 6))
+    live = bytes_per_token(converted, token_ids(1, 6)).live
     assert live == converted.geometry.cache_bytes(bits=32)
     # No rank above the hidden size changes anything, which is half of what the multi-head model caches.
     widest = (

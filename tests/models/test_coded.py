@@ -23,7 +23,7 @@ from optimum_mla.core.errors import InvalidValueError, UnreadableModelError, Uns
 from optimum_mla.measure.memory import live_cache_bytes
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import CodedGeneration, coded_loader, with_codec, without_codec
-from optimum_mla.pipeline.checkpoint import layers_on_disk
+from optimum_mla.pipeline.placement import layers_on_disk
 from tests.cases import source_model, token_ids
 
 EXACT = ExactTokens(sinks=4, recent=8, together=4)

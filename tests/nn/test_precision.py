@@ -61,7 +61,7 @@ class Step:
                 module.bias.data.normal_()
         key_bias, direction = up.bias.data.view(GROUPS, -1)[:, :NOPE], common[:, 0, :NOPE]
         key_bias.copy_(bias / self.attention.scaling * direction / direction.square().sum(-1, keepdim=True))
-        cached = torch.randn(1, 1, TOKENS, RANK), torch.randn(1, 1, TOKENS, g.rope_numbers)
+        cached = torch.randn(1, 1, TOKENS, RANK), torch.randn(1, 1, TOKENS, g.cached_width(1))
         angles = torch.randn(1, 1, TOKENS, g.qk_rope_head_dim // 2)
         rounded = [tensor.to(dtype).double() for tensor in (queries, *cached, angles.cos(), angles.sin())]
         self.queries, self.first, self.second = rounded[:3]

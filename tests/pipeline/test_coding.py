@@ -27,7 +27,7 @@ from optimum_mla.core.errors import (
 from optimum_mla.models.codec import CODEC_FILE, ModelCodec
 from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.pipeline import TextOptions, benchmark, calibrate, convert, quantize
-from optimum_mla.pipeline.cell_options import BenchmarkOptions
+from optimum_mla.pipeline.benchmarking.options import BenchmarkOptions
 from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.origin import recorded_source
 from optimum_mla.pipeline.unfinished import Unfinished
@@ -37,7 +37,7 @@ from tests.cases import source_model, token_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "benchmarks" / "reference_model"
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 TEXT = str(REFERENCE / "calibration.txt")
 LAYERS = 6  # of the reference model
 FEW = TextOptions(calibration_data=TEXT, calibration_samples=8, calibration_length=288)

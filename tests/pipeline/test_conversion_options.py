@@ -10,12 +10,8 @@ import pytest
 from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.methods.mha2mla import MHA2MLA
 from optimum_mla.pipeline import TextOptions
-from optimum_mla.pipeline.conversion_options import (
-    build_transformation,
-    calibrated_texts,
-    default_size,
-    option_names,
-)
+from optimum_mla.pipeline.conversion_options import build_transformation, default_size, option_names
+from optimum_mla.pipeline.conversion_texts import calibrated_texts
 from tests.cases import source_model
 
 

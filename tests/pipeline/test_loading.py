@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -17,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from optimum_mla.core.errors import InvalidValueError, MLAError
+from optimum_mla.core.errors import InvalidValueError, MLAError, UnreadableModelError
 from optimum_mla.io.reading import reading
 from optimum_mla.pipeline import TextOptions, convert, export, finetune, inspect, quantize
 from optimum_mla.pipeline.checkpoint import Checkpoint
 from tests.cases import UNCALIBRATED, source_model
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEXTS = TextOptions(eval_data=str(REFERENCE / "evaluation.txt"), eval_samples=1, eval_length=16)
@@ -328,8 +329,7 @@ def test_the_command_ends_with_one_line_and_code_two(
         arguments = [command, "-m", model, "--eval-data", str(REFERENCE / "evaluation.txt"), str(tmp_path / "out")]
     done = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    # Where optimum-quanto is installed, optimum-cli itself complains about it before any command runs.
-    (line,) = [line for line in done.stderr.splitlines() if "optimum.quanto.subpackage" not in line]
+    (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     check_line(MLAError(line.removeprefix("error: ")), words, tmp_path)
     assert done.stdout == ""
@@ -366,6 +366,16 @@ def test_what_is_not_about_the_input_passes_through(error: BaseException) -> Non
     with pytest.raises(type(error)) as caught, reading("weights", "model"):
         raise error
     assert caught.value is error
+
+
+def test_what_is_wrong_with_a_given_config_is_said_of_it(models: Path) -> None:
+    checkpoint = Checkpoint(str(models / "one"))
+    given = copy.deepcopy(checkpoint.config)
+    given.hidden_act = "nonsense"
+    with pytest.raises(UnreadableModelError, match="nonsense") as caught:
+        checkpoint.load(device="cpu", config=given)
+    assert "the weights of" not in str(caught.value)
+    checkpoint.load(device="cpu")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -25,7 +25,7 @@ from optimum.commands.mla.run import STEPS as COMMANDS
 from optimum.commands.mla.run import StepParser, parsed
 from optimum_mla.convert import Run
 from optimum_mla.core.errors import InvalidValueError, MLAError, OptionError, OutputError
-from optimum_mla.io.claim import claimed
+from optimum_mla.io.claim import hold_claim
 from optimum_mla.io.faults import check_json
 from optimum_mla.io.folder import kept_folder
 from optimum_mla.pipeline.recipes import INPUTS, JOURNAL, RunRecord, Start, Step, read_recipe
@@ -269,7 +269,7 @@ def test_a_folder_with_other_things_is_no_run(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_run_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = written(tmp_path, {"output": str(tmp_path / "run"), "steps": STEPS})
-    with claimed(tmp_path / "run"), pytest.raises(SystemExit, match="2"):
+    with hold_claim(tmp_path / "run"), pytest.raises(SystemExit, match="2"):
         main(["run", str(recipe)])
     assert f"output: another process is writing {tmp_path / 'run'}." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ from tests.cases import source_model, token_ids
 
 IDS = token_ids(1, 24 * 48)[0].tolist()
 TEXTS = TextOptions(calibration_data=IDS, calibration_samples=16, calibration_length=48, calibration_repeats=0)
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
 
 

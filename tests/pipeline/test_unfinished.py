@@ -443,7 +443,7 @@ def test_a_failing_write_leaves_no_output(
 
 
 def test_ctrl_c_is_one_line_and_the_command_goes_on(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).parent / "optimum-cli"), "mla-convert", "-m", str(REFERENCE), "OUT"]
+    command = [str(Path(sys.executable).parent / "optimum-mla"), "mla-convert", "-m", str(REFERENCE), "OUT"]
     command += ["--kv-cache-ratio", "0.5", "--calibration-samples", "4", "--calibration-length", "32"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     journal = tmp_path / ".OUT.unfinished" / "journal.jsonl"

@@ -30,7 +30,7 @@ from tests.cases import source_model, token_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "benchmarks" / "reference_model"
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 TEXT = str(REFERENCE / "calibration.txt")
 FEW = TextOptions(calibration_data=TEXT, calibration_samples=8, calibration_length=288)
 EVALUATION = TextOptions(eval_data=str(REFERENCE / "evaluation.txt"), eval_samples=4, eval_length=288)

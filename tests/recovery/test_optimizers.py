@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from optimum_mla import GQA2MLA
-from optimum_mla.core.errors import InvalidValueError
+from optimum_mla.core.errors import InvalidValueError, OptionError
 from optimum_mla.recovery import prepare
 from optimum_mla.recovery.optimizers import MuonAdamW, muon
 from optimum_mla.recovery.recipe import Recipe
@@ -69,6 +69,14 @@ def test_a_saved_state_goes_on_alike() -> None:
     expected = trained(model, first)
     for name, parameter in trained(other, second).items():
         assert torch.equal(parameter, expected[name]), name
+
+
+def test_the_state_of_an_older_version_is_refused_in_one_line() -> None:
+    model = GQA2MLA(kv_cache_ratio=0.5)(source_model("llama")).train()
+    optimizer = muon(model, lr=1e-2)
+    older = {"parts": [part.state_dict() for part in optimizer.parts]}
+    with pytest.raises(OptionError, match=r"^--resume: the state of the optimizer muon .*--overwrite.*\.$"):
+        optimizer.load_state_dict(older)
 
 
 def test_matrices_alone_need_no_second_part() -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import metadata_load
 
 from optimum_mla.pipeline import convert, quantize
 from optimum_mla.pipeline.checkpoint import Checkpoint
-from optimum_mla.report.cards import renamed, shown, with_section
+from optimum_mla.report.cards import name_without_folders, rename_card, with_section
 from tests.cases import UNCALIBRATED
 
 REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "reference_model"
@@ -34,7 +34,7 @@ Once.
 
 
 def test_a_card_takes_the_name_of_its_folder() -> None:
-    text = renamed(CARD, "new")
+    text = rename_card(CARD, "new")
     assert "\n# new\n" in text
     assert 'from_pretrained("new")' in text
     assert "old" not in text
@@ -52,9 +52,9 @@ def test_a_section_replaces_the_one_with_its_title_or_comes_last() -> None:
 
 
 def test_paths_lose_their_folders() -> None:
-    assert shown(str(REFERENCE)) == "reference_model"
-    assert shown("/nowhere/at/all") == "all"
-    assert shown("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert name_without_folders(str(REFERENCE)) == "reference_model"
+    assert name_without_folders("/nowhere/at/all") == "all"
+    assert name_without_folders("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
 
 
 def test_the_card_of_a_conversion_carries_the_licence_and_no_path(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from optimum_mla.report.comparison import break_even, places, verdict
+from optimum_mla.report.comparison import benchmark_verdict, break_even, places
 from optimum_mla.report.rows import BenchmarkReport, BudgetRow, QualityRow, SpeedRow
 
 Row = tuple[float, float] | tuple[float, float, float, float] | tuple[float, float, float, float, float]
@@ -94,7 +94,7 @@ def test_shares_count_numbers_in_16_bits() -> None:
     ],
 )
 def test_the_verdict_follows_from_size_divergence_and_speed(model: Row, theirs: Row, said: str) -> None:
-    text = verdict(report({**WHOLE, HQQ: theirs, MODEL: model}))
+    text = benchmark_verdict(report({**WHOLE, HQQ: theirs, MODEL: model}))
     assert said in text
     for who, row in (("The model", model), ("The source with the cache hqq-int4", theirs)):
         size = f"{row[0] / 10:.1f} % of the source's bytes per token for {100 * (row[1] / 20 - 1):+.1f} % perplexity"
@@ -113,7 +113,7 @@ def test_the_cache_that_is_named_is_the_one_that_decides() -> None:
         KIVI: (240.0, 20.1, 0.005, 0.001, 0.9),
         MODEL: (250.0, 20.5, 0.05, 0.002, 0.5),
     }
-    text = verdict(report(rows))
+    text = benchmark_verdict(report(rows))
     assert "The source with the cache kivi-int4-first4 keeps 24.0 %" in text
     assert "hqq" not in text
     assert text.endswith("converting is not worth it.")
@@ -127,15 +127,15 @@ def test_the_smallest_cache_that_is_not_beaten_is_the_one_to_judge() -> None:
         MODEL: (250.0, 20.4, 0.02, 0.001),
         small: (80.0, 20.9, 0.04, 0.001),
     }
-    assert verdict(report(rows)).startswith("The model with the cache hqq-int4 keeps 8.0 %")
+    assert benchmark_verdict(report(rows)).startswith("The model with the cache hqq-int4 keeps 8.0 %")
     rows[small] = (290.0, 25.0, 0.2, 0.001)
-    assert verdict(report(rows)).startswith("The model keeps 25.0 %")
+    assert benchmark_verdict(report(rows)).startswith("The model keeps 25.0 %")
 
 
 def test_there_is_no_verdict_without_a_measured_pair() -> None:
-    assert verdict(report({MODEL: (250.0, 20.0)})) == ""
-    assert verdict(report(WHOLE)) == ""
-    alone = verdict(report({**WHOLE, MODEL: (250.0, 20.0)}))
+    assert benchmark_verdict(report({MODEL: (250.0, 20.0)})) == ""
+    assert benchmark_verdict(report(WHOLE)) == ""
+    alone = benchmark_verdict(report({**WHOLE, MODEL: (250.0, 20.0)}))
     assert alone == "The model keeps 25.0 % of the source's bytes per token for +0.0 % perplexity."
 
 

@@ -22,7 +22,7 @@ from optimum_mla.report.rows import BenchmarkReport, MemoryRow
 from optimum_mla.report.schema import ConversionReport, LayerReport, Report, SourceReport
 from tests.cases import UNCALIBRATED, source_model
 
-PROGRAM = str(Path(sys.executable).with_name("optimum-cli"))
+PROGRAM = str(Path(sys.executable).with_name("optimum-mla"))
 LAYER = LayerReport(
     layer=0, attention_form="decoupled", kv_lora_rank=8, k_lora_rank=8, v_lora_rank=8, qk_rope_head_dim=4,
     num_rope_heads=1, cache_numbers_per_token=12, output_error=0.5,

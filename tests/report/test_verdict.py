@@ -12,11 +12,11 @@ from optimum_mla.report.schema import ConversionReport, RecoveryReport
 from optimum_mla.report.verdict import (
     JUDGEMENTS,
     REMEDIES,
+    conversion_verdict,
     costs,
     next_command,
     quality_warning,
     recovery_verdict,
-    verdict,
 )
 
 CONVERSION = ConversionReport(
@@ -53,7 +53,7 @@ def test_a_conversion_is_judged_by_the_worst_of_what_was_measured(
     after: float, answers: dict[str, float] | None, level: int, words: str
 ) -> None:
     report = replace(CONVERSION, perplexity_after=after, answers=answers)
-    text, warning = verdict(report), quality_warning(report)
+    text, warning = conversion_verdict(report), quality_warning(report)
     assert text.startswith("The cache is 25 % of the source's in 16 bits. On the ")
     assert words in text
     judgement = JUDGEMENTS[level].format(remedy=REMEDIES["native"])
@@ -68,7 +68,7 @@ def test_a_conversion_is_judged_by_the_worst_of_what_was_measured(
 
 def test_what_was_not_measured_is_not_judged() -> None:
     report = replace(CONVERSION, perplexity_before=None, perplexity_after=None)
-    assert "was not measured, as there was no text" in verdict(report)
+    assert "was not measured, as there was no text" in conversion_verdict(report)
     assert quality_warning(report) is None
 
 
@@ -164,7 +164,7 @@ def test_the_break_even_context() -> None:
 
 @pytest.mark.parametrize("form", ["gguf", "deepseek_v3", "wrapper"])
 def test_nobody_is_told_to_train_what_cannot_be_trained(form: str) -> None:
-    text = verdict(replace(CONVERSION, perplexity_before=20.0, perplexity_after=30.0, written_as=form))
+    text = conversion_verdict(replace(CONVERSION, perplexity_before=20.0, perplexity_after=30.0, written_as=form))
     assert "train the model with mla-finetune before you use it" not in text
     assert "keep more of the cache" in text
     assert "{" not in text

@@ -146,7 +146,7 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
             from optimum_mla.core.errors import OptionError
             from optimum_mla.measure.sizes import parse_bytes
             from optimum_mla.pipeline import BenchmarkOptions, benchmark, compare
-            from optimum_mla.pipeline.cell_options import PARTS
+            from optimum_mla.pipeline.benchmarking.options import PARTS
             from optimum_mla.report.pages import FORMATS, terminal
 
             args = self.args

@@ -70,7 +70,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
             from optimum_mla.pipeline import TextOptions, assist, convert
             from optimum_mla.report.render import choices, codec_table, sample_lines, summary_table
             from optimum_mla.report.schema import CodecReport
-            from optimum_mla.report.verdict import next_command, verdict
+            from optimum_mla.report.verdict import conversion_verdict, next_command
 
             args = self.args
             if args.latent_norm not in (None, "calibrated"):
@@ -112,7 +112,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
                 print(summary_table([report]))
                 print(choices(report))
                 print(sample_lines(report))
-            print(f"\n{verdict(report)}")
+            print(f"\n{conversion_verdict(report)}")
             print(f"Saved to {args.output}")
             command = next_command(report, args.output)
             print(f"Next: {command}" if command else "Next: load it as its README.md shows.")

@@ -174,7 +174,7 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
         again = "OUTPUT was not written. Continue from the newest checkpoint with --resume"
         with exit_on_bad_input(interrupted=again):
             from optimum_mla.core.errors import OptionError
-            from optimum_mla.io.folder import located
+            from optimum_mla.io.folder import resolve_output
             from optimum_mla.io.inputs import check_inputs_stay
             from optimum_mla.pipeline import TextOptions, finetune
             from optimum_mla.recovery.recipe import Recipe
@@ -183,7 +183,7 @@ class MLAFinetuneCommand(BaseOptimumCLICommand):
 
             args = self.args
             extra = read_config(args) | read_fields(args.training or [])
-            check_inputs_stay(located(args.output), {"config": args.config})
+            check_inputs_stay(resolve_output(args.output), {"config": args.config})
             for name in ("model", "train_data"):
                 if getattr(args, name) is None:
                     raise OptionError(f"--{name.replace('_', '-')} is missing. Give it, here or in the --config file.")

@@ -123,13 +123,13 @@ class MLARunCommand(BaseOptimumCLICommand):
         with exit_on_bad_input("the steps that were done are kept; run the recipe again to go on"):
             from pathlib import Path
 
-            from optimum_mla.io.claim import claimed
-            from optimum_mla.io.folder import located
+            from optimum_mla.io.claim import hold_claim
+            from optimum_mla.io.folder import resolve_output
             from optimum_mla.pipeline.recipes import RunRecord, read_recipe
 
             folder, steps = read_recipe(Path(self.args.recipe), self.args.output)
             arguments = [parsed(step, number) for number, step in enumerate(steps, 1)]
-            with claimed(located(folder)):
+            with hold_claim(resolve_output(folder)):
                 record = RunRecord(folder, self.args.overwrite)
                 for number, (step, args) in enumerate(zip(steps, arguments, strict=True), 1):
                     title = f"step {number} of {len(steps)}: {step.command}"

@@ -1,6 +1,6 @@
 """Processes that make one measurement each, so that measurements share no memory and fail alone.
 
-    python -m optimum_mla.pipeline.cells RESULT < REQUEST
+    python -m optimum_mla.pipeline.benchmarking.cells RESULT < REQUEST
 
 The process reads the request from standard input and writes the result to the file RESULT. Both are JSON.
 """
@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from optimum_mla.core.errors import MLAError, first_line, ran_out_of_memory
-from optimum_mla.pipeline.measurements import memory_cell, quality_cell, speed_cell, tasks_cell
+from optimum_mla.pipeline.benchmarking.measurements import (
+    measure_memory,
+    measure_quality,
+    measure_speed,
+    measure_tasks,
+)
+from optimum_mla.pipeline.benchmarking.subjects import Subject
 from optimum_mla.stack.quiet import quiet_libraries
 
 OUT_OF_MEMORY = "out of memory"
-MODULE = "optimum_mla.pipeline.cells"
+MODULE = "optimum_mla.pipeline.benchmarking.cells"
 KILLED = 9
 """The signal by which the system ends a process where memory runs out. Windows has no name for it."""
 
@@ -31,14 +37,11 @@ class CellError(Exception):
 
 
 def run_cell(kind: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Run one measurement in a fresh process.
+    """Run one measurement of `CELLS` in a fresh process, and return what its function returns.
 
     Args:
-        kind: The kind of measurement, a key of `CELLS`.
-        request: The keyword arguments of the function that measures.
-
-    Returns:
-        The result of that function.
+        kind: The kind of measurement.
+        request: The keyword arguments of the function, with the fields of a `Subject` for each model.
 
     Raises:
         CellError: The measurement failed.
@@ -64,17 +67,18 @@ def run_cell(kind: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 CELLS: dict[str, Callable[..., dict[str, Any]]] = {
-    "memory": memory_cell,
-    "speed": speed_cell,
-    "quality": quality_cell,
-    "tasks": tasks_cell,
+    "memory": measure_memory,
+    "speed": measure_speed,
+    "quality": measure_quality,
+    "tasks": measure_tasks,
 }
 
 
 def answer(kind: str, request: dict[str, Any]) -> dict[str, Any]:
     """Return the result of a measurement; if it fails, return a dict whose `problem` says why in one line."""
     try:
-        return CELLS[kind](**request)
+        models = {role: Subject(**request[role]) for role in ("model", "baseline") if request.get(role) is not None}
+        return CELLS[kind](**{**request, **models})
     except Exception as error:  # The libraries raise errors of many types; HQQ, for example, asserts.
         problem = " ".join(str(error).split()) if isinstance(error, MLAError) else first_line(error)
         return {"problem": OUT_OF_MEMORY if ran_out_of_memory(error) else problem}

@@ -10,8 +10,8 @@ from typing_extensions import Unpack
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.io.claim import claims_output
 from optimum_mla.io.folder import atomic_folder, check_output
-from optimum_mla.pipeline.cell_options import BenchmarkOptions
-from optimum_mla.pipeline.cell_runs import Benchmark
+from optimum_mla.pipeline.benchmarking.options import BenchmarkOptions
+from optimum_mla.pipeline.benchmarking.run import Benchmark
 from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.pipeline.origin import named_model, recorded_source, source_of
 from optimum_mla.pipeline.run_settings import RunOptions, RunSettings
@@ -75,13 +75,7 @@ def benchmark(
 
 
 def find_baseline(model: Checkpoint, baseline: str | None, revision: str | None) -> Checkpoint | None:
-    """Return the model to compare with, or None for no comparison.
-
-    Args:
-        model: The model to measure.
-        baseline: The baseline that the user named, `none` for no baseline, or None for the folder from which the model
-            was converted, if it still exists.
-        revision: The revision of the baseline that the user gave, or None.
+    """Return the model to compare with, or None for no comparison; the arguments are those of `benchmark`.
 
     Raises:
         InvalidValueError: The folder from which the model was converted now holds another model, or a revision is given
@@ -148,12 +142,6 @@ def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_report_folder(output: str | Path, inputs: Mapping[str, object], overwrite: bool) -> Path:
-    """Return the output folder after checking with `check_output` that a report may be written there.
-
-    Args:
-        output: The folder to write.
-        inputs: The inputs that the output must not overwrite, by their names in messages.
-        overwrite: Whether the folder may be replaced if it holds a report.
-    """
+    """Return the output folder after checking with `check_output` that a report may be written there."""
     files = ("report.json", "report.html", "report.md")
     return check_output(output, inputs, overwrite, files, "report")
