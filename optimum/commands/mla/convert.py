@@ -188,6 +188,5 @@ def add_run(parser: ArgumentParser) -> None:
     run.add_argument(
         "--resume",
         action="store_true",
-        help="Go on with an interrupted conversion to OUTPUT. The other options must be those that it had. With "
-        "--cache-budget nothing is kept of an interrupted run.",
+        help="Go on with an interrupted conversion to OUTPUT. The other options must be those that it had.",
     )
