@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from optimum_mla.families.project import SourceAttention
 from optimum_mla.ops.rope_mix import RopeMix, as_pairs, query_aware_mix
 from optimum_mla.ops.weighted import WeightedFactorization, WeightedRows
 
+T = TypeVar("T")
 SAMPLE_TOKENS = 4096
 """Largest number of tokens whose inputs steps of codes are fitted to."""
 
@@ -27,14 +28,14 @@ class Calibration(ABC):
 
     Attributes:
         measures: Whether converted attentions can be measured on calibration tokens, as `LayerCalibration` does.
-        memo: Results that a method computes once and uses for every candidate.
     """
 
     measures = False
 
     def __init__(self, source: SourceAttention) -> None:
         self.source = source
-        self.memo: dict[str, Any] = {}
+        self._results: dict[Hashable, Any] = {}
+        self._factorized: tuple[Hashable, WeightedFactorization] | None = None
 
     @property
     @abstractmethod
@@ -66,8 +67,18 @@ class Calibration(ABC):
         """Return the mix of the key heads that gathers as much of the logits as possible in few components."""
         return query_aware_mix(*mix_moments(self.source, self.moments))
 
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return what `compute` returns, which is kept for the next call with the same key until `forget`."""
+        if key not in self._results:
+            self._results[key] = compute()
+        return self._results[key]  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Free all that is kept for other candidates, which is several times as large as the layer."""
+        self._results, self._factorized = {}, None
+
     def factorization(
-        self, key: Any, rows: Callable[[], list[WeightedRows]], centered: bool = True
+        self, key: Hashable, rows: Callable[[], list[WeightedRows]], centered: bool = True
     ) -> WeightedFactorization:
         """Return the factorization of rows of weights, weighted by the moments of the layer's inputs.
 
@@ -79,12 +90,10 @@ class Calibration(ABC):
             centered: Whether biases after the latent carry the mean of the inputs. Otherwise the latent carries it.
         """
         key = (key, centered)
-        if self.memo.get("factorization", (None, None))[0] != key:
-            self.memo["factorization"] = (
-                key,
-                WeightedFactorization(rows(), self.moments.inputs if centered else self.moments.raw_inputs),
-            )
-        return self.memo["factorization"][1]
+        if self._factorized is None or self._factorized[0] != key:
+            moments = self.moments.inputs if centered else self.moments.raw_inputs
+            self._factorized = key, WeightedFactorization(rows(), moments)
+        return self._factorized[1]
 
 
 def mix_moments(source: SourceAttention, moments: LayerMoments) -> tuple[Tensor, Tensor]:

@@ -231,7 +231,7 @@ class Run:
             if self.method.rank_allocation == "uniform":  # Otherwise the allocation has already chosen the shape.
                 geometry = self._best_shape(search, geometry)
             geometry, tensors = search.convert(geometry)
-            search.calibration.memo.clear()  # The factorization is several times as large as the layer.
+            search.calibration.forget()
         calibration = None if search is None else search.calibration
         if search is not None and isinstance(calibration, LayerCalibration):
             trial = search.attention(geometry, tensors)

@@ -75,7 +75,7 @@ def calibrated_problem(
         readers = gather_dims(gather_dims(key_moments(source, calibration.moments), split.nope).mT, split.nope)
         return [WeightedRows(key.flatten(0, 1), readers), WeightedRows(value.flatten(0, 1), value_moments(source))]
 
-    return calibration.factorization(split.rope.tolist(), rows, centered)
+    return calibration.factorization(tuple(split.rope.flatten().tolist()), rows, centered)
 
 
 def calibrated_factors(

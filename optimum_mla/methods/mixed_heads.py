@@ -39,9 +39,7 @@ class MixedHeads:
     @classmethod
     def of(cls, source: SourceAttention, calibration: Calibration, shared: SharedRope | None = None) -> MixedHeads:
         """Return the mixed heads of a layer, which its calibration keeps, so that they are computed once."""
-        if "mixed heads" not in calibration.memo:
-            calibration.memo["mixed heads"] = cls(source, calibration, shared)
-        return calibration.memo["mixed heads"]
+        return calibration.once(("mixed heads", shared), lambda: cls(source, calibration, shared))
 
     @cached_property
     def _keys(self) -> tuple[Tensor, Tensor]:
@@ -63,8 +61,8 @@ class MixedHeads:
 
         These are the rotating components if the rotary key is rebuilt, the position-free components, and the values.
         """
-        rope_dim, rebuilt = geometry.qk_rope_head_dim, geometry.rope_cache == "rebuilt"
-        return self.calibration.factorization((rope_dim, rebuilt), lambda: self._rows(geometry), geometry.latent_bias)
+        key = (geometry.qk_rope_head_dim, geometry.rope_cache, self.shared)
+        return self.calibration.factorization(key, lambda: self._rows(geometry), geometry.latent_bias)
 
     def stopped_error(self, geometry: MLAGeometry) -> float:
         """Return the squared error that the stopped rotations of a shape leave."""

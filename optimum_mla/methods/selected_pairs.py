@@ -70,15 +70,12 @@ class SelectedPairs(MLATransformation):
         """Return the scores of all rotary pairs by which the rule selects, [G, D/2]; None if it needs no scores."""
         if calibration is None or not self.measures_pairs:
             return None
-        if self.rope_selection not in calibration.memo:
-            if self.rope_selection == "contribution":
-                scores = calibration.contribution()
-            else:
-                g = source.geometry
-                mix = identity_mix(g.num_key_value_heads, g.head_dim // 2, source.key.device)
-                scores = calibration.damage(mix).unflatten(0, (g.num_key_value_heads, -1))
-            calibration.memo[self.rope_selection] = scores
-        return calibration.memo[self.rope_selection]
+        if self.rope_selection == "contribution":
+            return calibration.once("contribution", calibration.contribution)
+        g = source.geometry
+        mix = identity_mix(g.num_key_value_heads, g.head_dim // 2, source.key.device)
+        damage = calibration.once("damage by pairs", lambda: calibration.damage(mix))
+        return damage.unflatten(0, (g.num_key_value_heads, -1))
 
     def select(self, geometry: MLAGeometry, scores: Tensor | None) -> RopeSplit:
         """Return the split of each rotary key head's dims, given the scores of its pairs, [K, D/2]."""

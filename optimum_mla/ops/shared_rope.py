@@ -10,7 +10,7 @@ from torch import Tensor
 from optimum_mla.core.errors import InvalidValueError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal by identity, because tensors have no truth value
 class SharedRope:
     """The rotary dims that all layers share.
 
