@@ -110,11 +110,6 @@ class LatentInitialization(LatentCheckpoint):
 class MLAModelMixin(LatentInitialization):
     """A source family's base model whose converted layers run latent attention."""
 
-    @staticmethod
-    def recorders(source: dict[str, Any], source_attention: type[nn.Module]) -> dict[str, Any]:
-        """Return what `output_attentions` and `output_hidden_states` record: attentions are those of both kinds."""
-        return {**source, "attentions": [LatentAttention, source_attention]}
-
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         spec, rotary = self.spec, getattr(self, self.spec.rotary)
