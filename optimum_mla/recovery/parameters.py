@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.core.number_checks import check_count
+from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.nn import LatentAttention
@@ -148,8 +148,7 @@ def prepare(
         MLAError: The model is not converted, or it cannot be trained in this way.
     """
     if train not in TRAIN_CHOICES:
-        near = difflib.get_close_matches(train, TRAIN_CHOICES, n=1)
-        raise InvalidValueError("train", train, ", ".join(TRAIN_CHOICES), f"Did you mean {near[0]}?" if near else "")
+        raise InvalidValueError("train", train, ", ".join(TRAIN_CHOICES), did_you_mean(train, TRAIN_CHOICES))
     kv_projections(model, layers)  # raises if there are none
     if train in ADAPTERS:
         config = mla_lora_config(
@@ -179,21 +178,9 @@ def prepare(
     return model
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
+def parameter_counts(model: Any) -> tuple[int, int]:
     """Return the number of parameters that train, and of all; tied ones count once, packed ones as unpacked."""
-    trainable = total = 0
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            numbers = tensor.numel()
-            if name == "weight" and hasattr(module, "in_features"):
-                numbers = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
-            total += numbers
-            trainable += numbers if tensor.requires_grad else 0
-    return trainable, total
+    return model.num_parameters(only_trainable=True), model.num_parameters()
 
 
 def full_state(model: nn.Module) -> dict[str, Any] | None:
