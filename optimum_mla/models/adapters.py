@@ -20,11 +20,6 @@ def warn_of_unmatched(model: nn.Module, configs: dict[str, Any], attention: str)
 
     A bare name such as `k_proj` is one of them too if only attentions that are not converted have it, unless other
     names are those of layers of the latent. Patterns, and configs without target modules, have none.
-
-    Args:
-        model: A converted model, adapted already.
-        configs: The PEFT configs by the names of the adapters.
-        attention: Attribute name of the attention in a decoder layer.
     """
     modules = dict(model.named_modules())
     unconverted = tuple(

@@ -126,9 +126,6 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
 
     It makes a `LatentCache` where a cache is wanted and none was given, takes the cache by every known name, and
     refuses keywords that nothing would use.
-
-    Args:
-        source_base: The base model class of the source family.
     """
     source_forward = source_base.forward
     name, position = cache_name(source_forward), cache_position(source_forward) - 1  # `self` is not among `args`

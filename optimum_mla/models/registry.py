@@ -144,9 +144,6 @@ def try_family(config: Any) -> AttentionSpec | None:
 
     Whether this describes the family is checked on the model itself, by `verify_family`, before anything is converted.
 
-    Args:
-        config: The config of the model.
-
     Returns:
         The spec, or None if the family is known.
 

@@ -88,10 +88,6 @@ class _DecoderTracer(Tracer):
 
     Attentions, norms, mixtures of experts and the masks stay modules. The linear layers of a feed-forward part are
     nodes of their own, on which Optimum's transformations of linear layers work.
-
-    Args:
-        layer_class: The class of the decoder layers.
-        attentions: The attentions of all layers.
     """
 
     def __init__(self, layer_class: type[nn.Module], attentions: Iterable[nn.Module]) -> None:

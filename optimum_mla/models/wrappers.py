@@ -85,9 +85,6 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     language_model(whole).save_pretrained("FOLDER")
     ```
 
-    Args:
-        model: The wrapper.
-
     Raises:
         UnsupportedModelError: The model is no wrapper, or no causal language model is known for what it holds.
     """

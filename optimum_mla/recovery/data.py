@@ -26,11 +26,7 @@ MOST_HELD_BACK = 32
 
 
 class PackedRows(Dataset):
-    """Rows of token ids in memory.
-
-    Args:
-        ids: Token ids, [N, L].
-    """
+    """Rows of token ids [N, L] in memory."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids

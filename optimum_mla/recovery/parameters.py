@@ -27,26 +27,6 @@ TRAIN_CHOICES = ("lora", "dora", "kv", "attention", "full")
 ADAPTERS = ("lora", "dora")
 
 
-def converted_attentions(model: nn.Module, layers: LayerChoice = "all") -> dict[str, LatentAttention]:
-    """Return the latent attention modules of some layers by name; layers that were not converted have none.
-
-    Raises:
-        UnsupportedModelError: The model is not converted, or none of the chosen layers is.
-        InvalidValueError: The model does not have the chosen layers.
-    """
-    if not isinstance(model, PreTrainedModel) or not is_converted(model.config):
-        raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
-    chosen = parse_layers(layers, model.config.num_hidden_layers)
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LatentAttention) and module.layer_idx in chosen
-    }
-    if not found:
-        raise UnsupportedModelError(f"layers: none of {layers} is converted. Choose converted layers.")
-    return found
-
-
 def kv_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, nn.Module]:
     """Return the linear layers that make keys and values, by name.
 
@@ -61,33 +41,33 @@ def kv_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, n
         UnsupportedModelError: The model is neither, or none of the chosen layers is.
         InvalidValueError: The model does not have the chosen layers.
     """
-    if isinstance(model, CodedGeneration):
-        spec = family_of(model.config).spec
+    coded = isinstance(model, CodedGeneration)
+    if not coded and not (isinstance(model, PreTrainedModel) and is_converted(model.config)):
+        raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
+    config: Any = model.config
+    chosen = parse_layers(layers, config.num_hidden_layers)
+    if coded:
+        spec = family_of(config).spec
         names = [spec.key, spec.value] if spec.fused is None else [spec.fused]
-        chosen = [
-            index
-            for index in parse_layers(layers, model.config.num_hidden_layers)
-            if index in model.latent_codec.layers
-        ]
-        if not chosen:
+        coded_layers = [index for index in chosen if index in model.latent_codec.layers]
+        if not coded_layers:
             raise UnsupportedModelError(f"layers: none of {layers} has codes. Choose layers that have.")
-        paths = [f"{spec.attention_path(index)}.{name}" for index in chosen for name in names]
+        paths = [f"{spec.attention_path(index)}.{name}" for index in coded_layers for name in names]
         return {path: model.get_submodule(path) for path in paths}
-    return {
-        f"{path}.{name}": module
-        for path, attention in converted_attentions(model, layers).items()
-        for name, module in attention.named_children()
+    found = {
+        f"{path}.{name}": projection
+        for path, attention in model.named_modules()
+        if isinstance(attention, LatentAttention) and attention.layer_idx in chosen
+        for name, projection in attention.named_children()
         if name in LATENT_PROJECTIONS
     }
+    if not found:
+        raise UnsupportedModelError(f"layers: none of {layers} is converted. Choose converted layers.")
+    return found
 
 
 def kv_parameters(model: nn.Module, layers: LayerChoice = "all") -> Iterator[nn.Parameter]:
-    """Yield the weights and biases of these projections, which TransMLA trains (arXiv 2502.07864v1, section 5.2).
-
-    Args:
-        model: A converted model, or one with a codec.
-        layers: Layers to take, in the forms that a conversion accepts.
-    """
+    """Yield the parameters of what `kv_projections` returns, as TransMLA trains them (arXiv 2502.07864v1, 5.2)."""
     for module in kv_projections(model, layers).values():
         yield from module.parameters()
 

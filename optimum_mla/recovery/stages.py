@@ -151,12 +151,7 @@ def dpo_trainer(model: Any, pairs: Any, tokenizer: Any, options: dict[str, Any])
     """Return TRL's trainer for direct preference optimization (Rafailov et al., arXiv 2305.18290).
 
     Its reference is the model in its present state: a frozen copy, or the model without its adapters if it has some.
-
-    Args:
-        model: The model, prepared for training.
-        pairs: Rows of `prompt`, `chosen` and `rejected`.
-        tokenizer: The tokenizer of the model; without a padding token the end-of-text token pads.
-        options: Fields of TRL's `DPOConfig`.
+    Without a padding token the end-of-text token pads.
     """
     from trl import DPOConfig, DPOTrainer
 
@@ -217,14 +212,7 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
 
 
 def note_held_out(trainer: Trainer, state: TrainerState, before: int, done: Training) -> None:
-    """Note the losses of the held-out text in a stage, and which weights are kept for them.
-
-    Args:
-        trainer: The trainer of the stage.
-        state: Its state after the last step.
-        before: Number of optimizer steps in the stages before it.
-        done: The results, in which they are noted.
-    """
+    """Note the losses of the held-out text in a stage that came after `before` steps, and which weights are kept."""
     done.held_out |= {before + entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     if trainer.args.load_best_model_at_end:
         done.kept = before + state.best_global_step if state.best_global_step else 0
