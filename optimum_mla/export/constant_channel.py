@@ -29,9 +29,17 @@ class Projection(NamedTuple):
 
 
 class NormedLatent(NamedTuple):
-    """A down-projection to a latent, the gain of the norm on the latent, [r], and the weight of the up-projection."""
+    """Projections from x to a latent and from there to an output, with a norm between them.
 
-    down: Projection
+    Attributes:
+        down: The weight of the down-projection, [r, d].
+        bias: The bias of the down-projection, [r].
+        gain: The gain of the norm, [r].
+        up: The weight of the up-projection, [m, r].
+    """
+
+    down: Tensor
+    bias: Tensor
     gain: Tensor
     up: Tensor
 
@@ -65,15 +73,14 @@ def constant_norm(
     gain = root.to(dtype).double()
     small = torch.tensor(0.0 if up.bias is None else 1 / math.sqrt(width), dtype=torch.float64).to(dtype)
     made = NormedLatent(
-        Projection(
-            torch.zeros(width, down.weight.shape[1], dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-        ),
-        torch.cat([gain.repeat(rank), small.double()[None]]),
-        torch.zeros(len(up.weight), width, dtype=torch.float64),
+        down=torch.zeros(width, down.weight.shape[1], dtype=torch.float64),
+        bias=torch.zeros(width, dtype=torch.float64),
+        gain=torch.cat([gain.repeat(rank), small.double()[None]]),
+        up=torch.zeros(len(up.weight), width, dtype=torch.float64),
     )
-    made.down.weight[: len(down_bias)] = down.weight * factor
-    made.down.bias[: len(down_bias)] = down_bias * factor  # type: ignore[index]
-    made.down.bias[-1] = CONSTANT  # type: ignore[index]
+    made.down[: len(down_bias)] = down.weight * factor
+    made.bias[: len(down_bias)] = down_bias * factor
+    made.bias[-1] = CONSTANT
     made.up[:, : up.weight.shape[1]] = up.weight * (root / gain) / factor
     if up.bias is not None:
         made.up[:, -1] = up.bias / ((CONSTANT / root).to(dtype) * small).double()

@@ -165,7 +165,7 @@ def _query_tensors(attention: Any, shape: Shape, longest: float, rope_scaling: f
     weight, bias = queries(up.weight), None if up.bias is None else queries(up.bias)
     if shape.normed:
         down_bias = torch.zeros(len(down), dtype=torch.float64)
-        made = NormedLatent(Projection(down, down_bias), double(attention.q_a_layernorm.weight), weight)
+        made = NormedLatent(down, down_bias, double(attention.q_a_layernorm.weight), weight)
     else:
         made = constant_norm(
             Projection(down), Projection(weight, bias), longest, len(down), attention.o_proj.weight.dtype
@@ -189,7 +189,8 @@ def _key_value_tensors(attention: Any, shape: Shape, longest: float) -> dict[str
         # The norm divides by the root of the mean square over all channels, those of the padding included.
         share, kept = math.sqrt(shape.rank / r), torch.arange(r)
         made = NormedLatent(
-            Projection(*(_spread(whole[:r] * share, kept, shape.rank) for whole in (weight, bias))),
+            _spread(weight[:r] * share, kept, shape.rank),
+            _spread(bias[:r] * share, kept, shape.rank),
             _spread(double(attention.kv_a_layernorm.weight) / share, kept, shape.rank),
             _spread(up_weight.T, kept, shape.rank).T.contiguous(),
         )
@@ -197,15 +198,17 @@ def _key_value_tensors(attention: Any, shape: Shape, longest: float) -> dict[str
         dtype = attention.o_proj.weight.dtype
         down = Projection(weight[:r], bias[:r])
         made = constant_norm(down, Projection(up_weight, up_bias), longest, shape.rank - 1, dtype)
-    rotary = (_rotary_rows(attention, shape, whole[r:]) for whole in (weight, bias))
-    made = made._replace(down=Projection(*map(torch.cat, zip(made.down, rotary, strict=True))))
+    made = made._replace(
+        down=torch.cat([made.down, _rotary_rows(attention, shape, weight[r:])]),
+        bias=torch.cat([made.bias, _rotary_rows(attention, shape, bias[r:])]),
+    )
     return _named(made, shape, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")
 
 
 def _named(made: NormedLatent, shape: Shape, down: str, norm: str, up: str) -> dict[str, Tensor]:
     """Return the weights of a latent by the names of its three modules."""
-    named = {f"{down}.weight": made.down.weight, f"{norm}.weight": made.gain, f"{up}.weight": made.up}
-    return {**named, f"{down}.bias": made.down.bias} if shape.biased else named  # type: ignore[dict-item]
+    named = {f"{down}.weight": made.down, f"{norm}.weight": made.gain, f"{up}.weight": made.up}
+    return {**named, f"{down}.bias": made.bias} if shape.biased else named
 
 
 def _rotary_rows(attention: Any, shape: Shape, rows: Tensor) -> Tensor:

@@ -97,6 +97,8 @@ BUILT_IN: dict[str, AttentionSpec] = {
     "StableLM: rotation of some dims": (
         AttentionSpec("stablelm", "StableLm", query_bias="use_qkv_bias", key_value_bias="use_qkv_bias")
     ),
-    "StarCoder2: biases and LayerNorms": AttentionSpec("starcoder2", "Starcoder2", **dict.fromkeys(BIASES, "use_bias")),
+    "StarCoder2: biases and LayerNorms": AttentionSpec(
+        "starcoder2", "Starcoder2", query_bias="use_bias", key_value_bias="use_bias", output_bias="use_bias"
+    ),
 }
 """The families by what is particular about them."""

@@ -27,7 +27,7 @@ TRAIN_CHOICES = ("lora", "dora", "kv", "attention", "full")
 ADAPTERS = ("lora", "dora")
 
 
-def kv_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, nn.Module]:
+def kv_projections(model: Any, layers: LayerChoice = "all") -> dict[str, nn.Module]:
     """Return the linear layers that make keys and values, by name.
 
     In converted layers they are those that write or read a latent, and in layers whose cache a codec codes the source's
@@ -44,7 +44,7 @@ def kv_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, n
     coded = isinstance(model, CodedGeneration)
     if not coded and not (isinstance(model, PreTrainedModel) and is_converted(model.config)):
         raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
-    config: Any = model.config
+    config = model.config
     chosen = parse_layers(layers, config.num_hidden_layers)
     if coded:
         spec = family_of(config).spec

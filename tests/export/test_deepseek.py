@@ -230,7 +230,7 @@ def normed_map(made: NormedLatent, x: Tensor, dtype: torch.dtype) -> tuple[Tenso
     """The map of `constant_norm` as DeepSeek computes it, and the latent before its norm."""
     norm = DeepseekV3RMSNorm(len(made.gain)).to(dtype)
     norm.weight.data = made.gain.to(dtype)
-    latent = F.linear(x.to(dtype), *(part.to(dtype) for part in made.down))
+    latent = F.linear(x.to(dtype), made.down.to(dtype), made.bias.to(dtype))
     return F.linear(norm(latent), made.up.to(dtype)).double(), latent[..., :-1].double()
 
 
@@ -253,7 +253,7 @@ def test_the_constant_makes_the_norm_an_identity(width: int, rank: int, spare: i
     given, latent = normed_map(made, x, torch.float32)
     wanted = (x @ down.T + (0 if down_bias is None else down_bias)) @ up.T + (0 if up_bias is None else up_bias)
     assert latent.norm(dim=-1).max() <= LARGEST_LATENT * (1 + 1e-6)
-    assert made.down.bias[-1] == CONSTANT
+    assert made.bias[-1] == CONSTANT
     assert (given - wanted).abs().max() <= 2e-6 * wanted.abs().max() + 1e-6 * wanted.norm() / math.sqrt(len(x))
 
 
