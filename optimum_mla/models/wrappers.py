@@ -128,9 +128,7 @@ def _text_only(model: PreTrainedModel, inner: Any, prefix: str) -> PreTrainedMod
 def rewrapped(model: PreTrainedModel, language: PreTrainedModel) -> PreTrainedModel:
     """Put a language model that was converted, or is the source's again, into its wrapper in place; return the wrapper.
 
-    Args:
-        model: The wrapper, which is one of `WRAPPERS`.
-        language: What `language_model` returned for it, after its conversion.
+    The language model is what `language_model` returned for the wrapper, which is one of `WRAPPERS`.
     """
     wrapper = wrapper_of(model.config)
     if wrapper is None:

@@ -151,10 +151,8 @@ def prepare(
             parameter.requires_grad_(True)
         return model
     spec = family_of(model.config).spec
-    chosen = parse_layers(layers, model.config.num_hidden_layers)
-    for index, layer in enumerate(getattr(getattr(model, spec.base), spec.layers)):
-        if index in chosen:
-            getattr(layer, spec.attention).requires_grad_(True)
+    for index in parse_layers(layers, model.config.num_hidden_layers):
+        model.get_submodule(spec.attention_path(index)).requires_grad_(True)
     return model
 
 
