@@ -19,12 +19,7 @@ DOUBLE_BYTES = 8
 
 
 def refuse(reason: str, remedy: str) -> UnsupportedModelError:
-    """Return the error for a model that `deepseek_v3` cannot express.
-
-    Args:
-        reason: The reason, as a clause without a period.
-        remedy: A sentence that says what to do.
-    """
+    """Return the error for a model that `deepseek_v3` cannot express."""
     return UnsupportedModelError(f"export: {reason}. {remedy}")
 
 

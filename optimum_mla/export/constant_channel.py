@@ -10,6 +10,7 @@ have.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,39 +21,49 @@ LARGEST_LATENT = 2.0**4
 """The upper bound of ‖c‖ after scaling, which is M/2¹⁰."""
 
 
+class Projection(NamedTuple):
+    """The weight of a projection, [m, d], and its bias, [m], or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class NormedLatent(NamedTuple):
+    """Projections from x to a latent and from there to an output, with a norm between them.
+
+    Attributes:
+        down: The weight of the down-projection, [r, d].
+        bias: The bias of the down-projection, [r].
+        gain: The gain of the norm, [r].
+        up: The weight of the up-projection, [m, r].
+    """
+
+    down: Tensor
+    bias: Tensor
+    gain: Tensor
+    up: Tensor
+
+
 def constant_norm(
-    down_name: str,
-    up_name: str,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    longest_input: float,
-    rank: int,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """Return weights that compute up·(down·x + down_bias) + up_bias although an RMSNorm follows the down-projection.
+    down: Projection, up: Projection, longest_input: float, rank: int, dtype: torch.dtype
+) -> NormedLatent:
+    """Return weights that compute the same as two projections although an RMSNorm follows the first.
 
     The norm is neutralized by a constant channel, as the docstring of this file explains. Where `dtype` rounds the
     gain of the norm, the up-projection compensates it.
 
     Args:
-        down_name: DeepSeek's name of the down-projection without `_proj`, `kv_a` or `q_a`.
-        up_name: DeepSeek's name of the up-projection, `kv_b_proj` or `q_b_proj`.
-        down: The weight of the down-projection, [r, d].
-        down_bias: The bias of the down-projection, [r], or None.
-        up: The weight of the up-projection, [m, r].
-        up_bias: The bias of the up-projection, [m], or None.
+        down: The down-projection from x, [r, d].
+        up: The up-projection, [m, r].
         longest_input: An upper bound of ‖x‖.
         rank: Number of channels before the constant one. It is at least r, and channels beyond r are zero.
         dtype: The dtype in which the weights will be saved.
 
     Returns:
-        The parameters of both projections and of the norm by DeepSeek's names, in float64.
+        The weights in float64.
     """
-    if down_bias is None:
-        down_bias = torch.zeros(len(down), dtype=torch.float64)
-    bound = torch.linalg.matrix_norm(down, 2).item() * longest_input + down_bias.norm().item()
+    down_bias = torch.zeros(len(down.weight), dtype=torch.float64) if down.bias is None else down.bias
+    bound = torch.linalg.matrix_norm(down.weight, 2).item() * longest_input + down_bias.norm().item()
     factor = 2.0 ** math.floor(math.log2(LARGEST_LATENT / bound)) if bound > 0 else 1.0
     width = rank + 1
     # The gain of the norm multiplies the channels by the norm's denominator again, up to the rounding of the dtype. The
@@ -60,18 +71,17 @@ def constant_norm(
     # make its neighbours imprecise where a cache is quantized.
     root = torch.tensor(CONSTANT / math.sqrt(width), dtype=torch.float64)
     gain = root.to(dtype).double()
-    small = torch.tensor(0.0 if up_bias is None else 1 / math.sqrt(width), dtype=torch.float64).to(dtype)
-    constant = ((CONSTANT / root).to(dtype) * small).double()
-    made = {
-        f"{down_name}_proj.weight": torch.zeros(width, down.shape[1], dtype=torch.float64),
-        f"{down_name}_proj.bias": torch.zeros(width, dtype=torch.float64),
-        f"{down_name}_layernorm.weight": torch.cat([gain.repeat(rank), small.double()[None]]),
-        f"{up_name}.weight": torch.zeros(len(up), width, dtype=torch.float64),
-    }
-    made[f"{down_name}_proj.weight"][: len(down)] = down * factor
-    made[f"{down_name}_proj.bias"][: len(down)] = down_bias * factor
-    made[f"{down_name}_proj.bias"][-1] = CONSTANT
-    made[f"{up_name}.weight"][:, : up.shape[1]] = up * (root / gain) / factor
-    if up_bias is not None:
-        made[f"{up_name}.weight"][:, -1] = up_bias / constant
+    small = torch.tensor(0.0 if up.bias is None else 1 / math.sqrt(width), dtype=torch.float64).to(dtype)
+    made = NormedLatent(
+        down=torch.zeros(width, down.weight.shape[1], dtype=torch.float64),
+        bias=torch.zeros(width, dtype=torch.float64),
+        gain=torch.cat([gain.repeat(rank), small.double()[None]]),
+        up=torch.zeros(len(up.weight), width, dtype=torch.float64),
+    )
+    made.down[: len(down_bias)] = down.weight * factor
+    made.bias[: len(down_bias)] = down_bias * factor
+    made.bias[-1] = CONSTANT
+    made.up[:, : up.weight.shape[1]] = up.weight * (root / gain) / factor
+    if up.bias is not None:
+        made.up[:, -1] = up.bias / ((CONSTANT / root).to(dtype) * small).double()
     return made

@@ -64,12 +64,7 @@ def rope_parameters(config: Any, frequencies: Tensor, shape: Shape) -> dict[str,
     """Return the config's `rope_parameters`, which give the frequencies of the rotary pairs that are not zero.
 
     They are of type `default` where the formula theta^(-2i/R) gives these frequencies, and of type `longrope` with a
-    factor for each frequency otherwise.
-
-    Args:
-        config: The config of the converted model.
-        frequencies: The frequencies of all rotary pairs of the source, [D/2].
-        shape: The shape of the export.
+    factor for each frequency otherwise. The given frequencies are those of all rotary pairs of the source, [D/2].
     """
     frequencies = frequencies.detach().double().cpu()[shape.pairs]
     theta = float(config.rope_parameters["rope_theta"])
@@ -90,13 +85,7 @@ def rope_parameters(config: Any, frequencies: Tensor, shape: Shape) -> dict[str,
 
 
 def deepseek_config(config: Any, shape: Shape, frequencies: Tensor) -> DeepseekV3Config:
-    """Return the config of the export of a converted model.
-
-    Args:
-        config: The config of the converted model.
-        shape: The shape of the export.
-        frequencies: The frequencies of all rotary pairs of the source, [D/2].
-    """
+    """Return the config of an export; `frequencies` are those of all rotary pairs of the source, [D/2]."""
     g = model_geometry(family_of(config).spec, config).layers[0]
     return DeepseekV3Config(
         **{name: getattr(config, name) for name in CARRIED if hasattr(config, name)},
@@ -162,12 +151,8 @@ def export_deepseek(
     spec: AttentionSpec = family_of(model.config).spec
     rotary: Any = model.get_submodule(spec.rotary_path)
     scaling = float(getattr(rotary, "attention_scaling", 1.0))
-    places = {f"{spec.attention_path(layer)}." for layer in range(model.config.num_hidden_layers)}
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not any(name.startswith(place) for place in places)
-    }
+    places = tuple(f"{spec.attention_path(layer)}." for layer in range(len(attentions)))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(places)}
     for layer, attention in enumerate(attentions):
         norm = model.get_submodule(f"{spec.layer_path(layer)}.{spec.input_norm}")
         gain = float(norm.weight.detach().abs().max())  # type: ignore[union-attr, arg-type, operator]

@@ -59,10 +59,6 @@ def file_type_of(dtype: torch.dtype) -> str:
 def check_writable(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuse what no GGUF file can hold, before any work.
 
-    Args:
-        config: The config of the source model or of what was made from it.
-        tokenizer: Its tokenizer, or None.
-
     Raises:
         MissingDependencyError: The package `gguf` is not installed.
         UnsupportedModelError: A GGUF file cannot hold the tokenizer, or its model's family has biases.
@@ -93,9 +89,6 @@ def installed_gguf() -> Any:
 
 def check_gguf(config: Any) -> None:
     """Refuse a `deepseek_v3` export that llama.cpp cannot run.
-
-    Args:
-        config: The config of the export.
 
     Raises:
         UnsupportedModelError: With the options of a conversion that it could run.

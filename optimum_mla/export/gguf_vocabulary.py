@@ -66,8 +66,6 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         UnsupportedModelError: The tokenizer is no BPE, has tokens without a row, changes or splits texts by a rule that
             is not known here, or merges in an order that llama.cpp cannot follow.
     """
-    import gguf
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     model = content.get("model", {})
@@ -76,16 +74,44 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
             f"export: a GGUF file is written with BPE tokenizers only, and this model's is of type "
             f"{model.get('type')!r}. {REMEDY}"
         )
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    special = {name: index for name, index in special.items() if index is not None}
     pieces = bool(model.get("byte_fallback"))
-    missing = [name for name in ("bos", "eos") if getattr(tokenizer, f"{name}_token_id") is None]
+    missing = [name for name in ("bos", "eos") if name not in special]
     if pieces and missing:
         raise UnsupportedModelError(
             f"export: the tokenizer has no {' and no '.join(missing)} token, and llama.cpp would take others of a "
             "SentencePiece vocabulary for them. Name them in the tokenizer's config."
         )
-    tokens = [f"[PAD{index}]" for index in range(size)]
-    types = [int(gguf.TokenType.UNUSED)] * size
-    added_tokens = content.get("added_tokens", ())
+    tokens, types = _tokens(content, size, special.get("unk") if pieces else None)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    begun = tokenizer("a").input_ids
+    template = tokenizer.chat_template
+    return Vocabulary(
+        model="llama" if pieces else "gpt2",
+        pre="default" if pieces else _pre_tokenizer(content),
+        tokens=tokens,
+        types=types,
+        merges=[] if pieces else [" ".join(merge) for merge in merges],
+        scores=_scores(tokens, merges) if pieces else None,
+        prefixed=_prefixed(content) if pieces else None,
+        special=special,
+        begins=bool(begun) and begun[0] == special.get("bos"),
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _tokens(content: dict[str, Any], size: int, unknown: int | None) -> tuple[list[str], list[int]]:
+    """Return the tokens of a vocabulary by their ids, and the `gguf.TokenType` of each.
+
+    Args:
+        content: The content of the tokenizer's file.
+        size: Number of ids; those without a token get made-up ones.
+        unknown: Id of SentencePiece's token for what no piece stands for, if there is one.
+    """
+    import gguf
+
+    model, added_tokens, kinds = content["model"], content.get("added_tokens", ()), gguf.TokenType
     ids = {index: token for token, index in model["vocab"].items()}
     ids |= {added["id"]: added["content"] for added in added_tokens}
     if max(ids) >= size:
@@ -95,32 +121,16 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
             f"rows, for ids up to {size - 1}. Take the tokens without a row ({beyond}) out of the tokenizer, or "
             "give them rows by model.resize_token_embeddings."
         )
-    for index, token in ids.items():
-        tokens[index], types[index] = token, int(gguf.TokenType.NORMAL)
+    types = [int(kinds.NORMAL if index in ids else kinds.UNUSED) for index in range(size)]
     for added in added_tokens:
-        types[added["id"]] = int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
-    begun = tokenizer("a").input_ids
-    template = tokenizer.chat_template
-    if pieces:
-        for index, token in enumerate(tokens):
+        types[added["id"]] = int(kinds.CONTROL if added["special"] else kinds.USER_DEFINED)
+    if model.get("byte_fallback"):
+        for index, token in ids.items():
             if BYTE.fullmatch(token):
-                types[index] = int(gguf.TokenType.BYTE)
-        if special["unk"] is not None:
-            types[special["unk"]] = int(gguf.TokenType.UNKNOWN)
-    return Vocabulary(
-        model="llama" if pieces else "gpt2",
-        pre="default" if pieces else _pre_tokenizer(content),
-        tokens=tokens,
-        types=types,
-        merges=[] if pieces else [" ".join(merge) for merge in merges],
-        scores=_scores(tokens, merges) if pieces else None,
-        prefixed=_prefixed(content) if pieces else None,
-        special={name: index for name, index in special.items() if index is not None},
-        begins=bool(begun) and begun[0] == special["bos"],
-        chat_template=template if isinstance(template, str) else None,
-    )
+                types[index] = int(kinds.BYTE)
+    if unknown is not None:
+        types[unknown] = int(kinds.UNKNOWN)
+    return [ids.get(index, f"[PAD{index}]") for index in range(size)], types
 
 
 def _pre_tokenizer(content: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,8 @@ from optimum_mla.nn import LatentAttention
 from optimum_mla.ops.ridge import Healing, Regression, heal
 
 
-@dataclass(frozen=True)
-class Normed:
-    """A model with norms on its latents.
-
-    Attributes:
-        model: The model.
-        perplexities: The perplexity on held-back windows without the norms and with them.
-    """
+class Normed(NamedTuple):
+    """A model with norms on its latents, and the perplexities on held-back windows without the norms and with them."""
 
     model: PreTrainedModel
     perplexities: tuple[float, float]

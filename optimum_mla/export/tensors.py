@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.export.checks import check_padding, different_frequencies
-from optimum_mla.export.constant_channel import constant_norm
+from optimum_mla.export.constant_channel import NormedLatent, Projection, constant_norm
 from optimum_mla.families.spec import AttentionSpec
 from optimum_mla.models.family_table import family_of
 
@@ -133,76 +133,88 @@ def attention_tensors(attention: Any, shape: Shape, input_gain: float, rope_scal
         input_gain: The largest absolute gain of the norm before the attention.
         rope_scaling: The factor by which the source's rotary embedding multiplies cos and sin, as with YaRN.
     """
-    g: MLAGeometry = attention.geometry
-    dtype = attention.o_proj.weight.dtype
-    n, half, r = g.qk_nope_head_dim, g.qk_rope_head_dim // 2, g.kv_lora_rank
-    order = attention.rope_pairs[0].argsort(stable=True).cpu()
-    rope_order = torch.cat([order, order + half])
-    longest = input_gain * math.sqrt(g.hidden_size)  # An RMS-normed state is not longer than this after its gain.
+    hidden_size = attention.geometry.hidden_size
+    longest = input_gain * math.sqrt(hidden_size)  # An RMS-normed state is not longer than this after its gain.
+    tensors = _query_tensors(attention, shape, longest, rope_scaling) | _key_value_tensors(attention, shape, longest)
+    tensors |= {f"o_proj.{part}": double(tensor) for part, tensor in attention.o_proj.named_parameters()}
+    if shape.biased and "o_proj.bias" not in tensors:
+        tensors["o_proj.bias"] = torch.zeros(hidden_size, dtype=torch.float64)
+    return tensors
 
-    # The query weights get DeepSeek's order of rotary pairs and the ratio of the two logit scales. They also get the
-    # factor of the source's rotary embedding twice, because the exported one multiplies neither queries nor keys by it.
+
+def _query_tensors(attention: Any, shape: Shape, longest: float, rope_scaling: float) -> dict[str, Tensor]:
+    """Return the weights that make queries; see `attention_tensors`.
+
+    They get DeepSeek's order of rotary pairs and the ratio of the two logit scales. They also get the factor of the
+    source's rotary embedding twice, because the exported one multiplies neither queries nor keys by it.
+    """
+    g: MLAGeometry = attention.geometry
+    n = g.qk_nope_head_dim
     scale = math.sqrt((n + shape.rope_dims) / g.head_dim)
-    tensors: dict[str, Tensor] = {}
 
     def queries(tensor: Tensor) -> Tensor:
         heads = double(tensor).unflatten(0, (g.num_attention_heads, -1)) * scale
-        rope = _spread(heads[:, n:][:, rope_order].transpose(0, 1), shape.slots, shape.rope_dims).transpose(0, 1)
+        rope = _rotary_rows(attention, shape, heads[:, n:].transpose(0, 1)).transpose(0, 1)
         return torch.cat([heads[:, :n], rope * rope_scaling**2], dim=1).flatten(0, 1)
 
     if shape.query_rank is None:
-        tensors["q_proj.weight"] = queries(attention.q_proj.weight)
+        return {"q_proj.weight": queries(attention.q_proj.weight)}
+    plain = g.q_lora_rank is None
+    up = attention.q_proj if plain else attention.q_b_proj
+    down = torch.eye(g.hidden_size, dtype=torch.float64) if plain else double(attention.q_a_proj.weight)
+    weight, bias = queries(up.weight), None if up.bias is None else queries(up.bias)
+    if shape.normed:
+        down_bias = torch.zeros(len(down), dtype=torch.float64)
+        made = NormedLatent(down, down_bias, double(attention.q_a_layernorm.weight), weight)
     else:
-        plain = g.q_lora_rank is None
-        up = attention.q_proj if plain else attention.q_b_proj
-        down = torch.eye(g.hidden_size, dtype=torch.float64) if plain else double(attention.q_a_proj.weight)
-        weight, bias = queries(up.weight), None if up.bias is None else queries(up.bias)
-        if shape.normed:
-            made = {"q_a_proj.weight": down, "q_b_proj.weight": weight}
-            made["q_a_layernorm.weight"] = double(attention.q_a_layernorm.weight)
-            if shape.biased:
-                made["q_a_proj.bias"] = torch.zeros(len(down), dtype=torch.float64)
-        else:
-            made = constant_norm("q_a", "q_b_proj", down, None, weight, bias, longest, len(down), dtype)
-        tensors |= made
+        made = constant_norm(
+            Projection(down), Projection(weight, bias), longest, len(down), attention.o_proj.weight.dtype
+        )
+    return _named(made, shape, "q_a_proj", "q_a_layernorm", "q_b_proj")
 
-    # The down-projection and the up-projection of keys and values follow, and then the rotary key.
-    compressed = attention.kv_a_proj_with_mqa
+
+def _key_value_tensors(attention: Any, shape: Shape, longest: float) -> dict[str, Tensor]:
+    """Return the weights of the latent of keys and values and of the rotary key; see `attention_tensors`."""
+    g: MLAGeometry = attention.geometry
+    r, group = g.kv_lora_rank, g.num_attention_heads // g.num_up_heads
+    compressed, up = attention.kv_a_proj_with_mqa, attention.kv_b_proj
     weight = double(compressed.weight)
     bias = torch.zeros(len(weight), dtype=torch.float64) if compressed.bias is None else double(compressed.bias)
-    group = g.num_attention_heads // g.num_up_heads
 
     def repeated(tensor: Tensor) -> Tensor:
         return double(tensor).unflatten(0, (g.num_up_heads, -1)).repeat_interleave(group, dim=0).flatten(0, 1)
 
-    up_weight = repeated(attention.kv_b_proj.weight)
-    up_bias = None if attention.kv_b_proj.bias is None else repeated(attention.kv_b_proj.bias)
+    up_weight, up_bias = repeated(up.weight), None if up.bias is None else repeated(up.bias)
     if shape.normed:
         # The norm divides by the root of the mean square over all channels, those of the padding included.
-        share = math.sqrt(shape.rank / r)
-        kept = torch.arange(r)
-        tensors["kv_a_proj_with_mqa.weight"] = _spread(weight[:r] * share, kept, shape.rank)
-        tensors["kv_a_layernorm.weight"] = _spread(double(attention.kv_a_layernorm.weight) / share, kept, shape.rank)
-        tensors["kv_b_proj.weight"] = _spread(up_weight.T, kept, shape.rank).T.contiguous()
-        if shape.biased:
-            tensors["kv_a_proj_with_mqa.bias"] = _spread(bias[:r] * share, kept, shape.rank)
-    else:
-        made = constant_norm(
-            "kv_a", "kv_b_proj", weight[:r], bias[:r], up_weight, up_bias, longest, shape.rank - 1, dtype
+        share, kept = math.sqrt(shape.rank / r), torch.arange(r)
+        made = NormedLatent(
+            _spread(weight[:r] * share, kept, shape.rank),
+            _spread(bias[:r] * share, kept, shape.rank),
+            _spread(double(attention.kv_a_layernorm.weight) / share, kept, shape.rank),
+            _spread(up_weight.T, kept, shape.rank).T.contiguous(),
         )
-        for part in ("weight", "bias"):
-            tensors[f"kv_a_proj_with_mqa.{part}"] = made.pop(f"kv_a_proj.{part}")
-        tensors |= made
-    for part, whole in (("weight", weight), ("bias", bias)):
-        name = f"kv_a_proj_with_mqa.{part}"
-        if name in tensors:
-            rotary = _spread(whole[r:][rope_order], shape.slots, shape.rope_dims)
-            tensors[name] = torch.cat([tensors[name], rotary])
-    for part, tensor in attention.o_proj.named_parameters():
-        tensors[f"o_proj.{part}"] = double(tensor)
-    if shape.biased and "o_proj.bias" not in tensors:
-        tensors["o_proj.bias"] = torch.zeros(g.hidden_size, dtype=torch.float64)
-    return tensors
+    else:
+        dtype = attention.o_proj.weight.dtype
+        down = Projection(weight[:r], bias[:r])
+        made = constant_norm(down, Projection(up_weight, up_bias), longest, shape.rank - 1, dtype)
+    made = made._replace(
+        down=torch.cat([made.down, _rotary_rows(attention, shape, weight[r:])]),
+        bias=torch.cat([made.bias, _rotary_rows(attention, shape, bias[r:])]),
+    )
+    return _named(made, shape, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")
+
+
+def _named(made: NormedLatent, shape: Shape, down: str, norm: str, up: str) -> dict[str, Tensor]:
+    """Return the weights of a latent by the names of its three modules."""
+    named = {f"{down}.weight": made.down, f"{norm}.weight": made.gain, f"{up}.weight": made.up}
+    return {**named, f"{down}.bias": made.bias} if shape.biased else named
+
+
+def _rotary_rows(attention: Any, shape: Shape, rows: Tensor) -> Tensor:
+    """Return the rows of a rotary key or query, [R, ...], in the order of the export, with zeros for other pairs."""
+    order = attention.rope_pairs[0].argsort(stable=True).cpu()
+    return _spread(rows[torch.cat([order, order + len(order)])], shape.slots, shape.rope_dims)
 
 
 def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:

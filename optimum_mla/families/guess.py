@@ -18,9 +18,7 @@ BESIDE = ("pre_feedforward_layernorm", "post_attention_layernorm")
 def guessed_spec(config: Any, model: nn.Module) -> AttentionSpec:
     """Return the spec that the names of a model's modules and the shapes of its norms suggest.
 
-    Args:
-        config: The config of the model.
-        model: A model of that config; its weights may be on the meta device.
+    The weights of the model may be on the meta device.
 
     Raises:
         UnsupportedModelError: The model has no `model.layers.0.self_attn` with the usual projections.

@@ -7,6 +7,7 @@ of the weights that this module returns. So nothing after it knows families.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.core.geometry import MLAGeometry
 from optimum_mla.families.spec import AttentionSpec, layer_type, norm_eps
+from optimum_mla.nn.norm import NORM_EPS
 from optimum_mla.ops.rotary import PairTable
 from optimum_mla.stack import attention_scaling, rotary_dims
 
@@ -36,6 +38,7 @@ class Heads(NamedTuple):
     key_factor: Tensor
 
 
+@dataclass(eq=False)
 class SourceAttention:
     """The weights of a source model's attention in float64, split by heads.
 
@@ -43,28 +46,26 @@ class SourceAttention:
     is cast when it is first read, and the object keeps the float64 copy. So an object should not live longer than the
     work on its layer.
 
-    Args:
+    Attributes:
         spec: The description of the family.
         module: The attention module of the source model.
         geometry: The shape of the layer.
         pairs: How the model's tables of cos and sin are read in this layer.
-        rotary_dims: Number of dims of a head that the model rotates; None for all.
         input_gain: The gain of the norm before the attention, [d].
+        rotary_dims: Number of dims of a head that the model rotates; 0 for all.
         eps: What the norms of queries and keys add to the mean square.
     """
 
-    def __init__(
-        self,
-        spec: AttentionSpec,
-        module: nn.Module,
-        geometry: MLAGeometry,
-        pairs: PairTable,
-        input_gain: Tensor,
-        rotary_dims: int | None = None,
-        eps: float = 1e-6,
-    ) -> None:
-        self.spec, self.module, self.geometry, self.pairs, self.eps = spec, module, geometry, pairs, eps
-        self.input_gain, self.rotary_dims = input_gain, rotary_dims or geometry.head_dim
+    spec: AttentionSpec
+    module: nn.Module
+    geometry: MLAGeometry
+    pairs: PairTable
+    input_gain: Tensor
+    rotary_dims: int = 0
+    eps: float = NORM_EPS
+
+    def __post_init__(self) -> None:
+        self.rotary_dims = self.rotary_dims or self.geometry.head_dim
         self._weights: dict[str, Tensor] = {}
 
     @property
@@ -103,14 +104,13 @@ class SourceAttention:
     def _tensor(self, part: str, tensor: str) -> Tensor | None:
         """Return the weight or the bias of the query, key or value projection, [heads, D, ...], or None."""
         spec, g = self.spec, self.geometry
-        if spec.fused is None:
-            found = getattr(self._linear(getattr(spec, part)), tensor)
-            return None if found is None else found.detach().unflatten(0, (-1, g.head_dim))
-        found = getattr(self._linear(spec.fused), tensor)
+        found = getattr(self._linear(spec.fused or getattr(spec, part)), tensor)
         if found is None:
             return None
-        place = ("query", "key", "value").index(part)
         heads = found.detach().unflatten(0, (-1, g.head_dim))
+        if spec.fused is None:
+            return heads
+        place = ("query", "key", "value").index(part)
         if spec.fused_by_head:
             return heads[place::3]
         return heads.split([g.num_attention_heads, g.num_key_value_heads, g.num_key_value_heads])[place]
@@ -237,14 +237,7 @@ class SourceAttention:
 
 
 def pair_table(spec: AttentionSpec, config: Any, layer: int, rotary: Any) -> PairTable:
-    """Return how the tables of a model's rotary embedding are read in a layer.
-
-    Args:
-        spec: The model's family.
-        config: The model's config.
-        layer: The layer's index.
-        rotary: The model's rotary embedding.
-    """
+    """Return how the tables of a model's rotary embedding are read in a layer."""
     return PairTable(
         head_dim=spec.geometry(config.per_layer_config[layer]).head_dim,
         interleaved=spec.interleaved,
@@ -257,14 +250,7 @@ def pair_table(spec: AttentionSpec, config: Any, layer: int, rotary: Any) -> Pai
 def source_attention(
     spec: AttentionSpec, decoder_layer: nn.Module, config: Any, layer: int, rotary: Any
 ) -> SourceAttention:
-    """Return the source attention of one layer of a model.
-
-    Args:
-        spec: The model's family.
-        decoder_layer: The decoder layer.
-        config: The model's config.
-        layer: The layer's index.
-        rotary: The model's rotary embedding.
+    """Return the source attention of one layer of a model, whose rotary embedding is `rotary`.
 
     Raises:
         UnsupportedModelError: A projection is not an `nn.Linear`, the attention has sinks, or the spec names a module

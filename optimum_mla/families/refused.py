@@ -28,11 +28,7 @@ OTHER_REASONS = {
 
 
 def refusal(config: Any) -> str | None:
-    """Return why a model cannot be converted, with what to do instead, or None if nothing is known against it.
-
-    Args:
-        config: The config of the model.
-    """
+    """Return why a model cannot be converted, with what to do instead, or None if nothing is known against it."""
     model_type = getattr(config, "model_type", None)
     if model_type in ALREADY_LATENT or getattr(config, "kv_lora_rank", None):
         return "its attention is latent already, so there is nothing to convert"

@@ -136,11 +136,7 @@ class AttentionSpec:
         return found
 
     def features(self, config: Any) -> dict[str, Any]:
-        """Return the fields of `MLAGeometry` about biases, norms and caps, which not every family's config has.
-
-        Args:
-            config: The config of a model, or of a layer, of this family.
-        """
+        """Return the fields of `MLAGeometry` about biases, norms and caps, which not every family's config has."""
 
         def has(field: bool | str) -> bool:
             return bool(getattr(config, field, False)) if isinstance(field, str) else field

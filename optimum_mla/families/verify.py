@@ -239,12 +239,7 @@ def expected_output(
 ) -> Tensor:
     """Return the attention's output [1, S, d] in float64, computed from the tensors that the spec names.
 
-    Args:
-        source: The attention.
-        config: The model's config.
-        layer: The layer's index.
-        normed: The attention's input, [1, S, d].
-        table: cos and sin of the rotary embedding as the attention gets them.
+    It is that for the input `normed`, [1, S, d], and the `table` of cos and sin as the attention gets it.
     """
     g, x = source.geometry, normed.double()
     heads = source.project(x)

@@ -15,48 +15,32 @@ from optimum_mla.nn import LatentAttention
 from optimum_mla.nn.projections import LATENT_PROJECTIONS
 
 
-def unmatched_targets(model: nn.Module, config: Any, attention: str) -> list[str]:
-    """Return the names among the `target_modules` of a PEFT config that name nothing in converted layers, sorted.
+def warn_of_unmatched(model: nn.Module, configs: dict[str, Any], attention: str) -> None:
+    """Warn of target names that name nothing in converted layers, and name the layers of the latent.
 
     A bare name such as `k_proj` is one of them too if only attentions that are not converted have it, unless other
     names are those of layers of the latent. Patterns, and configs without target modules, have none.
-
-    Args:
-        model: A converted model.
-        config: A `peft.PeftConfig`.
-        attention: Attribute name of the attention in a decoder layer.
     """
-    targets = getattr(config, "target_modules", None)
-    if targets is None or isinstance(targets, str):
-        return []
     modules = dict(model.named_modules())
-    knows = any(target.rpartition(".")[2] in LATENT_PROJECTIONS for target in targets)
     unconverted = tuple(
         f"{name}."
         for name, module in modules.items()
         if name.rpartition(".")[2] == attention and not isinstance(module, LatentAttention)
     )
 
-    def names_something(target: str) -> bool:
+    def names_something(target: str, bare_counts: bool) -> bool:
         named = [name for name in modules if name == target or name.endswith(f".{target}")]
-        return any(knows or "." in target or not name.startswith(unconverted) for name in named)
+        return any(bare_counts or "." in target or not name.startswith(unconverted) for name in named)
 
-    return sorted(target for target in targets if not names_something(target))
-
-
-def warn_of_unmatched(model: nn.Module, configs: dict[str, Any], attention: str) -> None:
-    """Warn of target names that name nothing in converted layers, and name the layers of the latent.
-
-    Args:
-        model: A converted model, adapted already.
-        configs: The PEFT configs by the names of the adapters.
-        attention: Attribute name of the attention in a decoder layer.
-    """
     for config in configs.values():
-        unmatched = unmatched_targets(model, config, attention)
+        targets = getattr(config, "target_modules", None)
+        if targets is None or isinstance(targets, str):
+            continue
+        knows = any(target.rpartition(".")[2] in LATENT_PROJECTIONS for target in targets)
+        unmatched = sorted(target for target in targets if not names_something(target, knows))
         if not unmatched:
             continue
-        found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        found = {name.rpartition(".")[2] for name in modules}
         latent = [name for name in LATENT_PROJECTIONS if name in found]
         warnings.warn(
             f"target_modules: {', '.join(unmatched)} of {', '.join(sorted(config.target_modules))} name nothing in the "

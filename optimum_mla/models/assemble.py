@@ -24,16 +24,10 @@ NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version"
 def converted_config(
     family: Family, source: PreTrainedConfig, plans: dict[int, MLAGeometry], method: str
 ) -> PreTrainedConfig:
-    """Return the config of a model whose layers are converted as planned.
+    """Return the config of a model whose layers a method converts to the given shapes, by their index.
 
     The shape that most converted layers have goes into the config's own fields, and what differs from it goes into
     `per_layer_config`. Layers that were converted earlier keep their fields.
-
-    Args:
-        family: The model's family.
-        source: The config before the conversion.
-        plans: The new shapes, by the index of the layer.
-        method: Name of the method, which is recorded for each of these layers.
     """
     layers: list[dict[str, Any]] = []
     for index, layer_config in enumerate(source.per_layer_config):
@@ -76,15 +70,9 @@ def load_attention(
     rotary: nn.Module,
     geometry: MLAGeometry,
 ) -> LatentAttention:
-    """Return the latent attention of one layer with its weights.
+    """Return the latent attention of one layer with its parameters and buffers, given by their names.
 
-    Args:
-        family: The model's family.
-        config: The model's config.
-        layer: Index of the layer.
-        tensors: The parameters and buffers of the attention by their names.
-        rotary: The model's rotary embedding, which the attention shares.
-        geometry: Shape of the layer.
+    The attention shares the model's rotary embedding.
     """
     with torch.device("meta"):
         attention = build_attention(family.spec, config, layer, rotary, geometry)

@@ -29,11 +29,9 @@ def config_of(model: Any) -> PreTrainedConfig:
 
 
 def check_convertible(model: Any, quantized: bool = False) -> Family:
-    """Return the family of a model after checking that it can be converted.
+    """Return the family of a source model or a traced one, after checking that it can be converted.
 
-    Args:
-        model: A source model, or a traced one.
-        quantized: Whether its weights may be quantized.
+    Quantized weights are refused unless `quantized` allows them.
 
     Raises:
         UnsupportedModelError: The argument is not a causal language model of a known family, or its weights are

@@ -110,11 +110,6 @@ class LatentInitialization(LatentCheckpoint):
 class MLAModelMixin(LatentInitialization):
     """A source family's base model whose converted layers run latent attention."""
 
-    @staticmethod
-    def recorders(source: dict[str, Any], source_attention: type[nn.Module]) -> dict[str, Any]:
-        """Return what `output_attentions` and `output_hidden_states` record: attentions are those of both kinds."""
-        return {**source, "attentions": [LatentAttention, source_attention]}
-
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         spec, rotary = self.spec, getattr(self, self.spec.rotary)
@@ -131,9 +126,6 @@ def base_forward(source_base: type[PreTrainedModel]) -> Callable[..., Any]:
 
     It makes a `LatentCache` where a cache is wanted and none was given, takes the cache by every known name, and
     refuses keywords that nothing would use.
-
-    Args:
-        source_base: The base model class of the source family.
     """
     source_forward = source_base.forward
     name, position = cache_name(source_forward), cache_position(source_forward) - 1  # `self` is not among `args`

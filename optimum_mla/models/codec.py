@@ -93,10 +93,10 @@ class ModelCodec:
                     )
                 layers, probes = {}, {}
                 for name, layout in described["layouts"].items():
-                    index, read = int(name), partial(_read, file, name)
-                    tensors = {part: read(part) for part in ("latent_down", "latent_up", "centre", "weight")}
-                    layers[index] = VectorCodec(Layout.from_dict(layout), **tensors)
-                    probes[index] = read("probe")
+                    parts = ("latent_down", "latent_up", "centre", "weight", "probe")
+                    tensors = {part: file.get_tensor(f"layers.{name}.{part}") for part in parts}
+                    probes[int(name)] = tensors.pop("probe")
+                    layers[int(name)] = VectorCodec(Layout.from_dict(layout), **tensors)
             return cls(layers, probes, described["model_type"], ExactTokens(**described["exact"]))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise UnreadableModelError(f"codec: {path} could not be read: {first_line(error)}.") from error
@@ -133,11 +133,9 @@ class ModelCodec:
                 f"model: got a {config.model_type}, allowed: the {self.model_type} of this codec"
             )
         for index, probe in self.probes.items():
-            found = probe_of(model, index) if index < config.num_hidden_layers else None
-            apart = (
-                None if found is None or found.shape != probe.shape else float((found - probe).norm() / probe.norm())
-            )
-            if apart is None or not apart <= PROBE_TOLERANCE:
+            found = probe_of(model, index) if index < config.num_hidden_layers else torch.empty(0)
+            # Written so that a difference which is not a number is too large as well.
+            if found.shape != probe.shape or not (found - probe).norm() <= PROBE_TOLERANCE * probe.norm():
                 raise UnsupportedModelError(
                     f"model: the keys and values of layer {index} are not those of the model that this codec was "
                     "fitted to. Load that model, or fit a codec to this one."
@@ -199,11 +197,6 @@ def probe_of(model: PreTrainedModel, layer: int) -> Tensor:
             like = next((one for one in tensors if one.is_floating_point()), vector)
             made.append(projection(vector.to(tensors[0].device, like.dtype))[0].float().cpu())
     return torch.cat(made)
-
-
-def _read(file: Any, layer: str, name: str) -> Tensor:
-    tensor: Tensor = file.get_tensor(f"layers.{layer}.{name}")
-    return tensor
 
 
 def _cos_sin(

@@ -152,9 +152,6 @@ def name_codec(folder: Path) -> None:
     """Name the codec that lies in the folder of a model in its config.json, so that it is loaded with the model.
 
     Nothing else in the file changes, but for the entry of a module of a few lines that `trust_remote_code=True` runs.
-
-    Args:
-        folder: The folder of the model, with its codec.
     """
     path = folder / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -205,10 +202,6 @@ def register_source(config: type[PreTrainedConfig], source: type[PreTrainedModel
     """Let `AutoModelForCausalLM` give models of a source class their codec, where their config names one.
 
     A model whose config names none is loaded by its own class, as if this package were not there.
-
-    Args:
-        config: The config class of the family.
-        source: Its causal language model in Transformers.
     """
 
     def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:

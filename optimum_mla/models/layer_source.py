@@ -160,12 +160,7 @@ def reading_weights() -> Iterator[None]:
 
 
 def for_walking(module: M, implementation: str) -> M:
-    """Put a module that is not part of a model into evaluation mode, and return it.
-
-    Args:
-        module: The module.
-        implementation: The attention implementation that it then has.
-    """
+    """Put a module that is not part of a model into evaluation mode, with an attention implementation; return it."""
     for part in module.eval().modules():
         config = getattr(part, "config", None)
         if config is not None:

@@ -17,8 +17,7 @@ from optimum_mla.nn import ATTENTION_FORMS, LatentAttention
 
 def model_geometry(spec: AttentionSpec, config: Any) -> ModelGeometry:
     """Return the shapes of all attention layers of a source or converted model's config."""
-    layers: tuple[MLAGeometry, ...] = tuple(spec.geometry(layer) for layer in config.per_layer_config)
-    return ModelGeometry(layers)
+    return ModelGeometry(tuple(spec.geometry(layer) for layer in config.per_layer_config))
 
 
 def kept_layers(config: Any) -> list[str]:
@@ -59,10 +58,9 @@ def build_attention(
 
 def quantizable_layers(spec: AttentionSpec, config: Any) -> list[int]:
     """Return the indices of the layers whose cache is a `LatentLayer`."""
-    layers = model_geometry(spec, config).layers
     return [
         index
-        for index, geometry in enumerate(layers)
+        for index, geometry in enumerate(model_geometry(spec, config).layers)
         if geometry.attention_form != "source" and sliding_window(config, index) is None
     ]
 
@@ -91,12 +89,7 @@ def quantized_settings(cache_config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidValueError: The `cache_config` has an entry that a latent cache does not know.
     """
-    names = {
-        "backend": "backend",
-        "nbits": "bits",
-        "q_group_size": "group_size",
-        "residual_length": "residual_length",
-    }
+    names = {"backend": "backend", "nbits": "bits", "q_group_size": "group_size", "residual_length": "residual_length"}
     if unknown := [name for name in cache_config if name not in names]:
         remedy = "Latents are always coded token by token." if "axis" in unknown[0] else "Leave it out."
         raise InvalidValueError("cache_config", unknown[0], ", ".join(names), remedy)

@@ -19,7 +19,8 @@ ROTARY_KEY = "mla_kv_a_proj"
 class TensorParallelPlan:
     """The plan of a converted model's config, as an attribute of the config's class.
 
-    It has no `__set__`, because releases of Transformers assign plans with more entries to configs.
+    Attention that cannot be split is replicated. The plan has no `__set__`, because releases of Transformers assign
+    plans with more entries to configs.
 
     Args:
         source: The plan of the source family's base model, or None if it has none; then there is none of ours.
@@ -30,12 +31,31 @@ class TensorParallelPlan:
     def __init__(
         self, source: dict[str, str] | None, attention: str, layers: Callable[[Any], Sequence[MLAGeometry]]
     ) -> None:
-        self.source, self.attention, self.layers = source, attention, layers
+        self.source, self.prefix, self.layers = source, f"layers.*.{attention}.", layers
 
     def __get__(self, config: Any, owner: type) -> Any:
         if config is None or self.source is None:
             return None
-        return tensor_parallel_plan(self.source, self.attention, self.layers(config))
+        elsewhere = {name: style for name, style in self.source.items() if not name.startswith(self.prefix)}
+        of_source = {name: style for name, style in self.source.items() if name.startswith(self.prefix)}
+        layers = self.layers(config)
+        converted = [layer for layer in layers if layer.attention_form != "source"]
+        rotary = {layer.qk_rope_head_dim for layer in converted if layer.attention_form == "decoupled"}
+        if not of_source or len(rotary) > 1 or not all(map(splits_by_heads, converted)):
+            return elsewhere
+        styles: dict[str, str] = {}
+        for form in {layer.attention_form for layer in converted}:
+            styles |= dict.fromkeys(BY_HEADS[form], "colwise")
+        if all(layer.q_lora_rank is None for layer in converted):
+            styles.pop("q_b_proj", None)
+        elif len(converted) == len(layers):
+            styles.pop("q_proj")
+        if rotary:
+            styles["kv_a_proj_with_mqa"] = ROTARY_KEY
+        styles["o_proj"] = "rowwise"
+        norms = {name: style for name, style in of_source.items() if name.endswith("_norm")}
+        kept = of_source if len(converted) < len(layers) else norms
+        return {**elsewhere, **kept, **{f"{self.prefix}{name}": style for name, style in styles.items()}}
 
 
 def splits_by_heads(geometry: MLAGeometry) -> bool:
@@ -49,35 +69,3 @@ def splits_by_heads(geometry: MLAGeometry) -> bool:
     if geometry.attention_form == "full":
         return True
     return geometry.num_rope_heads == 1 and geometry.rope_cache == "cached" and not geometry.key_norm
-
-
-def tensor_parallel_plan(source: dict[str, str], attention: str, layers: Sequence[MLAGeometry]) -> dict[str, str]:
-    """Return the plan of a converted base model.
-
-    Attention that cannot be split is replicated.
-
-    Args:
-        source: The plan of the source family's base model.
-        attention: Attribute name of the attention in a decoder layer.
-        layers: Shapes of the attention layers.
-    """
-    prefix = f"layers.*.{attention}."
-    elsewhere = {name: style for name, style in source.items() if not name.startswith(prefix)}
-    of_source = {name: style for name, style in source.items() if name.startswith(prefix)}
-    converted = [layer for layer in layers if layer.attention_form != "source"]
-    rotary = {layer.qk_rope_head_dim for layer in converted if layer.attention_form == "decoupled"}
-    if not of_source or len(rotary) > 1 or not all(map(splits_by_heads, converted)):
-        return elsewhere
-    styles: dict[str, str] = {}
-    for form in {layer.attention_form for layer in converted}:
-        styles |= dict.fromkeys(BY_HEADS[form], "colwise")
-    if all(layer.q_lora_rank is None for layer in converted):
-        styles.pop("q_b_proj", None)
-    elif len(converted) == len(layers):
-        styles.pop("q_proj")
-    if rotary:
-        styles["kv_a_proj_with_mqa"] = ROTARY_KEY
-    styles["o_proj"] = "rowwise"
-    norms = {name: style for name, style in of_source.items() if name.endswith("_norm")}
-    kept = of_source if len(converted) < len(layers) else norms
-    return {**elsewhere, **kept, **{f"{prefix}{name}": style for name, style in styles.items()}}

@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from optimum_mla.core.errors import UnsupportedModelError, first_line
+from optimum_mla.families.built_in import BUILT_IN
 from optimum_mla.families.guess import guessed_spec
 from optimum_mla.families.refused import refusal
 from optimum_mla.families.spec import AttentionSpec
@@ -26,37 +27,10 @@ from optimum_mla.models.config import MLA_CONFIG_FIELDS, MLAConfigMixin
 from optimum_mla.models.family_table import FAMILIES, Family
 from optimum_mla.models.layers import model_geometry
 from optimum_mla.models.parallel import TensorParallelPlan
+from optimum_mla.nn import LatentAttention
 from optimum_mla.stack import enter_class_names, share_checkpoint_names
 
-BUILT_IN_FAMILIES = (
-    "arcee",
-    "cohere",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "gpt_neox",
-    "granite",
-    "granitemoe",
-    "helium",
-    "llama",
-    "ministral",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmo3",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "seed_oss",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-)
-"""Modules of `optimum_mla.families` that hold a `SPEC`."""
-
+BUILT_IN_TYPES = [spec.model_type for spec in BUILT_IN.values()]
 ENTRY_POINTS = "optimum_mla.families"
 """The entry-point group in which other packages offer families."""
 
@@ -76,56 +50,13 @@ def register_family(spec: AttentionSpec) -> Family:
     known = FAMILIES.get(spec.model_type)
     if known is not None and known.spec == spec:
         return known
-    prefix, home = spec.class_prefix, f"{__package__}.registry"
     source_config, source_base, source_model, source_attention = _source_classes(spec)
-
-    shared: dict[str, Any] = {"__module__": home, "spec": spec, "built_in": spec.model_type in BUILT_IN_FAMILIES}
-    defaults = {name: default for name, (_, default) in MLA_CONFIG_FIELDS.items()}
-    config = type(
-        f"{prefix}MLAConfig",
-        (MLAConfigMixin, source_config),
-        {
-            "__module__": home,
-            "__doc__": f"Config of a {prefix} model with latent attention; see `MLAConfigMixin`.",
-            "__annotations__": {
-                **{name: kind for name, (kind, _) in MLA_CONFIG_FIELDS.items()},
-                "latent_cache": dict | None,
-            },
-            **defaults,
-            "latent_cache": None,
-            "model_type": spec.mla_model_type,
-            "base_model_tp_plan": TensorParallelPlan(
-                source_config.base_model_tp_plan,
-                spec.attention,
-                lambda config: model_geometry(spec, config).layers,
-            ),
-        },
-    )
-    base = type(
-        f"{prefix}MLAModel",
-        (MLAModelMixin, source_base),
-        {
-            **shared,
-            "__doc__": f"{prefix}Model with latent attention in its converted layers.",
-            "config_class": config,
-            "forward": base_forward(source_base),
-            "_can_record_outputs": MLAModelMixin.recorders(source_base._can_record_outputs, source_attention),
-        },
-    )
-    model = type(
-        f"{prefix}MLAForCausalLM",
-        (MLAForCausalLMMixin, source_model),
-        {
-            **shared,
-            "__doc__": f"{prefix}ForCausalLM with latent attention in its converted layers.",
-            "config_class": config,
-            "base_class": base,
-        },
-    )
+    config = _config_class(spec, source_config)
+    base, model = _model_classes(spec, config, source_base, source_model, source_attention)
     family = Family(spec, source_config, source_model, source_attention, config, model)
     FAMILIES[spec.model_type] = family
     for made in (config, base, model):
-        for module in (home, __package__):
+        for module in (__name__, __package__):
             setattr(sys.modules[module], made.__name__, made)
     AutoConfig.register(spec.mla_model_type, config, exist_ok=True)
     AutoModel.register(config, base, exist_ok=True)
@@ -136,6 +67,57 @@ def register_family(spec: AttentionSpec) -> Family:
     for source, made in ((source_base, base), (source_model, model)):
         share_checkpoint_names(source.__name__, made.__name__)
     return family
+
+
+def _config_class(spec: AttentionSpec, source: Any) -> Any:
+    """Return the class of the configs of a family's converted models, given that of its source models."""
+    fields = {**MLA_CONFIG_FIELDS, "latent_cache": (dict | None, None)}
+    return type(
+        f"{spec.class_prefix}MLAConfig",
+        (MLAConfigMixin, source),
+        {
+            **{name: default for name, (_, default) in fields.items()},
+            "__module__": __name__,
+            "__doc__": f"Config of a {spec.class_prefix} model with latent attention; see `MLAConfigMixin`.",
+            "__annotations__": {name: kind for name, (kind, _) in fields.items()},
+            "model_type": spec.mla_model_type,
+            "base_model_tp_plan": TensorParallelPlan(
+                source.base_model_tp_plan, spec.attention, lambda config: model_geometry(spec, config).layers
+            ),
+        },
+    )
+
+
+def _model_classes(
+    spec: AttentionSpec, config: Any, source_base: Any, source_model: Any, source_attention: Any
+) -> tuple[Any, Any]:
+    """Return the classes of the base model and of the causal language model of a family's converted models."""
+    prefix, shared = spec.class_prefix, {"__module__": __name__, "spec": spec, "config_class": config}
+    shared["built_in"] = spec.model_type in BUILT_IN_TYPES
+    base = type(
+        f"{prefix}MLAModel",
+        (MLAModelMixin, source_base),
+        {
+            **shared,
+            "__doc__": f"{prefix}Model with latent attention in its converted layers.",
+            "forward": base_forward(source_base),
+            # Attentions that `output_attentions` records are those of both kinds.
+            "_can_record_outputs": {
+                **source_base._can_record_outputs,
+                "attentions": [LatentAttention, source_attention],
+            },
+        },
+    )
+    model = type(
+        f"{prefix}MLAForCausalLM",
+        (MLAForCausalLMMixin, source_model),
+        {
+            **shared,
+            "__doc__": f"{prefix}ForCausalLM with latent attention in its converted layers.",
+            "base_class": base,
+        },
+    )
+    return base, model
 
 
 def _source_classes(spec: AttentionSpec) -> tuple[Any, Any, Any, Any]:
@@ -161,9 +143,6 @@ def try_family(config: Any) -> AttentionSpec | None:
     """Register a family that is not known yet under the spec that its names suggest.
 
     Whether this describes the family is checked on the model itself, by `verify_family`, before anything is converted.
-
-    Args:
-        config: The config of the model.
 
     Returns:
         The spec, or None if the family is known.
@@ -196,5 +175,5 @@ def register_installed_families() -> None:
             warnings.warn(f"the family {point.name!r} ({point.value}) is left out: {first_line(error)}", stacklevel=2)
 
 
-for _name in BUILT_IN_FAMILIES:
-    register_family(import_module(f"optimum_mla.families.{_name}").SPEC)
+for _spec in BUILT_IN.values():
+    register_family(_spec)

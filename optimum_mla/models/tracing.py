@@ -68,18 +68,16 @@ class _Decoder(nn.Module):
         masks: dict[str | None, Any] = {}
         tables: dict[str | None, Any] = {}
         for kind in dict.fromkeys(self.layer_types):
-            mask = self.get_submodule(f"mask_{kind or 'causal'}")
-            masks[kind] = mask(hidden_states, attention_mask, position_ids)
-        by_type = {kind: by_layer_type(rotary, kind) for kind in self.layer_types}
-        for kind, keywords in by_type.items():
-            if keywords or not tables:
-                tables[kind] = rotary(hidden_states, position_ids, **keywords)
+            masks[kind] = self.get_submodule(f"mask_{kind or 'causal'}")(hidden_states, attention_mask, position_ids)
+            keywords = by_layer_type(rotary, kind)
+            same = next(iter(tables.values()), None) if not keywords else None  # The table of all types of layers.
+            tables[kind] = rotary(hidden_states, position_ids, **keywords) if same is None else same
         for layer, kind in zip(layers, self.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
-                position_embeddings=tables[kind] if by_type[kind] else next(iter(tables.values())),
+                position_embeddings=tables[kind],
             )
         normed = base.get_submodule(spec.norm)(hidden_states)
         return spec.logits(self.config, self.get_submodule(spec.head)(normed))
@@ -90,10 +88,6 @@ class _DecoderTracer(Tracer):
 
     Attentions, norms, mixtures of experts and the masks stay modules. The linear layers of a feed-forward part are
     nodes of their own, on which Optimum's transformations of linear layers work.
-
-    Args:
-        layer_class: The class of the decoder layers.
-        attentions: The attentions of all layers.
     """
 
     def __init__(self, layer_class: type[nn.Module], attentions: Iterable[nn.Module]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,50 +11,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from optimum_mla.core.errors import UnsupportedModelError
 from optimum_mla.families.spec import AttentionSpec
+from optimum_mla.families.wrappers import IMAGE_ROPE, TEXT_ONLY, WRAPPERS, Wrapper, wrapper_of
 from optimum_mla.models.classes import LatentCheckpoint, LatentGeneration, is_tied
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.stack import share_checkpoint_names
 
 NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "text_config")
 """Keys of a wrapper's config that the converted one does not take over."""
-
-
-@dataclass(frozen=True)
-class Wrapper:
-    """A kind of model that holds a language model without its head, and the head beside it.
-
-    Attributes:
-        model_type: Its `model_type` in Transformers; converted ones are `<model_type>_mla`.
-        class_prefix: What its class names in Transformers begin with.
-        inner: Attribute name of the language model in the base model.
-    """
-
-    model_type: str
-    class_prefix: str
-    inner: str = "language_model"
-
-    @property
-    def classes(self) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-        """Return its config class and its model class in Transformers."""
-        modeling = import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
-        prefix = self.class_prefix
-        return getattr(transformers, f"{prefix}Config"), getattr(modeling, f"{prefix}ForConditionalGeneration")
-
-
-WRAPPERS = (
-    Wrapper("gemma3", "Gemma3"),
-    Wrapper("idefics3", "Idefics3", "text_model"),
-    Wrapper("internvl", "InternVL"),
-    Wrapper("llava", "Llava"),
-    Wrapper("mistral3", "Mistral3"),
-    Wrapper("smolvlm", "SmolVLM", "text_model"),
-)
-"""The wrappers whose base model makes its language model by the Auto classes, so that it may be a converted one."""
-
-TEXT_ONLY = {"qwen2_vl_text": "Qwen2", "qwen2_5_vl_text": "Qwen2", "qwen3_vl_text": "Qwen3"}
-"""Language models that rotate by three positions of a token, and what they are on text, where the three are equal."""
-IMAGE_ROPE = ("mrope_section", "mrope_interleaved")
-"""Entries of `rope_parameters` that say which dims rotate by which of the three positions."""
 
 
 class WrapperMLAConfigMixin(PreTrainedConfig):
@@ -113,25 +74,16 @@ def _registered(wrapper: Wrapper) -> type[PreTrainedModel]:
 _CONVERTED = {wrapper.model_type: _registered(wrapper) for wrapper in WRAPPERS}
 
 
-def wrapper_of(config: Any) -> Wrapper | None:
-    """Return the kind of a wrapper by its config, converted or not, or None if it is none of `WRAPPERS`."""
-    model_type = str(getattr(config, "model_type", None)).removesuffix("_mla")
-    return next((wrapper for wrapper in WRAPPERS if wrapper.model_type == model_type), None)
-
-
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the language model of a wrapper as a causal language model of its own, which shares its weights.
 
-    The language models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL become models of Qwen2 and Qwen3, which compute the same on
-    text, but cannot go back into their wrapper.
+    Those in `TEXT_ONLY` become models of another family, which compute the same on text, but cannot go back into their
+    wrapper.
 
     ```python
     whole = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
     language_model(whole).save_pretrained("FOLDER")
     ```
-
-    Args:
-        model: The wrapper.
 
     Raises:
         UnsupportedModelError: The model is no wrapper, or no causal language model is known for what it holds.
@@ -176,9 +128,7 @@ def _text_only(model: PreTrainedModel, inner: Any, prefix: str) -> PreTrainedMod
 def rewrapped(model: PreTrainedModel, language: PreTrainedModel) -> PreTrainedModel:
     """Put a language model that was converted, or is the source's again, into its wrapper in place; return the wrapper.
 
-    Args:
-        model: The wrapper, which is one of `WRAPPERS`.
-        language: What `language_model` returned for it, after its conversion.
+    The language model is what `language_model` returned for the wrapper, which is one of `WRAPPERS`.
     """
     wrapper = wrapper_of(model.config)
     if wrapper is None:

@@ -21,10 +21,6 @@ PLAIN = "Train the model as any other, with its folder as it is, and then run ml
 def check_as_used(recipe: Recipe, training: dict[str, Any]) -> None:
     """Refuse what cannot be trained through a cache of codes.
 
-    Args:
-        recipe: The recipe.
-        training: The fields of `TrainingArguments` that the user set.
-
     Raises:
         InvalidValueError: An option does not go with a codec.
     """
@@ -53,9 +49,6 @@ class AsUsedTrainer(DistillationTrainer):
     """Distils into a model that reads the first half of each row from its coded cache.
 
     Gradients flow through the second half alone: what is in the cache is given.
-
-    Args:
-        model: The student, with its codec; see `DistillationTrainer` for the other arguments.
 
     Raises:
         InvalidValueError: The model is sharded, or one process has several GPUs, over which no cache can be split.

@@ -26,11 +26,7 @@ MOST_HELD_BACK = 32
 
 
 class PackedRows(Dataset):
-    """Rows of token ids in memory.
-
-    Args:
-        ids: Token ids, [N, L].
-    """
+    """Rows of token ids [N, L] in memory."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
@@ -125,9 +121,7 @@ def pack(tokenizer: Any, source: Source, length: int, tokens: int | None = None,
     reading = progress(islice(packed_rows(tokenizer, source, length, chats), wanted), "reading the training text, rows")
     rows = [torch.tensor(row) for row in reading]
     if not rows:
-        raise CalibrationDataError(
-            f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."
-        )
+        raise _too_short(source, length)
     return PackedRows(torch.stack(rows))
 
 
@@ -139,10 +133,14 @@ def stream(tokenizer: Any, source: Source, length: int, chats: bool = False) -> 
     """
     rows = StreamedRows(tokenizer, source, length, chats)
     if next(iter(rows), None) is None:
-        raise CalibrationDataError(
-            f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."
-        )
+        raise _too_short(source, length)
     return rows
+
+
+def _too_short(source: Source, length: int) -> CalibrationDataError:
+    return CalibrationDataError(
+        f"{FIELD}: {source} holds fewer tokens than one row of {length}. Give a longer text or shorter rows."
+    )
 
 
 def hold_back(rows: PackedRows | StreamedRows) -> tuple[PackedRows | StreamedRows, Tensor | None]:

@@ -19,13 +19,7 @@ HOTTEST = 1000.0
 
 
 class TeacherTrainer(HeldOutTrainer):
-    """A trainer with a frozen teacher beside the model.
-
-    Args:
-        model: The student.
-        teacher: A causal language model on the same vocabulary.
-        options: Further keyword arguments of `HeldOutTrainer`.
-    """
+    """A `HeldOutTrainer` with a frozen teacher beside the model, a causal language model on the same vocabulary."""
 
     def __init__(self, model: Any, teacher: PreTrainedModel, **options: Any) -> None:
         super().__init__(model=model, **options)
@@ -71,13 +65,7 @@ def logits_of(model: Any) -> Head:
 class DistillationTrainer(TeacherTrainer):
     """Minimizes the KL divergence from the teacher's next-token distribution, mixed with cross-entropy.
 
-    Args:
-        model: The student.
-        teacher: A causal language model on the same vocabulary.
-        kl_weight: Weight of the KL divergence.
-        ce_weight: Weight of the cross-entropy.
-        temperature: Softens both distributions in the KL divergence.
-        options: Further keyword arguments of `HeldOutTrainer`.
+    The weights and the temperature are those of `distillation_loss`.
     """
 
     def __init__(

@@ -67,8 +67,7 @@ class HeldOutTrainer(Trainer):
 class StartCounts(TrainerCallback):
     """Makes the model as it was given the best one so far, as step 0, when a training begins.
 
-    Args:
-        loss: Its loss on the held-out text; that of the first process counts for all.
+    Its loss on the held-out text is that of the first process for all.
     """
 
     def __init__(self, loss: float | None) -> None:

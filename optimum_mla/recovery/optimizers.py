@@ -18,14 +18,7 @@ class MuonAdamW(Optimizer):
     """Two of torch's optimizers in one: Muon (Jordan et al., 2024) for matrices, and AdamW for all other parameters.
 
     Muon's steps are scaled to the root mean square of AdamW's (Liu et al., arXiv 2502.16982), so one learning rate
-    serves both.
-
-    Args:
-        matrices: Parameters of two dimensions.
-        others: All other parameters that train.
-        lr: Learning rate.
-        weight_decay: Weight decay of the matrices.
-        betas: The betas of AdamW.
+    serves both. Weight decay is that of the matrices, and betas are AdamW's.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError, UnsupportedModelError
 from optimum_mla.core.layers import LayerChoice, parse_layers
 from optimum_mla.core.number_checks import check_count
+from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.models.coded import CodedGeneration
 from optimum_mla.models.family_table import family_of, is_converted
 from optimum_mla.nn import LatentAttention
@@ -27,27 +27,7 @@ TRAIN_CHOICES = ("lora", "dora", "kv", "attention", "full")
 ADAPTERS = ("lora", "dora")
 
 
-def converted_attentions(model: nn.Module, layers: LayerChoice = "all") -> dict[str, LatentAttention]:
-    """Return the latent attention modules of some layers by name; layers that were not converted have none.
-
-    Raises:
-        UnsupportedModelError: The model is not converted, or none of the chosen layers is.
-        InvalidValueError: The model does not have the chosen layers.
-    """
-    if not isinstance(model, PreTrainedModel) or not is_converted(model.config):
-        raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
-    chosen = parse_layers(layers, model.config.num_hidden_layers)
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LatentAttention) and module.layer_idx in chosen
-    }
-    if not found:
-        raise UnsupportedModelError(f"layers: none of {layers} is converted. Choose converted layers.")
-    return found
-
-
-def kv_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, nn.Module]:
+def kv_projections(model: Any, layers: LayerChoice = "all") -> dict[str, nn.Module]:
     """Return the linear layers that make keys and values, by name.
 
     In converted layers they are those that write or read a latent, and in layers whose cache a codec codes the source's
@@ -61,33 +41,33 @@ def kv_projections(model: nn.Module, layers: LayerChoice = "all") -> dict[str, n
         UnsupportedModelError: The model is neither, or none of the chosen layers is.
         InvalidValueError: The model does not have the chosen layers.
     """
-    if isinstance(model, CodedGeneration):
-        spec = family_of(model.config).spec
+    coded = isinstance(model, CodedGeneration)
+    if not coded and not (isinstance(model, PreTrainedModel) and is_converted(model.config)):
+        raise UnsupportedModelError("model: it is not converted. Run optimum-cli mla-convert on it first.")
+    config = model.config
+    chosen = parse_layers(layers, config.num_hidden_layers)
+    if coded:
+        spec = family_of(config).spec
         names = [spec.key, spec.value] if spec.fused is None else [spec.fused]
-        chosen = [
-            index
-            for index in parse_layers(layers, model.config.num_hidden_layers)
-            if index in model.latent_codec.layers
-        ]
-        if not chosen:
+        coded_layers = [index for index in chosen if index in model.latent_codec.layers]
+        if not coded_layers:
             raise UnsupportedModelError(f"layers: none of {layers} has codes. Choose layers that have.")
-        paths = [f"{spec.attention_path(index)}.{name}" for index in chosen for name in names]
+        paths = [f"{spec.attention_path(index)}.{name}" for index in coded_layers for name in names]
         return {path: model.get_submodule(path) for path in paths}
-    return {
-        f"{path}.{name}": module
-        for path, attention in converted_attentions(model, layers).items()
-        for name, module in attention.named_children()
+    found = {
+        f"{path}.{name}": projection
+        for path, attention in model.named_modules()
+        if isinstance(attention, LatentAttention) and attention.layer_idx in chosen
+        for name, projection in attention.named_children()
         if name in LATENT_PROJECTIONS
     }
+    if not found:
+        raise UnsupportedModelError(f"layers: none of {layers} is converted. Choose converted layers.")
+    return found
 
 
 def kv_parameters(model: nn.Module, layers: LayerChoice = "all") -> Iterator[nn.Parameter]:
-    """Yield the weights and biases of these projections, which TransMLA trains (arXiv 2502.07864v1, section 5.2).
-
-    Args:
-        model: A converted model, or one with a codec.
-        layers: Layers to take, in the forms that a conversion accepts.
-    """
+    """Yield the parameters of what `kv_projections` returns, as TransMLA trains them (arXiv 2502.07864v1, 5.2)."""
     for module in kv_projections(model, layers).values():
         yield from module.parameters()
 
@@ -148,8 +128,7 @@ def prepare(
         MLAError: The model is not converted, or it cannot be trained in this way.
     """
     if train not in TRAIN_CHOICES:
-        near = difflib.get_close_matches(train, TRAIN_CHOICES, n=1)
-        raise InvalidValueError("train", train, ", ".join(TRAIN_CHOICES), f"Did you mean {near[0]}?" if near else "")
+        raise InvalidValueError("train", train, ", ".join(TRAIN_CHOICES), did_you_mean(train, TRAIN_CHOICES))
     kv_projections(model, layers)  # raises if there are none
     if train in ADAPTERS:
         config = mla_lora_config(
@@ -172,28 +151,14 @@ def prepare(
             parameter.requires_grad_(True)
         return model
     spec = family_of(model.config).spec
-    chosen = parse_layers(layers, model.config.num_hidden_layers)
-    for index, layer in enumerate(getattr(getattr(model, spec.base), spec.layers)):
-        if index in chosen:
-            getattr(layer, spec.attention).requires_grad_(True)
+    for index in parse_layers(layers, model.config.num_hidden_layers):
+        model.get_submodule(spec.attention_path(index)).requires_grad_(True)
     return model
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
+def parameter_counts(model: Any) -> tuple[int, int]:
     """Return the number of parameters that train, and of all; tied ones count once, packed ones as unpacked."""
-    trainable = total = 0
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            numbers = tensor.numel()
-            if name == "weight" and hasattr(module, "in_features"):
-                numbers = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
-            total += numbers
-            trainable += numbers if tensor.requires_grad else 0
-    return trainable, total
+    return model.num_parameters(only_trainable=True), model.num_parameters()
 
 
 def full_state(model: nn.Module) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +13,7 @@ import torch
 
 from optimum_mla.core.errors import InvalidValueError, MissingDependencyError
 from optimum_mla.core.number_checks import LARGEST_COUNT, LARGEST_SEED, check_count, check_finite
+from optimum_mla.core.suggestions import did_you_mean
 from optimum_mla.recovery.distill import check_loss
 from optimum_mla.recovery.optimizers import OPTIMIZERS
 from optimum_mla.recovery.parameters import ADAPTERS, TRAIN_CHOICES
@@ -112,9 +112,7 @@ class Recipe:
         ):
             value = getattr(self, field)
             if value not in allowed:
-                near = difflib.get_close_matches(str(value), allowed, n=1)
-                remedy = f"Did you mean {near[0]}?" if near else ""
-                raise InvalidValueError(field, value, ", ".join(allowed), remedy)
+                raise InvalidValueError(field, value, ", ".join(allowed), did_you_mean(str(value), allowed))
         if self.teacher_bits not in (16, 8, 4):
             raise InvalidValueError("teacher_bits", self.teacher_bits, "16, 8, 4")
         check_count("lora_rank", self.lora_rank)
@@ -152,7 +150,6 @@ def check_installed(recipe: Recipe) -> None:
         MissingDependencyError: A package is missing; the message names the extra that brings it.
     """
     needed = {
-        "accelerate": True,
         "matplotlib": True,
         "peft": recipe.train in ADAPTERS,
         "trl": recipe.objective == "dpo",
@@ -176,9 +173,8 @@ def check_training(training: dict[str, Any]) -> None:
     known = {field.name: field.type for field in fields(TrainingArguments) if field.name not in OURS}
     for name, value in training.items():
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
-            remedy = f"Did you mean {near[0]}?" if near else ""
-            raise InvalidValueError(name, value, "fields of transformers.TrainingArguments", remedy)
+            allowed = "fields of transformers.TrainingArguments"
+            raise InvalidValueError(name, value, allowed, did_you_mean(name, known))
         kind = known[name]
         if kind in (int, float, bool) and not isinstance(value, int | float):
             raise InvalidValueError(name, value, f"a {kind.__name__}")  # type: ignore[union-attr]
@@ -214,15 +210,7 @@ def training_arguments(
         InvalidValueError: A stream has no end.
     """
     batch = training.get("per_device_train_batch_size", BATCH_SIZE)
-    per_step = batch * training.get("gradient_accumulation_steps", 1) * world
-    steps = training.get("max_steps", -1)
-    if steps <= 0:
-        if rows is None and recipe.train_tokens is None:
-            raise InvalidValueError("max_steps", steps, "integers from 1 where the data is streamed")
-        if rows is None:
-            steps = max(1, (recipe.train_tokens or 0) // (per_step * row_tokens))
-        else:
-            steps = max(1, math.ceil(math.ceil(rows / per_step) * training.get("num_train_epochs", 1)))
+    steps = _steps(recipe, training, rows, row_tokens, batch * world)
     rate = LEARNING_RATES[recipe.train] * (DPO_SHARE if recipe.objective == "dpo" else 1)
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": batch,
@@ -253,3 +241,16 @@ def training_arguments(
         # TRL turns both on by default, and it refuses bfloat16 on some devices.
         chosen = {"bf16": False, "gradient_checkpointing": False, **chosen}
     return chosen
+
+
+def _steps(recipe: Recipe, training: dict[str, Any], rows: int | None, row_tokens: int, batch: int) -> int:
+    """Return the number of optimizer steps; see `training_arguments`. A `batch` is that of all processes."""
+    steps: int = training.get("max_steps", -1)
+    if steps > 0:
+        return steps
+    per_step = batch * training.get("gradient_accumulation_steps", 1)
+    if rows is not None:
+        return max(1, math.ceil(math.ceil(rows / per_step) * training.get("num_train_epochs", 1)))
+    if recipe.train_tokens is None:
+        raise InvalidValueError("max_steps", steps, "integers from 1 where the data is streamed")
+    return max(1, recipe.train_tokens // (per_step * row_tokens))

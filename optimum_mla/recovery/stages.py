@@ -76,22 +76,21 @@ def run_stages(
     if recipe.stage1 != "none":
         first = max(1, round(recipe.stage1_share * chosen["max_steps"]))
         stages = [(recipe.stage1, first), (recipe.objective, max(1, chosen["max_steps"] - first))]
-    folders = [work / name for name, _ in stages]
-    begun = max((i for i, place in enumerate(folders) if newest_checkpoint(place)), default=0)
-    for (name, _), place in list(zip(stages, folders, strict=True))[:begun]:
-        state = TrainerState.load_from_json(str(Path(str(newest_checkpoint(place))) / TRAINER_STATE_NAME))
-        done.losses += logged(name, state)
-        done.steps += state.global_step
-    for (name, steps), place in list(zip(stages, folders, strict=True))[begun:]:
+    begun = max((i for i, (name, _) in enumerate(stages) if newest_checkpoint(work / name)), default=0)
+    for index, (name, steps) in enumerate(stages):
+        place, last = work / name, name == recipe.objective
+        if index < begun:
+            state = TrainerState.load_from_json(str(Path(str(newest_checkpoint(place))) / TRAINER_STATE_NAME))
+            done.losses += logged(name, state)
+            done.steps += state.global_step
+            continue
         options = {**chosen, "max_steps": steps, "output_dir": str(place)}
         if len(stages) > 1:
             options["warmup_steps"] = min(chosen["warmup_steps"], steps)
-        last = name == stages[-1][0]
         if not last:
             options |= {"eval_strategy": "no", "load_best_model_at_end": False}
         try:
-            measured = held_out if last else None
-            trainer = make_trainer(name, model, teacher, rows, tokenizer, recipe, options, measured)
+            trainer = make_trainer(name, model, teacher, rows, tokenizer, recipe, options, held_out if last else None)
         except (MLAError, torch.OutOfMemoryError):
             raise
         except (ValueError, RuntimeError, ImportError) as error:
@@ -126,7 +125,7 @@ def logged(stage: str, state: TrainerState) -> list[dict[str, Any]]:
 def make_trainer(
     name: str,
     model: Any,
-    teacher: PreTrainedModel | None,
+    teacher: Any,
     rows: Any,
     tokenizer: Any,
     recipe: Recipe,
@@ -141,8 +140,6 @@ def make_trainer(
     common |= trainer_options(recipe.optimizer, arguments)
     if name == "sft":
         return HeldOutTrainer(model=model, **common)
-    if teacher is None:
-        raise InvalidValueError("teacher", None, "a hub id or folder")
     if name == "layerwise":
         return LayerwiseTrainer(model, teacher, **common)
     weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight, "temperature": recipe.temperature}
@@ -154,12 +151,7 @@ def dpo_trainer(model: Any, pairs: Any, tokenizer: Any, options: dict[str, Any])
     """Return TRL's trainer for direct preference optimization (Rafailov et al., arXiv 2305.18290).
 
     Its reference is the model in its present state: a frozen copy, or the model without its adapters if it has some.
-
-    Args:
-        model: The model, prepared for training.
-        pairs: Rows of `prompt`, `chosen` and `rejected`.
-        tokenizer: The tokenizer of the model; without a padding token the end-of-text token pads.
-        options: Fields of TRL's `DPOConfig`.
+    Without a padding token the end-of-text token pads.
     """
     from trl import DPOConfig, DPOTrainer
 
@@ -220,14 +212,7 @@ def train_stage(trainer: Trainer, name: str, place: Path, done: Training) -> Non
 
 
 def note_held_out(trainer: Trainer, state: TrainerState, before: int, done: Training) -> None:
-    """Note the losses of the held-out text in a stage, and which weights are kept for them.
-
-    Args:
-        trainer: The trainer of the stage.
-        state: Its state after the last step.
-        before: Number of optimizer steps in the stages before it.
-        done: The results, in which they are noted.
-    """
+    """Note the losses of the held-out text in a stage that came after `before` steps, and which weights are kept."""
     done.held_out |= {before + entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     if trainer.args.load_best_model_at_end:
         done.kept = before + state.best_global_step if state.best_global_step else 0

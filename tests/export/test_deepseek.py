@@ -17,7 +17,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 from optimum_mla import GQA2MLA, MHA2MLA, XEcoMLA
 from optimum_mla.core.errors import InvalidValueError, UnsupportedModelError
-from optimum_mla.export.constant_channel import CONSTANT, LARGEST_LATENT, constant_norm
+from optimum_mla.export.constant_channel import (
+    CONSTANT,
+    LARGEST_LATENT,
+    NormedLatent,
+    Projection,
+    constant_norm,
+)
 from optimum_mla.export.deepseek import export_deepseek
 from optimum_mla.export.tensors import rotary_places
 from optimum_mla.stack import CACHE_ARGUMENT
@@ -220,12 +226,12 @@ def test_its_cache_holds_the_latent() -> None:
         assert layer.values.shape == (2, 1, 10, config.qk_rope_head_dim)
 
 
-def normed_map(made: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def normed_map(made: NormedLatent, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The map of `constant_norm` as DeepSeek computes it, and the latent before its norm."""
-    norm = DeepseekV3RMSNorm(len(made["kv_a_proj.weight"])).to(dtype)
-    norm.weight.data = made["kv_a_layernorm.weight"].to(dtype)
-    latent = F.linear(x.to(dtype), made["kv_a_proj.weight"].to(dtype), made["kv_a_proj.bias"].to(dtype))
-    return F.linear(norm(latent), made["kv_b_proj.weight"].to(dtype)).double(), latent[..., :-1].double()
+    norm = DeepseekV3RMSNorm(len(made.gain)).to(dtype)
+    norm.weight.data = made.gain.to(dtype)
+    latent = F.linear(x.to(dtype), made.down.to(dtype), made.bias.to(dtype))
+    return F.linear(norm(latent), made.up.to(dtype)).double(), latent[..., :-1].double()
 
 
 @given(
@@ -243,11 +249,11 @@ def test_the_constant_makes_the_norm_an_identity(width: int, rank: int, spare: i
     x = torch.randn(50, width, generator=generator, dtype=torch.float64)
     x = scale * math.sqrt(width) * x / x.norm(dim=-1, keepdim=True)
     longest = scale * math.sqrt(width)
-    made = constant_norm("kv_a", "kv_b_proj", down, down_bias, up, up_bias, longest, rank + spare, torch.float32)
+    made = constant_norm(Projection(down, down_bias), Projection(up, up_bias), longest, rank + spare, torch.float32)
     given, latent = normed_map(made, x, torch.float32)
     wanted = (x @ down.T + (0 if down_bias is None else down_bias)) @ up.T + (0 if up_bias is None else up_bias)
     assert latent.norm(dim=-1).max() <= LARGEST_LATENT * (1 + 1e-6)
-    assert made["kv_a_proj.bias"][-1] == CONSTANT
+    assert made.bias[-1] == CONSTANT
     assert (given - wanted).abs().max() <= 2e-6 * wanted.abs().max() + 1e-6 * wanted.norm() / math.sqrt(len(x))
 
 
@@ -258,7 +264,7 @@ def test_it_holds_for_latents_a_hundred_times_as_large(dtype: torch.dtype, toler
         torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((32, 64), (48, 32), (200, 64))
     )
     x = 8 * x / x.norm(dim=-1, keepdim=True)
-    made = constant_norm("kv_a", "kv_b_proj", down, None, up, None, 8.0, 32, dtype)
+    made = constant_norm(Projection(down), Projection(up), 8.0, 32, dtype)
     for factor in (1.0, 100.0):
         given, _ = normed_map(made, factor * x, dtype)
         wanted = factor * x @ down.T @ up.T
