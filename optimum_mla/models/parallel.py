@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from optimum_mla.core.geometry import MLAGeometry
+from optimum_mla.nn import ATTENTION_FORMS
+from optimum_mla.nn.projections import DECOUPLED
 
-BY_HEADS = {
-    "full": ("q_proj", "k_b_proj", "v_b_proj"),
-    "decoupled": ("q_proj", "q_b_proj", "kv_b_proj"),
-}
-"""The projections whose rows are heads, by the form of the attention."""
 ROTARY_KEY = "mla_kv_a_proj"
 """Transformers' style for a projection whose last outputs, the rotary key, all heads read."""
 
@@ -45,14 +42,14 @@ class TensorParallelPlan:
             return elsewhere
         styles: dict[str, str] = {}
         for form in {layer.attention_form for layer in converted}:
-            styles |= dict.fromkeys(BY_HEADS[form], "colwise")
+            styles |= dict.fromkeys(ATTENTION_FORMS[form].roles.by_heads, "colwise")
         if all(layer.q_lora_rank is None for layer in converted):
             styles.pop("q_b_proj", None)
         elif len(converted) == len(layers):
             styles.pop("q_proj")
         if rotary:
-            styles["kv_a_proj_with_mqa"] = ROTARY_KEY
-        styles["o_proj"] = "rowwise"
+            styles[DECOUPLED.latents[0].down] = ROTARY_KEY
+        styles[DECOUPLED.output] = "rowwise"
         norms = {name: style for name, style in of_source.items() if name.endswith("_norm")}
         kept = of_source if len(converted) < len(layers) else norms
         return {**elsewhere, **kept, **{f"{self.prefix}{name}": style for name, style in styles.items()}}
