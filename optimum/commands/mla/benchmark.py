@@ -7,9 +7,9 @@ from argparse import ArgumentParser, Namespace
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum.commands.mla.common import (
-    LENGTH_HELP,
     OUTPUT_HELP,
     TEXT_HELP,
+    add_evaluation_text,
     add_run_arguments,
     describe,
     hub_options,
@@ -81,61 +81,8 @@ class MLABenchmarkCommand(BaseOptimumCLICommand):
             help="Pages to write beside report.json: md, html. Default: both.",
         )
 
-        load = parser.add_argument_group("memory and speed")
-        load.add_argument(
-            "--context-lengths", nargs="+", metavar="N", help="Prompt lengths in tokens. Default: 1024 4096 8192 32768."
-        )
-        load.add_argument("--batch-sizes", nargs="+", metavar="N", help="Prompts per batch. Default: 1 8.")
-        load.add_argument(
-            "--cache",
-            default="default",
-            metavar="NAMES",
-            help="Caches of the model to measure, separated by commas: default (as the model is saved), 16bit "
-            "(unquantized), or BACKEND-intBITS such as hqq-int4 or quanto-int8. Default: default.",
-        )
-        load.add_argument(
-            "--new-tokens",
-            type=int,
-            default=32,
-            metavar="N",
-            help="Decoding steps to time after each prefill. Default: 32.",
-        )
-        load.add_argument(
-            "--repeats", type=int, default=5, metavar="N", help="How often each prefill is timed. Default: 5."
-        )
-        load.add_argument(
-            "--memory-budget",
-            metavar="SIZE",
-            help="Memory to compute the longest context and the largest batch for, such as 24GB. Default: the memory "
-            "of this machine.",
-        )
-
-        evaluation = parser.add_argument_group("quality")
-        evaluation.add_argument(
-            "--eval-data", metavar="TEXT", help=f"Text to measure the quality on: {TEXT_HELP}. Default: none."
-        )
-        evaluation.add_argument(
-            "--eval-samples",
-            type=int,
-            default=128,
-            metavar="N",
-            help="Largest number of windows of text to use. Default: 128.",
-        )
-        evaluation.add_argument("--eval-length", type=int, metavar="N", help=LENGTH_HELP)
-        evaluation.add_argument(
-            "--stride",
-            type=int,
-            metavar="N",
-            help="Tokens at the end of each window that are scored. Default: half of the window.",
-        )
-        evaluation.add_argument(
-            "--tasks", metavar="NAMES", help="Tasks of lm_eval to run, separated by commas. Default: none."
-        )
-        evaluation.add_argument("--tasks-path", metavar="FOLDER", help="Folder with further task files for lm_eval.")
-        evaluation.add_argument(
-            "--tasks-limit", type=int, metavar="N", help="Largest number of documents per task. Default: all."
-        )
-
+        add_memory_and_speed(parser)
+        add_quality(parser)
         add_run_arguments(parser, "a report")
 
     def run(self) -> None:
@@ -234,3 +181,54 @@ def integers(args: Namespace, field: str) -> tuple[int, ...] | None:
         return tuple(int(word) for word in words) or None
     except ValueError as error:
         raise InvalidValueError(field, words, "integers from 1, separated by spaces") from error
+
+
+def add_memory_and_speed(parser: ArgumentParser) -> None:
+    """Add the arguments about the caches, the prompts and the steps that are measured."""
+    load = parser.add_argument_group("memory and speed")
+    load.add_argument(
+        "--context-lengths", nargs="+", metavar="N", help="Prompt lengths in tokens. Default: 1024 4096 8192 32768."
+    )
+    load.add_argument("--batch-sizes", nargs="+", metavar="N", help="Prompts per batch. Default: 1 8.")
+    load.add_argument(
+        "--cache",
+        default="default",
+        metavar="NAMES",
+        help="Caches of the model to measure, separated by commas: default (as the model is saved), 16bit "
+        "(unquantized), or BACKEND-intBITS such as hqq-int4 or quanto-int8. Default: default.",
+    )
+    load.add_argument(
+        "--new-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="Decoding steps to time after each prefill. Default: 32.",
+    )
+    load.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="How often each prefill is timed. Default: 5."
+    )
+    load.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Memory to compute the longest context and the largest batch for, such as 24GB. Default: the memory "
+        "of this machine.",
+    )
+
+
+def add_quality(parser: ArgumentParser) -> None:
+    """Add the arguments about the texts and the tasks that are scored."""
+    about = f"Text to measure the quality on: {TEXT_HELP}. Default: none."
+    evaluation = add_evaluation_text(parser, about, 128, title="quality")
+    evaluation.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="Tokens at the end of each window that are scored. Default: half of the window.",
+    )
+    evaluation.add_argument(
+        "--tasks", metavar="NAMES", help="Tasks of lm_eval to run, separated by commas. Default: none."
+    )
+    evaluation.add_argument("--tasks-path", metavar="FOLDER", help="Folder with further task files for lm_eval.")
+    evaluation.add_argument(
+        "--tasks-limit", type=int, metavar="N", help="Largest number of documents per task. Default: all."
+    )

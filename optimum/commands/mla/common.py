@@ -69,6 +69,28 @@ def add_calibration_text(group: _ArgumentGroup) -> None:
     )
 
 
+def add_evaluation_text(parser: ArgumentParser, about: str, samples: int, title: str = "evaluation") -> _ArgumentGroup:
+    """Add the arguments about the text on which the quality is measured, in a group of its own; return the group.
+
+    Args:
+        parser: The parser of the command.
+        about: The help of `--eval-data`.
+        samples: Default of `--eval-samples`.
+        title: Title of the group.
+    """
+    group = parser.add_argument_group(title)
+    group.add_argument("--eval-data", metavar="TEXT", help=about)
+    group.add_argument(
+        "--eval-samples",
+        type=int,
+        default=samples,
+        metavar="N",
+        help=f"Largest number of windows of text to use. Default: {samples}.",
+    )
+    group.add_argument("--eval-length", type=int, metavar="N", help=LENGTH_HELP)
+    return group
+
+
 def add_hub_arguments(parser: ArgumentParser) -> None:
     """Add the arguments about the Hugging Face Hub."""
     hub = parser.add_argument_group("hub")

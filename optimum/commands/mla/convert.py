@@ -8,9 +8,9 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum.commands.mla.common import (
-    LENGTH_HELP,
     OUTPUT_HELP,
     add_calibration_text,
+    add_evaluation_text,
     add_run_arguments,
     describe,
     hub_options,
@@ -20,6 +20,12 @@ from optimum.commands.mla.method_options import add_method_options, built_in_opt
 SIZE = "size of the cache, at most one of these"
 GROUPS = ("method", SIZE, "calibration", "position (rotary embedding)", "other parts of the attention")
 """Titles of the groups in which the options of the built-in methods stand, in the order of the help."""
+
+EVALUATION_HELP = (
+    "Text to measure the perplexity on before and after the conversion, in the same formats as --calibration-data. "
+    "Default: some windows of the calibration text, which then calibrate nothing, or with --uncalibrated or "
+    "--statistics the text that comes with the package."
+)
 
 
 class MLAConvertCommand(BaseOptimumCLICommand):
@@ -57,7 +63,7 @@ class MLAConvertCommand(BaseOptimumCLICommand):
         add_calibration_sources(groups["calibration"])
         add_method_options(parser, built_in_options(), groups, "method")
         read_installed_options(parser)
-        add_evaluation(parser)
+        add_evaluation_text(parser, EVALUATION_HELP, 128)
         add_run(parser)
 
     def run(self) -> None:
@@ -153,26 +159,6 @@ def add_calibration_sources(group: _ArgumentGroup) -> None:
         help="Convert without calibration, as the papers do. The result is of no use until it is trained. Default: "
         "off, but at full rank with --positional full, where nothing is lost, there is no calibration.",
     )
-
-
-def add_evaluation(parser: ArgumentParser) -> None:
-    """Add the arguments about the text on which both models are compared."""
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument(
-        "--eval-data",
-        metavar="TEXT",
-        help="Text to measure the perplexity on before and after the conversion, in the same formats as "
-        "--calibration-data. Default: some windows of the calibration text, which then calibrate nothing, or with "
-        "--uncalibrated or --statistics the text that comes with the package.",
-    )
-    evaluation.add_argument(
-        "--eval-samples",
-        type=int,
-        default=128,
-        metavar="N",
-        help="Largest number of windows of text to use. Default: 128.",
-    )
-    evaluation.add_argument("--eval-length", type=int, metavar="N", help=LENGTH_HELP)
 
 
 def add_run(parser: ArgumentParser) -> None:

@@ -7,9 +7,9 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum.commands.mla.common import (
-    LENGTH_HELP,
     OUTPUT_HELP,
     TEXT_HELP,
+    add_evaluation_text,
     add_run_arguments,
     describe,
     hub_options,
@@ -38,43 +38,7 @@ class MLAQuantizeCommand(BaseOptimumCLICommand):
         parser.add_argument("-m", "--model", required=True, help="Hub id or folder of a model from mla-convert.")
         parser.add_argument("output", metavar="OUTPUT", help=OUTPUT_HELP)
 
-        cache = parser.add_argument_group("cache")
-        cache.add_argument(
-            "--cache-bits",
-            type=int,
-            default=4,
-            metavar="N",
-            help="Bits per number of the latent: 8, 4, 2, or with hqq also 3; 16 leaves the latent unquantized. "
-            "Default: 4.",
-        )
-        cache.add_argument(
-            "--cache-backend",
-            default="hqq",
-            metavar="NAME",
-            help="Library that quantizes the cache: hqq, quanto, or the name of a registered one. Default: hqq.",
-        )
-        cache.add_argument(
-            "--group-size",
-            type=int,
-            default=64,
-            metavar="N",
-            help="Largest number of neighbouring numbers of a latent that share one scale. Default: 64.",
-        )
-        cache.add_argument(
-            "--residual-length",
-            type=int,
-            default=128,
-            metavar="N",
-            help="Largest number of newest tokens that stay unquantized. Default: 128.",
-        )
-        cache.add_argument(
-            "--rope-bits",
-            type=int,
-            default=16,
-            metavar="N",
-            help="Bits per number of a rotary key that is cached beside the latent: 8, or 16 for unquantized. "
-            "Default: 16.",
-        )
+        add_cache(parser)
         weights = parser.add_argument_group("weights")
         weights.add_argument(
             "--weights",
@@ -83,22 +47,8 @@ class MLAQuantizeCommand(BaseOptimumCLICommand):
             help="How to quantize the weights of the linear layers by bitsandbytes: none, bnb-nf4 (4 bits) or bnb-int8 "
             "(8 bits). Default: none.",
         )
-
-        evaluation = parser.add_argument_group("evaluation")
-        evaluation.add_argument(
-            "--eval-data",
-            metavar="TEXT",
-            help="Text to measure the perplexity on before and after, one token at a time through the cache: "
-            f"{TEXT_HELP}. Default: none.",
-        )
-        evaluation.add_argument(
-            "--eval-samples",
-            type=int,
-            default=32,
-            metavar="N",
-            help="Largest number of windows of text to use. Default: 32.",
-        )
-        evaluation.add_argument("--eval-length", type=int, metavar="N", help=LENGTH_HELP)
+        about = "Text to measure the perplexity on before and after, one token at a time through the cache"
+        add_evaluation_text(parser, f"{about}: {TEXT_HELP}. Default: none.", 32)
         add_run_arguments(parser)
 
     def run(self) -> None:
@@ -128,3 +78,43 @@ class MLAQuantizeCommand(BaseOptimumCLICommand):
             )
             print(quantization_table(report))
             print(f"\nSaved to {args.output}")
+
+
+def add_cache(parser: ArgumentParser) -> None:
+    """Add the arguments that say how the cache is stored."""
+    cache = parser.add_argument_group("cache")
+    cache.add_argument(
+        "--cache-bits",
+        type=int,
+        default=4,
+        metavar="N",
+        help="Bits per number of the latent: 8, 4, 2, or with hqq also 3; 16 leaves the latent unquantized. "
+        "Default: 4.",
+    )
+    cache.add_argument(
+        "--cache-backend",
+        default="hqq",
+        metavar="NAME",
+        help="Library that quantizes the cache: hqq, quanto, or the name of a registered one. Default: hqq.",
+    )
+    cache.add_argument(
+        "--group-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="Largest number of neighbouring numbers of a latent that share one scale. Default: 64.",
+    )
+    cache.add_argument(
+        "--residual-length",
+        type=int,
+        default=128,
+        metavar="N",
+        help="Largest number of newest tokens that stay unquantized. Default: 128.",
+    )
+    cache.add_argument(
+        "--rope-bits",
+        type=int,
+        default=16,
+        metavar="N",
+        help="Bits per number of a rotary key that is cached beside the latent: 8, or 16 for unquantized. Default: 16.",
+    )
