@@ -11,6 +11,7 @@ expanded keys and values live only for the length of one forward pass. A cache t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,27 @@ from optimum_mla.stack import (
     rotary_table,
     takes_cache,
 )
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What a pass tells about its new tokens.
+
+    Attributes:
+        rotation: Their frequencies.
+        length: Their number, S.
+        seen: Number of tokens that were in the cache before them.
+        stored: The positions that the cache holds, or None where it holds none.
+        mask: The mask as the attention implementation makes it.
+        position_ids: Their positions, [1 or B, S], or None.
+    """
+
+    rotation: Rotation
+    length: int
+    seen: int | Tensor
+    stored: Any
+    mask: Any
+    position_ids: Tensor | None
 
 
 class LatentAttention(nn.Module, ABC):
@@ -188,25 +210,14 @@ class LatentAttention(nn.Module, ABC):
             Context [B, S, H, v] and, under `eager`, the attention weights [B, H, S, T].
         """
         length = queries.shape[2]
-        first, second = new
-        seen: int | Tensor = 0
-        if cache is not None:
-            # Static caches count in a tensor that update() changes in place: take a copy.
-            seen = cache.get_seq_length(self.layer_idx) + 0
-            check_cache(cache, self.layer_idx, first, second)
+        # Static caches count in a tensor that update() changes in place: take a copy.
+        seen = 0 if cache is None else cache.get_seq_length(self.layer_idx) + 0
         stored = getattr(cache, "positions", None)
-        if stored is not None:
-            cache.note_positions(self.layer_idx, length, position_ids)
-        if self.sliding_window is None and hasattr(cache, "update_blocks"):
-            view = cache.update_blocks(first, second, self.layer_idx)
-        else:
-            if cache is not None:
-                first, second = cache.update(first, second, self.layer_idx)
-            view = TensorView(first, second, self.geometry.cached_key_factors)
-
+        view = self._update(cache, new, length, position_ids)
+        tokens = NewTokens(rotation, length, seen, stored, attention_mask, position_ids)
         frames = None
         if self.needs_cached_positions():
-            frames = self._frames(view, rotation, attention_mask, position_ids, seen, length, stored)
+            frames = self._frames(view, tokens)
         else:
             queries = self._rotate_queries(queries, rotation)
 
@@ -217,21 +228,49 @@ class LatentAttention(nn.Module, ABC):
             dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
         if changes_attention(kwargs):
             dense = False  # only the attention function knows what to do with them
-        eager = self.config._attn_implementation == "eager"
         absorbing = self._absorbable() and self._absorbing_saves(length, view.tokens)
         if dense and (absorbing or not view.is_dense):
             blockwise = self._absorbed if absorbing else self._expanded
+            eager = self.config._attn_implementation == "eager"
             context, weights = blockwise(queries, view, frames, attention_mask, keep_weights=eager)
             return context.transpose(1, 2), None if weights is None else weights.to(queries.dtype)
         key_rotation = None
         if frames is not None:
-            frames = self._frames(view, rotation, attention_mask, position_ids, seen, length, stored, relative=False)
+            frames = self._frames(view, tokens, relative=False)
             everything = slice(0, view.tokens)
             queries, key_rotation = self._rotate_queries(queries, frames.query(everything)), frames.key(everything)
         keys, values = self._expand(view.whole(), key_rotation)
+        return self._by_attention_function(queries, keys, values, tokens, **kwargs)
+
+    def _update(self, cache: Any, new: tuple[Tensor, Tensor], length: int, position_ids: Tensor | None) -> CacheView:
+        """Append the new tokens to the cache, if there is one, and return a view of all tokens."""
+        first, second = new
+        if cache is not None:
+            check_cache(cache, self.layer_idx, first, second)
+        if getattr(cache, "positions", None) is not None:
+            cache.note_positions(self.layer_idx, length, position_ids)
+        if self.sliding_window is None and hasattr(cache, "update_blocks"):
+            view: CacheView = cache.update_blocks(first, second, self.layer_idx)
+            return view
+        if cache is not None:
+            first, second = cache.update(first, second, self.layer_idx)
+        return TensorView(first, second, self.geometry.cached_key_factors)
+
+    def _by_attention_function(
+        self, queries: Tensor, keys: Tensor, values: Tensor, tokens: NewTokens, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the attention function of Transformers that the config names makes of expanded keys and values.
+
+        Args:
+            queries: Rotated, [B, H, S, n + R].
+            keys: Rotated, [B, U, T, n + R].
+            values: [B, U, T, v].
+            tokens: What the pass tells about its tokens.
+            **kwargs: Keywords for the attention function.
+        """
         # PyTorch's fast kernels take the numbers of a token side by side only, and keys are made dim by dim.
         keys, value_dim = keys if keys.stride(-1) == 1 else keys.contiguous(), values.shape[-1]
-        if value_dim < keys.shape[-1] and not eager:
+        if value_dim < keys.shape[-1] and self.config._attn_implementation != "eager":
             # The fast kernels want keys and values alike: zeros cost less than the slow kernel.
             values = nn.functional.pad(values, (0, keys.shape[-1] - value_dim))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -240,32 +279,19 @@ class LatentAttention(nn.Module, ABC):
             queries,
             keys,
             values,
-            attention_mask,
+            tokens.mask,
             dropout=self._dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
-            position_ids=position_ids,
+            position_ids=tokens.position_ids,
             **({} if self.geometry.logit_cap is None else {"softcap": self.geometry.logit_cap}),
             **kwargs,
         )
         return context[..., :value_dim], weights
 
-    def _frames(
-        self,
-        view: CacheView,
-        rotation: Rotation,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        seen: int | Tensor,
-        length: int,
-        stored: Any,
-        relative: bool = True,
-    ) -> RotaryFrames:
-        """Return the rotations of the cached keys, by the block where positions are consecutive and it is allowed.
-
-        Args:
-            stored: The positions that the cache holds, or None where it holds none.
-        """
+    def _frames(self, view: CacheView, tokens: NewTokens, relative: bool = True) -> RotaryFrames:
+        """Return the rotations of the cached keys, by the block where positions are consecutive and it is allowed."""
+        rotation, length, stored = tokens.rotation, tokens.length, tokens.stored
 
         def table(positions: Tensor) -> Rotation:
             tables = rotary_table(self.rotary, rotation.cos, positions, self.rotary_keywords)
@@ -283,11 +309,9 @@ class LatentAttention(nn.Module, ABC):
         if stored is not None:
             positions = stored.last(view.tokens, device)
         else:
-            windowed = self.sliding_window is not None
-            positions = cached_positions(
-                position_ids, attention_mask, seen, length, view.tokens, device, windowed=windowed
-            )
-            check_positions(positions, position_ids, attention_mask, seen, length, windowed=windowed)
+            windowed, ids, mask, seen = self.sliding_window is not None, tokens.position_ids, tokens.mask, tokens.seen
+            positions = cached_positions(ids, mask, seen, length, view.tokens, device, windowed=windowed)
+            check_positions(positions, ids, mask, seen, length, windowed=windowed)
         return AbsoluteFrames(lambda span: table(positions[:, span]), rotation)
 
     def _expanded(
