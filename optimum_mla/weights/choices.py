@@ -21,6 +21,8 @@ FIELD = "weights"
 WEIGHT_CHOICES = ("none", "bnb-nf4", "bnb-int8")
 GROUP = 64
 """Numbers of a row that share a scale in bnb-nf4."""
+ROWS = 32
+"""Rows that bnb-nf4 packs together on CPUs with bfloat16 instructions, which refuse a remainder."""
 
 
 def check_weights(choice: str) -> None:
@@ -77,18 +79,20 @@ def bitsandbytes_config(config: PreTrainedConfig, choice: str) -> BitsAndBytesCo
         for path, module in modules.items()
         if type(module) is nn.Linear and path.rpartition(".")[2] not in (spec.head, *UP_PROJECTIONS)
     }
-    unfit = [path for path, layer in layers.items() if choice == "bnb-nf4" and layer.in_features % GROUP]
+    unfit = [] if choice == "bnb-int8" else [path for path, layer in layers.items() if not fits_nf4(layer)]
     if len(unfit) == len(layers):
         raise UnsupportedModelError(
-            f"model: it has no layer that {choice} can quantize, which needs in_features divisible by {GROUP}. "
-            "Take bnb-int8."
+            f"model: it has no layer that {choice} can quantize, which needs in_features divisible by {GROUP} "
+            f"and out_features divisible by {ROWS}. Take bnb-int8."
         )
     if unfit:
         logger.warning(
-            "warning: %s leaves %d layers as they are, whose in_features are not divisible by %d: %s.",
+            "warning: %s leaves %d layers as they are, whose in_features are not divisible by %d or whose out_features "
+            "are not divisible by %d: %s.",
             choice,
             len(unfit),
             GROUP,
+            ROWS,
             ", ".join(unfit),
         )
     skipped = [spec.head, *UP_PROJECTIONS, *unfit]
@@ -100,6 +104,11 @@ def bitsandbytes_config(config: PreTrainedConfig, choice: str) -> BitsAndBytesCo
         bnb_4bit_compute_dtype=config.dtype,
         llm_int8_skip_modules=skipped,
     )
+
+
+def fits_nf4(layer: nn.Linear) -> bool:
+    """Return whether bitsandbytes computes with a linear layer in nf4 on every device."""
+    return layer.in_features % GROUP == layer.out_features % ROWS == 0
 
 
 def quantized_by(config: Any) -> str | None:

@@ -134,7 +134,7 @@ def test_statistics_and_the_users_text(coded: Path, tmp_path: Path) -> None:
 
 
 def test_quantized_weights_are_copied_as_they_are(tmp_path: Path) -> None:
-    source_model("llama").save_pretrained(tmp_path / "plain")
+    source_model("llama", intermediate_size=128).save_pretrained(tmp_path / "plain")
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=quantization).save_pretrained(
         tmp_path / "nf4"

@@ -50,7 +50,12 @@ def build(
     if form == QUERY_LATENT:
         sizes["q_lora_rank"] = 64
     if FORMS[form]["attention_form"] == "full":
-        sizes["num_up_heads"] = 8
+        sizes |= {"num_up_heads": 8, "k_lora_rank": 32, "v_lora_rank": 32}
+    else:  # The rows of the down-projection are a multiple of 32, those of its rotary key among them.
+        rotary = sizes.get("num_rope_heads", 1) * sizes["qk_rope_head_dim"]
+        sizes["kv_lora_rank"] = 32 if sizes.get("rope_cache") == "rebuilt" else 64 - rotary
+        if form == "hybrid":
+            sizes["per_layer_config"] = {1: {"attention_form": "source"}, 2: {"kv_lora_rank": 32 - rotary}}
     model = getattr(models, f"{family}MLAForCausalLM")(getattr(models, f"{family}MLAConfig")(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -173,11 +178,11 @@ def test_every_form_saves_and_loads(choice: str, form: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("choice", QUANTIZED)
 def test_layers_of_unfit_sizes_stay(choice: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = build(tmp_path, dtype=torch.bfloat16, intermediate_size=72)
-    downs = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
+    unfit = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(3) for name in ("gate", "up", "down")]
     with caplog.at_level(logging.WARNING, "optimum_mla"):
         model = quantized(model, choice, tmp_path)
-    assert list(linears(model)) == ([] if choice == "bnb-int8" else downs)
-    assert caplog.text.count("down_proj") == len(linears(model))
+    assert list(linears(model)) == ([] if choice == "bnb-int8" else unfit)
+    assert caplog.text.count(".mlp.") == len(linears(model))
     model.save_pretrained(tmp_path / "quantized")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     assert linears(loaded).keys() == linears(model).keys()
@@ -220,7 +225,7 @@ def test_errors_name_the_way_out(tmp_path: Path) -> None:
             bitsandbytes_config(config, "bnb-nf4")
     sizes = {"hidden_size": 72, "intermediate_size": 72, "num_attention_heads": 2}
     unfit = build(tmp_path, "shared rotary key", **sizes)
-    with pytest.raises(UnsupportedModelError, match="in_features divisible by 64"):
+    with pytest.raises(UnsupportedModelError, match="in_features divisible by 64 and out_features divisible by 32"):
         bitsandbytes_config(unfit.config, "bnb-nf4")
 
 
