@@ -2,10 +2,9 @@
 
 What the paper's abstract says is done: the error of a code is what it does to the attention's output, to which keys and
 values add separately and channel by channel; both are transformed so that this error gathers in few channels, and bits
-are shared by reverse water-filling over all channels of all layers. Errors of a layer are taken relative to the size of
-the hidden state there: the same bytes in each layer, or errors as they are, were worse on SmolLM2. Codes, first and
-newest tokens and the cache are those of this project, without gains and without entropy coding, so what differs are the
-axes and the bits alone.
+are shared by reverse water-filling, here within each layer, and between layers by greedy steps. Errors of a layer are
+taken relative to the size of the hidden state there. Codes, first and newest tokens and the cache are those of this
+project, without gains and without entropy coding, so what differs are the axes and the bits alone.
 """
 
 from __future__ import annotations

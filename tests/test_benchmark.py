@@ -28,6 +28,7 @@ from optimum_mla.pipeline.benchmarking import cells, measurements, run
 from optimum_mla.pipeline.benchmarking.cells import CellError, run_cell
 from optimum_mla.pipeline.benchmarking.measurements import measure_memory, measure_quality, measure_speed
 from optimum_mla.pipeline.benchmarking.subjects import Subject
+from optimum_mla.pipeline.checkpoint import Checkpoint
 from optimum_mla.report.rows import BenchmarkReport
 from tests.cases import source_model, token_ids
 
@@ -65,7 +66,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def subject(folder: Path, dtype: str = "auto") -> Subject:
     """The model in a folder, on the CPU."""
-    return Subject(str(folder), {}, dtype, "cpu")
+    return Subject(Checkpoint(str(folder)), dtype, "cpu")
 
 
 def answered_here(kind: str, request: dict[str, Any]) -> dict[str, Any]:

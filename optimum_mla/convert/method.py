@@ -68,7 +68,8 @@ class ConversionMethod(ABC):
 
     A declaration has a `help` text and may have `type` (`int`, `float`; `bool` makes a pair of switches, as of `heal`),
     `metavar`, `choices`, `nargs` and `const` as `ArgumentParser.add_argument` has them, and `flag` if the option has
-    another name. The default is that of the keyword argument, because only what a user gives is passed on.
+    another name. `group` is the title under which the help shows an option of a built-in method; those of a package
+    have a group of their own. The default is that of the keyword argument, because only what a user gives is passed on.
     """
 
     problem: Callable[[SourceAttention, MLAGeometry, Calibration], WeightedFactorization]
@@ -96,6 +97,8 @@ class ConversionMethod(ABC):
         check_method(cls)
 
     def __init__(self, **options: Unpack[MLAOptions]) -> None:
+        for name in options.keys() - vars(MethodOptions()).keys():
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
         given = MethodOptions(**options)
         budget = RankBudget(given.kv_lora_rank, given.kv_cache_ratio, given.energy, given.kv_cache_budget)
         self.budget = budget if budget.is_set else self.default_budget

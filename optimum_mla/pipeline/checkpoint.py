@@ -304,7 +304,7 @@ class Checkpoint:
             return kind.from_config(config, trust_remote_code=self.hub.get("trust_remote_code"))  # type: ignore[no-any-return]
 
     def _expected_bytes(self, config: PreTrainedConfig, dtype: str) -> int:
-        """Return the bytes of a model's weights in a dtype, by its config."""
+        """Return the bytes of a model's weights in a dtype, by its config; errors are those of `_skeleton`."""
         wide = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
         numbers = sum(parameter.numel() for parameter in self._skeleton(config).parameters())
         return numbers * (wide or torch.float32).itemsize

@@ -26,7 +26,7 @@ class ConversionTexts:
     Attributes:
         calibration: What calibrates: token ids, [N, L], statistics, or None.
         windows: Token ids, [N, L], on which the report's figures are measured, or None.
-        named: What these windows are. Only where they are of the `calibration`, something is fitted to them.
+        named: What these windows are. Nothing is fitted to them unless this is `calibration`.
         data: The origins of the texts, as in the report.
     """
 

@@ -55,9 +55,9 @@ def choice(
         if size == "kv_cache_budget":
             name += ", coded"
             numbers, itemsize = None, CODEC_ITEMSIZE
-            cached, least, most = coded(config, ratio, source)
+            cached, least, most = codec_sizes(config, ratio, source)
         else:
-            shapes, itemsize = planned(config, method, {**options, size: ratio}), SHARED_ITEMSIZE
+            shapes, itemsize = candidate_shapes(config, method, {**options, size: ratio}), SHARED_ITEMSIZE
             numbers = max(shape.cache_numbers for shape in shapes)
             cached = max(shape.cache_bytes(bits=8 * SHARED_ITEMSIZE) for shape in shapes)
             added = [shape.parameters_added for shape in shapes]
@@ -68,7 +68,7 @@ def choice(
     return Choice(name, ratio, numbers, cached, 100 * cached / before, least, most, pays)
 
 
-def coded(config: PreTrainedConfig, budget: float, source: ModelGeometry) -> tuple[float, int, int]:
+def codec_sizes(config: PreTrainedConfig, budget: float, source: ModelGeometry) -> tuple[float, int, int]:
     """Return the bytes of a token in a cache with codes, and the least and the largest number of a codec's numbers.
 
     The budget is the bytes of an old token's codes, as a share of its keys and values in 16 bits.
@@ -83,7 +83,7 @@ def coded(config: PreTrainedConfig, budget: float, source: ModelGeometry) -> tup
     return source.cache_numbers * SHARED_ITEMSIZE - (1 - budget) * sum(widths) * SHARED_ITEMSIZE, least, most
 
 
-def planned(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> list[ModelGeometry]:
+def candidate_shapes(config: PreTrainedConfig, method: str, options: dict[str, Any]) -> list[ModelGeometry]:
     """Return the shapes from which a calibrated conversion would choose.
 
     Each returned shape is one of the whole model, in which all layers take the same choice. A conversion chooses for

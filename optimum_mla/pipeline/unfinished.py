@@ -22,6 +22,7 @@ from optimum_mla.models.classes import is_tied
 from optimum_mla.nn import LatentAttention
 from optimum_mla.pipeline.checkpoint import RESIDENT_BYTES
 from optimum_mla.pipeline.origin import origin_of
+from optimum_mla.pipeline.placement import usable_device
 from optimum_mla.pipeline.preparation import ConversionRequest
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,9 @@ class Unfinished(Record):
         try:
             with as_output_error(self.output):
                 self.folder.mkdir(exist_ok=True)
-                for left in self.folder.glob("*/"):  # of a process that was killed while it wrote the result
-                    shutil.rmtree(left)
+                for left in self.folder.iterdir():
+                    if left.is_dir():  # of a process that was killed while it wrote the result
+                        shutil.rmtree(left)
                 self._journal = Journal(self._path)
                 if not self._journal.entries:
                     self._journal.add("options", self._options)
@@ -224,7 +226,8 @@ def made_from(asked: ConversionRequest, data: dict[str, dict[str, Any]], options
         **origin_of(source),
         **files,
         **{name: version(name) for name in VERSIONED},
-        **{name: getattr(asked, name) for name in ("method", "dtype", "device", "seed")},
+        **{name: getattr(asked, name) for name in ("method", "dtype", "seed")},
+        "device": str(usable_device(asked.device)),  # Sums of different devices must not be mixed.
         "calibration data (SHA-256)": data.get("calibration-data", {}).get("sha256"),
         "statistics (SHA-256)": data.get("calibration-data", {}).get("statistics"),
         **options,

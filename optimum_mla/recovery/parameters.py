@@ -157,7 +157,7 @@ def prepare(
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """Return the number of parameters that train, and of all; tied ones count once, packed ones as unpacked."""
+    """Return the number of parameters that train, and of all; tied ones count once, bitsandbytes' as unpacked."""
     return model.num_parameters(only_trainable=True), model.num_parameters()
 
 

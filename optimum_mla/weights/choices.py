@@ -52,7 +52,7 @@ def bitsandbytes_config(config: PreTrainedConfig, choice: str) -> BitsAndBytesCo
       - the language-model head;
       - the up-projections of the attention, whose weights decoding in latent space reads directly. With quantized ones
         it would have to expand the whole cache to keys and values at every token;
-      - for bnb-nf4, layers whose rows are no multiple of 64 numbers. A warning names them.
+      - for bnb-nf4, layers that `fits_nf4` does not let pass. A warning names them.
 
     Args:
         config: The config of the converted model, whose `dtype` is that in which the layers compute.
@@ -73,12 +73,9 @@ def bitsandbytes_config(config: PreTrainedConfig, choice: str) -> BitsAndBytesCo
     family = family_of(config)
     spec = family.spec
     with torch.device("meta"):
-        modules = dict(family.model(config).named_modules())
-    layers = {
-        path: module
-        for path, module in modules.items()
-        if type(module) is nn.Linear and path.rpartition(".")[2] not in (spec.head, *UP_PROJECTIONS)
-    }
+        modules = family.model(config).named_modules()
+    kept = (spec.head, *UP_PROJECTIONS)
+    layers = {path: one for path, one in modules if type(one) is nn.Linear and path.rpartition(".")[2] not in kept}
     unfit = [] if choice == "bnb-int8" else [path for path, layer in layers.items() if not fits_nf4(layer)]
     if len(unfit) == len(layers):
         raise UnsupportedModelError(
@@ -95,7 +92,7 @@ def bitsandbytes_config(config: PreTrainedConfig, choice: str) -> BitsAndBytesCo
             ROWS,
             ", ".join(unfit),
         )
-    skipped = [spec.head, *UP_PROJECTIONS, *unfit]
+    skipped = [*kept, *unfit]
     if choice == "bnb-int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(

@@ -77,7 +77,7 @@ CELLS: dict[str, Callable[..., dict[str, Any]]] = {
 def answer(kind: str, request: dict[str, Any]) -> dict[str, Any]:
     """Return the result of a measurement; if it fails, return a dict whose `problem` says why in one line."""
     try:
-        models = {role: Subject(**request[role]) for role in ("model", "baseline") if request.get(role) is not None}
+        models = {role: Subject.of(request[role]) for role in ("model", "baseline") if request.get(role) is not None}
         return CELLS[kind](**{**request, **models})
     except Exception as error:  # The libraries raise errors of many types; HQQ, for example, asserts.
         problem = " ".join(str(error).split()) if isinstance(error, MLAError) else first_line(error)

@@ -64,7 +64,7 @@ def measure_memory(model: Subject, cache: str, context: int, batch: int) -> dict
     if steps:
         loaded(ids[:, -steps:], **cache_argument(loaded, held), use_cache=True, logits_to_keep=1)
     step = peak.bytes() if resets else None
-    live, predicted = live_cache_bytes(held), predicted_bytes(loaded, cache, context, steps)
+    live, predicted = live_cache_bytes(held), predict_cache(loaded, cache, context, steps)
     flags = []
     if predicted is not None:
         expected, spare = batch * predicted[0], batch * predicted[1]
@@ -89,7 +89,7 @@ def measure_memory(model: Subject, cache: str, context: int, batch: int) -> dict
     }
 
 
-def predicted_bytes(model: PreTrainedModel, cache: str, context: int, steps: int) -> tuple[float, float] | None:
+def predict_cache(model: PreTrainedModel, cache: str, context: int, steps: int) -> tuple[float, float] | None:
     """Return what `predicted_cache_bytes` does, with the codes of a model that has a codec."""
     itemsize = model.dtype.itemsize
     predicted = predicted_cache_bytes(model.config, cache, context, itemsize, steps)

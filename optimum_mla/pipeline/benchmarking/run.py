@@ -39,12 +39,11 @@ class Benchmark:
     def __init__(
         self, model: Checkpoint, baseline: Checkpoint | None, options: BenchmarkOptions, dtype: str, device: str | None
     ) -> None:
-        self.name, self.baseline_name = model.name, None if baseline is None else baseline.name
         self.options = options
         self.subjects: dict[str, Subject] = {}  # in the order of the rows
         for role, one in ((BASELINE, baseline), (MODEL, model)):
             if one is not None:
-                self.subjects[role] = Subject(one.location, one.hub, dtype, device)
+                self.subjects[role] = Subject(one, dtype, device)
         self.model, self.baseline = self.subjects[MODEL], self.subjects.get(BASELINE)
         for subject in (self.model, self.baseline):
             if subject is not None:
@@ -196,8 +195,8 @@ class Benchmark:
         elif is_converted(config):
             source = [g.source_cache_numbers for g in model_geometry(family_of(config).spec, config).layers]
         return BenchmarkReport(
-            model=self.name,
-            baseline=self.baseline_name,
+            model=self.model.checkpoint.name,
+            baseline=None if self.baseline is None else self.baseline.checkpoint.name,
             options={name: value for name, value in vars(self.options).items() if name != "memory_budget"},
             data={} if self.text is None else {"eval-data": self.text.origin},
             dtype=dtype_name(self.model),

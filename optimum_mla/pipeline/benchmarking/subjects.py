@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,28 +20,26 @@ from optimum_mla.pipeline.loading import text_origin
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is measured, as every measuring process loads it; its fields can be written as JSON.
+    """A model that is measured, as every measuring process loads it.
 
     Attributes:
-        location: A hub id or a folder.
-        hub: Keyword arguments for loading it.
+        checkpoint: Where it is, with its config and tokenizer.
         dtype: `auto` for the dtype of the checkpoint, or `float32`, `bfloat16` or `float16`.
         device: Torch device; None takes CUDA where it is available.
     """
 
-    location: str
-    hub: dict[str, Any]
+    checkpoint: Checkpoint
     dtype: str
     device: str | None
+
+    @classmethod
+    def of(cls, request: dict[str, Any]) -> Subject:
+        """Return the model that `request` of another process described."""
+        return cls(Checkpoint(request["location"], request["hub"]), request["dtype"], request["device"])
 
     def load(self) -> PreTrainedModel:
         """Return the model."""
         return self.checkpoint.load(self.dtype, self.device)
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """Return where it is, with its config and tokenizer."""
-        return Checkpoint(self.location, self.hub)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -50,8 +47,9 @@ class Subject:
         return self.checkpoint.config
 
     def request(self) -> dict[str, Any]:
-        """Return its fields."""
-        return asdict(self)
+        """Return what `of` needs in another process, as JSON can hold it."""
+        where = {"location": self.checkpoint.location, "hub": self.checkpoint.hub}
+        return {**where, "dtype": self.dtype, "device": self.device}
 
 
 @dataclass(frozen=True)
