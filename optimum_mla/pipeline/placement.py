@@ -54,5 +54,5 @@ def layers_on_disk(config: PreTrainedConfig, device: torch.device) -> dict[str, 
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters, also of those on the meta device, whose storages `weight_bytes` cannot tell apart."""
+    """Return the bytes of a model's parameters, also on the meta device, where `weight_bytes` sees one storage."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
