@@ -111,6 +111,8 @@ def test_an_option_of_another_method_is_one_line(mine: Path, capsys: pytest.Capt
         (MODULE.replace('"span"', '"width"'), "the keyword argument width, which command_options declares"),
         (MODULE.replace("span", "seed"), "conflicting option string: --seed"),
         (MODULE.replace("span", "positional"), "conflicting option string: --positional"),
+        (MODULE.replace('"help": "', '"help": "50 % of '), "format"),
+        ("raise SystemExit('need a licence')\n", "need a licence"),
     ],
 )
 def test_a_method_whose_options_cannot_be_read_is_one_line(
@@ -121,6 +123,9 @@ def test_a_method_whose_options_cannot_be_read_is_one_line(
     monkeypatch.delitem(sys.modules, "broken_module", raising=False)
     line = refused(["convert", "-m", str(REFERENCE), "--method", "broken", str(tmp_path / "out")], capsys)
     assert "method broken: its options cannot be read from broken_module:Mine: " in line
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert "options of broken:\n  its options cannot be read from" in capsys.readouterr().out
     assert words in line
 
 

@@ -53,10 +53,10 @@ def add_method_options(
         parser.set_defaults(method_options=[*(parser.get_default("method_options") or []), name])
 
 
-def _titled(parser: ArgumentParser, title: str, description: str | None = None) -> _ArgumentGroup:
+def _titled(parser: ArgumentParser, title: str) -> _ArgumentGroup:
     """Return the group of a title, which is made if there is none."""
     known = {group.title: group for group in parser._action_groups}
-    return known.get(title) or parser.add_argument_group(title, description)
+    return known.get(title) or parser.add_argument_group(title)
 
 
 def add_installed_options(parser: ArgumentParser, words: Sequence[str]) -> None:
@@ -93,11 +93,14 @@ def _add_options_of(parser: ArgumentParser, point: EntryPoint) -> str | None:
     if any(group.title == title for group in parser._action_groups):
         return None
     try:
-        declared = point.load().command_options
-        add_method_options(parser, {name: one for name, one in declared.items() if one != known.get(name)}, {}, title)
-    except Exception as error:  # The package of someone else may fail in any way.
-        problem = f"its options cannot be read from {point.value}: {' '.join(str(error).split())}"
-        _titled(parser, title, problem)
+        declared = {name: one for name, one in point.load().command_options.items() if one != known.get(name)}
+        trial = ArgumentParser(add_help=False)
+        add_method_options(trial, declared, {}, title)
+        trial.format_help()  # Help texts are formatted with `%` only when they are shown.
+        add_method_options(parser, declared, {}, title)
+    except (Exception, SystemExit) as error:  # The package of someone else may fail in any way.
+        problem = f"its options cannot be read from {point.value}: {' '.join(str(error).split()).rstrip('.')}"
+        _titled(parser, title).description = problem
         return problem
     return None
 
