@@ -1,4 +1,4 @@
-"""What the class of a method has to have, and its signature, which shows the options of its base classes too."""
+"""Checks that the class of a method is whole, and makes its signature show the options of its base classes too."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class MLAGeometry:
 
     @property
     def cached_parts(self) -> tuple[CachedPart, ...]:
-        """What this layer caches for each token. The cache, its predicted size and the reports follow this."""
+        """Return the parts that this layer caches for each token; the cache and its predicted size follow them."""
         if self.attention_form == "source":
             width = self.num_key_value_heads * self.head_dim
             return CachedPart("keys", 0, width), CachedPart("values", 1, width)

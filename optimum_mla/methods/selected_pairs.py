@@ -1,4 +1,4 @@
-"""What methods share whose rotary keys are some rotary pairs of the source's heads."""
+"""The base of methods whose rotary keys are some rotary pairs of the source's heads."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from optimum_mla.stack import (
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What a pass tells about its new tokens.
+    """The new tokens of a pass: their number, positions, rotations and mask.
 
     Attributes:
         rotation: Their frequencies.

@@ -256,7 +256,7 @@ def assist(
     with tempfile.TemporaryDirectory() as scratch:
         source, _ = prepared.load(Path(scratch))
         for _ in prepared.run(source, None, processes).steps():
-            pass
+            pass  # The first process writes the layers; this one has done its share of each when the step is over.
 
 
 def _layer_report(layer: int, result: Any) -> LayerReport:

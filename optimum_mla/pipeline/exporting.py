@@ -109,7 +109,7 @@ def check_planned(
 
 
 class ExportSettings(RunSettings, total=False):
-    """What an export writes.
+    """The settings of what an export writes.
 
     Attributes:
         pad: Pad the latents of layers with lower ranks by zeros.

@@ -1,4 +1,4 @@
-"""Where a model is from: what a report records of it, and how it is found again, with a check of its config."""
+"""Records in a report where a model is from, and finds it again by that record, with a check of its config."""
 
 from __future__ import annotations
 

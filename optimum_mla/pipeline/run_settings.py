@@ -1,4 +1,4 @@
-"""What every command that loads a model and writes a folder can be told about it."""
+"""The settings that every command has which loads a model and writes a folder."""
 
 from __future__ import annotations
 

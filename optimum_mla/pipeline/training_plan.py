@@ -59,7 +59,7 @@ class TrainingOptions(RunOptions):
 
 @dataclass(frozen=True)
 class TrainingTexts:
-    """What a training reads.
+    """The texts that a training reads.
 
     Attributes:
         rows: The rows to train on.
